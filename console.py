@@ -1,0 +1,54 @@
+"""What every command shares at the terminal: arguments, one-line errors and progress bars.
+
+Results go to standard output; all that this file prints goes to standard error.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+stderr = Console(stderr=True, highlight=False)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are `ValueError`s, so that a bad flag ends like every other bad input: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} ({self.prog} --help lists the options)")
+
+
+def notice(message: str) -> None:
+    """One line to the person at the terminal that is neither a result nor an error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def byte_progress() -> Progress:
+    """A progress bar over bytes with speed and remaining time; silent where standard error is not a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=stderr, disable=not stderr.is_terminal, transient=True)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a command's `main` and ends the process.
+
+    What a user can mend (`ValueError`, `OSError`) is one line on standard error and exit status 2. Every other
+    exception is a defect of ours and keeps its traceback. Ctrl-C is 130, a reader that closed the pipe is no error.
+    """
+    program = os.path.basename(sys.argv[0])
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would flush into it again
+    except KeyboardInterrupt:
+        notice(f"{program}: interrupted")
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        notice(f"{program}: error: {' '.join(str(error).split())}")
+        sys.exit(2)
+    sys.exit(0)
