@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
@@ -39,7 +40,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     What a user can mend (`ValueError`, `OSError`) is one line on standard error and exit status 2. Every other
     exception is a defect of ours and keeps its traceback. Ctrl-C is 130, a reader that closed the pipe is no error.
     """
-    program = os.path.basename(sys.argv[0])
+    program = Path(sys.argv[0]).name
     try:
         main()
         sys.stdout.flush()

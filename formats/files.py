@@ -66,5 +66,5 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def sha256(path: Path | str) -> str:
-    with open(path, "rb") as file:
+    with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

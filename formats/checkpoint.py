@@ -1,0 +1,235 @@
+"""Open a checkpoint: strict checks first, then one tensor at a time by its official name.
+
+The safetensors format (https://github.com/huggingface/safetensors#format): 8 bytes of header length N, little-endian,
+N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data, contiguous and without holes. A file from elsewhere
+is data from a stranger, so every count, offset and name is held against the file's size before anything is read.
+Weights are memory-mapped: nothing is copied until somebody changes it, and `release` gives the pages back.
+"""
+
+import json
+import math
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+MAX_JSON = 64_000_000  # bytes; the index of a model with 10^5 tensors stays far below
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class TensorInfo(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a stranger's file; ValueError names the file where it is none."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; a checkpoint directory holds it")
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes is too large for this file")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({str(error)[:80]}); download the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON {type(value).__name__} where an object {{...}} is expected")
+    return value
+
+
+class SafetensorsFile:
+    """One .safetensors file, its header checked, its data mapped copy-on-write (in-place changes stay private)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.tensors, self._offsets = _read_header(path)
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as stored, a view of the mapping."""
+        dtype, shape = self.tensors[name]
+        start, end = self._offsets[name]
+        if start == end:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
+
+    def release(self, name: str) -> None:
+        """Gives the memory of a tensor's pages back; its values stay readable (from the file again)."""
+        start, end = self._offsets[name]
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = end - start
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, start, length)
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
+    """Names, types, shapes and absolute byte ranges of a safetensors file, in the order of their bytes."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+            raise ValueError(f"{path}: a pickle, not safetensors; pickles can run code and are never opened")
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(size - 8, MAX_HEADER):
+            raise ValueError(f"{path}: not a whole safetensors file (header of {length:,} bytes, file of {size:,})")
+        header = file.read(length)
+    try:
+        entries = json.loads(header, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: the safetensors header is not valid JSON ({str(error)[:80]})") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: the safetensors header is not a JSON object")
+    entries.pop("__metadata__", None)
+    infos, offsets = {}, {}
+    for name, entry in entries.items():
+        infos[name], offsets[name] = _read_entry(path, name, entry, size - 8 - length)
+    order = sorted(offsets, key=offsets.__getitem__)
+    end = 0
+    for name in order:
+        if offsets[name][0] != end:
+            kind = "overlaps the one before it" if offsets[name][0] < end else "leaves a hole before it"
+            raise ValueError(f"{path}: tensor {name} {kind}; the file is damaged or made to mislead")
+        end = offsets[name][1]
+    if end != size - 8 - length:
+        raise ValueError(
+            f"{path}: {size - 8 - length - end:,} bytes belong to no tensor; the file is damaged or not whole"
+        )
+    base = 8 + length
+    return {name: infos[name] for name in order}, {name: (base + a, base + b) for name, (a, b) in offsets.items()}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands twice")
+    return result
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 48
+
+
+def _read_entry(path: Path, name: str, entry: Any, data: int) -> tuple[TensorInfo, tuple[int, int]]:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"{path}: tensor {name} lacks dtype, shape or data_offsets") from None
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{path}: tensor {name} has dtype {dtype!r}, which is not one of {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(map(_is_count, (*shape, start, end))):
+        raise ValueError(f"{path}: tensor {name} has an impossible shape or offset")
+    needed = math.prod(shape) * DTYPES[dtype].itemsize
+    if end > data:
+        raise ValueError(f"{path}: tensor {name} ends {end - data:,} bytes past the file's end; the file is not whole")
+    if end - start != needed:
+        raise ValueError(f"{path}: tensor {name} of shape {shape} needs {needed:,} bytes but has {end - start:,}")
+    return TensorInfo(DTYPES[dtype], tuple(shape)), (start, end)
+
+
+class Checkpoint:
+    """A directory in the official layout: config.json and model.safetensors, whole or in shards with an index.
+
+    `tensors` maps each official name to its stored dtype and shape without reading any weight.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = read_json(path / "config.json")
+        generation = path / "generation_config.json"
+        self.generation_config = read_json(generation) if generation.exists() else {}
+        self.files = _weight_files(path)
+        self._parts = [SafetensorsFile(file) for file in self.files]
+        self._part: dict[str, SafetensorsFile] = {}
+        for part in self._parts:
+            for name in part.tensors:
+                if name in self._part:
+                    raise ValueError(f"{part.path}: tensor {name} is also in {self._part[name].path.name}")
+                self._part[name] = part
+        self.tensors = {name: part.tensors[name] for name, part in self._part.items()}
+        _check_index(path, self._part)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor as stored; a view of the memory-mapped file."""
+        return self._part[name].read(name)
+
+    def release(self, name: str) -> None:
+        """Lets the pages of one tensor go, for walks through files larger than the memory."""
+        self._part[name].release(name)
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors in file order, one in memory at a time: use each before asking for the next."""
+        for name in self.tensors:
+            yield name, self.read(name)
+            self.release(name)
+
+
+def open_checkpoint(path: str | Path):
+    """A directory or a .gguf file as a checkpoint object: path, config, tensors, files, read, release, iteration."""
+    path = Path(path)
+    if path.suffix == ".gguf" and path.is_file():
+        from formats.gguf import GGUF
+
+        return GGUF(path)
+    return Checkpoint(path)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory, after the index's names were checked. Pickles are refused, not read."""
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if index.exists():
+        shards = _weight_map(index).values()
+        return [path / shard for shard in sorted(set(shards))]
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise ValueError(
+            f"{path}: only pickle weights ({pickles[0]}), which can run code and are never opened; "
+            "get the safetensors version of this model"
+        )
+    raise ValueError(f"{path}: no weights; neither model.safetensors nor model.safetensors.index.json is there")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{index}: no weight_map that names the shard of each tensor")
+    for shard in set(map(str, shards.values())):
+        # A plain name only: a path could point anywhere on the reader's disk.
+        if shard in ("", ".", "..") or Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index}: shard {shard!r} is not the plain name of a .safetensors file in this directory")
+        if not (index.parent / shard).is_file():
+            raise ValueError(f"{index}: shard {shard} is not there; download it again")
+    return shards
+
+
+def _check_index(path: Path, parts: dict[str, SafetensorsFile]) -> None:
+    """Where there are shards, the index and the shards' own headers must name the same tensors in the same places."""
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").exists() or not index.exists():
+        return
+    stated, actual = _weight_map(index), {name: part.path.name for name, part in parts.items()}
+    wrong = [name for name in {**stated, **actual} if stated.get(name) != actual.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{index}: tensor {name} is stated in {stated.get(name)} but lies in {actual.get(name)} "
+            f"({len(wrong)} such tensors); the index belongs to other shards"
+        )

@@ -1,0 +1,623 @@
+"""Qwen3 in one file: text goes in as token ids and comes out as logits, and nothing in between is hidden.
+
+Read it from top to bottom; nothing is used before it is explained. Module paths are the official safetensors names
+(`model.layers.3.self_attn.q_proj.weight`), so the disk format *is* the architecture: loading is a strict copy by name.
+
+The model follows
+    Qwen3 Technical Report                 https://arxiv.org/abs/2505.09388
+    Attention Is All You Need              https://arxiv.org/abs/1706.03762
+    RMSNorm                                https://arxiv.org/abs/1910.07467
+    RoFormer (rotary positions)            https://arxiv.org/abs/2104.09864
+    YaRN (longer contexts)                 https://arxiv.org/abs/2309.00071
+    GQA (grouped key/value heads)          https://arxiv.org/abs/2305.13245
+    GLU Variants Improve Transformer       https://arxiv.org/abs/2002.05202
+    Qwen2 (the older sibling, also here)   https://arxiv.org/abs/2407.10671
+
+Letters for sizes:  B batch   T tokens   C hidden size   H query heads   K key/value heads   G = H / K
+                    D head dim   S cached positions   V vocabulary
+"""
+
+import json
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config: the fields of config.json under their official names. No size of any model stands in this file.
+
+
+@dataclass(init=False)
+class Config:
+    """The architecture of one checkpoint. `Config(**fields)` takes the fields of any config.json of the family.
+
+    Fields without a default must be given. Both spellings of the rotary settings are read: the published flat one
+    (`rope_theta`, `rope_scaling`) and transformers 5's nested `rope_parameters`. What this file does not implement is a
+    ValueError, never ignored; fields that do not change the arithmetic are kept in `other` and saved again.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = 0  # 0: as many as query heads
+    head_dim: int = 0  # 0: transformers' default, 128 for Qwen3 and hidden_size / heads for Qwen2
+    model_type: str = "qwen3"  # or qwen3_moe, qwen2
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    dtype: str | None = None  # of the stored weights; older files call it torch_dtype
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    # Mixture of experts (qwen3_moe). Layer i is sparse if (i + 1) % decoder_sparse_step == 0 and i is not in mlp_only.
+    num_experts: int = 0
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] = field(default_factory=list)
+    quantization_config: dict[str, Any] | None = None  # weights stored in int8 or int4 (compressed-tensors)
+
+    def __init__(self, /, **given: Any):
+        given = _published_spelling(given)
+        for f in fields(self):
+            value = given.pop(f.name, None)
+            if value is None and f.default_factory is not MISSING:
+                value = f.default_factory()
+            elif value is None:
+                value = f.default
+            if value is MISSING:
+                raise ValueError(f"config lacks {f.name}; take config.json from the checkpoint's own repository")
+            setattr(self, f.name, value)
+        self.other = given
+        self._check_fields()
+        if self.num_key_value_heads == 0:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim == 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads if self.model_type == "qwen2" else 128
+        self._check_combinations()
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Config":
+        from formats.checkpoint import read_json
+
+        given = read_json(Path(path))
+        try:
+            return cls(**given)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of a config.json that both transformers 4 and 5 and this file read back as the same model."""
+        architecture = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+        result = {"architectures": [architecture[self.model_type]], **self.other}
+        result.update({f.name: getattr(self, f.name) for f in fields(self)})
+        result["torch_dtype"] = result.pop("dtype") or "float32"
+        if self.model_type != "qwen3_moe":
+            for name in MOE_FIELDS:
+                del result[name]
+        if self.quantization_config is None:
+            del result["quantization_config"]
+        return result
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer's MLP is a mixture of experts."""
+        dense = self.model_type != "qwen3_moe" or layer in self.mlp_only_layers
+        return not dense and (layer + 1) % self.decoder_sparse_step == 0
+
+    def _check_fields(self) -> None:
+        """Types and ranges of each field: a config.json is a stranger's file."""
+        for name, (low, high) in INTEGER_RANGES.items():
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(f"config: {name} is {value!r}, which is not a whole number from {low} to {high:,}")
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"config: {name} is {value!r}, which is not a positive number")
+        if self.rope_theta <= 1:
+            raise ValueError(f"config: rope_theta {self.rope_theta} is not above 1, so no position would turn slower")
+        for name in ("attention_bias", "tie_word_embeddings", "norm_topk_prob"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"config: {name} is {getattr(self, name)!r}, which is neither true nor false")
+        if self.model_type not in ("qwen3", "qwen3_moe", "qwen2"):
+            raise ValueError(
+                f"config: model_type {self.model_type!r} is not implemented; qwen3, qwen3_moe and qwen2 are"
+            )
+        if self.hidden_act != "silu":
+            raise ValueError(f"config: hidden_act {self.hidden_act!r} is not implemented; the Qwen family uses silu")
+        if not isinstance(self.mlp_only_layers, list) or any(type(i) is not int for i in self.mlp_only_layers):
+            raise ValueError(f"config: mlp_only_layers is {self.mlp_only_layers!r}, not a list of layer numbers")
+        if self.dtype is not None and self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"config: dtype {self.dtype!r} is not one of float32, bfloat16, float16")
+        if self.quantization_config is not None and not isinstance(self.quantization_config, dict):
+            raise ValueError("config: quantization_config is not an object {...}")
+
+    def _check_combinations(self) -> None:
+        """Fields that contradict each other, and options of the format that no published Qwen uses."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"config: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"config: head_dim {self.head_dim} is odd, but rotary positions turn pairs of numbers")
+        if self.model_type == "qwen3_moe":
+            if self.num_experts_per_tok > self.num_experts:
+                raise ValueError(
+                    f"config: num_experts_per_tok {self.num_experts_per_tok} is more than "
+                    f"num_experts {self.num_experts}"
+                )
+            if not self.moe_intermediate_size:
+                raise ValueError("config lacks moe_intermediate_size, the width of an expert")
+        sliding = "sliding_attention" in (self.other.get("layer_types") or [])
+        window_from = self.other.get("max_window_layers", 0)
+        if sliding or (self.other.get("use_sliding_window") and window_from < self.num_hidden_layers):
+            raise ValueError("config: sliding-window attention is not implemented; no published Qwen3 uses it")
+        if self.other.get("attention_dropout"):
+            raise ValueError("config: attention_dropout is not implemented; every published Qwen has 0.0")
+        rope_frequencies(self)  # raises for a rope type that is not implemented
+
+
+MOE_FIELDS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+)
+INTEGER_RANGES = {  # far above every published model, far below what would fill a machine before it is noticed
+    "vocab_size": (1, 1 << 24),
+    "hidden_size": (1, 1 << 20),
+    "intermediate_size": (1, 1 << 22),
+    "num_hidden_layers": (1, 1 << 10),
+    "num_attention_heads": (1, 1 << 12),
+    "num_key_value_heads": (0, 1 << 12),
+    "head_dim": (0, 1 << 14),
+    "max_position_embeddings": (1, 1 << 24),  # positions past 2^24 are not exact in float32
+    "num_experts": (0, 1 << 12),
+    "num_experts_per_tok": (1, 1 << 12),
+    "moe_intermediate_size": (0, 1 << 22),
+    "decoder_sparse_step": (1, 1 << 10),
+}
+
+
+def _published_spelling(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields as the published files spell them, where transformers 5 writes others (nested rope, renamed names)."""
+    given = dict(given)
+    for new, old in (("num_local_experts", "num_experts"), ("torch_dtype", "dtype")):
+        if (value := given.pop(new, None)) is not None:
+            given.setdefault(old, value)
+    nested = given.pop("rope_parameters", None)
+    if nested is None:
+        return given
+    if not isinstance(nested, dict):
+        raise ValueError(f"config: rope_parameters is {nested!r}, which is not an object {{...}}")
+    scaling = {name: value for name, value in nested.items() if name != "rope_theta"}
+    given["rope_theta"] = nested.get("rope_theta", given.get("rope_theta"))
+    given["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    return given
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layers, smallest first.
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight, the mean over the last dimension. x [..., C] → [..., C] in x's dtype.
+
+    The quotient is taken in float32 and rounded to x's dtype *before* the weight multiplies it; the other order differs
+    in the last bit of bfloat16, and this one is what the official weights were trained with.
+    """
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x, self.weight.shape, None, self.eps)
+
+
+def rope_frequencies(config: Config) -> tuple[Tensor, float]:
+    """The angle in radians that each pair of numbers turns per position, float32 [D/2], and a factor on the result.
+
+    Pair i turns by theta^(-2i/D) (RoFormer, section 3.2.2). YaRN (section 3.2) stretches the slow pairs by `factor`, so
+    that a longer text stays within the angles seen in training, leaves the fast pairs as they are, and blends between.
+    """
+    dim, theta, scaling = config.head_dim, float(config.rope_theta), config.rope_scaling
+    frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
+    if scaling is None:
+        return frequencies, 1.0
+    if not isinstance(scaling, dict):
+        raise ValueError(f"config: rope_scaling is {scaling!r}, which is neither null nor an object {{...}}")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return frequencies, 1.0
+    if kind != "yarn":
+        raise ValueError(f"config: rope type {kind!r} is not implemented; the Qwen family uses default and yarn")
+    known = {"rope_type", "type", "factor", "original_max_position_embeddings", "attention_factor", "rope_theta"}
+    known |= {"beta_fast", "beta_slow", "truncate"}
+    for name, value in scaling.items():
+        if name not in known and value is not None:
+            raise ValueError(f"config: rope_scaling has {name}, which is not implemented for yarn")
+
+    def number(name: str, default: float | None) -> float:
+        value = default if scaling.get(name) is None else scaling[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"config: rope_scaling {name} is {value!r}, but yarn needs a positive number there")
+        return float(value)
+
+    factor = number("factor", None)
+    original = number("original_max_position_embeddings", config.max_position_embeddings)
+
+    def pair_that_turns(times: float) -> float:
+        """Which pair (as a real number) turns so many times within the original context."""
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(number("beta_fast", 32.0)), pair_that_turns(number("beta_slow", 1.0))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / ((high - low) or 0.001)
+    kept = 1 - ramp.clamp(0, 1)
+    frequencies = frequencies / factor * (1 - kept) + frequencies * kept
+    return frequencies, number("attention_factor", 1.0 if factor <= 1 else 0.1 * math.log(factor) + 1.0)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (x[i], x[i + D/2]) by its position's angle. x [B, H, T, D]; cos, sin [B, 1, T, D] → [B, H, T, D].
+
+    `sin` comes with its first half negated, which saves the usual "rotate half" copy:
+    (a, b) → (a·cos - b·sin, b·cos + a·sin).
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+class KVCache:
+    """Keys and values of every position seen, so that a new token need not compute them again.
+
+    Allocated once for `max_len` positions and passed in from outside: the layers hold no state. Rows may have
+    different lengths; row b has seen `lengths[b]` positions, and the next call writes behind them.
+
+        keys, values   a list over layers of [B, K, max_len, D]
+    """
+
+    def __init__(self, config: Config, batch_size: int = 1, max_len: int = 256, device=None, dtype=None):
+        if not 1 <= max_len <= config.max_position_embeddings:
+            raise ValueError(
+                f"cache of {max_len:,} positions: the model's context is {config.max_position_embeddings:,}"
+            )
+        shape = (batch_size, config.num_key_value_heads, max_len, config.head_dim)
+        # Empty, not zeros: the operating system hands out pages only when a position is first written.
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.lengths = [0] * batch_size
+        self.max_len = max_len
+
+    def positions(self, tokens: int) -> Tensor:
+        """Where the next `tokens` positions of each row lie: LongTensor [B, T]; one row stands for all if equal."""
+        starts = self.lengths[:1] if self.is_uniform else self.lengths
+        if max(starts) + tokens > self.max_len:
+            raise ValueError(f"cache of {self.max_len:,} positions: {max(starts):,} are used and {tokens:,} more come")
+        device = self.keys[0].device
+        return torch.tensor(starts, device=device)[:, None] + torch.arange(tokens, device=device)
+
+    @property
+    def is_uniform(self) -> bool:
+        return all(length == self.lengths[0] for length in self.lengths)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v [B, K, T, D] of one layer and returns all keys and values so far, [B, K, S, D] views."""
+        keys, values, tokens = self.keys[layer], self.values[layer], k.shape[2]
+        end = max(self.lengths) + tokens
+        if len(positions) == 1:
+            keys[:, :, end - tokens : end], values[:, :, end - tokens : end] = k, v
+        else:
+            rows = torch.arange(len(positions), device=keys.device)[:, None]
+            keys[rows, :, positions], values[rows, :, positions] = k.transpose(1, 2), v.transpose(1, 2)
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        self.lengths = [length + tokens for length in self.lengths]
+
+    def truncate(self, lengths: int | list[int]) -> None:
+        """Forgets what lies behind the given length of each row: padding, a rejected guess, a changed history."""
+        lengths = [lengths] * len(self.lengths) if isinstance(lengths, int) else lengths
+        assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
+        self.lengths = list(lengths)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """softmax(q·kᵀ / √D)·v. q [B, H, T, D]; k, v [B, K, S, D]; mask bool [B or 1, 1, T, S] → [B, H, T, D]."""
+    B, H, T, D = q.shape
+    K = k.shape[1]
+    if T > 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=H != K)
+    # One token: the G query heads that share a key head stand where its tokens would, so no key is copied G times.
+    return F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, attn_mask=mask).reshape(B, H, 1, D)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normed queries and keys (QK-norm is what Qwen3 has and Qwen2 has not)."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        C, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        qwen2 = config.model_type == "qwen2"  # always a bias on q, k, v, never on o
+        bias = config.attention_bias or qwen2
+        self.q_proj = nn.Linear(C, heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(C, kv_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(C, kv_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * config.head_dim, C, bias=bias and not qwen2)
+        self.q_norm = nn.Identity() if qwen2 else RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = nn.Identity() if qwen2 else RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, step: "Step") -> Tensor:
+        """x [B, T, C] → [B, T, C]."""
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, K, T, D]
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        if step.cache is not None:
+            k, v = step.cache.write(self.layer, k, v, step.positions)
+        out = attention(q, k, v, step.mask, step.causal)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)). x [..., C] → [..., C]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoE(nn.Module):
+    """A mixture of experts: a router picks a few small MLPs for each token and adds their weighted outputs."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        expert = (config.hidden_size, config.moe_intermediate_size)
+        self.experts = nn.ModuleList(MLP(*expert) for _ in range(config.num_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, C] → [B, T, C]."""
+        flat = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.gate(flat).softmax(-1, dtype=torch.float32).topk(self.top_k, -1)  # [B·T, top_k]
+        if self.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights, out = weights.to(x.dtype), torch.zeros_like(flat)
+        for index in chosen.unique().tolist():  # each expert once, with all of its tokens
+            token, slot = torch.where(chosen == index)
+            out.index_add_(0, token, self.experts[index](flat[token]) * weights[token, slot, None])
+        return out.view_as(x)
+
+
+class Block(nn.Module):
+    """One decoder layer: attention, then the MLP, each on normed input and added to the residual stream."""
+
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        sparse = config.is_sparse(layer)
+        self.mlp = MoE(config) if sparse else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, step: "Step") -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), step)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@dataclass
+class Step:
+    """What all layers of one forward pass share. Made by `Decoder`, the same for each layer."""
+
+    cos: Tensor  # [B or 1, 1, T, D] in the activations' dtype
+    sin: Tensor
+    mask: Tensor | None  # bool [B or 1, 1, T, S], True where a query may look; None where `causal` or nothing is hidden
+    causal: bool
+    cache: KVCache | None
+    positions: Tensor  # [B or 1, T]
+
+
+class Decoder(nn.Module):
+    """Token ids to normed hidden states: everything but the head. LongTensor [B, T] → [B, T, C]."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        frequencies, self.rope_factor = rope_frequencies(config)
+        self.register_buffer("rope_frequencies", frequencies, persistent=False)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        """`mask` (bool [B, 1, T, T], without a cache) takes the place of the causal one: documents packed in a row."""
+        x = self.embed_tokens(ids)
+        step = self._step(x, ids.shape[1], cache, mask)
+        for layer in self.layers:
+            x = layer(x, step)
+        if cache is not None:
+            cache.advance(ids.shape[1])
+        return self.norm(x)
+
+    def _step(self, x: Tensor, tokens: int, cache: KVCache | None, mask: Tensor | None) -> Step:
+        if cache is None:
+            positions = torch.arange(tokens, device=x.device)[None]
+            causal = mask is None and tokens > 1
+        else:
+            assert mask is None
+            positions = cache.positions(tokens)
+            seen = max(cache.lengths)
+            causal = seen == 0 and tokens > 1
+            if not causal and (tokens > 1 or len(positions) > 1):  # a query at position p looks at 0..p
+                slots = torch.arange(seen + tokens, device=x.device)
+                mask = (slots <= positions[:, :, None])[:, None]
+        angles = positions[:, None, :, None].float() * self.rope_frequencies  # [B or 1, 1, T, D/2]
+        cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
+        cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
+        return Step(cos, sin, mask, causal, cache, positions)
+
+
+class Qwen3(nn.Module):
+    """The language model: LongTensor ids [B, T] → logits [B, T, V] for the token after each position.
+
+    `Qwen3(config)` has random initial weights; `Qwen3.from_pretrained(src)` those of a checkpoint.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(self._initialize)
+
+    def _initialize(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None, last: bool = False) -> Tensor:
+        """With a cache the T positions are appended to it. `last` computes the logits of the last position alone."""
+        x = self.model(ids, cache)
+        return self.head(x[:, -1:] if last else x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Hidden states [..., C] → logits [..., V]; a tied head is the embedding read the other way."""
+        if self.config.tie_word_embeddings:
+            return F.linear(x, self.model.embed_tokens.weight)
+        return self.lm_head(x)
+
+    @classmethod
+    def from_pretrained(cls, src: str | Path, device="cpu", dtype: torch.dtype | None = None) -> "Qwen3":
+        """The model of a directory, hub id or .gguf file. dtype None keeps the stored one.
+
+        Raises ValueError with one line for everything that can be wrong with a checkpoint.
+        """
+        from formats.checkpoint import open_checkpoint
+        from formats.source import resolve
+
+        return load(open_checkpoint(resolve(src)), device, dtype)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes config.json and model.safetensors in the official layout, each whole or not at all."""
+        from safetensors.torch import save_file
+
+        from formats.files import atomic_file, write_text
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        self.config.dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        with atomic_file(directory / "model.safetensors") as temporary:
+            save_file(weights, temporary, metadata={"format": "pt"})
+        write_text(directory / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading: build on the meta device (shapes without memory), then fill strictly, one tensor at a time.
+
+
+def load(checkpoint, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
+    """Fills a model from an open checkpoint (formats/checkpoint.py). All defects are listed in one ValueError."""
+    path, stored = checkpoint.path, checkpoint.tensors
+    try:
+        config = Config(**checkpoint.config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if config.num_hidden_layers * max(1, config.num_experts) > len(stored):
+        raise ValueError(
+            f"{path}: config asks for {config.num_hidden_layers} layers and {config.num_experts} experts, "
+            f"but the checkpoint holds only {len(stored)} tensors"
+        )
+    with torch.device("meta"):
+        model = Qwen3(config)
+    if config.quantization_config is not None:
+        from ops.quant import swap_linears
+
+        swap_linears(model, config.quantization_config)
+    if dtype is None:
+        embedding = stored.get("model.embed_tokens.weight")
+        dtype = getattr(torch, config.dtype) if config.dtype else embedding.dtype if embedding else torch.float32
+
+    slots = dict(model.state_dict())
+    defects = {"missing": [], "unexpected": [], "mis-shaped": [], "non-finite": []}
+    defects["missing"] = [name for name in slots if name not in stored]
+    for name in stored:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            _check_redundant_head(checkpoint, defects)  # the official 0.6B and 1.7B store it although it is tied
+            continue
+        if name not in slots:
+            defects["unexpected"].append(name)
+            continue
+        tensor = checkpoint.read(name)
+        if not all_finite(tensor):
+            defects["non-finite"].append(name)
+        if tensor.shape != slots[name].shape:
+            defects["mis-shaped"].append(f"{name} {list(tensor.shape)} instead of {list(slots[name].shape)}")
+            continue
+        target = dtype if tensor.is_floating_point() else tensor.dtype
+        loaded = tensor.to(device, target)
+        if loaded.data_ptr() != tensor.data_ptr():
+            checkpoint.release(name)  # a copy was made: the file's pages need not stay in memory
+        _place(model, name, loaded)
+    found = [f"{kind}: {_some(names)}" for kind, names in defects.items() if names]
+    if found:
+        raise ValueError(f"{path}: the weights do not fit config.json; " + "; ".join(found))
+    model.model.rope_frequencies = model.model.rope_frequencies.to(device)
+    return model.eval()
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite: both survive a minimum and maximum, which need no second tensor."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
+def _check_redundant_head(checkpoint, defects: dict[str, list[str]]) -> None:
+    """A stored head of a tied model must be the embedding; then it is not kept."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    same = checkpoint.tensors[head] == checkpoint.tensors.get(embedding)
+    if not same or not torch.equal(checkpoint.read(head), checkpoint.read(embedding)):
+        defects["unexpected"].append("lm_head.weight, which differs from the embedding although they are tied")
+    checkpoint.release(head)
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Puts a tensor where a meta one stands, as a parameter or a buffer."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
