@@ -1,0 +1,253 @@
+"""GGUF, llama.cpp's container: a strict reader, and the checkpoint that such a file holds.
+
+The format (ggml/docs/gguf.md), little-endian: the magic "GGUF", version, number of tensors, number of key-value pairs;
+the pairs; for each tensor its name, shape (innermost dimension first), type and offset; then, padded to
+`general.alignment`, the tensors' bytes in the same order. Every count, length and offset is held against the size of
+the file before it is used, and the tensors must fill the file exactly, so that no later reader meets a surprise.
+
+The names are translated in formats/gguf_names.py, the tokenizer in formats/gguf_tokenizer.py, the blocks of quantised
+values are explained in formats/kquants.py, and formats/gguf_write.py writes what this file reads.
+"""
+
+import mmap
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import torch
+
+from formats import gguf_names, gguf_tokenizer, kquants
+from formats.checkpoint import TensorInfo
+
+MAGIC = b"GGUF"
+DEFAULT_ALIGNMENT = 32
+
+# Metadata value types: struct letters of the numbers, then the two that have a length.
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+# Far above any real file (Qwen3-235B: 1,131 tensors, some 300,000 strings), and read within seconds.
+MAX_PAIRS, MAX_TENSORS, MAX_VALUES, MAX_NESTING = 1 << 14, 1 << 16, 1 << 22, 3
+MAX_NAME = 64  # GGML_MAX_NAME
+
+
+class Tensor(NamedTuple):
+    """One tensor as the file describes it: its shape in torch's order and where its bytes lie in the file."""
+
+    format: kquants.Format
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def padded(size: int, alignment: int) -> int:
+    """The next multiple of `alignment`."""
+    return -(-size // alignment) * alignment
+
+
+class _Parser:
+    """Reads the head of one GGUF file: `metadata`, `types` (of the metadata values) and `tensors`."""
+
+    def __init__(self, path: Path, data: mmap.mmap):
+        self.path, self.data, self.size = path, data, len(data)
+        self.position, self.values = 0, 0
+        if data[:4] != MAGIC:
+            self.fail(f"the first four bytes are {bytes(data[:4])!r}, not {MAGIC!r}", "give a .gguf file")
+        self.position = 4
+        version = self.number("I", "the version")
+        if version not in (2, 3):
+            big = version in (2 << 24, 3 << 24)
+            self.fail(
+                f"version {version} is not supported" + (" (a big-endian file)" if big else ""),
+                "give a little-endian GGUF of version 2 or 3",
+            )
+        tensor_count = self.count("Q", MAX_TENSORS, 24, "tensors")
+        pair_count = self.count("Q", MAX_PAIRS, 13, "metadata pairs")
+        self.metadata = self.read_metadata(pair_count)
+        self.alignment = self.read_alignment()
+        self.tensors = self.read_tensors(tensor_count)
+
+    def fail(self, problem: str, mend: str = "download or convert the file again") -> NoReturn:
+        raise ValueError(f"{self.path}: {problem} ({mend})")
+
+    def take(self, size: int, what: str) -> int:
+        """Moves past `size` bytes and returns where they begin."""
+        start = self.position
+        if size > self.size - start:
+            self.fail(f"{what} needs {size} bytes at {start}, but the file ends at {self.size}")
+        self.position = start + size
+        return start
+
+    def number(self, letter: str, what: str) -> Any:
+        (value,) = struct.unpack_from("<" + letter, self.data, self.take(struct.calcsize("<" + letter), what))
+        return value
+
+    def count(self, letter: str, limit: int, least_size: int, what: str) -> int:
+        """A count of things that take at least `least_size` bytes each."""
+        count = self.number(letter, f"the count of {what}")
+        if count > limit or count * least_size > self.size - self.position:
+            self.fail(f"{count} {what} cannot be in {self.size - self.position} bytes (the limit is {limit})")
+        return count
+
+    def string(self, what: str) -> str:
+        length = self.number("Q", f"the length of {what}")
+        start = self.take(length, what)
+        try:
+            return self.data[start : start + length].decode("utf-8")
+        except UnicodeDecodeError:
+            self.fail(f"{what} is not UTF-8")
+
+    def value(self, kind: int, key: str, nesting: int = 0) -> Any:
+        if kind in NUMBERS:
+            if kind == 7 and self.position < self.size and self.data[self.position] > 1:
+                self.fail(f"{key} is a boolean of value {self.data[self.position]}")
+            return self.number(NUMBERS[kind], key)
+        if kind == STRING:
+            return self.string(key)
+        if kind != ARRAY:
+            self.fail(f"{key} has the unknown value type {kind}")
+        if nesting == MAX_NESTING:
+            self.fail(f"{key} nests arrays more than {MAX_NESTING} deep")
+        kind = self.number("I", key)
+        letter = NUMBERS.get(kind)
+        least_size = struct.calcsize("<" + letter) if letter else {STRING: 8, ARRAY: 12}.get(kind, 1)
+        count = self.count("Q", MAX_VALUES - self.values, least_size, f"values of {key}")
+        self.values += count
+        if letter and kind != 7:
+            start = self.take(count * least_size, key)
+            return np.frombuffer(self.data, np.dtype(letter).newbyteorder("<"), count, start).tolist()
+        return [self.value(kind, key, nesting + 1) for _ in range(count)]
+
+    def read_metadata(self, count: int) -> dict[str, Any]:
+        metadata, self.types = {}, {}
+        for index in range(count):
+            key = self.string(f"the name of metadata pair {index}")
+            if not key or len(key) > 0xFFFF or not key.isascii() or not key.isprintable():
+                self.fail(f"metadata pair {index} has the impossible name {key[:80]!r}")
+            if key in metadata:
+                self.fail(f"the metadata key {key} occurs twice")
+            self.types[key] = self.number("I", f"the type of {key}")
+            metadata[key] = self.value(self.types[key], key)
+        return metadata
+
+    def read_alignment(self) -> int:
+        alignment = self.metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if type(alignment) is not int or not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
+            self.fail(f"general.alignment is {alignment!r}, not a power of two from 8 to 65536")
+        return alignment
+
+    def read_tensor_info(self, index: int) -> tuple[str, kquants.Format, tuple[int, ...], int]:
+        name = self.string(f"the name of tensor {index}")
+        if not name or len(name) > MAX_NAME or not name.isascii() or not name.isprintable():
+            self.fail(f"tensor {index} has the impossible name {name[:80]!r}")
+        if any(part in name for part in ("/", "\\", "..")):
+            self.fail(f"the tensor name {name!r} has path parts")
+        dimensions = self.number("I", f"the number of dimensions of {name}")
+        if not 1 <= dimensions <= 4:
+            self.fail(f"{name} has {dimensions} dimensions, not 1 to 4")
+        shape = tuple(self.number("Q", f"the shape of {name}") for _ in range(dimensions))[::-1]
+        kind = self.number("I", f"the type of {name}")
+        if kind not in kquants.BY_ID:
+            supported = ", ".join(format.name for format in kquants.BY_ID.values())
+            self.fail(f"{name} has the type {kind}, which is not supported", f"the supported types are {supported}")
+        if 0 in shape or any(length >= 1 << 40 for length in shape):
+            self.fail(f"{name} has the impossible shape {list(shape)}")
+        format = kquants.BY_ID[kind]
+        if shape[-1] % format.block:
+            self.fail(f"the rows of {name} have {shape[-1]} values, not whole {format.name} blocks of {format.block}")
+        return name, format, shape, self.number("Q", f"the offset of {name}")
+
+    def read_tensors(self, count: int) -> dict[str, Tensor]:
+        infos = [self.read_tensor_info(index) for index in range(count)]
+        begin = end = padded(self.position, self.alignment)
+        tensors = {}
+        for name, format, shape, offset in infos:
+            if name in tensors:
+                self.fail(f"the tensor {name} occurs twice")
+            start, expected = begin + offset, padded(end, self.alignment)
+            if offset % self.alignment:
+                self.fail(f"the offset {offset} of {name} is not a multiple of {self.alignment}")
+            if start != expected:
+                problem = "overlaps the tensor before it" if start < expected else "leaves a gap before it"
+                self.fail(f"{name} at {start} {problem}, which ends at {end}")
+            size = format.bytes(shape)
+            end = start + size
+            if end > self.size:
+                self.fail(f"{name} ends at {end}, but the file has {self.size} bytes")
+            tensors[name] = Tensor(format, shape, start, size)
+        if self.size > padded(end, self.alignment):
+            self.fail(f"{self.size - end} bytes follow the last tensor, which ends at {end}")
+        return tensors
+
+
+class GGUF:
+    """A checkpoint in one .gguf file of the architecture qwen3, qwen3moe or qwen2, under its official names.
+
+    Everything but the tensors' values is read and checked when it is opened; a file that is not right in every respect
+    is a `ValueError` that names the file and the place. The tensors stay in the file (memory-mapped) until `read`.
+
+    `path`, `files`: the file. `metadata`: the GGUF keys. `config`, `generation_config`: the fields of the official JSON
+    files. `tensors`: official name -> (dtype, shape) of what `read` returns, in the file's order; the experts, which
+    GGUF stacks, each under their own name.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.files = [self.path]
+        with self.path.open("rb") as file:
+            if not self.path.stat().st_size:
+                raise ValueError(f"{self.path}: the file is empty (download or convert it again)")
+            # A private copy-on-write map: torch wants writable memory, the file stays as it is.
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        head = _Parser(self.path, self._data)
+        self.metadata, self.types, self.stored, self.alignment = head.metadata, head.types, head.tensors, head.alignment
+        try:
+            self.config = gguf_names.config_from_metadata(self.metadata, self.stored)
+            self.generation_config = gguf_names.generation_config_from_metadata(self.metadata)
+            self._places = gguf_names.official_places(self.stored, self.config)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        self.tensors = {name: self._info(*place) for name, place in self._places.items()}
+
+    def _info(self, stored_name: str, expert: int | None) -> TensorInfo:
+        format, shape = self.stored[stored_name][:2]
+        return TensorInfo(format.dtype or torch.float32, shape if expert is None else shape[1:])
+
+    def _range(self, name: str) -> tuple[int, int]:
+        """Where the bytes of a tensor begin and how many they are."""
+        stored_name, expert = self._places[name]
+        _, shape, start, size = self.stored[stored_name]
+        if expert is None:
+            return start, size
+        return start + expert * (size // shape[0]), size // shape[0]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor by its official name: F32, F16 and BF16 as stored (a view of the file), others dequantised to
+        float32."""
+        format, shape = self.stored[self._places[name][0]].format, self.tensors[name].shape
+        start, size = self._range(name)
+        data = torch.frombuffer(self._data, dtype=torch.uint8, count=size, offset=start)
+        return data.view(format.dtype).view(shape) if format.dtype else kquants.dequantize(data, format, shape)
+
+    def release(self, name: str) -> None:
+        """Gives the memory of a tensor's pages back; its values stay readable (from the file again)."""
+        start, size = self._range(name)
+        first = padded(start, mmap.PAGESIZE)
+        if start + size > first and hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED, first, start + size - first)
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors in file order, one in memory at a time: use each before asking for the next."""
+        for name in self.tensors:
+            yield name, self.read(name)
+            self.release(name)
+
+    def tokenizer(self) -> tuple[dict, dict]:
+        """(tokenizer.json, tokenizer_config.json) as Hugging Face's tokenizers would have them: equal ids for every
+        text. Raises ValueError where the file holds another tokenizer than Qwen's byte-level BPE."""
+        try:
+            return gguf_tokenizer.from_metadata(self.metadata)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None

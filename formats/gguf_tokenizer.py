@@ -1,0 +1,112 @@
+"""Qwen's byte-level BPE tokenizer, from Hugging Face's two JSON files into GGUF's `tokenizer.*` keys and back.
+
+GGUF stores the tokens, their types and the merges; how text is normalised and split is only a name, "qwen2" (here
+`PRE`), which stands for the regular expression `SPLIT` of the official tokenizer.json. Not even the name says that
+Qwen applies Unicode's NFC first; llama.cpp does not, Hugging Face does, and so does the tokenizer made here.
+"""
+
+from typing import Any
+
+MODEL, PRE = "gpt2", "qwen2"
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
+
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _list(metadata: dict, key: str, kind: type) -> list:
+    values = metadata.get(key)
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise ValueError(f"the metadata key {key} is not a list of {kind.__name__} (give a GGUF with its tokenizer)")
+    return values
+
+
+def _byte_level(**extra: Any) -> dict:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False, **extra}
+
+
+def from_metadata(metadata: dict) -> tuple[dict, dict]:
+    """(tokenizer.json, tokenizer_config.json) from GGUF keys; ValueError where they are not Qwen's or do not agree."""
+    for key, expected in (("tokenizer.ggml.model", MODEL), ("tokenizer.ggml.pre", PRE)):
+        if metadata.get(key) != expected:
+            raise ValueError(f"{key} is {str(metadata.get(key))[:40]!r} (only Qwen's tokenizer, {expected}, is read)")
+    tokens = _list(metadata, "tokenizer.ggml.tokens", str)
+    types = _list(metadata, "tokenizer.ggml.token_type", int)
+    if len(types) != len(tokens) or not set(types) <= {NORMAL, CONTROL, USER_DEFINED, UNUSED}:
+        raise ValueError(f"tokenizer.ggml.token_type does not fit the {len(tokens)} tokens (convert the file again)")
+    if len(set(tokens)) != len(tokens):
+        raise ValueError("tokenizer.ggml.tokens holds a token twice (convert the file again)")
+
+    vocabulary = {token: id for id, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": id, "content": token, **flags, "special": kind == CONTROL}
+        for id, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False},
+                _byte_level(),
+            ],
+        },
+        "post_processor": _byte_level(),
+        "decoder": _byte_level(),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": _merges(_list(metadata, "tokenizer.ggml.merges", str), vocabulary),
+        },
+    }
+    return tokenizer, _tokenizer_config(metadata, tokens, added)
+
+
+def _merges(lines: list[str], vocabulary: dict[str, int]) -> list[list[str]]:
+    merges = [line.split(" ") for line in lines]
+    for merge in merges:
+        if len(merge) != 2 or not all(part in vocabulary for part in (*merge, "".join(merge))):
+            raise ValueError(f"the merge {' '.join(merge)[:80]!r} is not of two tokens into one (convert it again)")
+    return merges
+
+
+def _tokenizer_config(metadata: dict, tokens: list[str], added: list[dict]) -> dict:
+    def special(name: str) -> str | None:
+        id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if id is None:
+            return None
+        if type(id) is not int or not 0 <= id < len(tokens):
+            raise ValueError(f"tokenizer.ggml.{name}_token_id is {str(id)[:40]}, but there are {len(tokens)} tokens")
+        return tokens[id]
+
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token") is True
+    config = {
+        "add_bos_token": add_bos,
+        "added_tokens_decoder": {
+            str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in added
+        },
+        "bos_token": special("bos") if add_bos else None,  # Qwen has none, though its config.json names an id
+        "clean_up_tokenization_spaces": False,
+        "eos_token": special("eos"),
+        "pad_token": special("padding"),
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise ValueError("tokenizer.chat_template is not a string (convert the file again)")
+    return config | ({} if template is None else {"chat_template": template})
