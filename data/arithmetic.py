@@ -1,0 +1,397 @@
+"""Families of numbers: sums, differences, products, comparing, sorting, and word problems of two steps.
+
+The traces work digit by digit, as on paper. Each line names its place and its digits before the verdict, since a
+small model can look up `7+8+1=16` but cannot decide first and read afterwards.
+"""
+
+import re
+from decimal import Decimal
+from random import Random
+
+from data.tasks import Facts, Family, Pieces, Problem, pick
+
+PLACES = ("ones", "tens", "hundreds", "thousands", "ten-thousands", "hundred-thousands", "millions", "ten-millions")
+FRACTIONS = ("tenths", "hundredths", "thousandths")
+
+
+def number(rng: Random, digits: int) -> int:
+    """A number of exactly so many digits (0 counts as one digit)."""
+    return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
+
+
+def last_integer(text: str) -> int | None:
+    found = re.findall(r"-?\d+", text)
+    return int(found[-1]) if found else None
+
+
+def column_digits(number: int, width: int) -> list[int]:
+    """The digits from the ones upwards, zeros to the width."""
+    return [number // 10**place % 10 for place in range(width)]
+
+
+def add(a: int, b: int) -> tuple[list[str], int]:
+    """Column addition: its lines, and the sum that they arrive at."""
+    width = max(len(str(a)), len(str(b)))
+    lines, carry, written = [f"{a} + {b}"], 0, ""
+    for place, (x, y) in enumerate(zip(column_digits(a, width), column_digits(b, width), strict=True)):
+        total = x + y + carry
+        written = str(total if place == width - 1 else total % 10) + written
+        lines.append(f"{PLACES[place]}: {x}+{y}{'+1' if carry else ''}={total} -> {written}")
+        carry = total // 10
+    return lines, int(written)
+
+
+def subtract(a: int, b: int) -> tuple[list[str], int]:
+    """Which is larger, then column subtraction with borrowing; a negative result is the other one's negative."""
+    lines, order = [f"{a} - {b}"], 0
+    compared, order = compare(str(a), str(b))
+    lines += compared
+    if order < 0:
+        a, b = b, a
+        lines.append(f"so -({a} - {b})")
+    width = len(str(a))
+    borrow, written = 0, ""
+    for place, (x, y) in enumerate(zip(column_digits(a, width), column_digits(b, width), strict=True)):
+        taken = f"-{y}{'-1' if borrow else ''}"
+        digit = x - y - borrow
+        borrow = int(digit < 0)
+        step = f"{x}{taken}, borrow: {x + 10}{taken}={digit + 10}" if borrow else f"{x}{taken}={digit}"
+        written = str(digit + 10 * borrow) + written
+        lines.append(f"{PLACES[place]}: {step} -> {written}")
+    return lines, -int(written) if order < 0 else int(written)
+
+
+def multiply(a: int, b: int) -> tuple[list[str], int]:
+    """Column multiplication by one digit; the carried digit is added on the spot."""
+    if b > 9:
+        a, b = b, a
+    lines, carry, written = [f"{a} * {b}"], 0, ""
+    width = len(str(a))
+    for place, x in enumerate(column_digits(a, width)):
+        total = x * b + carry
+        written = str(total if place == width - 1 else total % 10) + written
+        carried = f", {x * b}+{carry}={total}" if carry else ""
+        lines.append(f"{PLACES[place]}: {x}*{b}={x * b}{carried} -> {written}")
+        carry = total // 10
+    return lines, int(written)
+
+
+def compare(a: str, b: str) -> tuple[list[str], int]:
+    """Two decimals place by place from the highest to the first that differs: lines, and -1, 0 or 1."""
+    (whole_a, _, part_a), (whole_b, _, part_b) = a.partition("."), b.partition(".")
+    whole, part = max(len(whole_a), len(whole_b)), max(len(part_a), len(part_b))
+    names = [*reversed(PLACES[:whole]), *FRACTIONS[:part]]
+    digits_a, digits_b = (w.rjust(whole, "0") + p.ljust(part, "0") for w, p in ((whole_a, part_a), (whole_b, part_b)))
+    lines = []
+    for name, x, y in zip(names, digits_a, digits_b, strict=True):
+        lines.append(f"{name}: {x} and {y}: {'same' if x == y else 'more' if x > y else 'less'}")
+        if x != y:
+            return lines, 1 if x > y else -1
+    return lines, 0
+
+
+# --- sums, differences, products ---
+
+SUM = (
+    "What is {a} + {b}?",
+    "Compute {a} + {b}.",
+    "How much is {a} plus {b}?",
+    "Add {a} to {b}.",
+    "{a} + {b} = ?",
+    "Calculate the sum of {a} and {b}.",
+    "What do you get if you add {a} and {b}?",
+    "{a}+{b}",
+    "Can you add {a} and {b} for me?",
+    "What's {a} plus {b}?",
+    "Tell me {a} + {b}.",
+    "I have {a} and get {b} more. How many is that?",
+)
+SUM_HELD_OUT = ("Please work out {a} + {b}.", "How many are {a} and {b} together?", "Give me the sum {a} + {b}.")
+DIFFERENCE = (
+    "What is {a} - {b}?",
+    "Compute {a} - {b}.",
+    "How much is {a} minus {b}?",
+    "Subtract {b} from {a}.",
+    "{a} - {b} = ?",
+    "Calculate the difference of {a} and {b}.",
+    "What do you get if you take {b} from {a}?",
+    "{a}-{b}",
+    "Can you subtract {b} from {a} for me?",
+    "What's {a} minus {b}?",
+    "Tell me {a} - {b}.",
+    "I have {a} and lose {b}. How many is that?",
+)
+DIFFERENCE_HELD_OUT = ("Please work out {a} - {b}.", "What is left of {a} without {b}?", "Give me {a} minus {b}.")
+PRODUCT = (
+    "What is {a} * {b}?",
+    "Compute {a} * {b}.",
+    "How much is {a} times {b}?",
+    "Multiply {a} by {b}.",
+    "{a} * {b} = ?",
+    "Calculate the product of {a} and {b}.",
+    "What do you get if you multiply {a} and {b}?",
+    "{a}*{b}",
+    "Can you multiply {a} by {b} for me?",
+    "What's {a} times {b}?",
+    "What is {a} x {b}?",
+    "Tell me {a} * {b}.",
+)
+PRODUCT_HELD_OUT = ("Please work out {a} * {b}.", "How many are {a} times {b}?", "Give me the product {a} * {b}.")
+
+
+def column_family(name: str, sign: str, work, phrasings, held_out, sample, truth, commutes: bool, follow_ups) -> Family:
+    def solve(facts: Facts, pieces: Pieces) -> tuple[str, str]:
+        lines, result = work(*facts)
+        return "\n".join(lines), f"{facts[0]} {sign} {facts[1]} = {result}."
+
+    def keys(facts: Facts) -> list[str]:
+        a, b = sorted(facts) if commutes else facts
+        return [f"{name} {a} {b}"]
+
+    def ask(facts: Facts, rng: Random, unseen: bool) -> str:
+        return pick(rng, phrasings, held_out, unseen).format(a=facts[0], b=facts[1])
+
+    return Family(name, sample, keys, ask, solve, lambda facts, answer: last_integer(answer) == truth(*facts), follow_ups)
+
+
+def two_numbers(rng: Random) -> Facts:
+    return number(rng, rng.randint(1, 4)), number(rng, rng.randint(1, 4))
+
+
+def mostly_descending(rng: Random) -> Facts:
+    facts = two_numbers(rng)
+    return facts if rng.random() < 0.2 else tuple(sorted(facts, reverse=True))
+
+
+def by_one_digit(rng: Random) -> Facts:
+    facts = number(rng, rng.choice((1, 2, 2, 3, 3))), number(rng, 1)
+    return facts if rng.random() < 0.7 else facts[::-1]
+
+
+MORE = ("and {b} more?", "Now add {b}.", "plus {b}?", "And if I add {b} to that?", "add {b} to it")
+FEWER = ("and {b} less?", "Now subtract {b}.", "minus {b}?", "And if I take {b} away?", "take {b} from it")
+TIMES = ("and times {b}?", "Now multiply it by {b}.", "times {b}?", "And {b} times as much?", "multiply that by {b}")
+
+
+def go_on_from(result: int, rng: Random) -> tuple[str, Problem]:
+    """A second turn that goes on with the number of the first answer."""
+    b = number(rng, rng.choice((1, 1, 2, 3)))
+    if 0 <= result < 1000 and rng.random() < 0.25:
+        b = number(rng, 1)
+        return rng.choice(TIMES).format(b=b), Problem("product", (result, b))
+    if result < 0 or rng.random() < 0.5:
+        return rng.choice(MORE).format(b=b), Problem("sum", (max(result, 0), b))
+    return rng.choice(FEWER).format(b=b), Problem("difference", (result, b))
+
+
+def sum_goes_on(facts: Facts, rng: Random) -> tuple[str, Problem]:
+    return go_on_from(facts[0] + facts[1], rng)
+
+
+def difference_goes_on(facts: Facts, rng: Random) -> tuple[str, Problem] | None:
+    return go_on_from(facts[0] - facts[1], rng) if facts[0] >= facts[1] else None
+
+
+def product_goes_on(facts: Facts, rng: Random) -> tuple[str, Problem]:
+    return go_on_from(facts[0] * facts[1], rng)
+
+
+# --- which is larger ---
+
+LARGER = (
+    "Which is {more}, {a} or {b}?",
+    "Which number is {more}: {a} or {b}?",
+    "What is {more}, {a} or {b}?",
+    "Is {a} or {b} {more}?",
+    "{a} or {b}, which is {more}?",
+    "Compare {a} and {b}. Which is {more}?",
+    "Tell me the {more} number: {a} or {b}.",
+    "Of {a} and {b}, which one is {more}?",
+    "Find the {more} of {a} and {b}.",
+)
+LARGER_HELD_OUT = ("Which one is {more}: {a} or {b}?", "Of the numbers {a} and {b}, which is {more}?")
+LARGER_WORDS = {"larger": ("larger", "bigger", "greater"), "smaller": ("smaller", "less")}
+
+
+def sample_pair(rng: Random) -> Facts:
+    """Decimals that often share their whole part, some whole numbers, now and then two equal ones."""
+    if rng.random() < 0.25:
+        digits = rng.randint(1, 4)
+        a, b = str(number(rng, digits)), str(number(rng, digits if rng.random() < 0.7 else rng.randint(1, 4)))
+    else:
+        whole = number(rng, rng.choice((1, 1, 2)))
+        other = whole if rng.random() < 0.7 else number(rng, rng.choice((1, 1, 2)))
+        a, b = (f"{w}.{rng.randrange(10**n):0{n}d}" for w, n in ((whole, rng.randint(1, 3)), (other, rng.randint(1, 3))))
+        decimals = len(a.partition(".")[2])
+        if rng.random() < 0.05 and decimals < 3:
+            b = a + "0" * rng.randint(1, 3 - decimals)
+    return a, b, rng.choice(("larger", "larger", "smaller"))
+
+
+def ask_larger(facts: Facts, rng: Random, unseen: bool) -> str:
+    a, b, more = facts
+    return pick(rng, LARGER, LARGER_HELD_OUT, unseen).format(a=a, b=b, more=rng.choice(LARGER_WORDS[more]))
+
+
+def solve_larger(facts: Facts, pieces: Pieces) -> tuple[str, str]:
+    a, b, more = facts
+    lines, order = compare(a, b)
+    trace = "\n".join([f"{a} and {b}", *lines])
+    if order == 0:
+        return trace, f"{a} and {b} are equal."
+    first, second = (a, b) if (order > 0) == (more == "larger") else (b, a)
+    return trace, f"{first} is {more} than {second}."
+
+
+def check_larger(facts: Facts, answer: str) -> bool:
+    a, b, more = facts
+    if Decimal(a) == Decimal(b):
+        return "equal" in answer
+    winner = (max if more == "larger" else min)(Decimal(a), Decimal(b))
+    named = re.findall(r"\d+(?:\.\d+)?", answer)
+    return bool(named) and "equal" not in answer and Decimal(named[0]) == winner
+
+
+# --- sorting ---
+
+SORT = (
+    "Sort {list} from {first} to {last}.",
+    "Sort these numbers from {first} to {last}: {list}",
+    "Put {list} in order, {first} first.",
+    "Order {list} from {first} to {last}.",
+    "Arrange the numbers {list} from {first} to {last}.",
+    "Can you sort {list}, {first} first?",
+    "What is {list} sorted from {first} to {last}?",
+)
+SORT_HELD_OUT = ("Please order {list}, {first} first.", "Put these in order from {first} to {last}: {list}")
+
+
+def sample_list(rng: Random) -> Facts:
+    digits = rng.choice((1, 2, 2, 2, 3))
+    numbers = tuple(number(rng, rng.choice((digits, 2))) for _ in range(rng.randint(3, 5)))
+    return numbers, rng.choice(("smallest", "smallest", "largest"))
+
+
+def ask_sort(facts: Facts, rng: Random, unseen: bool) -> str:
+    numbers, first = facts
+    last = "largest" if first == "smallest" else "smallest"
+    return pick(rng, SORT, SORT_HELD_OUT, unseen).format(list=", ".join(map(str, numbers)), first=first, last=last)
+
+
+def solve_sort(facts: Facts, pieces: Pieces) -> tuple[str, str]:
+    numbers, first = facts
+    left, done, lines = list(numbers), [], [" ".join(map(str, numbers))]
+    while left:
+        done.append((min if first == "smallest" else max)(left))
+        left.remove(done[-1])
+        lines.append(f"{first} {done[-1]}" + (f", left {' '.join(map(str, left))}" if left else ""))
+    return "\n".join(lines), f"{', '.join(map(str, done))}."
+
+
+def check_sort(facts: Facts, answer: str) -> bool:
+    numbers, first = facts
+    return [int(n) for n in re.findall(r"\d+", answer)] == sorted(numbers, reverse=first == "largest")
+
+
+# --- word problems of two steps ---
+
+NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lena", "Max", "Eva", "Paul", "Nora", "Leo", "Ida")
+THINGS = ("apples", "books", "pens", "coins", "cards", "stones", "eggs", "stamps", "shells", "cakes", "balls", "keys")
+STORIES = {
+    "+-": (
+        "{name} has {a} {things}, buys {b} more and gives away {c}. How many {things} does {name} have now?",
+        "{name} had {a} {things}. {name} found {b} more, then lost {c}. How many {things} are left?",
+        "There are {a} {things} in a box. {name} puts in {b} and takes out {c}. How many {things} are in the box?",
+        "{name} owns {a} {things}. A friend gives {name} {b} more, but {c} break. How many {things} are left?",
+    ),
+    "-+": (
+        "{name} has {a} {things}, gives away {b} and buys {c} more. How many {things} does {name} have now?",
+        "{name} had {a} {things}. {name} lost {b}, then found {c}. How many {things} does {name} have?",
+        "There are {a} {things} in a box. {name} takes out {b} and puts in {c}. How many {things} are in the box?",
+        "A shop has {a} {things}. It sells {b} and then gets {c} new ones. How many {things} are in the shop?",
+    ),
+    "*+": (
+        "{name} has {a} boxes with {b} {things} each and {c} more {things}. How many {things} are there in all?",
+        "There are {a} bags. Each holds {b} {things}. {name} adds {c} {things}. How many {things} are there?",
+        "{name} buys {a} packs of {b} {things} and finds {c} more. How many {things} does {name} have?",
+    ),
+    "*-": (
+        "{name} has {a} boxes with {b} {things} each and gives away {c}. How many {things} are left?",
+        "There are {a} bags. Each holds {b} {things}. {name} takes {c} {things}. How many {things} are left?",
+        "{name} buys {a} packs of {b} {things} and loses {c}. How many {things} does {name} have?",
+    ),
+}
+STORIES_HELD_OUT = {
+    "+-": ("{name} starts with {a} {things}, gets {b} more and then loses {c}. How many {things} are left?",),
+    "-+": ("{name} starts with {a} {things}, loses {b} and then gets {c} more. How many {things} are there now?",),
+    "*+": ("{name} fills {a} boxes with {b} {things} each and has {c} more. How many {things} does {name} have?",),
+    "*-": ("{name} fills {a} bags with {b} {things} each and gives away {c}. How many {things} are left?",),
+}
+OPERATIONS = {"+": add, "-": subtract, "*": multiply}
+
+
+def sample_story(rng: Random) -> Facts:
+    signs = rng.choice(tuple(STORIES))
+    if signs[0] == "*":
+        a, b = rng.randint(2, 9), rng.randint(2, 30)
+        top = a * b
+    else:
+        a = rng.randint(5, 99)
+        b = rng.randint(2, 60) if signs[0] == "+" else rng.randint(2, a)
+        top = a + b if signs[0] == "+" else a - b
+    c = rng.randint(2, 60) if signs[1] == "+" else rng.randint(1, max(1, min(top, 99)))
+    return signs, a, b, c, rng.choice(NAMES), rng.choice(THINGS)
+
+
+def ask_story(facts: Facts, rng: Random, unseen: bool) -> str:
+    signs, a, b, c, name, things = facts
+    return pick(rng, STORIES[signs], STORIES_HELD_OUT[signs], unseen).format(a=a, b=b, c=c, name=name, things=things)
+
+
+def solve_story(facts: Facts, pieces: Pieces) -> tuple[str, str]:
+    signs, a, b, c, _, things = facts
+    first_lines, first = OPERATIONS[signs[0]](a, b)
+    second_lines, second = OPERATIONS[signs[1]](first, c)
+    return "\n".join([*first_lines, *second_lines]), f"It is {second} {things}."
+
+
+def story_truth(facts: Facts) -> int:
+    signs, a, b, c, *_ = facts
+    first = {"+": a + b, "-": a - b, "*": a * b}[signs[0]]
+    return first + c if signs[1] == "+" else first - c
+
+
+FAMILIES = (
+    column_family("sum", "+", add, SUM, SUM_HELD_OUT, two_numbers, lambda a, b: a + b, True, sum_goes_on),
+    column_family(
+        "difference", "-", subtract, DIFFERENCE, DIFFERENCE_HELD_OUT, mostly_descending, lambda a, b: a - b, False,
+        difference_goes_on,
+    ),
+    column_family(
+        "product", "*", multiply, PRODUCT, PRODUCT_HELD_OUT, by_one_digit, lambda a, b: a * b, True, product_goes_on
+    ),
+    Family(
+        "larger",
+        sample_pair,
+        lambda facts: [f"larger {' '.join(sorted(facts[:2]))}"],
+        ask_larger,
+        solve_larger,
+        check_larger,
+        lambda facts, rng: (
+            (f"And which is {'smaller' if facts[2] == 'larger' else 'larger'}?"),
+            Problem("larger", (facts[0], facts[1], "smaller" if facts[2] == "larger" else "larger")),
+        ),
+    ),
+    Family(
+        "sort", sample_list, lambda facts: [f"sort {' '.join(map(str, sorted(facts[0])))}"], ask_sort, solve_sort, check_sort
+    ),
+    Family(
+        "story",
+        sample_story,
+        lambda facts: [f"story {' '.join(map(str, facts[:4]))}"],
+        ask_story,
+        solve_story,
+        lambda facts, answer: last_integer(answer) == story_truth(facts),
+        lambda facts, rng: go_on_from(story_truth(facts), rng) if story_truth(facts) >= 0 else None,
+    ),
+)

@@ -1,0 +1,135 @@
+"""The offline corpus: conversations with thinking traces, generated from a seed, example i always the same.
+
+    python data/corpus.py --seed 0 --count 3        prints examples
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import console
+from data import arithmetic, dates, letters, talk
+from data.tasks import Family, Pieces, Problem, draw, held_out, pick, with_courtesy
+from data.tokenizer import TINY, pieces_of
+
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (*arithmetic.FAMILIES, *letters.FAMILIES, *dates.FAMILIES)
+}
+WEIGHTS = {"sum": 3, "difference": 3, "product": 3, "larger": 2, "sort": 2, "story": 3, "count": 4, "length": 1}
+WEIGHTS |= {"reverse": 2, "weekday": 1.5, "date": 1.5}
+SWITCH = re.compile(r"\s*/(?:no_)?think$")
+
+
+class Example(NamedTuple):
+    """A conversation up to the user's last turn, and how the assistant goes on."""
+
+    messages: list[dict[str, str]]
+    thinking: bool
+    """What the chat template is asked for (`enable_thinking`)."""
+    trace: str
+    """Empty where no thinking is wanted."""
+    answer: str
+    problem: Problem | None
+    """None for small talk and refusals."""
+
+
+def solve(problem: Problem, pieces: Pieces) -> tuple[str, str]:
+    return FAMILIES[problem.family].solve(problem.facts, pieces)
+
+
+def check(problem: Problem, answer: str) -> bool:
+    """Whether an answer (the text after the thinking) is right: the evaluation's verdict and a reward."""
+    return FAMILIES[problem.family].check(problem.facts, answer)
+
+
+def is_test(problem: Problem) -> bool:
+    """Whether anything of the question is held out, so that training must not show it."""
+    return any(held_out(key) for key in FAMILIES[problem.family].keys(problem.facts))
+
+
+def training_example(seed: int, index: int, pieces: Pieces) -> Example:
+    """Example `index` of the training stream. No held-out question, word or phrasing is ever in it."""
+    rng = Random(f"train {seed} {index}")
+    system = [{"role": "system", "content": rng.choice(talk.SYSTEM)}] if rng.random() < 0.2 else []
+    kind = rng.random()
+    thinking = rng.random() < 0.8
+    if kind < 0.04:
+        question, trace, answer = talk.small_talk(rng) if kind < 0.02 else talk.outside(rng)
+        return Example([*system, user(question)], thinking, trace if thinking else "", answer, None)
+    family = FAMILIES[rng.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))[0]]
+    problem = Problem(family.name, draw(family, rng, test=False))
+    messages = [*system, user(with_courtesy(family.ask(problem.facts, rng, False), rng, False))]
+    if kind < 0.16 and (second := second_turn(problem, messages, rng, pieces)):
+        messages, problem = second
+    return finished(messages, problem, rng, thinking, pieces)
+
+
+def second_turn(problem: Problem, messages: list, rng: Random, pieces: Pieces) -> tuple[list, Problem] | None:
+    """The conversation gone on by one turn, or None where this problem has no follow-up that may be trained on."""
+    follow_ups = FAMILIES[problem.family].follow_ups
+    follow_up = follow_ups(problem.facts, rng) if follow_ups else None
+    if follow_up is None or is_test(follow_up[1]):
+        return None
+    words, following = follow_up
+    answered = {"role": "assistant", "content": solve(problem, pieces)[1]}
+    return [*messages, answered, user(words)], following
+
+
+def finished(messages: list, problem: Problem, rng: Random, thinking: bool, pieces: Pieces) -> Example:
+    """The example with its solution; now and then with the soft switch at the end of the question."""
+    trace, answer = solve(problem, pieces)
+    if thinking and rng.random() < 0.06:
+        thinking_wanted = rng.random() < 0.5
+        messages[-1] = user(messages[-1]["content"] + (" /think" if thinking_wanted else " /no_think"))
+        return Example(messages, True, trace if thinking_wanted else "", answer, problem)
+    return Example(messages, thinking, trace if thinking else "", answer, problem)
+
+
+def test_examples(seed: int, count: int, pieces: Pieces, phrasings: str = "trained") -> Iterator[Example]:
+    """`count` unseen questions, the families in turn; `phrasings="held-out"` also words them as training never does."""
+    unseen = phrasings == "held-out"
+    for index in range(count):
+        rng = Random(f"test {seed} {index} {phrasings}")
+        family = tuple(FAMILIES.values())[index % len(FAMILIES)]
+        problem = Problem(family.name, draw(family, rng, test=True))
+        question = with_courtesy(family.ask(problem.facts, rng, unseen), rng, unseen)
+        system = pick(rng, talk.SYSTEM, talk.SYSTEM_HELD_OUT, unseen)
+        messages = [{"role": "system", "content": system}] if rng.random() < 0.2 else []
+        yield Example([*messages, user(question)], True, *solve(problem, pieces), problem)
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def completion(example: Example) -> str:
+    """What the assistant writes after the chat template's generation prompt, its end token included."""
+    if example.thinking:
+        return f"<think>\n{example.trace}\n</think>\n\n{example.answer}<|im_end|>"
+    return f"{example.answer}<|im_end|>"  # the template has already written the empty thinking
+
+
+def main() -> None:
+    parser = console.ArgumentParser(description="Prints examples of the offline corpus.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=3)
+    parser.add_argument("--test", action="store_true", help="held-out questions in held-out phrasings")
+    arguments = parser.parse_args()
+    pieces = pieces_of(TINY)
+    if arguments.test:
+        examples = test_examples(arguments.seed, arguments.count, pieces, "held-out")
+    else:
+        examples = (training_example(arguments.seed, index, pieces) for index in range(arguments.count))
+    for example in examples:
+        for message in example.messages:
+            print(f"[{message['role']}] {message['content']}")
+        print(f"[assistant] {completion(example)}\n")
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,64 @@
+"""The question families of the bundled model: what a family is, and which of its questions are never trained on.
+
+A family turns facts (`(473, 89)`) into a question in one of many phrasings, a trace that a person can check line by
+line, and an answer that stands alone. The answer is computed from the trace's own steps; `check` finds the truth by
+another road (Python's arithmetic, str.count, the calendar) and compares, so that trace and truth hold each other.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any, NamedTuple
+
+Facts = tuple[Any, ...]
+Pieces = Callable[[str], list[str]]
+"""A word to the pieces that the tokenizer cuts it into; spelling goes piece by piece, since pieces are all it sees."""
+
+
+class Family(NamedTuple):
+    name: str
+    sample: Callable[[Random], Facts]
+    keys: Callable[[Facts], list[str]]
+    """What makes a question new, however it is phrased: 3 + 5 and 5 + 3 have the same keys."""
+    ask: Callable[[Facts, Random, bool], str]
+    """(facts, rng, held_out) -> a question; `held_out` takes the phrasings that training never shows."""
+    solve: Callable[[Facts, Pieces], tuple[str, str]]
+    """-> (trace, answer)"""
+    check: Callable[[Facts, str], bool]
+    """Whether an answer in words is right."""
+    follow_ups: Callable[[Facts, Random], tuple[str, "Problem"]] | None = None
+    """A second turn after these facts: the words, and the problem that they then pose."""
+
+
+class Problem(NamedTuple):
+    family: str
+    facts: Facts
+
+
+# The questions the README shows; no phrasing of them is ever trained on.
+SHOWCASE = frozenset({"word strawberry", "sum 89 473", "difference 512 77", "product 8 47", "larger 9.11 9.9"})
+
+
+def held_out(key: str) -> bool:
+    """Whether what this key names belongs to the test: the showcase, and one in twelve by its hash."""
+    return key in SHOWCASE or hashlib.blake2b(key.encode(), digest_size=8).digest()[0] % 12 == 0
+
+
+def draw(family: Family, rng: Random, test: bool) -> Facts:
+    """Facts for training (none of their keys is held out) or for the test (all are)."""
+    while True:
+        facts = family.sample(rng)
+        if all(held_out(key) == test for key in family.keys(facts)):
+            return facts
+
+
+def pick(rng: Random, trained: Sequence[str], unseen: Sequence[str], held_out: bool) -> str:
+    return rng.choice(unseen if held_out else trained)
+
+
+COURTESY = ("{}", "{}", "{}", "{}", "Please help me: {}", "{} Thanks!", "Hi! {}", "Quick question: {}", "Hello, {}")
+COURTESY_HELD_OUT = ("Good morning! {}", "I need this for my homework: {}", "{} Thank you very much.")
+
+
+def with_courtesy(question: str, rng: Random, held_out: bool) -> str:
+    return rng.choice(COURTESY_HELD_OUT if held_out and rng.random() < 0.5 else COURTESY).format(question)
