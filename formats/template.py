@@ -1,0 +1,181 @@
+"""A checkpoint's chat template, rendered in a process of its own.
+
+A chat template is a Jinja program that writes a list of messages out as one text, and it is somebody else's program.
+Jinja's sandbox keeps it away from Python's internals, but nothing inside a process can stop `'a' * 10**10`,
+`10**(10**10)` or the text of a list that holds itself a billion times: each is one call into C. A child process can be
+stopped by the kernel (setrlimit(2)): it has a second of processor time and a gigabyte of memory for a rendering, and
+may open no file and no socket. It is started once, while the tokenizer loads, and then serves a rendering in less than
+a millisecond. This file is both sides: `TemplateSandbox`, and the child when it is run as a program.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from contextlib import suppress
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import jinja2  # at run time only in the child
+
+CHARACTERS = 16 << 20  # of a request and of a rendered text; a context of 262,144 tokens has about 1 M
+CPU_SECONDS, SECONDS = 1, 10  # processor time; time on the clock, for a machine that is busy
+MEMORY = 1 << 30  # bytes of address space, where the system enforces it (Linux does, macOS does not)
+
+
+class TemplateSandbox:
+    """Renders templates in a child process that has little time, little memory and no files (see above).
+
+    One JSON line goes to the child, [template, variables], and one comes back, {"text"} or {"error"}. After an error
+    or a death the next rendering gets a new child.
+    """
+
+    def __init__(self):
+        self._child: subprocess.Popen | None = None
+        self._owner = 0
+        self._lock = threading.Lock()
+
+    def start(self) -> subprocess.Popen:
+        """The running child. It is outside the terminal's process group: Ctrl-C is not meant for it."""
+        if self._child is None or self._owner != os.getpid():  # a fork's pipe would be its parent's too
+            self._owner = os.getpid()
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", __file__, "--serve-templates"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            self._end = weakref.finalize(self, _end_child, self._child)
+        return self._child
+
+    def render(self, template: str, variables: dict[str, Any]) -> str:
+        """The rendered text. The message of a ValueError says what "the chat template" did."""
+        try:
+            request = json.dumps([template, variables], ensure_ascii=False)
+        except (RecursionError, ValueError, TypeError) as error:
+            raise ValueError(f"can only be given messages and tools of plain JSON data ({error})") from None
+        if len(request) > CHARACTERS:
+            raise ValueError(f"can be given {CHARACTERS:,} characters, not {len(request):,}; shorten the messages")
+        with self._lock:
+            child = self.start()
+            timer = threading.Timer(SECONDS, child.kill)
+            timer.start()
+            reply = {}
+            try:
+                reply = _exchange(child, request)
+            finally:
+                timer.cancel()
+                if "text" not in reply:  # after Ctrl-C too: a late reply must not answer the next request
+                    status = self._stop()
+        if "text" in reply:
+            return reply["text"]
+        error = reply.get("error", f"ended its process (exit status {status})")
+        if status in (-signal.SIGXCPU, -signal.SIGKILL) and not reply:
+            error = f"ran for more than {CPU_SECONDS} s of processor time or {SECONDS} s in all"
+        error = "".join(character if character.isprintable() else " " for character in error[:300])
+        raise ValueError(f"{error}; mend the template or the messages, or use --raw")
+
+    def _stop(self) -> int:
+        """Ends the child and gives its exit status."""
+        child, self._child = self._child, None
+        self._end.detach()
+        return _end_child(child)
+
+
+def _end_child(child: subprocess.Popen) -> int:
+    child.kill()
+    for pipe in (child.stdin, child.stdout):
+        with suppress(OSError):  # what a dead child has not read
+            pipe.close()
+    return child.wait()
+
+
+def _exchange(child: subprocess.Popen, request: str) -> dict[str, str]:
+    """The child's reply, or {} if it died. The reply is a stranger's too: its size and form are checked."""
+    try:
+        child.stdin.write(request.encode("utf-8", "surrogatepass") + b"\n")
+        child.stdin.flush()
+        reply = json.loads(child.stdout.readline(6 * CHARACTERS + 100))
+    except (BrokenPipeError, ValueError, RecursionError):
+        return {}
+    return reply if isinstance(reply, dict) and all(isinstance(value, str) for value in reply.values()) else {}
+
+
+def _serve_templates() -> None:
+    """The child: renders one request after the other under limits that it cannot raise again."""
+    import resource
+
+    import jinja2
+
+    environment = _template_environment()
+    compiled = lru_cache(maxsize=4)(environment.from_string)
+    with suppress(jinja2.TemplateError):  # what is imported or read on first use must be so before files are shut off
+        environment.from_string("{{ raise_exception(strftime_now('%Z')) }}").render()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    for request in sys.stdin.buffer:
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + CPU_SECONDS, hard))
+        try:
+            template, variables = json.loads(request.decode("utf-8", "surrogatepass"))
+            reply = {"text": _rendered(compiled(template), variables)}
+        except MemoryError:
+            reply = {"error": f"needs more than {MEMORY >> 20} MiB of memory"}
+        except Exception as error:
+            reply = {"error": f"failed ({type(error).__name__}: {str(error)[:200]})"}
+        sys.stdout.write(json.dumps(reply) + "\n")
+        sys.stdout.flush()
+
+
+def _rendered(template: "jinja2.Template", variables: dict[str, Any]) -> str:
+    pieces, characters = [], 0
+    for piece in template.generate(variables):
+        pieces.append(piece)
+        characters += len(piece)
+        if characters > CHARACTERS:
+            raise ValueError(f"it prints more than {CHARACTERS:,} characters")
+    return "".join(pieces)
+
+
+def _template_environment() -> "jinja2.Environment":
+    """Jinja with the settings, functions and tags that chat templates are written for (those of transformers)."""
+    from jinja2 import TemplateError, ext, nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationTag(ext.Extension):
+        """`{% generation %} ... {% endgeneration %}` marks what training learns from; here it is only its content."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        """Jinja's own `tojson` escapes characters for HTML."""
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, ext.loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--serve-templates"]:
+        sys.exit("formats/template.py is started by chat.py; `python generate.py` is the chat")
+    _serve_templates()
