@@ -347,7 +347,7 @@ def _special_tokens(tokenizer_config: dict) -> dict[str, str]:
 def _checked_dicts(values: list[dict], name: str) -> list[dict]:
     wrong = next((value for value in values if not isinstance(value, dict)), None)
     if wrong is not None:
-        raise ValueError(f"{name}: {str(wrong)[:80]!r} is not a dict; each entry is one, like {{'role': 'user', ...}}")
+        raise ValueError(f"{name}: {repr(wrong)[:80]} is not a dict; each entry is one, like {{'role': 'user', ...}}")
     return values
 
 

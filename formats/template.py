@@ -9,7 +9,6 @@ a millisecond. This file is both sides: `TemplateSandbox`, and the child when it
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -38,13 +37,11 @@ class TemplateSandbox:
 
     def __init__(self):
         self._child: subprocess.Popen | None = None
-        self._owner = 0
         self._lock = threading.Lock()
 
     def start(self) -> subprocess.Popen:
         """The running child. It is outside the terminal's process group: Ctrl-C is not meant for it."""
-        if self._child is None or self._owner != os.getpid():  # a fork's pipe would be its parent's too
-            self._owner = os.getpid()
+        if self._child is None or self._child.poll() is not None:  # which is so in a fork of this process too
             self._child = subprocess.Popen(
                 [sys.executable, "-P", __file__, "--serve-templates"],
                 stdin=subprocess.PIPE,
