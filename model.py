@@ -339,6 +339,21 @@ class KVCache:
         assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
         self.lengths = list(lengths)
 
+    def keep(self, rows: list[int]) -> None:
+        """Leaves only these rows of the batch, in this order."""
+        self.keys = [keys[rows] for keys in self.keys]
+        self.values = [values[rows] for values in self.values]
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def grow(self, max_len: int) -> None:
+        """Makes room for `max_len` positions and keeps those that are filled."""
+        filled = max(self.lengths)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_empty((*old.shape[:2], max_len, old.shape[3]))
+                tensors[layer][:, :, :filled] = old[:, :, :filled]
+        self.max_len = max_len
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """softmax(q·kᵀ / √D)·v. q [B, H, T, D]; k, v [B, K, S, D]; mask bool [B or 1, 1, T, S] → [B, H, T, D]."""
@@ -491,6 +506,7 @@ class Qwen3(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.generation_config: dict[str, Any] = {}  # the checkpoint's advice on sampling and its end tokens
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -537,6 +553,8 @@ class Qwen3(nn.Module):
         with atomic_file(directory / "model.safetensors") as temporary:
             save_file(weights, temporary, metadata={"format": "pt"})
         write_text(directory / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
+        if self.generation_config:
+            write_text(directory / "generation_config.json", json.dumps(self.generation_config, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -590,6 +608,7 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
     if found:
         raise ValueError(f"{path}: the weights do not fit config.json; " + "; ".join(found))
     model.model.rope_frequencies = model.model.rope_frequencies.to(device)
+    model.generation_config = checkpoint.generation_config
     return model.eval()
 
 
