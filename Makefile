@@ -1,0 +1,49 @@
+# make run    a question to the bundled model, from nothing but Python 3.11+, make and git
+# make test   the whole suite: ruff, then pytest
+# Both make .venv with the versions of requirements.lock first, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint requirements.lock
+TORCH := $(shell grep '^torch==' requirements.lock)
+# Without an NVIDIA driver PyTorch's CPU build will do, which is a tenth of the download.
+CPU_INDEX := $(if $(shell command -v nvidia-smi),,--retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
+QUESTION ?= How many times does the letter r appear in strawberry?
+
+.PHONY: run test interop tiny clean
+
+run: $(VENV)/.run
+	@$(BIN)/python generate.py --model models/tiny --thinking "$(QUESTION)"
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+# Against llama.cpp itself: needs llama-cpp-python in the environment, which compiles for some minutes.
+interop: $(VENV)/.test
+	$(BIN)/python -c "import llama_cpp" 2>/dev/null || $(PIP) llama-cpp-python
+	$(BIN)/python -m pytest tests/interop
+
+# The bundled model again, from its seed: corpus, tokenizer, training, evaluation.
+tiny: $(VENV)/.run
+	$(BIN)/python train.py configs/tiny.yaml --resume
+
+$(VENV)/.torch: requirements.lock
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 run" >&2; exit 2; }
+	@echo "Installing into $(VENV) (once)" >&2
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(CPU_INDEX) $(TORCH)
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(PIP) --editable '.[train,test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis
