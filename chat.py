@@ -105,8 +105,8 @@ class Chat:
         named = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
         variables = {
             **self.special_tokens,
-            "messages": [_template_message(message) for message in _checked_dicts(messages, "messages")],
-            "tools": _checked_dicts(tools, "tools") if tools is not None else None,
+            "messages": [_template_message(message) for message in _dicts(messages, "messages")],
+            "tools": _dicts(tools, "tools") if tools is not None else None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             "enable_thinking": thinking,
@@ -122,8 +122,11 @@ class Chat:
         """Ids of plain text; special tokens written in it become those tokens, and none is added around it."""
         try:
             return self.tokenizer.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeEncodeError):
+        except TypeError:
             raise ValueError("the text holds half of a surrogate pair, which is no character; remove it") from None
+        except BaseException as error:
+            _reraise_unless_library(error)
+            raise ValueError(f"{self.source}: tokenizer.json's pattern fails on this text ({error})") from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of ids, with U+FFFD where their bytes are not UTF-8. Spaces stay as they are."""
@@ -298,9 +301,10 @@ def _read_text(path: Path, limit: int) -> str:
 
 
 def _read_json_object(path: Path, limit: int) -> dict[str, Any]:
+    text = _read_text(path, limit)
     try:
-        content = json.loads(_read_text(path, limit))
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); replace it by the published one") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a JSON {type(content).__name__} where an object is expected")
@@ -310,14 +314,26 @@ def _read_json_object(path: Path, limit: int) -> dict[str, Any]:
 def _tokenizer(source: str, tokenizer_json: str) -> Tokenizer:
     """The tokenizer of a tokenizer.json, which must be BPE over bytes: streams of text rely on it."""
     try:
-        tokenizer = Tokenizer.from_str(tokenizer_json)
-    except Exception as error:  # the library raises no narrower class
+        model = json.loads(tokenizer_json)["model"]
+        affixed = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        # With affixes the library may abort the whole process, so they are not even shown to it.
+        tokenizer = None if affixed else Tokenizer.from_str(tokenizer_json)
+    except BaseException as error:
+        _reraise_unless_library(error)
         raise ValueError(f"{source}: tokenizer.json can't be read ({error}); replace it by the published one") from None
-    if not isinstance(tokenizer.model, models.BPE) or not isinstance(tokenizer.decoder, decoders.ByteLevel):
+    if not tokenizer or not isinstance(tokenizer.model, models.BPE):
         raise ValueError(f"{source}: tokenizer.json is not a byte-level BPE, the only kind that Qwen3 has")
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        raise ValueError(f"{source}: tokenizer.json has no ByteLevel decoder, which all of Qwen3's have")
     tokenizer.no_truncation()  # the file may keep settings of somebody's training
     tokenizer.no_padding()
     return tokenizer
+
+
+def _reraise_unless_library(error: BaseException) -> None:
+    """A panic of the tokenizers library is a BaseException without a public name; Ctrl-C and exits are not for us."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
 
 
 def _templates(source: str, tokenizer_config: dict) -> dict[str, str]:
@@ -344,10 +360,10 @@ def _special_tokens(tokenizer_config: dict) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _checked_dicts(values: list[dict], name: str) -> list[dict]:
-    wrong = next((value for value in values if not isinstance(value, dict)), None)
-    if wrong is not None:
-        raise ValueError(f"{name}: {repr(wrong)[:80]} is not a dict; each entry is one, like {{'role': 'user', ...}}")
+def _dicts(values: list[dict], name: str) -> list[dict]:
+    wrong = [value for value in values if not isinstance(value, dict)]
+    if wrong:
+        raise ValueError(f"{name}: {repr(wrong[0])[:80]} is not a dict; give a list of them, as JSON has them")
     return values
 
 

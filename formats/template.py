@@ -106,7 +106,7 @@ def _exchange(child: subprocess.Popen, request: str) -> dict[str, str]:
 
 
 def _serve_templates() -> None:
-    """The child: renders one request after the other under limits that it cannot raise again."""
+    """The child: sets its limits before it reads anything of a stranger's, then answers one request after the other."""
     import resource
 
     import jinja2

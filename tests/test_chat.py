@@ -520,6 +520,18 @@ def config(**fields):
     return replaced("tokenizer_config.json", json.dumps(fields).encode())
 
 
+def affixed(path: Path) -> None:
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["model"]["continuing_subword_prefix"] = "\x00"
+    (path / "tokenizer.json").write_text(json.dumps(content))
+
+
+def endless(path: Path) -> None:
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "(x+)+y"}
+    (path / "tokenizer.json").write_text(json.dumps(content))
+
+
 def sparse(path: Path) -> None:
     os.truncate(path / "tokenizer.json", 1 << 40)
 
@@ -531,6 +543,8 @@ BROKEN = {
     "tokenizer not UTF-8": (replaced("tokenizer.json", b"\x80" * 9), "tokenizer.json: not UTF-8 at byte 0"),
     "tokenizer of a terabyte": (sparse, "tokenizer.json: 1,099,511,627,776 bytes"),
     "tokenizer of words": (replaced("tokenizer.json", WORD_LEVEL), "not a byte-level BPE"),
+    "tokenizer with affixes": (affixed, "not a byte-level BPE"),
+    "tokenizer with an endless pattern": (endless, "tokenizer.json's pattern fails on this text"),
     "config not JSON": (replaced("tokenizer_config.json", b"{'a': 1}"), "tokenizer_config.json: not JSON"),
     "config nested": (replaced("tokenizer_config.json", b"[" * 99999), "tokenizer_config.json: not JSON"),
     "config a list": (replaced("tokenizer_config.json", b"[]"), "a JSON list where an object"),
@@ -550,5 +564,5 @@ def test_broken_files_get_their_line(tmp_path, name):
     directory = write_checkpoint(tmp_path)
     break_it(directory)
     with pytest.raises(ValueError, match=line) as caught:
-        Chat.from_pretrained(directory).render([{"role": "user", "content": "x"}])
+        Chat.from_pretrained(directory).render([{"role": "user", "content": "x" * 99}])
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
