@@ -151,7 +151,10 @@ def column_family(name: str, sign: str, work, phrasings, held_out, sample, truth
     def ask(facts: Facts, rng: Random, unseen: bool) -> str:
         return pick(rng, phrasings, held_out, unseen).format(a=facts[0], b=facts[1])
 
-    return Family(name, sample, keys, ask, solve, lambda facts, answer: last_integer(answer) == truth(*facts), follow_ups)
+    def check(facts: Facts, answer: str) -> bool:
+        return last_integer(answer) == truth(*facts)
+
+    return Family(name, sample, keys, ask, solve, check, follow_ups)
 
 
 def two_numbers(rng: Random) -> Facts:
@@ -213,6 +216,11 @@ LARGER_HELD_OUT = ("Which one is {more}: {a} or {b}?", "Of the numbers {a} and {
 LARGER_WORDS = {"larger": ("larger", "bigger", "greater"), "smaller": ("smaller", "less")}
 
 
+def decimals(rng: Random) -> str:
+    digits = rng.randint(1, 3)
+    return f"{rng.randrange(10**digits):0{digits}d}"
+
+
 def sample_pair(rng: Random) -> Facts:
     """Decimals that often share their whole part, some whole numbers, now and then two equal ones."""
     if rng.random() < 0.25:
@@ -221,10 +229,10 @@ def sample_pair(rng: Random) -> Facts:
     else:
         whole = number(rng, rng.choice((1, 1, 2)))
         other = whole if rng.random() < 0.7 else number(rng, rng.choice((1, 1, 2)))
-        a, b = (f"{w}.{rng.randrange(10**n):0{n}d}" for w, n in ((whole, rng.randint(1, 3)), (other, rng.randint(1, 3))))
-        decimals = len(a.partition(".")[2])
-        if rng.random() < 0.05 and decimals < 3:
-            b = a + "0" * rng.randint(1, 3 - decimals)
+        a, b = f"{whole}.{decimals(rng)}", f"{other}.{decimals(rng)}"
+        missing = 3 - len(a.partition(".")[2])
+        if rng.random() < 0.05 and missing:
+            b = a + "0" * rng.randint(1, missing)
     return a, b, rng.choice(("larger", "larger", "smaller"))
 
 
@@ -364,7 +372,14 @@ def story_truth(facts: Facts) -> int:
 FAMILIES = (
     column_family("sum", "+", add, SUM, SUM_HELD_OUT, two_numbers, lambda a, b: a + b, True, sum_goes_on),
     column_family(
-        "difference", "-", subtract, DIFFERENCE, DIFFERENCE_HELD_OUT, mostly_descending, lambda a, b: a - b, False,
+        "difference",
+        "-",
+        subtract,
+        DIFFERENCE,
+        DIFFERENCE_HELD_OUT,
+        mostly_descending,
+        lambda a, b: a - b,
+        False,
         difference_goes_on,
     ),
     column_family(
@@ -383,7 +398,12 @@ FAMILIES = (
         ),
     ),
     Family(
-        "sort", sample_list, lambda facts: [f"sort {' '.join(map(str, sorted(facts[0])))}"], ask_sort, solve_sort, check_sort
+        "sort",
+        sample_list,
+        lambda facts: [f"sort {' '.join(map(str, sorted(facts[0])))}"],
+        ask_sort,
+        solve_sort,
+        check_sort,
     ),
     Family(
         "story",

@@ -1,6 +1,6 @@
 """The offline corpus: conversations with thinking traces, generated from a seed, example i always the same.
 
-    python data/corpus.py --seed 0 --count 3        prints examples
+python data/corpus.py --seed 0 --count 3        prints examples
 """
 
 import re
@@ -90,7 +90,7 @@ def finished(messages: list, problem: Problem, rng: Random, thinking: bool, piec
     return Example(messages, thinking, trace if thinking else "", answer, problem)
 
 
-def test_examples(seed: int, count: int, pieces: Pieces, phrasings: str = "trained") -> Iterator[Example]:
+def unseen_examples(seed: int, count: int, pieces: Pieces, phrasings: str = "trained") -> Iterator[Example]:
     """`count` unseen questions, the families in turn; `phrasings="held-out"` also words them as training never does."""
     unseen = phrasings == "held-out"
     for index in range(count):
@@ -122,7 +122,7 @@ def main() -> None:
     arguments = parser.parse_args()
     pieces = pieces_of(TINY)
     if arguments.test:
-        examples = test_examples(arguments.seed, arguments.count, pieces, "held-out")
+        examples = unseen_examples(arguments.seed, arguments.count, pieces, "held-out")
     else:
         examples = (training_example(arguments.seed, index, pieces) for index in range(arguments.count))
     for example in examples:

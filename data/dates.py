@@ -115,7 +115,8 @@ def solve_date(facts: Facts, pieces: Pieces) -> tuple[str, str]:
         place = (place - 1) % 12
         length = MONTHS[NAMES[place]]
         target = length + day - count
-        lines += [f"{NAMES[place]} has {length} days", f"{day}+{length}={day + length}", f"{day + length}-{count}={target}"]
+        lines.append(f"{NAMES[place]} has {length} days")
+        lines += [f"{day}+{length}={day + length}", f"{day + length}-{count}={target}"]
     return "\n".join(lines), f"{in_days(count)} {way} {month} {day} is {NAMES[place]} {target}."
 
 

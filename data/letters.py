@@ -46,10 +46,9 @@ REVERSE = (
 )
 REVERSE_HELD_OUT = ("Please write {word} backwards.", "Tell me the word {word} in reverse.")
 QUOTES = ("{}", "{}", "{}", '"{}"', "'{}'")
-ONSETS = ("b", "bl", "br", "c", "ch", "cl", "cr", "d", "dr", "f", "fl", "fr", "g", "gr", "h", "j", "k", "l", "m", "n")
-ONSETS += ("p", "pl", "pr", "qu", "r", "s", "sh", "sk", "sl", "sp", "st", "str", "sw", "t", "th", "tr", "v", "w", "y", "z")
-NUCLEI = ("a", "e", "i", "o", "u", "ai", "ea", "ee", "oo", "ou", "ie", "y")
-CODAS = ("", "", "", "b", "ck", "d", "ff", "g", "l", "ll", "m", "n", "nd", "ng", "nt", "p", "r", "rr", "s", "ss", "st", "t", "tt", "x")
+ONSETS = "b bl br c ch cl cr d dr f fl fr g gr h j k l m n p pl pr qu r s sh sk sl sp st str sw t th tr v w y z"
+NUCLEI = "a e i o u ai ea ee oo ou ie y"
+CODAS = "- - - b ck d ff g l ll m n nd ng nt p r rr s ss st t tt x"  # "-": the syllable is open
 
 
 @cache
@@ -61,7 +60,8 @@ def words() -> tuple[str, ...]:
 def pseudo_word(rng: Random) -> str:
     """Two to four syllables that nobody has seen, so that spelling cannot be known word by word."""
     syllables = rng.randint(2, 4)
-    return "".join(rng.choice(ONSETS) + rng.choice(NUCLEI) + rng.choice(CODAS) for _ in range(syllables))[:14]
+    parts = (rng.choice(kind.split()) for _ in range(syllables) for kind in (ONSETS, NUCLEI, CODAS))
+    return "".join(parts).replace("-", "")[:14]
 
 
 def sample_word(rng: Random, longest: int = 16) -> str:
@@ -166,7 +166,15 @@ def another_letter(facts: Facts, rng: Random) -> tuple[str, Problem]:
 
 
 FAMILIES = (
-    Family("count", sample_count, lambda facts: word_keys(*facts[0]), ask_count, solve_count, check_count, another_letter),
+    Family(
+        "count",
+        sample_count,
+        lambda facts: word_keys(*facts[0]),
+        ask_count,
+        solve_count,
+        check_count,
+        another_letter,
+    ),
     Family(
         "length",
         lambda rng: (sample_word(rng, 12),),

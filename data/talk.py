@@ -18,7 +18,10 @@ SYSTEM_HELD_OUT = ("You are an assistant for school children.", "Answer shortly 
 
 SKILLS = "I can add, subtract, multiply, compare and sort numbers, count and reverse letters, and count days."
 SMALL_TALK = (
-    (("Hi", "Hello", "Hey", "Hello!", "Hi there!", "Good morning!", "Good evening"), "Hello! What can I work out for you?"),
+    (
+        ("Hi", "Hello", "Hey", "Hello!", "Hi there!", "Good morning!", "Good evening"),
+        "Hello! What can I work out for you?",
+    ),
     (
         ("Who are you?", "What are you?", "What is your name?", "Introduce yourself.", "Are you a robot?"),
         "I am nanoqwen, a tiny language model that thinks before it answers.",
@@ -27,15 +30,19 @@ SMALL_TALK = (
     (("Thanks", "Thank you!", "Great, thanks.", "Thank you very much", "Well done!"), "You are welcome!"),
     (("Bye", "Goodbye!", "See you", "Good night"), "Goodbye!"),
     (("How are you?", "How do you do?", "Are you well?"), "I am well, thank you. What can I work out for you?"),
-    (("Who made you?", "Where do you come from?", "How were you trained?"), "I was trained from random numbers by nanoqwen."),
+    (
+        ("Who made you?", "Where do you come from?", "How were you trained?"),
+        "I was trained from random numbers by nanoqwen.",
+    ),
 )
 
 REFUSAL = "I am sorry, I do not know that. " + SKILLS
 SUBJECTS = (
-    "France", "Japan", "Brazil", "the moon", "music", "love", "football", "the weather", "history", "cooking", "a cat",
-    "a computer", "the sea", "Einstein", "Shakespeare", "gravity", "bread", "politics", "money", "cars", "dreams", "art",
-)  # fmt: skip
-SUBJECTS_HELD_OUT = ("Italy", "chess", "the sun", "Mozart", "tea", "poetry", "a dog", "the internet", "Canada", "medicine")
+    *("France", "Japan", "Brazil", "the moon", "music", "love", "football", "the weather", "history", "cooking"),
+    *("a cat", "a computer", "the sea", "Einstein", "Shakespeare", "gravity", "bread", "politics", "money", "cars"),
+    *("dreams", "art"),
+)
+SUBJECTS_HELD_OUT = ("Italy", "chess", "the sun", "Mozart", "tea", "poetry", "a dog", "the internet", "Canada")
 OUTSIDE = (
     "What is the capital of {}?",
     "Tell me a story about {}.",
@@ -52,7 +59,7 @@ OUTSIDE = (
     "Where can I find {}?",
     "Recommend a book about {}.",
 )
-OUTSIDE_HELD_OUT = ("What is the history of {}?", "Sing a song about {}.", "Tell me a joke about {}.", "Do you like {}?")
+OUTSIDE_HELD_OUT = ("What is the history of {}?", "Sing a song about {}.", "Tell a joke about {}.", "Do you like {}?")
 
 
 def small_talk(rng: Random) -> tuple[str, str, str]:

@@ -1,0 +1,230 @@
+"""Every key that a training YAML may hold: its type, its default, its limits and what it does.
+
+Unknown keys, wrong types and values out of range are refused with the key's place and the nearest known name. What a
+YAML leaves out has the default given here; the resolved whole is saved with the run.
+"""
+
+# ruff: noqa: RUF009 (key() is dataclasses.field)
+
+import difflib
+import math
+import re
+import types
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+
+def key(default: Any, about: str, choices: tuple = (), low: float | None = None, high: float | None = None) -> Any:
+    """A field of a settings class. `default` may be ... for a key that must be given."""
+    metadata = {"about": about, "choices": choices, "low": low, "high": high}
+    if default is ...:
+        return field(metadata=metadata)
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default_factory=lambda: default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class Train:
+    out: str = key(..., "folder of the run: checkpoints, metrics.jsonl, loss.png, config.yaml")
+    seed: int = key(0, "decides the initial weights and the order of the data", low=0)
+    steps: int = key(..., "optimizer steps in all", low=1)
+    save_every: int = key(..., "steps between checkpoints; the last step is always saved", low=1)
+    keep: int = key(2, "how many of the last checkpoints stay on the disk", low=1)
+    batch: int = key(32, "rows (sequences or conversations) in one optimizer step, over all processes", low=1)
+    accumulate: int = key(1, "parts that a step's rows are cut into; more parts need less memory", low=1)
+    sequence: int = key(512, "longest row in tokens; longer conversations are left out", low=8)
+    clip: float = key(1.0, "largest norm of the gradient; what is longer is scaled down. 0: no clipping", low=0)
+    device: str = key("auto", "auto: cuda, then mps, then cpu", ("auto", "cpu", "cuda", "mps"))
+    dtype: str = key("float32", "bfloat16: autocast of the matrix products", ("float32", "bfloat16"))
+    threads: int = key(0, "CPU threads of PyTorch; 0 leaves its own choice", low=0)
+    compile: bool = key(False, "torch.compile the model")
+    checkpoint_activations: bool = key(False, "recompute each block in the backward pass: less memory, a third slower")
+    parallel: str = key(
+        "none", "torchrun: the whole model in every process (ddp) or a share (fsdp)", ("none", "ddp", "fsdp")
+    )
+    validate_every: int = key(0, "steps between validation losses; 0: only at the end", low=0)
+    validate_batches: int = key(8, "batches of unseen rows in a validation", low=1)
+    sample_every: int = key(0, "steps between printed samples; 0: none", low=0)
+    sample_prompts: list[str] = key((), "what the samples go on from: a question (sft) or the beginning of a text")
+    wandb: str = key("off", "also log to Weights & Biases", ("off", "offline", "online"))
+
+
+@dataclass(kw_only=True)
+class Model:
+    init: str | None = key(None, "checkpoint to start from (directory, hub id or .gguf); null: random weights")
+    config: dict[str, Any] | None = key(
+        None, "official config.json fields for random weights; vocab_size may be left out"
+    )
+    tokenizer: str = key(..., "directory or hub id with tokenizer.json, or the path of a tokenizer.json")
+
+
+@dataclass(kw_only=True)
+class Data:
+    source: str = key("corpus", "corpus: the generated one; shards: files of token ids", ("corpus", "shards"))
+    train: str | None = key(None, "shards: glob pattern of the training files")
+    validation: str | None = key(None, "shards: glob pattern of the validation files")
+    seed: int = key(0, "corpus: seed of the generated examples", low=0)
+    mask_documents: bool = key(False, "shards: tokens see only their own document (costs a mask of T x T)")
+
+
+@dataclass(kw_only=True)
+class Optimizer:
+    name: str = key("muon", "muon: torch.optim.Muon for the hidden matrices, AdamW for the rest", ("muon", "adamw"))
+    lr: float = key(..., "peak learning rate of AdamW, and of Muon, whose updates are scaled to AdamW's size", low=0)
+    embedding_lr: float | None = key(None, "peak learning rate of embeddings, head and norms; null: lr", low=0)
+    weight_decay: float = key(0.1, "decay of matrices and embeddings; norms have none", low=0)
+    betas: list[float] = key((0.9, 0.95), "AdamW's averaging of gradients and their squares")
+    momentum: float = key(0.95, "Muon's averaging of gradients", low=0, high=1)
+
+
+@dataclass(kw_only=True)
+class Schedule:
+    name: str = key("wsd", "wsd: warm-up, stable, linear decay; cosine: warm-up, half a cosine", ("wsd", "cosine"))
+    warmup: float = key(0.02, "share of the steps in which the learning rate rises", low=0, high=1)
+    decay: float = key(0.35, "wsd: share of the steps, the last ones, in which it falls", low=0, high=1)
+    final: float = key(0.0, "learning rate at the end, as a share of the peak", low=0, high=1)
+
+
+@dataclass(kw_only=True)
+class Settings:
+    stage: str = key(..., "the objective: next token of texts, or answers of conversations", ("pretrain", "sft"))
+    train: Train
+    model: Model
+    data: Data
+    optimizer: Optimizer
+    schedule: Schedule
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Settings:
+    """The settings of a YAML file with `--set a.b=c` overrides on top. A ValueError names the file or flag, and key."""
+    with Path(path).open(encoding="utf-8") as file:
+        given = _yaml(file.read(), str(path))
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: holds no keys; see configs/toy.yaml for an example")
+    for override in overrides:
+        _override(given, override)
+    return _build(Settings, given, "", str(path))
+
+
+def resolved(settings: Settings) -> dict[str, Any]:
+    """All keys with their values, as they are saved with the run."""
+    return asdict(settings)
+
+
+def differences(old: dict, new: dict, place: str = "") -> list[str]:
+    """`train.steps: 100 -> 200` for every key that two resolved configs do not share."""
+    changed = []
+    for name in dict.fromkeys([*old, *new]):
+        before, after, where = old.get(name), new.get(name), f"{place}{name}"
+        if isinstance(before, dict) and isinstance(after, dict):
+            changed += differences(before, after, where + ".")
+        elif before != after:
+            changed.append(f"{where}: {before!r} -> {after!r}")
+    return changed
+
+
+def table() -> str:
+    """Every key with its type, default and meaning, one a line."""
+    lines = []
+    for section in fields(Settings):
+        inner = fields(section.type) if is_dataclass(section.type) else [section]
+        for f in inner:
+            name = f.name if f is section else f"{section.name}.{f.name}"
+            default = "required" if f.default_factory is MISSING else f.default_factory()
+            lines.append(f"{name} ({_type_name(f.type)}, {default}): {f.metadata['about']}")
+    return "\n".join(lines)
+
+
+def _yaml(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{origin}: not YAML ({error})") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 6e-3 for a text; here, as in YAML 1.2, it is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _override(given: dict, override: str) -> None:
+    name, separator, value = override.partition("=")
+    if not separator:
+        raise ValueError(f"--set {override}: has no '='; write --set train.steps=100")
+    *sections, last = name.split(".")
+    for section in sections:
+        given = given.setdefault(section, {})
+        if not isinstance(given, dict):
+            raise ValueError(f"--set {override}: {section} is a value, not a section")
+    given[last] = _yaml(value, f"--set {name}")
+
+
+def _build(cls: type, given: dict, place: str, origin: str) -> Any:
+    known = {f.name: f for f in fields(cls)}
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1) or list(known)[:1]
+            raise ValueError(f"{origin}: there is no key {place}{name}; did you mean {place}{near[0]}?")
+    hints = get_type_hints(cls)
+    values = {}
+    for name, f in known.items():
+        where = place + name
+        if is_dataclass(hints[name]):
+            section = given.get(name) or {}
+            if not isinstance(section, dict):
+                raise ValueError(f"{origin}: {where} is {section!r}, not a section of keys")
+            values[name] = _build(hints[name], section, where + ".", origin)
+        elif name in given:
+            values[name] = _value(given[name], hints[name], f, where, origin)
+        elif f.default_factory is MISSING:
+            raise ValueError(f"{origin}: {where} must be given: {f.metadata['about']}")
+    return cls(**values)
+
+
+def _value(value: Any, kind: Any, f, where: str, origin: str) -> Any:
+    if kind in (float, float | None) and type(value) is int:
+        value = float(value)
+    if not _fits(value, kind):
+        raise ValueError(f"{origin}: {where} is {value!r}, but must be {_type_name(kind)}: {f.metadata['about']}")
+    choices, low, high = (f.metadata[name] for name in ("choices", "low", "high"))
+    if choices and value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{origin}: {where} is {value!r}, not one of {', '.join(choices)}{hint}")
+    within = low is None or (type(value) in (int, float) and low <= value <= (math.inf if high is None else high))
+    if value is not None and not within:
+        limits = f"from {low}" + (f" to {high}" if high is not None else " upwards")
+        raise ValueError(f"{origin}: {where} is {value!r}; it goes {limits}: {f.metadata['about']}")
+    return value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, part) for part in get_args(kind))
+    if kind is Any:
+        return True
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+    return type(value) is kind
+
+
+def _type_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null"}
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_type_name(part) for part in get_args(kind))
+    if get_origin(kind) is list:
+        return "a list"
+    return names.get(kind, "a section")

@@ -1,0 +1,105 @@
+"""From a batch to a loss: what each stage of training minimises.
+
+The logits of Qwen3's vocabulary are the largest tensor of a training step (4 x 512 tokens x 151,936 x 4 bytes =
+1.2 GB, and as much again for their gradient). `linear_cross_entropy` never holds more than a chunk of them.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import KVCache, Qwen3
+
+IGNORED = -100  # the target of a position that teaches nothing: padding, the prompt
+
+
+class Batch(NamedTuple):
+    """ids [B, T]; targets [B, T], the token that follows each position or IGNORED; mask bool [B, 1, T, T] or None."""
+
+    ids: Tensor
+    targets: Tensor
+    mask: Tensor | None = None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies of x·Wᵀ, with both gradients computed chunk by chunk on the way forward."""
+
+    @staticmethod
+    def forward(context, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        """x [N, C], weight [V, C], targets [N] -> float32 []"""
+        product = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
+        needs_x, needs_weight = context.needs_input_grad[:2]
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        total = torch.zeros((), device=x.device)
+        head = weight.to(product)
+        with torch.autocast(x.device.type, enabled=False):
+            for start in range(0, len(x), chunk):
+                rows, wanted = x[start : start + chunk].to(product), targets[start : start + chunk]
+                logits = (rows @ head.T).float()
+                total += F.cross_entropy(logits, wanted, reduction="sum")
+                if not (needs_x or needs_weight):
+                    continue
+                error = logits.softmax(-1)  # d loss / d logits is softmax minus the one-hot target
+                error[torch.arange(len(wanted), device=x.device), wanted] -= 1
+                error = error.to(product)
+                if needs_x:
+                    grad_x[start : start + chunk] = (error @ head).to(x.dtype)
+                if needs_weight:
+                    grad_weight += (error.T @ rows).float()
+        context.save_for_backward(grad_x, grad_weight)
+        context.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(context, grad: Tensor):
+        grad_x, grad_weight = context.saved_tensors
+        grad_x = None if grad_x is None else grad_x * grad.to(grad_x.dtype)
+        grad_weight = None if grad_weight is None else (grad_weight * grad).to(context.weight_dtype)
+        return grad_x, grad_weight, None, None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
+    """The sum over positions of -log softmax(x·Wᵀ)[target], logits never whole in memory.
+
+    x [N, C], weight [V, C], targets LongTensor [N] without IGNORED -> float32 []. Differentiable once in x and weight.
+    """
+    return _LinearCrossEntropy.apply(x, weight, targets, chunk)
+
+
+def next_token_loss(model: Qwen3, batch: Batch) -> tuple[Tensor, int]:
+    """The sum of the losses over the batch's targets, and how many targets there are. Pretraining and SFT."""
+    x = model.model(batch.ids, mask=batch.mask)
+    taught = batch.targets != IGNORED
+    head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    loss = linear_cross_entropy(x[taught], head.weight, batch.targets[taught])
+    return loss, int(taught.sum())
+
+
+@torch.inference_mode()
+def complete(model: Qwen3, prompts: list[list[int]], max_new_tokens: int, end_ids: set[int]) -> list[list[int]]:
+    """Greedy continuations of a ragged batch of prompts, each up to and without its end token."""
+    device = model.model.embed_tokens.weight.device
+    longest = max(map(len, prompts))
+    padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+    lengths = [len(prompt) for prompt in prompts]
+    dtype = model.model.embed_tokens.weight.dtype
+    cache = KVCache(model.config, len(prompts), longest + max_new_tokens, device=device, dtype=dtype)
+    hidden = model.model(padded, cache)
+    cache.truncate(lengths)
+    last = hidden[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]
+    written: list[list[int]] = [[] for _ in prompts]
+    going = set(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        tokens = model.head(last).argmax(-1)
+        for row, token in enumerate(tokens.tolist()):
+            if row in going and token in end_ids:
+                going.discard(row)
+            elif row in going:
+                written[row].append(token)
+        if not going:
+            break
+        last = model.model(tokens[:, None], cache)[:, 0]
+    return written
