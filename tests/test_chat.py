@@ -186,17 +186,17 @@ def test_prompts_equal_transformers(chat, oracle, name):
 
 
 @without_assets
-@pytest.mark.parametrize("template", templates())
-def test_every_published_template(official, template):
+def test_every_published_template(official, monkeypatch):
     from transformers import AutoTokenizer
 
     other = AutoTokenizer.from_pretrained(official.source)
-    other.chat_template = templates()[template]
-    variant = Chat(official.source, official.tokenizer.to_str(), {"eos_token": "<|im_end|>"}, templates()[template])
-    for name, messages in CHATS.items():
-        if name not in ("very long", "many turns"):
-            assert_same_prompt(variant, other, messages)
-            assert_same_prompt(variant, other, messages, thinking=False, tools=[TOOL])
+    for template in templates().values():
+        monkeypatch.setattr(official, "templates", {"default": template})
+        other.chat_template = template
+        for name, messages in CHATS.items():
+            if name not in ("very long", "many turns"):
+                assert_same_prompt(official, other, messages)
+                assert_same_prompt(official, other, messages, thinking=False, tools=[TOOL])
 
 
 @without_assets
@@ -395,9 +395,8 @@ HOSTILE = {
     "{{ range(99999) | join('x' * 10**6) }}": SPACE,
     "{{ [1] | batch(10**10, 'x') | list }}": SPACE,
     "{{ {'a': [1]} | tojson(indent=10**10) }}": SPACE,
-    DOUBLING: SPACE,
+    DOUBLING: f"{TIME}|{SPACE}",
     BOMB + "{{ ns.x | string }}": f"{TIME}|{SPACE}",
-    BOMB + "{{ ns.x | tojson }}": f"{TIME}|{SPACE}",
     "{% for i in range(99999) %}{{ 'x' * 10**5 }}{% endfor %}": "prints more than",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
     "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}": "RecursionError",
@@ -566,3 +565,38 @@ def test_broken_files_get_their_line(tmp_path, name):
     with pytest.raises(ValueError, match=line) as caught:
         Chat.from_pretrained(directory).render([{"role": "user", "content": "x" * 99}])
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_gguf_file_carries_the_same_chat(small, tmp_path):
+    import gguf
+    import numpy as np
+
+    content = json.loads(small.tokenizer.to_str())
+    added = {token["id"]: token for token in content["added_tokens"]}
+    tokens = [small.tokenizer.id_to_token(index) for index in range(small.tokenizer.get_vocab_size())]
+    kinds = {True: gguf.TokenType.CONTROL, False: gguf.TokenType.USER_DEFINED, None: gguf.TokenType.NORMAL}
+    writer = gguf.GGUFWriter(tmp_path / "checkpoint.gguf", "qwen3")
+    for number in ("block_count", "head_count", "head_count_kv", "key_length", "value_length", "embedding_length"):
+        getattr(writer, f"add_{number}")(2 if "length" in number else 1)
+    writer.add_context_length(64)
+    writer.add_feed_forward_length(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e4)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([kinds[added[i]["special"] if i in added else None] for i in range(len(tokens))])
+    writer.add_token_merges([" ".join(merge) for merge in content["model"]["merges"]])
+    writer.add_eos_token_id(small.eos_token_id)
+    writer.add_chat_template(small.templates["default"])
+    writer.add_tensor("token_embd.weight", np.ones((len(tokens), 2), np.float32))
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(2, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    loaded = Chat.from_pretrained(tmp_path / "checkpoint.gguf")
+    for name in ("system", "reasoning", *(f"text {index}" for index in range(len(TEXTS)))):
+        assert loaded.render(CHATS[name], tools=[TOOL]) == small.render(CHATS[name], tools=[TOOL])
+        assert loaded.decode(small.render(CHATS[name])) == small.decode(small.render(CHATS[name]))
+    assert loaded.special_ids == small.special_ids
