@@ -82,6 +82,16 @@ def inverse(values: torch.Tensor) -> torch.Tensor:
     return torch.where(values == 0, 0.0, 1 / values)
 
 
+def ratio(number: float, values: torch.Tensor) -> torch.Tensor:
+    """number / values with one rounding; `number / tensor` would be number times the rounded reciprocal."""
+    return torch.tensor(number, dtype=torch.float32) / values
+
+
+def square_root(values: torch.Tensor) -> torch.Tensor:
+    """The correctly rounded root, which torch's float32 root is not always."""
+    return values.double().sqrt_().float()
+
+
 def of_largest_magnitude(x: torch.Tensor, dim: int) -> torch.Tensor:
     """The value (with its sign) of the largest magnitude, the first of equal ones."""
     return x.gather(dim, x.abs().argmax(dim, keepdim=True)).squeeze(dim)
@@ -158,32 +168,32 @@ def fit_scale_and_minimum(x: torch.Tensor, top: int, first: float, steps: int) -
 
     x: [values of a group, groups]. A number of grids is tried, whose steps differ a little: for each, the values are
     rounded to it and the best scale and minimum for these q follow by weighted least squares; the weights grow with
-    |x|. Returns (scale, -minimum, q).
+    |x|. Each grid begins at the best minimum so far. Returns (scale, -minimum, q).
     """
     count = len(x)
-    weights = x.abs() + ordered_sum(x * x).div_(count).sqrt_()
+    weights = x.abs() + square_root(ordered_sum(x * x).div_(count))
     low, high = x.aminmax(dim=0)
     low.clamp_(max=0)
-    span = high - low
-    shifted = x - low
     q, error = torch.empty_like(x), torch.empty_like(x)
     products = torch.empty(count, 3, x.shape[1])
     sum_w, sum_x = ordered_sum(torch.stack((weights, weights * x), 1))
 
-    def round_to_grid(inverse_step: torch.Tensor) -> None:
-        torch.mul(shifted, inverse_step, out=q).round_().clamp_(0, top)
+    def round_to_grid(start: torch.Tensor, inverse_step: torch.Tensor) -> None:
+        torch.sub(x, start, out=q).mul_(inverse_step).round_().clamp_(0, top)
 
     def squared_error(scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
         torch.mul(q, scale, out=error).add_(minimum).sub_(x)
         return ordered_sum(error.square_().mul_(weights))
 
-    best_inverse = top / span
-    scale, minimum = 1 / best_inverse, low.clone()
-    round_to_grid(best_inverse)
+    minimum = start = low
+    inverse_step = ratio(top, high - low)
+    scale = 1 / inverse_step
+    round_to_grid(start, inverse_step)
     best = squared_error(scale, minimum)
     for step in range(steps + 1):
-        inverse_step = float(np.float32(first) + np.float32(0.1) * np.float32(step) + np.float32(top)) / span
-        round_to_grid(inverse_step)
+        trial = np.float32(first) + np.float32(0.1) * np.float32(step) + np.float32(top)
+        this_inverse = ratio(trial, high - minimum)
+        round_to_grid(minimum, this_inverse)
         torch.mul(weights, q, out=products[:, 0])
         torch.mul(products[:, 0], q, out=products[:, 1])
         torch.mul(products[:, 0], x, out=products[:, 2])
@@ -191,17 +201,17 @@ def fit_scale_and_minimum(x: torch.Tensor, top: int, first: float, steps: int) -
         determinant = sum_w * sum_qq - sum_q * sum_q
         this_scale = (sum_w * sum_qx - sum_x * sum_q) / determinant
         this_minimum = (sum_qq * sum_x - sum_q * sum_qx) / determinant
-        positive = this_minimum > 0
-        this_scale = torch.where(positive, sum_qx / sum_qq, this_scale)
+        this_scale = torch.where(this_minimum > 0, sum_qx / sum_qq, this_scale)
         this_minimum = this_minimum.clamp_(max=0)
         this_error = squared_error(this_scale, this_minimum)
         better = (determinant > 0) & (this_error < best)
         best = torch.where(better, this_error, best)
+        start = torch.where(better, minimum, start)
+        inverse_step = torch.where(better, this_inverse, inverse_step)
         scale = torch.where(better, this_scale, scale)
         minimum = torch.where(better, this_minimum, minimum)
-        best_inverse = torch.where(better, inverse_step, best_inverse)
-    round_to_grid(best_inverse)
-    flat = span == 0
+    round_to_grid(start, inverse_step)
+    flat = low == high
     return torch.where(flat, 0.0, scale), -torch.where(flat, low, minimum), q.masked_fill_(flat, 0)
 
 
@@ -255,8 +265,8 @@ def pack_k_offset(x: torch.Tensor, bits: int) -> torch.Tensor:
 def six_bits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[8, blocks] -> (d [blocks], q uint8 [8, blocks]) with values near d q, q <= 63."""
     largest = values.amax(0).clamp_(min=0)
-    factor = torch.where(largest > 0, 63 / largest, 0.0)
-    return largest / 63, (values * factor).round_().clamp_(max=63).to(torch.int32).to(torch.uint8)
+    factor = torch.where(largest > 0, ratio(63, largest), 0.0)
+    return largest / 63, (values * factor).round_().to(torch.int32).to(torch.uint8).clamp_(max=63)
 
 
 def unpack_k_offset(data: torch.Tensor, bits: int) -> torch.Tensor:
@@ -293,12 +303,12 @@ def fit_scale(x: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
         torch.mul(weights, q, out=products[:, 1]).mul_(q)
         return ordered_sum(products)
 
-    best_inverse = -top / largest
+    best_inverse = ratio(-top, largest)
     sum_qx, sum_qq = sums(best_inverse)
     scale = torch.where(sum_qq != 0, sum_qx / sum_qq, 0.0)
     best = scale * sum_qx
     for step in (*range(-9, 0), *range(1, 10)):
-        inverse_step = -float(np.float32(top) + np.float32(0.1) * np.float32(step)) / largest
+        inverse_step = ratio(-(np.float32(top) + np.float32(0.1) * np.float32(step)), largest)
         sum_qx, sum_qq = sums(inverse_step)
         better = (sum_qq > 0) & (sum_qx * sum_qx > best * sum_qq)
         scale = torch.where(better, sum_qx / sum_qq, scale)
@@ -321,7 +331,7 @@ def pack_q6_k(x: torch.Tensor) -> torch.Tensor:
     scales, searched = scales.view(16, blocks), searched.view(16, 16, blocks)
     largest = of_largest_magnitude(scales, 0)
     zero = largest.abs() < SMALLEST
-    factor = torch.where(zero, 0.0, -128 / largest)
+    factor = torch.where(zero, 0.0, ratio(-128, largest))
     d = inverse(factor)
     scales = (scales * factor).round_().clamp_(max=127)
     step = d.to(torch.float16).float() * scales
