@@ -301,9 +301,12 @@ class KVCache:
                 f"cache of {max_len:,} positions: the model's context is {config.max_position_embeddings:,}"
             )
         shape = (batch_size, config.num_key_value_heads, max_len, config.head_dim)
-        # Empty, not zeros: the operating system hands out pages only when a position is first written.
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        # One row needs no zeros, and the operating system hands out pages only when a position is first written. Rows of
+        # different lengths look (with weight 0) at slots that were never written, where 0 · NaN would be NaN.
+        self._new = torch.empty if batch_size == 1 else torch.zeros
+        layers = range(config.num_hidden_layers)
+        self.keys = [self._new(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [self._new(shape, device=device, dtype=dtype) for _ in layers]
         self.lengths = [0] * batch_size
         self.max_len = max_len
 
@@ -350,7 +353,8 @@ class KVCache:
         filled = max(self.lengths)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
-                tensors[layer] = old.new_empty((*old.shape[:2], max_len, old.shape[3]))
+                shape = (*old.shape[:2], max_len, old.shape[3])
+                tensors[layer] = self._new(shape, device=old.device, dtype=old.dtype)
                 tensors[layer][:, :, :filled] = old[:, :, :filled]
         self.max_len = max_len
 
@@ -520,6 +524,11 @@ class Qwen3(nn.Module):
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, last: bool = False) -> Tensor:
         """With a cache the T positions are appended to it. `last` computes the logits of the last position alone."""
+        if cache is not None and ids.shape == (1, 1) and ids.is_cpu and not torch.is_grad_enabled():
+            from ops.step import step  # this very computation in C++
+
+            if (logits := step(self, ids, cache)) is not None:
+                return logits
         x = self.model(ids, cache)
         return self.head(x[:, -1:] if last else x)
 
@@ -584,7 +593,7 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
         dtype = getattr(torch, config.dtype) if config.dtype else embedding.dtype if embedding else torch.float32
 
     slots = dict(model.state_dict())
-    defects = {"missing": [], "unexpected": [], "mis-shaped": [], "non-finite": []}
+    defects = {"missing": [], "unexpected": [], "mis-shaped": [], "mis-typed": [], "non-finite": []}
     defects["missing"] = [name for name in slots if name not in stored]
     for name in stored:
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -596,11 +605,16 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
         tensor = checkpoint.read(name)
         if not all_finite(tensor):
             defects["non-finite"].append(name)
+        if tensor.is_floating_point() != slots[name].is_floating_point():
+            defects["mis-typed"].append(f"{name} {tensor.dtype}")
+            continue
         if tensor.shape != slots[name].shape:
             defects["mis-shaped"].append(f"{name} {list(tensor.shape)} instead of {list(slots[name].shape)}")
             continue
         target = dtype if tensor.is_floating_point() else tensor.dtype
         loaded = tensor.to(device, target)
+        if target != tensor.dtype and not all_finite(loaded) and all_finite(tensor):
+            defects["non-finite"].append(f"{name} as {target}")
         if loaded.data_ptr() != tensor.data_ptr():
             checkpoint.release(name)  # a copy was made: the file's pages need not stay in memory
         _place(model, name, loaded)

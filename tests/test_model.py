@@ -80,6 +80,8 @@ def test_a_ragged_batch_gives_what_each_row_gives_alone(name, tmp_path):
     model = Qwen3.from_pretrained(tmp_path)
     rows = [torch.randint(0, 300, (n,), generator=torch.Generator().manual_seed(n)) for n in (40, 7, 1, 23)]
     cache = KVCache(model.config, len(rows), 64)
+    for tensor in cache.keys + cache.values:
+        assert not tensor.any(), "what was never written must not be NaN, since rows of other lengths look at it"
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     logits = model(padded, cache)
     cache.truncate([len(row) for row in rows])
