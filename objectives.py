@@ -87,6 +87,8 @@ def complete(model: Qwen3, prompts: list[list[int]], max_new_tokens: int, end_id
     lengths = [len(prompt) for prompt in prompts]
     dtype = model.model.embed_tokens.weight.dtype
     cache = KVCache(model.config, len(prompts), longest + max_new_tokens, device=device, dtype=dtype)
+    for slots in (*cache.keys, *cache.values):  # a short row's slots are masked before they are written: 0 * NaN is NaN
+        slots.zero_()
     hidden = model.model(padded, cache)
     cache.truncate(lengths)
     last = hidden[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]

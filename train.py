@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -233,7 +234,7 @@ class Run:
         os.fsync(self.log_file.fileno())  # a checkpoint never knows more steps than the metrics
         directory = self.path / "checkpoints" / f"step-{step:08d}"
         directory.parent.mkdir(exist_ok=True)
-        with atomic_directory(directory) as temporary:
+        with atomic_directory(directory) as temporary, disk_errors(directory):
             model.save_pretrained(temporary)
             copy_tokenizer(tokenizer, temporary)
             state = optimizers.state() | {"random.cpu": torch.get_rng_state()}
@@ -259,6 +260,15 @@ class Run:
             torch.cuda.set_rng_state(cuda)
         optimizers.load_state(state)
         return json.loads((self.latest / "trainer.json").read_text())["tokens"]
+
+
+@contextmanager
+def disk_errors(path: Path):
+    """safetensors reports a full disk by an error class of its own; here it is an OSError like any other."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be written ({error}); make room, then go on with --resume") from None
 
 
 def write_text_in_new_folder(path: Path, text: str) -> None:

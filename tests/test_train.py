@@ -1,0 +1,378 @@
+"""Settings, objectives, and a run that is killed at the worst moments."""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+import train
+from configs import schema
+from data.sources import Conversations, row_of
+from model import Config, Qwen3
+from objectives import IGNORED, Batch, complete, linear_cross_entropy, next_token_loss
+
+ROOT = Path(__file__).parent.parent
+CONFIG = {
+    "stage": "sft",
+    "train": {
+        "steps": 12,
+        "save_every": 4,
+        "batch": 4,
+        "accumulate": 2,
+        "sequence": 256,
+        "threads": 1,
+        "device": "cpu",
+    },
+    "model": {
+        "tokenizer": str(ROOT / "models" / "tiny"),
+        "config": {
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+        },
+    },
+    "optimizer": {"lr": 0.006},
+}
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    path = tmp_path / "test.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def settings(config: Path, *overrides: str) -> schema.Settings:
+    return schema.load(config, [f"train.out={config.parent / 'run'}", *overrides])
+
+
+def run(config: Path, *overrides: str, resume: bool = False) -> list[dict]:
+    train.Trainer(settings(config, *overrides), resume).train()
+    return metrics(config.parent / "run")
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def in_child(work) -> int:
+    """Runs `work` in a forked process and returns how that ended, as `waitstatus_to_exitcode` tells."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            work()
+            os._exit(0)
+        except SystemExit as end:
+            os._exit(end.code)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> list[dict]:
+    """The metrics of a run that never stopped."""
+    path = tmp_path_factory.mktemp("unbroken") / "test.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return run(path)
+
+
+def losses(records: list[dict]) -> list[tuple[int, float, int]]:
+    return [(record["step"], record["loss"], record["tokens"]) for record in records]
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_loads(path):
+    loaded = schema.load(path)
+    assert schema.differences(schema.resolved(loaded), schema.resolved(schema.load(path))) == []
+    if loaded.model.config:
+        Config(vocab_size=1000, **{k: v for k, v in loaded.model.config.items() if k != "vocab_size"})
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stpes=3", "did you mean train.steps?"),
+        ("trian.steps=3", "did you mean train?"),
+        ("train.steps=many", "train.steps is 'many', but must be a whole number"),
+        ("train.steps=2.5", "must be a whole number"),
+        ("train.steps=true", "must be a whole number"),
+        ("train.steps=0", "it goes from 1 upwards"),
+        ("optimizer.lr=.nan", "it goes from 0 upwards"),
+        ("optimizer.lr=-1", "it goes from 0 upwards"),
+        ("optimizer.name=adam", "did you mean adamw?"),
+        ("schedule.decay=2", "from 0 to 1"),
+        ("train.compile=1", "must be true or false"),
+        ("train.sample_prompts=[1]", "must be a list"),
+        ("train=5", "not a section"),
+        ("train.steps.x=5", "train.steps.x=5: steps is a value, not a section"),
+        ("train.steps", "has no '='"),
+        ("train.steps=[", "not YAML"),
+    ],
+)
+def test_bad_settings_are_refused_with_the_mend(config, override, said):
+    with pytest.raises(ValueError) as caught:
+        settings(config, override)
+    assert said in " ".join(str(caught.value).split())
+
+
+def test_a_required_key_must_be_given(config):
+    config.write_text("stage: sft\n")
+    with pytest.raises(ValueError, match=r"train\.out must be given"):
+        schema.load(config)
+
+
+def test_numbers_as_yaml_1_2_has_them(config):
+    assert settings(config, "optimizer.lr=6e-3").optimizer.lr == 0.006
+    assert settings(config, "optimizer.lr=1").optimizer.lr == 1.0
+
+
+def test_the_key_table_has_every_key():
+    table = schema.table()
+    assert "train.save_every (a whole number, required): steps between checkpoints" in table
+    assert "optimizer.embedding_lr (a number or null, None)" in table
+    assert len(table.splitlines()) == 1 + sum(len(schema.fields(f.type)) for f in schema.fields(schema.Settings)[1:])
+
+
+# --- objectives ---
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_chunked_loss_and_gradients_are_those_of_the_whole(chunk):
+    torch.manual_seed(0)
+    x, weight = torch.randn(23, 12, dtype=torch.float64), torch.randn(50, 12, dtype=torch.float64)
+    x, weight = x.float().requires_grad_(), weight.float().requires_grad_()
+    targets = torch.randint(50, (23,))
+    whole = F.cross_entropy(x @ weight.T, targets, reduction="sum")
+    expected = torch.autograd.grad(whole * 0.3, (x, weight))
+    loss = linear_cross_entropy(x, weight, targets, chunk)
+    found = torch.autograd.grad(loss * 0.3, (x, weight))
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(found, expected)
+
+
+def test_chunked_loss_under_autocast_keeps_float32_sums():
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(9, 8).requires_grad_(), torch.randn(11, 8).requires_grad_(), torch.arange(9)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, targets)
+    loss.backward()
+    assert loss.dtype == torch.float32 and x.grad.dtype == weight.grad.dtype == torch.float32
+    torch.testing.assert_close(loss, F.cross_entropy(x @ weight.T, targets, reduction="sum"), rtol=2e-2, atol=0.1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loss_is_taken_at_the_targets_alone(tied):
+    torch.manual_seed(1)
+    fields = CONFIG["model"]["config"] | {"tie_word_embeddings": tied}
+    model = Qwen3(Config(vocab_size=31, **fields))
+    ids, targets = torch.randint(31, (2, 6)), torch.full((2, 6), IGNORED)
+    targets[0, 3], targets[1, 5] = 4, 9
+    loss, count = next_token_loss(model, Batch(ids, targets))
+    logits = model(ids)
+    expected = F.cross_entropy(logits[0, 3:4], targets[0, 3:4]) + F.cross_entropy(logits[1, 5:6], targets[1, 5:6])
+    assert count == 2
+    torch.testing.assert_close(loss, expected)
+
+
+def test_an_answer_is_learnt_and_its_prompt_is_not():
+    assert row_of([1, 2, 3], [4, 5]) == ([1, 2, 3, 4], [IGNORED, IGNORED, 4, 5])
+    assert row_of([1, 2, 3], [4, 5], learn_prompt=True) == ([1, 2, 3, 4], [2, 3, 4, 5])
+
+
+def test_greedy_batches_equal_single_prompts():
+    torch.manual_seed(2)
+    model = Qwen3(Config(vocab_size=31, **CONFIG["model"]["config"])).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(8)
+    prompts = [[1, 2, 3, 4, 5, 6], [7], [8, 9, 10]]
+    together = complete(model, prompts, 12, {0})
+    for prompt, written in zip(prompts, together, strict=True):
+        expected = list(prompt)
+        while len(expected) < len(prompt) + 12:
+            token = int(model(torch.tensor([expected]))[0, -1].argmax())
+            if token == 0:
+                break
+            expected.append(token)
+        assert written == expected[len(prompt) :]
+
+
+# --- the loop's parts ---
+
+
+def test_schedules():
+    def factors(**given):
+        return [train.learning_rate_factor(step, 100, schema.Schedule(**given)) for step in range(1, 101)]
+
+    wsd = factors(warmup=0.1, decay=0.3, final=0.1)
+    assert wsd[0] == 0.1 and wsd[9:70] == [1.0] * 61 and wsd[-1] == pytest.approx(0.1 + 0.9 / 30)
+    assert all(a > b for a, b in pairwise(wsd[70:]))
+    cosine = factors(name="cosine", warmup=0.1)
+    assert cosine[9] == 1.0 and cosine[54] == pytest.approx(0.5) and cosine[-1] == pytest.approx(0.0)
+    assert factors(warmup=0.0, decay=0.0) == [1.0] * 100
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_every_weight_is_trained_by_exactly_one_optimizer(config, name):
+    model = Qwen3(Config(vocab_size=31, **CONFIG["model"]["config"] | {"tie_word_embeddings": False}))
+    optimizers = train.Optimizers(model, schema.Optimizer(name=name, lr=0.1, embedding_lr=0.2))
+    groups = [(kind, group) for kind, optimizer in optimizers.all.items() for group in optimizer.param_groups]
+    owners = [id(p) for _, group in groups for p in group["params"]]
+    assert sorted(owners) == sorted(id(p) for p in model.parameters())
+    for kind, group in groups:
+        names = {optimizers.names[id(p)] for p in group["params"]}
+        norms = all("norm" in name for name in names)
+        assert (group["weight_decay"] == 0) == norms
+        assert (group["lr"] == 0.1) == all(".layers." in name and "norm" not in name for name in names)
+        assert (kind == "muon") == (name == "muon" and group["lr"] == 0.1)
+
+
+def test_validation_rows_are_no_training_rows():
+    def encode(text: str) -> list[int]:
+        return list(text.encode())
+
+    source = Conversations(0, 4, 999, lambda word: [word], lambda messages, thinking: encode(str(messages)), encode)
+    trained = {str(row) for step in range(50) for row in source.rows(step) if len(row.ids) > 150}
+    assert len(trained) > 20
+    assert not trained & {str(row) for index in range(5) for row in source.validation_rows(index)}
+
+
+# --- runs ---
+
+
+def test_a_run_learns_and_leaves_a_checkpoint_that_transformers_opens(config):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    records = run(config, "train.steps=30", "train.save_every=30", "train.validate_batches=1")
+    assert [record["step"] for record in records] == list(range(1, 31))
+    assert records[-1]["loss"] < 0.75 * records[0]["loss"]
+    assert all(a["tokens"] < b["tokens"] for a, b in pairwise(records))
+    assert math.isfinite(records[-1]["validation_loss"])
+    out = config.parent / "run"
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    theirs, ours = AutoModelForCausalLM.from_pretrained(out / "latest"), Qwen3.from_pretrained(out / "latest")
+    ids = AutoTokenizer.from_pretrained(out / "latest")("How many r?", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_run(config, unbroken):
+    assert losses(run(config)) == losses(unbroken)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_last_checkpoints_are_kept(config, keep):
+    run(config, f"train.keep={keep}")
+    kept = sorted(path.name for path in (config.parent / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000008", "step-00000012"][-keep:]
+    assert (config.parent / "run" / "latest").resolve().name == "step-00000012"
+
+
+def test_killed_twice_and_resumed_is_equal_to_the_bit(config, unbroken, monkeypatch):
+    """After step 6 (two steps past a checkpoint), and while the checkpoint of step 8 is half written."""
+    step = train.Trainer.step
+
+    def killed_after_six(self, number):
+        return kill_self() if number == 7 else step(self, number)
+
+    def killed_halfway(tensors, path):
+        Path(path).write_bytes(b"half")
+        kill_self()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", killed_after_six)
+        assert in_child(lambda: run(config)) == -signal.SIGKILL
+    assert [record["step"] for record in metrics(config.parent / "run")] == list(range(1, 7))
+    with (config.parent / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_file", killed_halfway)
+        assert in_child(lambda: run(config, resume=True)) == -signal.SIGKILL
+    assert losses(run(config, resume=True)) == losses(unbroken)
+    assert not list((config.parent / "run" / "checkpoints").glob(".*"))
+
+
+def test_killed_before_the_first_checkpoint(config, unbroken, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_file", lambda tensors, path: kill_self())
+        assert in_child(lambda: run(config)) == -signal.SIGKILL
+    assert losses(run(config, resume=True)) == losses(unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_first(config, unbroken, monkeypatch, number):
+    step = train.Trainer.step
+
+    def signalled(self, at):
+        if at == 6:
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+        return step(self, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", signalled)
+        assert in_child(lambda: run(config)) == 128 + number
+    assert (config.parent / "run" / "latest").resolve().name == "step-00000006"
+    assert losses(run(config, resume=True)) == losses(unbroken)
+
+
+def test_resuming_another_config_is_refused_with_the_difference(config):
+    run(config, "train.steps=2", "train.save_every=2")
+    with pytest.raises(ValueError, match=r"optimizer\.lr: 0\.006 -> 0\.1"):
+        run(config, "train.steps=2", "train.save_every=2", "optimizer.lr=0.1", resume=True)
+    with pytest.raises(ValueError, match="already holds a run"):
+        run(config, "train.steps=2", "train.save_every=2")
+    with pytest.raises(ValueError, match="holds no run"):
+        run(config, f"train.out={config.parent / 'nothing'}", resume=True)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_the_last_checkpoint_whole(config):
+    with pytest.raises(ValueError, match=r"step \d+: the loss is .*last good checkpoint"):
+        run(config, "optimizer.lr=1e30", "train.save_every=1", "train.clip=0", "schedule.warmup=0")
+    Qwen3.from_pretrained(config.parent / "run" / "latest")
+
+
+def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(config, unbroken):
+    import resource
+
+    def work():
+        step = train.Trainer.step
+
+        def shrunk(self, at):
+            if at == 6:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+            return step(self, at)
+
+        train.Trainer.step = shrunk
+        try:
+            run(config)
+        except OSError as error:
+            sys.exit(7 if str(config.parent) in str(error) else 8)
+
+    assert in_child(work) == 7
+    assert (config.parent / "run" / "latest").resolve().name == "step-00000004"
+    assert losses(run(config, resume=True)) == losses(unbroken)
