@@ -1,0 +1,73 @@
+"""Who may import whom. The table below is the plan of the house in README.md; a new arrow is a decision, made here."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# room: (other rooms it may import, packages it may import). `formats` and `ops` are whole folders.
+ROOMS = {
+    "model": ({"formats", "ops"}, {"torch", "safetensors"}),
+    "chat": ({"formats"}, {"tokenizers"}),
+    "sampling": (set(), {"torch"}),
+    "generate": ({"model", "chat", "sampling", "ops", "formats", "console"}, {"torch"}),
+    "convert": ({"formats", "ops", "chat", "console"}, {"torch", "safetensors"}),
+    "train": (
+        {"model", "data", "objectives", "configs", "chat", "generate", "sampling", "formats", "console"},
+        {"torch", "safetensors", "yaml", "matplotlib", "rich", "wandb"},
+    ),
+    "objectives": ({"model", "chat", "generate", "sampling", "data"}, {"torch"}),
+    "evaluate": ({"generate", "model", "chat", "sampling", "objectives", "data", "formats", "console"}, {"torch"}),
+    "bench": ({"generate", "train", "model", "chat", "ops", "formats", "console", "sampling"}, {"torch", "matplotlib"}),
+    "console": (set(), {"rich"}),
+    "ops": ({"formats", "console"}, {"torch", "triton", "numpy"}),
+    "formats": (
+        {"console"},
+        {"gguf", "numpy", "torch", "safetensors", "huggingface_hub", "tokenizers", "jinja2", "markupsafe", "yaml"},
+    ),
+    "configs": (set(), {"yaml"}),
+    "data": (
+        {"formats", "console"},
+        {"numpy", "tokenizers", "datasets", "rich", "huggingface_hub", "pyarrow", "jinja2"},
+    ),
+}
+FILES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0].removesuffix(".py") in ROOMS]
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of all imports of a file, those inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; every import names its room"
+            names.add(node.module.partition(".")[0])
+    return names - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_what_its_room_may(path):
+    rooms, packages = ROOMS[room(path)]
+    extra = imported(path) - rooms - packages - {room(path)}
+    assert not extra, f"{path.name} imports {', '.join(sorted(extra))}; see the table of rooms"
+
+
+def test_every_python_file_lives_in_a_room():
+    strangers = (
+        {room(path) for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")] if ".venv" not in path.parts}
+        - set(ROOMS)
+        - {"tests"}
+    )
+    assert not strangers, f"{strangers} are in no row of the table of rooms"
+
+
+def test_the_product_never_imports_the_oracle():
+    assert all("transformers" not in imported(path) for path in FILES)
