@@ -48,7 +48,7 @@ def padded(size: int, alignment: int) -> int:
 
 
 class _Parser:
-    """Reads the head of one GGUF file: `metadata`, `types` (of the metadata values) and `tensors`."""
+    """Reads the head of one GGUF file: `metadata`, `types` (of its values), `elements` (of its arrays), `tensors`."""
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path, self.data, self.size = path, data, len(data)
@@ -111,6 +111,7 @@ class _Parser:
         if nesting == MAX_NESTING:
             self.fail(f"{key} nests arrays more than {MAX_NESTING} deep")
         kind = self.number("I", key)
+        self.elements.setdefault(key, kind)
         letter = NUMBERS.get(kind)
         least_size = struct.calcsize("<" + letter) if letter else {STRING: 8, ARRAY: 12}.get(kind, 1)
         count = self.count("Q", MAX_VALUES - self.values, least_size, f"values of {key}")
@@ -121,7 +122,7 @@ class _Parser:
         return [self.value(kind, key, nesting + 1) for _ in range(count)]
 
     def read_metadata(self, count: int) -> dict[str, Any]:
-        metadata, self.types = {}, {}
+        metadata, self.types, self.elements = {}, {}, {}
         for index in range(count):
             key = self.string(f"the name of metadata pair {index}")
             if not key or len(key) > 0xFFFF or not key.isascii() or not key.isprintable():
@@ -188,9 +189,9 @@ class GGUF:
     Everything but the tensors' values is read and checked when it is opened; a file that is not right in every respect
     is a `ValueError` that names the file and the place. The tensors stay in the file (memory-mapped) until `read`.
 
-    `path`, `files`: the file. `metadata`: the GGUF keys. `config`, `generation_config`: the fields of the official JSON
-    files. `tensors`: official name -> (dtype, shape) of what `read` returns, in the file's order; the experts, which
-    GGUF stacks, each under their own name.
+    `path`, `files`: the file. `metadata`: the GGUF keys; `types`, `elements`: the GGUF types of the values and of the
+    arrays' elements. `config`, `generation_config`: the fields of the official JSON files. `tensors`: official name ->
+    (dtype, shape) of what `read` returns, in the file's order; the experts, which GGUF stacks, each under their own.
     """
 
     def __init__(self, path: str | Path):
@@ -202,7 +203,8 @@ class GGUF:
             # A private copy-on-write map: torch wants writable memory, the file stays as it is.
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         head = _Parser(self.path, self._data)
-        self.metadata, self.types, self.stored, self.alignment = head.metadata, head.types, head.tensors, head.alignment
+        self.metadata, self.types, self.elements = head.metadata, head.types, head.elements
+        self.stored, self.alignment = head.tensors, head.alignment
         try:
             self.config = gguf_names.config_from_metadata(self.metadata, self.stored)
             self.generation_config = gguf_names.generation_config_from_metadata(self.metadata)

@@ -110,3 +110,74 @@ def _tokenizer_config(metadata: dict, tokens: list[str], added: list[dict]) -> d
     if template is not None and not isinstance(template, str):
         raise ValueError("tokenizer.chat_template is not a string (convert the file again)")
     return config | ({} if template is None else {"chat_template": template})
+
+
+# ---- and back --------------------------------------------------------------------------------------------------------
+
+SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
+
+
+def to_metadata(tokenizer: dict, tokenizer_config: dict, config: dict, rows: int) -> dict[str, Any]:
+    """GGUF's `tokenizer.*` keys from the contents of tokenizer.json, tokenizer_config.json and config.json.
+
+    `rows`: of the embedding; ids without a token are filled up to it. ValueError where the tokenizer is another than
+    Qwen's, whose way to split text GGUF could not say.
+    """
+    model = tokenizer["model"]
+    if (
+        model.get("type") != "BPE"
+        or model.get("byte_fallback")
+        or (tokenizer.get("normalizer") or {}) != {"type": "NFC"}
+    ):
+        raise ValueError("it is not byte-level BPE after NFC")
+    steps = tokenizer["pre_tokenizer"].get("pretokenizers", [])
+    if [step.get("type") for step in steps] != ["Split", "ByteLevel"] or steps[0]["pattern"] != {"Regex": SPLIT}:
+        raise ValueError("it splits text otherwise than Qwen's")
+    if (tokenizer.get("post_processor") or {}).get("type") != "ByteLevel":
+        raise ValueError("it adds tokens to every text (a post_processor), which no chat tokenizer of Qwen does")
+    tokens, types = _tokens(tokenizer, tokenizer_config, rows)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    template = tokenizer_config.get("chat_template")
+    if template is not None and not isinstance(template, str):
+        raise ValueError("its chat_template is not one string")
+    return {
+        "tokenizer.ggml.model": MODEL,
+        "tokenizer.ggml.pre": PRE,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges,
+        **_special_ids(tokenizer, tokenizer_config, config),
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
+        **({} if template is None else {"tokenizer.chat_template": template}),
+    }
+
+
+def _tokens(tokenizer: dict, tokenizer_config: dict, rows: int) -> tuple[list[str], list[int]]:
+    """Text and type of every id. Added tokens are CONTROL where they are special or look like <|this|>."""
+    by_id = {id: (token, NORMAL) for token, id in tokenizer["model"]["vocab"].items()}
+    configured = {int(id): token for id, token in tokenizer_config.get("added_tokens_decoder", {}).items()}
+    for token in tokenizer["added_tokens"]:
+        text = token["content"]
+        special = configured.get(token["id"], token).get("special") or (text.startswith("<|") and text.endswith("|>"))
+        by_id[token["id"]] = text, CONTROL if special else USER_DEFINED
+    if not by_id or min(by_id) < 0 or max(by_id) >= rows:
+        raise ValueError(f"its ids do not fit the {rows} rows of the embedding")
+    filled = [by_id.get(id, (f"[PAD{id}]", UNUSED)) for id in range(rows)]
+    return [token for token, _ in filled], [kind for _, kind in filled]
+
+
+def _special_ids(tokenizer: dict, tokenizer_config: dict, config: dict) -> dict[str, int]:
+    """The ids of eos, padding and so on: those that the tokenizer names, then those that only config.json has."""
+    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    found = {}
+    for name in SPECIAL:
+        token = tokenizer_config.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in ids:
+            found[name] = ids[token]
+    for name in SPECIAL:
+        id = config.get(f"{name}_token_id")
+        if type(id) is int and id >= 0:
+            found.setdefault(name, id)
+    return {f"tokenizer.ggml.{SPECIAL[name]}_token_id": id for name, id in found.items()}

@@ -1,0 +1,228 @@
+"""Writes a checkpoint as GGUF, equal to what llama.cpp's converter and quantiser write for it.
+
+    write_gguf(checkpoint, path, type, on_tensor=None)    type: f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 q4_k_s q4_k_m ...
+    write_qwen3c(checkpoint, path, on_tensor=None)        f32 for the C program qwen3.c, with its text files beside it
+    plan(checkpoint, type)                                the tensors to be written, with names, formats and sizes
+
+`checkpoint` is what `open_checkpoint` returns. `path` is written directly: the caller gives a temporary name and
+renames. Tensors pass through one at a time and in pieces, so memory does not grow with the model.
+`on_tensor(name, bytes)` is called as bytes reach the file, some MB at a time; with `errors=True` the call returns, for each
+tensor, (largest, mean) of the absolute error of its stored values.
+
+convert_hf_to_gguf.py writes f32, f16, bf16 and q8_0; llama-quantize makes the others out of its bf16 or f32 file, with
+the tensors and two keys in another order. Both orders are kept here: the files can be compared with cmp.
+"""
+
+import re
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from formats import gguf_metadata, gguf_names, kquants
+from formats.checkpoint import read_json
+from formats.gguf import DEFAULT_ALIGNMENT, MAGIC, padded
+
+TYPES = tuple(gguf_names.FILE_TYPES)
+CONVERTED = ("f32", "f16", "bf16", "q8_0")  # written by the converter, all others by the quantiser
+DEFAULT_FORMAT = {"q4_k_s": "Q4_K", "q4_k_m": "Q4_K", "q5_k_m": "Q5_K"}  # the others are named like their format
+FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are not whole blocks of 256
+OnTensor = Callable[[str, int], None]
+
+
+@dataclass
+class Planned:
+    """One tensor of the file to be: the official names it is read from (experts: all of a kind) and how it is kept."""
+
+    name: str
+    sources: list[str]
+    shape: tuple[int, ...]
+    format: kquants.Format = field(default_factory=lambda: kquants.FORMATS["F32"])
+
+    @property
+    def size(self) -> int:
+        return self.format.bytes(self.shape)
+
+
+def plan(checkpoint: Any, type: str) -> list[Planned]:
+    """Every tensor of the GGUF in its order, with its format."""
+    if type not in TYPES:
+        raise ValueError(f"the GGUF type {type} is not known (give one of {', '.join(TYPES)})")
+    tensors = _stacked(checkpoint)
+    if type in CONVERTED:
+        for tensor in tensors:
+            tensor.format = _converted_format(tensor, type)
+    else:
+        tensors.sort(key=_quantizer_order)
+        _choose_formats(tensors, type, checkpoint.config)
+    return tensors
+
+
+def _stacked(checkpoint: Any) -> list[Planned]:
+    """The tensors in the converter's order: shard by shard and by name; experts when the last one of a layer came."""
+    names = list(checkpoint.tensors)
+    if checkpoint.path.is_dir():
+        index = checkpoint.path / "model.safetensors.index.json"
+        shards = read_json(index).get("weight_map", {}) if index.is_file() else {}
+        names.sort(key=lambda name: (shards.get(name, ""), name))
+    experts = checkpoint.config.get("num_experts", 0)
+    tensors, pending = [], {}
+    for official in names:
+        name, shape = gguf_names.gguf_name(official), checkpoint.tensors[official].shape
+        if gguf_names.expert_number(official) is None:
+            tensors.append(Planned(name, [official], shape))
+            continue
+        layer = pending.setdefault(name.rpartition(".ffn_")[0], {})
+        layer.setdefault(name, []).append(official)
+        if sum(map(len, layer.values())) == 3 * experts:
+            for kind in gguf_names.EXPERTS.values():
+                tensors.append(_stack(checkpoint, f"{name.rpartition('.ffn_')[0]}.{kind}.weight", layer, experts))
+            del pending[name.rpartition(".ffn_")[0]]
+    if pending:
+        raise ValueError(f"{checkpoint.path}: {', '.join(pending)} do not have {experts} whole experts")
+    return tensors
+
+
+def _stack(checkpoint: Any, name: str, layer: dict[str, list[str]], experts: int) -> Planned:
+    sources = sorted(layer.get(name, []), key=gguf_names.expert_number)
+    shapes = {checkpoint.tensors[source].shape for source in sources}
+    if [gguf_names.expert_number(source) for source in sources] != list(range(experts)) or len(shapes) != 1:
+        raise ValueError(f"{checkpoint.path}: {name} cannot be stacked from {len(sources)} of {experts} equal experts")
+    return Planned(name, sources, (experts, *shapes.pop()))
+
+
+def _stays_f32(tensor: Planned) -> bool:
+    return len(tensor.shape) == 1 or not tensor.name.endswith(".weight") or "_norm." in tensor.name
+
+
+def _converted_format(tensor: Planned, type: str) -> kquants.Format:
+    if _stays_f32(tensor) or tensor.name.endswith("ffn_gate_inp.weight"):
+        return kquants.FORMATS["F32"]
+    format = kquants.FORMATS[type.upper()]
+    return kquants.FORMATS["F16"] if tensor.shape[-1] % format.block else format
+
+
+def _quantizer_order(tensor: Planned) -> tuple[int, str]:
+    match = re.match(r"blk\.(\d+)\.", tensor.name)
+    return int(match[1]) if match else -1, tensor.name
+
+
+def _choose_formats(tensors: list[Planned], type: str, config: dict) -> None:
+    """llama_tensor_get_type of llama.cpp's src/llama-quant.cpp, for Qwen's tensors and the types written here."""
+    tied = not any(tensor.name == "output.weight" for tensor in tensors)
+    layers, experts = config["num_hidden_layers"], config.get("num_experts", 0)
+    values = [tensor for tensor in tensors if tensor.name.endswith("attn_v.weight")]
+    down = 0
+    for tensor in tensors:
+        if _stays_f32(tensor) or tensor.name.endswith("ffn_gate_inp.weight"):
+            continue
+        name = DEFAULT_FORMAT.get(type, type.upper())
+        part = tensor.name.split(".")[-2]
+        if part == "output" or (tied and part == "token_embd"):
+            name = "Q8_0" if tensor.shape[-1] % kquants.FORMATS[name].block else "Q6_K"
+        elif part == "attn_v":
+            name = _attention_value_format(name, type, values.index(tensor), len(values))
+            name = "Q8_0" if experts == 8 else name
+        elif part == "attn_k" and experts == 8:
+            name = "Q8_0"
+        elif part == "attn_output" and experts == 8 and type in ("q4_k_s", "q4_k_m"):
+            name = "Q5_K"
+        elif part.startswith("ffn_down"):
+            layer = _quantizer_order(tensor)[0] if experts > 1 else down
+            down += 1
+            if type in ("q4_k_m", "q5_k_m") and _more_bits(layer, layers):
+                name = "Q6_K"
+            elif type == "q4_k_s" and layer < layers // 8:
+                name = "Q5_K"
+        if tensor.shape[-1] % kquants.FORMATS[name].block:
+            name = FALLBACK.get(name, name)
+        if tensor.shape[-1] % kquants.FORMATS[name].block:
+            name = "F16"
+        tensor.format = kquants.FORMATS[name]
+
+
+def _attention_value_format(name: str, type: str, index: int, count: int) -> str:
+    if type in ("q4_k_m", "q5_k_m") and _more_bits(index, count):
+        return "Q6_K"
+    return "Q5_K" if type == "q4_k_s" and index < 4 else name
+
+
+def _more_bits(layer: int, layers: int) -> bool:
+    """The first and the last eighth of the layers, and every third between them."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+# ---- the file ---------------------------------------------------------------------------------------------------
+
+
+def write_gguf(
+    checkpoint: Any, path: Path, type: str, on_tensor: OnTensor | None = None, *, errors: bool = False
+) -> dict[str, tuple[float, float]]:
+    """Writes `checkpoint` to `path`. Returns name -> (largest, mean) absolute error where `errors` asks for it.
+
+    Raises ValueError where the checkpoint has something that GGUF or the type cannot hold.
+    """
+    tensors = plan(checkpoint, type)
+    pairs = gguf_metadata.pairs(checkpoint, type, {tensor.name: tensor.shape for tensor in tensors})
+    if type not in CONVERTED:  # the quantiser sets these two anew, at the end
+        for key in ("general.quantization_version", "general.file_type"):
+            pairs[key] = pairs.pop(key)
+    with path.open("wb") as file:
+        _write_head(file, pairs, tensors)
+        return _write_data(file, checkpoint, tensors, on_tensor, errors)
+
+
+def _write_head(file: BinaryIO, pairs: gguf_metadata.Pairs, tensors: list[Planned]) -> None:
+    file.write(MAGIC + struct.pack("<IQQ", 3, len(tensors), len(pairs)))
+    for key, value in pairs.items():
+        file.write(gguf_metadata.pack(key, value))
+    offset = 0
+    for tensor in tensors:
+        dimensions = len(tensor.shape)
+        file.write(gguf_metadata.string(tensor.name))
+        file.write(struct.pack(f"<I{dimensions}QIQ", dimensions, *tensor.shape[::-1], tensor.format.id, offset))
+        offset += padded(tensor.size, DEFAULT_ALIGNMENT)
+    _pad(file)
+
+
+def _pad(file: BinaryIO) -> int:
+    length = padded(file.tell(), DEFAULT_ALIGNMENT) - file.tell()
+    file.write(bytes(length))
+    return length
+
+
+def _write_data(
+    file: BinaryIO, checkpoint: Any, tensors: list[Planned], on_tensor: OnTensor | None, errors: bool
+) -> dict[str, tuple[float, float]]:
+    found = {}
+    for tensor in tensors:
+        largest, total, count = 0.0, 0.0, 0
+        for source in tensor.sources:
+            for values, data in _pieces(checkpoint, tensor, source):
+                file.write(data.numpy())
+                if on_tensor:
+                    on_tensor(tensor.name, len(data))
+                if errors:
+                    error = kquants.dequantize(data, tensor.format, values.shape).sub_(values).abs_()
+                    largest, total = max(largest, error.max().item()), total + error.sum(dtype=torch.float64).item()
+                    count += len(values)
+            checkpoint.release(source)
+        _pad(file)
+        if errors:
+            found[tensor.name] = largest, total / count
+    return found
+
+
+def _pieces(checkpoint: Any, tensor: Planned, source: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(values, their bytes), piece by piece."""
+    values = checkpoint.read(source).reshape(-1)
+    if not values.dtype.is_floating_point or values.dtype.itemsize > 4:
+        raise ValueError(f"{checkpoint.path}: {source} is {values.dtype}, not a float that GGUF holds")
+    try:
+        yield from zip(values.split(kquants.PIECE), kquants.quantize(values, tensor.format), strict=True)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {source} cannot be {tensor.format.name}: {error}") from None
