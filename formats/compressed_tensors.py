@@ -1,0 +1,243 @@
+"""compressed-tensors, the layout in which vLLM and transformers read quantised weights.
+
+https://github.com/vllm-project/compressed-tensors. Only its weight-only integer form is written and read here,
+`pack-quantized`: symmetric, 4 or 8 bits, one scale for each group of columns or for a whole row ("channel"). It is
+also the form in which vLLM takes weight-only int8; `int-quantized` is for models whose activations are quantised too.
+A linear layer [out, in] is stored as
+
+    weight_packed  int32 [out, ceil(in * bits / 32)]   the integers q + 2^(bits-1), lowest bits first
+    weight_scale         [out, groups]                 weight = q * scale
+    weight_shape   int64 [2]                           (out, in)
+
+and `quantization_config` in config.json says so, and which linear layers stay as they were.
+"""
+
+import fnmatch
+from typing import Any, NamedTuple
+
+import torch
+
+BITS = {"int8": 8, "int4": 4}
+
+
+class Scheme(NamedTuple):
+    """How the linear layers are quantised: bits 4 or 8, columns that share a scale (None: the row), names left out."""
+
+    bits: int
+    group_size: int | None
+    ignore: tuple[str, ...] = ()
+
+    def ignores(self, name: str) -> bool:
+        """Whether the linear layer of this module path stays unquantised."""
+        return any(
+            fnmatch.fnmatchcase(name, _glob(entry)) if entry.startswith("re:") else name == entry
+            for entry in self.ignore
+        )
+
+    def groups(self, columns: int) -> int:
+        """Scales in a row of `columns` weights. ValueError where the groups do not fill it."""
+        if self.group_size is None:
+            return 1
+        if columns % self.group_size:
+            raise ValueError(
+                f"--group-size {self.group_size} does not divide rows of {columns} weights; "
+                f"{largest_group(columns)} does"
+            )
+        return columns // self.group_size
+
+
+def largest_group(*columns: int) -> int:
+    """The largest group size up to 32 that divides all row lengths and fills whole int32 words."""
+    for size in (32, 16, 8):
+        if not any(count % size for count in columns):
+            return size
+    raise ValueError(
+        f"int4 needs rows of a multiple of 8 weights, but there are rows of {max(columns, key=lambda c: c % 8)}"
+    )
+
+
+def packed_columns(columns: int, bits: int) -> int:
+    """int32 words in a packed row of `columns` integers."""
+    return -(-columns * bits // 32)
+
+
+def pack(integers: torch.Tensor, bits: int) -> torch.Tensor:
+    """int8 [rows, columns] from -2^(bits-1) to 2^(bits-1)-1 → int32 [rows, ceil(columns * bits / 32)]."""
+    columns = integers.shape[1]
+    codes = (integers + (1 << bits - 1)).view(torch.uint8)  # at 8 bits the sum wraps around to the right byte
+    codes = torch.nn.functional.pad(codes, (0, packed_columns(columns, bits) * 32 // bits - columns))
+    if bits == 4:
+        codes = codes[:, ::2] | codes[:, 1::2] << 4
+    return codes.contiguous().view(torch.int32)
+
+
+def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """The inverse of `pack`: int8 [rows, columns]."""
+    codes = packed.contiguous().view(torch.uint8)
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)
+    return (codes - (1 << bits - 1)).view(torch.int8)[:, :columns]
+
+
+def dequantize(
+    packed: torch.Tensor, scale: torch.Tensor, bits: int, columns: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The weights [rows, columns] that packed rows stand for, computed in `dtype`."""
+    integers = unpack(packed, bits, columns).to(dtype)
+    return (integers.unflatten(1, (scale.shape[1], -1)) * scale.to(dtype).unsqueeze(-1)).flatten(1)
+
+
+def quantization_config(scheme: Scheme) -> dict[str, Any]:
+    """The entry of config.json by which vLLM, transformers and this project know the scheme."""
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if scheme.group_size is None else "group",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(scheme.ignore),
+        "kv_cache_scheme": None,
+    }
+
+
+def read_quantization_config(config: Any) -> Scheme:
+    """The scheme of a stranger's `quantization_config`. ValueError names the first entry that is not implemented."""
+    config = _table(config, "quantization_config")
+    _require(config, "quantization_config", quant_method="compressed-tensors", format="pack-quantized")
+    _require_absent(config, "quantization_config", "kv_cache_scheme", "sparsity_config", "transform_config")
+    if config.get("quantization_status", "compressed") != "compressed":
+        _refuse("quantization_config.quantization_status", config["quantization_status"], "compressed")
+    groups = _table(config.get("config_groups"), "quantization_config.config_groups")
+    if len(groups) != 1:
+        raise ValueError(f"quantization_config: {len(groups)} config_groups; exactly one is implemented")
+    name, group = next(iter(groups.items()))
+    where = f"quantization_config.config_groups.{name}"
+    _require(_table(group, where), where, targets=["Linear"])
+    _require_absent(group, where, "input_activations", "output_activations")
+    weights = _table(group.get("weights"), f"{where}.weights")
+    _require(weights, f"{where}.weights", type="int", symmetric=True)
+    _require_absent(weights, f"{where}.weights", "dynamic", "block_structure")
+    if weights.get("actorder") not in (None, "weight", "static"):
+        _refuse(f"{where}.weights.actorder", weights["actorder"], "null")
+    ignore = config.get("ignore") or []
+    if not isinstance(ignore, list) or not all(isinstance(entry, str) for entry in ignore):
+        raise ValueError("quantization_config.ignore is not a list of module names")
+    for entry in ignore:
+        _glob(entry)
+    return Scheme(_bits(weights, where), _group_size(weights, where), tuple(ignore))
+
+
+def _bits(weights: dict, where: str) -> int:
+    bits = weights.get("num_bits")
+    if type(bits) is not int or bits not in BITS.values():
+        _refuse(f"{where}.weights.num_bits", bits, "4 or 8")
+    return bits
+
+
+def _group_size(weights: dict, where: str) -> int | None:
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if strategy == "channel" and size in (None, -1):
+        return None
+    if strategy != "group":
+        _refuse(f"{where}.weights.strategy", strategy, "group, or channel without a group_size")
+    if type(size) is not int or size < 8 or size > 1 << 20 or size % 8:
+        _refuse(f"{where}.weights.group_size", size, "a multiple of 8")
+    return size
+
+
+def _table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not an object {{...}}; take config.json from the checkpoint's own repository")
+    return value
+
+
+def _require(table: dict, where: str, **expected: Any) -> None:
+    for key, value in expected.items():
+        if table.get(key) != value:
+            _refuse(f"{where}.{key}", table.get(key), repr(value))
+
+
+def _require_absent(table: dict, where: str, *keys: str) -> None:
+    for key in keys:
+        if table.get(key):
+            _refuse(f"{where}.{key}", table[key], "null")
+
+
+def _refuse(where: str, value: Any, expected: str) -> None:
+    raise ValueError(f"{where} is {str(value)[:60]!r}, which is not implemented; it must be {expected}")
+
+
+def _glob(entry: str) -> str:
+    """A "re:" entry as a shell pattern.
+
+    A stranger's regular expression could run for ever, so only `.*`, escaped dots and the anchors are known, which is
+    what published checkpoints use.
+    """
+    pattern = entry.removeprefix("re:").removeprefix("^").removesuffix("$")
+    literal = pattern.replace(".*", "").replace("\\.", "")
+    if entry.startswith("re:") and not all(letter.isalnum() or letter in "_." for letter in literal):
+        raise ValueError(
+            f"quantization_config.ignore: {entry[:80]!r}; of regular expressions only .* and \\. are implemented"
+        )
+    return pattern.replace(".*", "*").replace("\\.", ".")
+
+
+class Dequantized:
+    """A compressed-tensors checkpoint seen as an ordinary one: each quantised `weight` reads as its values in float32,
+    so that every converter can start from it. Has what formats/checkpoint.py's `Checkpoint` has."""
+
+    def __init__(self, checkpoint: Any):
+        self._checkpoint, self.path, self.files = checkpoint, checkpoint.path, checkpoint.files
+        try:
+            self._scheme = read_quantization_config(checkpoint.config["quantization_config"])
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        self.config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+        self.generation_config = checkpoint.generation_config
+        self.tensors = {}
+        for name, info in checkpoint.tensors.items():
+            module, _, leaf = name.rpartition(".")
+            if leaf == "weight_packed":
+                self.tensors[f"{module}.weight"] = type(info)(torch.float32, self._shape(module))
+            elif leaf not in ("weight_scale", "weight_shape"):
+                self.tensors[name] = info
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        """The shape that a quantised layer states, after the shapes of its three tensors were held against it."""
+        stored, names = self._checkpoint.tensors, [f"{module}.weight_{leaf}" for leaf in ("packed", "scale", "shape")]
+        absent = [name for name in names if name not in stored]
+        if absent:
+            raise ValueError(f"{self.path}: {absent[0]} is missing beside {names[0]}")
+        packed, scale, shape = (stored[name] for name in names)
+        if shape != (torch.int64, (2,)) or packed.dtype != torch.int32 or not scale.dtype.is_floating_point:
+            raise ValueError(f"{self.path}: {module} has tensors of other types or shapes than pack-quantized has")
+        rows, columns = self._checkpoint.read(names[2]).tolist()
+        bits, group_size = self._scheme.bits, self._scheme.group_size
+        groups = 1 if group_size is None else -(-columns // group_size)
+        if packed.shape != (rows, packed_columns(columns, bits)) or scale.shape != (rows, groups) or columns % groups:
+            raise ValueError(
+                f"{self.path}: {module} states the shape {[rows, columns]}, but its weight_packed is "
+                f"{list(packed.shape)} and its weight_scale {list(scale.shape)}"
+            )
+        return rows, columns
+
+    def read(self, name: str) -> torch.Tensor:
+        module = name.removesuffix(".weight")
+        if name in self._checkpoint.tensors:
+            return self._checkpoint.read(name)
+        packed, scale = (self._checkpoint.read(f"{module}.weight_{leaf}") for leaf in ("packed", "scale"))
+        return dequantize(packed, scale, self._scheme.bits, self.tensors[name].shape[1])
+
+    def release(self, name: str) -> None:
+        module = name.removesuffix(".weight")
+        for stored in (name, f"{module}.weight_packed", f"{module}.weight_scale"):
+            if stored in self._checkpoint.tensors:
+                self._checkpoint.release(stored)
