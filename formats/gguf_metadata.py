@@ -125,7 +125,7 @@ def _architecture(path: Path, config: dict, arch: str, file_type: int) -> Pairs:
     if arch == "qwen3moe":
         if not config.get("norm_topk_prob", False):
             raise ValueError(f"{path}: norm_topk_prob is false, but GGUF has no key for it and llama.cpp normalises")
-        keys["expert_count"] = Value(UINT32, need("num_experts"))
+        keys["expert_count"] = Value(UINT32, gguf_names.expert_count(config))
         keys["expert_used_count"] = Value(UINT32, need("num_experts_per_tok"))
     if config.get("head_dim") is not None:
         keys |= {f"attention.{name}_length": Value(UINT32, config["head_dim"]) for name in ("key", "value")}

@@ -51,6 +51,11 @@ _EXPERT = re.compile(r"model\.layers\.(0|[1-9]\d*)\.mlp\.experts\.(0|[1-9]\d*)\.
 _BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)")
 
 
+def expert_count(config: dict) -> int:
+    """The experts of one layer, 0 for a dense model. transformers 5 writes them as `num_local_experts`."""
+    return config.get("num_experts") or config.get("num_local_experts") or 0
+
+
 def gguf_name(official: str) -> str:
     """The GGUF name of an official tensor name (experts: of the tensor that the expert is stacked into)."""
     if match := _EXPERT.fullmatch(official):

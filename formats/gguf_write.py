@@ -6,8 +6,8 @@
 
 `checkpoint` is what `open_checkpoint` returns. `path` is written directly: the caller gives a temporary name and
 renames. Tensors pass through one at a time and in pieces, so memory does not grow with the model.
-`on_tensor(name, bytes)` is called as bytes reach the file, some MB at a time; with `errors=True` the call returns, for each
-tensor, (largest, mean) of the absolute error of its stored values.
+`on_tensor(name, bytes)` is called as bytes reach the file, some MB at a time; with `errors=True` the call returns, for
+each tensor, (largest, mean) of the absolute error of its stored values.
 
 convert_hf_to_gguf.py writes f32, f16, bf16 and q8_0; llama-quantize makes the others out of its bf16 or f32 file, with
 the tensors and two keys in another order. Both orders are kept here: the files can be compared with cmp.
@@ -68,7 +68,7 @@ def _stacked(checkpoint: Any) -> list[Planned]:
         index = checkpoint.path / "model.safetensors.index.json"
         shards = read_json(index).get("weight_map", {}) if index.is_file() else {}
         names.sort(key=lambda name: (shards.get(name, ""), name))
-    experts = checkpoint.config.get("num_experts", 0)
+    experts = gguf_names.expert_count(checkpoint.config)
     tensors, pending = [], {}
     for official in names:
         name, shape = gguf_names.gguf_name(official), checkpoint.tensors[official].shape
@@ -113,7 +113,7 @@ def _quantizer_order(tensor: Planned) -> tuple[int, str]:
 def _choose_formats(tensors: list[Planned], type: str, config: dict) -> None:
     """llama_tensor_get_type of llama.cpp's src/llama-quant.cpp, for Qwen's tensors and the types written here."""
     tied = not any(tensor.name == "output.weight" for tensor in tensors)
-    layers, experts = config["num_hidden_layers"], config.get("num_experts", 0)
+    layers, experts = config["num_hidden_layers"], gguf_names.expert_count(config)
     values = [tensor for tensor in tensors if tensor.name.endswith("attn_v.weight")]
     down = 0
     for tensor in tensors:
