@@ -34,6 +34,12 @@ def byte_progress() -> Progress:
     return Progress(*columns, TimeRemainingColumn(), console=stderr, disable=not stderr.is_terminal, transient=True)
 
 
+def _one_line(text: str, most: int = 1000) -> str:
+    """A message as one line of bounded length, without the control characters that a stranger's file may bring."""
+    line = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a command's `main` and ends the process.
 
@@ -50,6 +56,6 @@ def run(main: Callable[[], None]) -> NoReturn:
         notice(f"{program}: interrupted")
         sys.exit(130)
     except (ValueError, OSError) as error:
-        notice(f"{program}: error: {' '.join(str(error).split())}")
+        notice(f"{program}: error: {_one_line(str(error))}")
         sys.exit(2)
     sys.exit(0)

@@ -124,8 +124,8 @@ class Config:
                 raise ValueError(f"config: {name} is {value!r}, which is not a whole number from {low} to {high:,}")
         for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"config: {name} is {value!r}, which is not a positive number")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+                raise ValueError(f"config: {name} is {value!r}, which is not a positive number below 1e30")
         if self.rope_theta <= 1:
             raise ValueError(f"config: rope_theta {self.rope_theta} is not above 1, so no position would turn slower")
         for name in ("attention_bias", "tie_word_embeddings", "norm_topk_prob"):
@@ -141,6 +141,7 @@ class Config:
             raise ValueError(f"config: mlp_only_layers is {self.mlp_only_layers!r}, not a list of layer numbers")
         if self.dtype is not None and self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"config: dtype {self.dtype!r} is not one of float32, bfloat16, float16")
+        check_end_tokens("config", self.eos_token_id)
         if self.quantization_config is not None and not isinstance(self.quantization_config, dict):
             raise ValueError("config: quantization_config is not an object {...}")
 
@@ -161,9 +162,11 @@ class Config:
                 )
             if not self.moe_intermediate_size:
                 raise ValueError("config lacks moe_intermediate_size, the width of an expert")
-        sliding = "sliding_attention" in (self.other.get("layer_types") or [])
-        window_from = self.other.get("max_window_layers", 0)
-        if sliding or (self.other.get("use_sliding_window") and window_from < self.num_hidden_layers):
+        layer_types, window_from = self.other.get("layer_types") or [], self.other.get("max_window_layers")
+        if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+            raise ValueError(f"config: layer_types is {layer_types!r}; sliding-window attention is not implemented")
+        beyond = type(window_from) is int and window_from >= self.num_hidden_layers  # the first layer with a window
+        if self.other.get("use_sliding_window") and not beyond:
             raise ValueError("config: sliding-window attention is not implemented; no published Qwen3 uses it")
         if self.other.get("attention_dropout"):
             raise ValueError("config: attention_dropout is not implemented; every published Qwen has 0.0")
@@ -192,6 +195,13 @@ INTEGER_RANGES = {  # far above every published model, far below what would fill
     "moe_intermediate_size": (0, 1 << 22),
     "decoder_sparse_step": (1, 1 << 10),
 }
+
+
+def check_end_tokens(place: str, value: Any) -> None:
+    """ValueError where eos_token_id is neither null nor a token id nor a list of them."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise ValueError(f"{place}: eos_token_id is {value!r}, which is neither a token id nor a list of them")
 
 
 def _published_spelling(given: dict[str, Any]) -> dict[str, Any]:
@@ -256,7 +266,7 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
 
     def number(name: str, default: float | None) -> float:
         value = default if scaling.get(name) is None else scaling[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-9 < value < 1e9:
             raise ValueError(f"config: rope_scaling {name} is {value!r}, but yarn needs a positive number there")
         return float(value)
 
@@ -268,7 +278,10 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
         return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = pair_that_turns(number("beta_fast", 32.0)), pair_that_turns(number("beta_slow", 1.0))
-    if scaling.get("truncate", True):
+    truncate = scaling.get("truncate", True)
+    if type(truncate) is not bool:
+        raise ValueError(f"config: rope_scaling truncate is {truncate!r}, which is neither true nor false")
+    if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / ((high - low) or 0.001)
@@ -301,8 +314,8 @@ class KVCache:
                 f"cache of {max_len:,} positions: the model's context is {config.max_position_embeddings:,}"
             )
         shape = (batch_size, config.num_key_value_heads, max_len, config.head_dim)
-        # One row needs no zeros, and the operating system hands out pages only when a position is first written. Rows of
-        # different lengths look (with weight 0) at slots that were never written, where 0 · NaN would be NaN.
+        # One row needs no zeros, and the operating system hands out pages only when a position is first written. Rows
+        # of different lengths look (with weight 0) at slots that were never written, where 0 · NaN would be NaN.
         self._new = torch.empty if batch_size == 1 else torch.zeros
         layers = range(config.num_hidden_layers)
         self.keys = [self._new(shape, device=device, dtype=dtype) for _ in layers]
@@ -575,6 +588,7 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
     path, stored = checkpoint.path, checkpoint.tensors
     try:
         config = Config(**checkpoint.config)
+        check_end_tokens("generation_config", checkpoint.generation_config.get("eos_token_id"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if config.num_hidden_layers * max(1, config.num_experts) > len(stored):
@@ -587,7 +601,10 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
     if config.quantization_config is not None:
         from ops.quant import swap_linears
 
-        swap_linears(model, config.quantization_config)
+        try:
+            swap_linears(model, config.quantization_config)
+        except ValueError as error:
+            raise ValueError(f"{path}: config: {error}") from None
     if dtype is None:
         embedding = stored.get("model.embed_tokens.weight")
         dtype = getattr(torch, config.dtype) if config.dtype else embedding.dtype if embedding else torch.float32
@@ -620,7 +637,7 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
         _place(model, name, loaded)
     found = [f"{kind}: {_some(names)}" for kind, names in defects.items() if names]
     if found:
-        raise ValueError(f"{path}: the weights do not fit config.json; " + "; ".join(found))
+        raise ValueError(f"{path}: weights that do not fit config.json (take both from one place): " + "; ".join(found))
     model.model.rope_frequencies = model.model.rope_frequencies.to(device)
     model.generation_config = checkpoint.generation_config
     return model.eval()

@@ -9,14 +9,18 @@ Weights are memory-mapped: nothing is copied until somebody changes it, and `rel
 import json
 import math
 import mmap
+import re
 from collections.abc import Iterator
+from os.path import lexists
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
-MAX_JSON = 64_000_000  # bytes; the index of a model with 10^5 tensors stays far below
+MAX_HEADER = 32_000_000  # bytes; the names of 10^5 tensors stay far below, and parsing it stays within a gigabyte
+MAX_NAME = 256  # characters; the official names stay below 60
+MAX_JSON = 32_000_000  # bytes; as many as in a header
+SHARD_NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 DTYPES = {
@@ -41,15 +45,15 @@ class TensorInfo(NamedTuple):
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a stranger's file; ValueError names the file where it is none."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; a checkpoint directory holds it")
+        raise ValueError(f"{path}: no such file, but a checkpoint directory needs one; download it again")
     if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes is too large for this file")
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes is too large for this file; download it again")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({str(error)[:80]}); download the file again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON {type(value).__name__} where an object {{...}} is expected")
+        raise ValueError(f"{path}: a JSON {type(value).__name__}, not an object {{...}}; download the file again")
     return value
 
 
@@ -81,21 +85,23 @@ class SafetensorsFile:
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
     """Names, types, shapes and absolute byte ranges of a safetensors file, in the order of their bytes."""
+    if not path.is_file():
+        raise ValueError(f"{path}: not a file, or a link to one that is gone; download it again")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            raise ValueError(f"{path}: a pickle, not safetensors; pickles can run code and are never opened")
+            raise ValueError(f"{path}: a pickle, which can run code and is never opened; get the safetensors version")
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(size - 8, MAX_HEADER):
-            raise ValueError(f"{path}: not a whole safetensors file (header of {length:,} bytes, file of {size:,})")
+            _fail(path, f"not a whole safetensors file (header of {length:,} bytes, file of {size:,})")
         header = file.read(length)
     try:
         entries = json.loads(header, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: the safetensors header is not valid JSON ({str(error)[:80]})") from None
+        _fail(path, f"the safetensors header is not valid JSON ({str(error)[:80]})")
     if not isinstance(entries, dict):
-        raise ValueError(f"{path}: the safetensors header is not a JSON object")
+        _fail(path, "the safetensors header is not a JSON object")
     entries.pop("__metadata__", None)
     infos, offsets = {}, {}
     for name, entry in entries.items():
@@ -105,14 +111,16 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, tuple[int
     for name in order:
         if offsets[name][0] != end:
             kind = "overlaps the one before it" if offsets[name][0] < end else "leaves a hole before it"
-            raise ValueError(f"{path}: tensor {name} {kind}; the file is damaged or made to mislead")
+            _fail(path, f"tensor {name} {kind}")
         end = offsets[name][1]
     if end != size - 8 - length:
-        raise ValueError(
-            f"{path}: {size - 8 - length - end:,} bytes belong to no tensor; the file is damaged or not whole"
-        )
+        _fail(path, f"{size - 8 - length - end:,} bytes belong to no tensor")
     base = 8 + length
     return {name: infos[name] for name in order}, {name: (base + a, base + b) for name, (a, b) in offsets.items()}
+
+
+def _fail(path: Path, problem: str) -> NoReturn:
+    raise ValueError(f"{path}: {problem}; download or save the file again") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -127,19 +135,21 @@ def _is_count(value: Any) -> bool:
 
 
 def _read_entry(path: Path, name: str, entry: Any, data: int) -> tuple[TensorInfo, tuple[int, int]]:
+    if len(name) > MAX_NAME or not name.isprintable():
+        _fail(path, f"a tensor has the impossible name {name[:80]!r}")
     try:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        raise ValueError(f"{path}: tensor {name} lacks dtype, shape or data_offsets") from None
+        _fail(path, f"tensor {name} lacks dtype, shape or data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{path}: tensor {name} has dtype {dtype!r}, which is not one of {', '.join(DTYPES)}")
+        _fail(path, f"tensor {name} has dtype {str(dtype)[:40]!r}, which is not one of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(map(_is_count, (*shape, start, end))):
-        raise ValueError(f"{path}: tensor {name} has an impossible shape or offset")
+        _fail(path, f"tensor {name} has an impossible shape or offset")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if end > data:
-        raise ValueError(f"{path}: tensor {name} ends {end - data:,} bytes past the file's end; the file is not whole")
+        _fail(path, f"tensor {name} ends {end - data:,} bytes past the end of the file")
     if end - start != needed:
-        raise ValueError(f"{path}: tensor {name} of shape {shape} needs {needed:,} bytes but has {end - start:,}")
+        _fail(path, f"tensor {name} of shape {shape} needs {needed:,} bytes but has {end - start:,}")
     return TensorInfo(DTYPES[dtype], tuple(shape)), (start, end)
 
 
@@ -153,14 +163,14 @@ class Checkpoint:
         self.path = path
         self.config = read_json(path / "config.json")
         generation = path / "generation_config.json"
-        self.generation_config = read_json(generation) if generation.exists() else {}
+        self.generation_config = read_json(generation) if lexists(generation) else {}
         self.files = _weight_files(path)
         self._parts = [SafetensorsFile(file) for file in self.files]
         self._part: dict[str, SafetensorsFile] = {}
         for part in self._parts:
             for name in part.tensors:
                 if name in self._part:
-                    raise ValueError(f"{part.path}: tensor {name} is also in {self._part[name].path.name}")
+                    _fail(part.path, f"tensor {name} is also in {self._part[name].path.name}")
                 self._part[name] = part
         self.tensors = {name: part.tensors[name] for name, part in self._part.items()}
         _check_index(path, self._part)
@@ -193,9 +203,9 @@ def open_checkpoint(path: str | Path):
 def _weight_files(path: Path) -> list[Path]:
     """The safetensors files of a directory, after the index's names were checked. Pickles are refused, not read."""
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.exists():
+    if lexists(single):  # a link that points nowhere is there too, and will be named
         return [single]
-    if index.exists():
+    if lexists(index):
         shards = _weight_map(index).values()
         return [path / shard for shard in sorted(set(shards))]
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
@@ -213,8 +223,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise ValueError(f"{index}: no weight_map that names the shard of each tensor")
     for shard in set(map(str, shards.values())):
         # A plain name only: a path could point anywhere on the reader's disk.
-        if shard in ("", ".", "..") or Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index}: shard {shard!r} is not the plain name of a .safetensors file in this directory")
+        if not SHARD_NAME.fullmatch(shard):
+            raise ValueError(f"{index}: shard {shard[:80]!r} is not the plain name of a .safetensors file beside it")
         if not (index.parent / shard).is_file():
             raise ValueError(f"{index}: shard {shard} is not there; download it again")
     return shards

@@ -1,0 +1,23 @@
+"""Fixtures that several rooms' tests share."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A Qwen3 of two layers with random weights, its tokenizer and its template; copy it before you change it."""
+    import torch
+    from test_chat import write_checkpoint
+
+    from model import Config, Qwen3
+
+    path = write_checkpoint(tmp_path_factory.mktemp("tiny"))
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    model = Qwen3(Config(**sizes, **heads, max_position_embeddings=256, tie_word_embeddings=True))
+    model.generation_config = {"eos_token_id": [2, 0], "temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    model.save_pretrained(path)
+    return path

@@ -1,0 +1,576 @@
+"""Bad input, through the real command: each case ends in its line and exit status 2, leaves no file, runs no code.
+
+A case is a change to a good checkpoint (or a list of flags) and the words that its line must have: what is wrong, where
+it came from, and how to mend it where that is not plain. Most run in this process; a few also as a process of its own.
+"""
+
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import console
+import generate
+
+ROOT = Path(__file__).resolve().parent.parent
+ADDRESS_SPACE = 6 << 30  # bytes that a process of its own may map: PyTorch alone takes most of a gigabyte
+SECONDS = 15  # after which a process of its own hangs; they take two or three on a quiet machine
+
+
+# ---- how a case is run ----
+
+
+def run_here(arguments: list, monkeypatch, capsys, stdin: bytes = b"") -> str:
+    """The one line of an error of `python generate.py ARGUMENTS`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+    with pytest.raises(SystemExit) as ended:
+        console.run(generate.main)
+    out, err = capsys.readouterr()
+    return the_line(ended.value.code, out, err)
+
+
+def run_apart(arguments: list, stdin: bytes = b"") -> str:
+    """The same in a process with bounded memory."""
+    command = [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)]
+    ended = subprocess.run(
+        command,
+        check=False,
+        input=stdin,
+        capture_output=True,
+        timeout=SECONDS,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE)),
+    )
+    return the_line(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
+
+
+def the_line(code: int, out: str, err: str) -> str:
+    assert code == 2, (code, out, err)
+    assert out == "", out
+    assert err.endswith("\n") and err.count("\n") == 1, err
+    assert err.startswith("generate.py: error: "), err
+    assert err.rstrip("\n").isprintable() and len(err) < 1200, err
+    return err
+
+
+def assert_words(line: str, words: str) -> None:
+    """`words`: parts of the line, in this order, with " ... " between them."""
+    assert re.search(".*".join(map(re.escape, words.split(" ... "))), line), f"{line!r} lacks {words!r}"
+
+
+def files_below(path: Path) -> set[str]:
+    return {str(file.relative_to(path)) for file in path.rglob("*")}
+
+
+@pytest.fixture(autouse=True)
+def no_hang():
+    """A case that hangs in this process fails instead (on a clock that only a hang reaches)."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the command hangs"))
+    signal.alarm(SECONDS)
+    yield
+    signal.alarm(0)
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def untemplated(checkpoint) -> Path:
+    """Without a chat template, so that no process is started for it; enough where the mistake lies elsewhere."""
+    (checkpoint / "tokenizer_config.json").unlink()
+    return checkpoint
+
+
+def end_in_one_line(case, checkpoint: Path, monkeypatch, capsys) -> None:
+    break_it, words = case
+    break_it(checkpoint)
+    before = files_below(checkpoint.parent)
+    monkeypatch.chdir(checkpoint.parent)
+    started = time.process_time()
+    line = run_here(["--model", checkpoint, "--raw", "hi"], monkeypatch, capsys)
+    assert time.process_time() - started < 5
+    assert_words(line, words)
+    assert str(checkpoint) in line or "generation_config.json: " in line
+    assert files_below(checkpoint.parent) == before
+
+
+# ---- what strangers' files can hold ----
+
+
+class Mark:
+    """An object whose unpickling makes a file: code that ran."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def replaced(file: str, content: bytes | str) -> Callable[[Path], None]:
+    content = content.encode() if isinstance(content, str) else content
+    return lambda path: (path / file).write_bytes(content)
+
+
+def removed(file: str) -> Callable[[Path], None]:
+    return lambda path: (path / file).unlink()
+
+
+def edited(file: str, **fields) -> Callable[[Path], None]:
+    """A JSON file with these fields; `...` takes one out."""
+
+    def edit(path: Path) -> None:
+        content = json.loads((path / file).read_text()) | fields
+        content = {name: value for name, value in content.items() if value is not ...}
+        (path / file).write_text(json.dumps(content))
+
+    return edit
+
+
+def config(**fields) -> Callable[[Path], None]:
+    return edited("config.json", **fields)
+
+
+def generation(**fields) -> Callable[[Path], None]:
+    return edited("generation_config.json", **fields)
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    """model.safetensors with its tensors changed."""
+
+    def rewrite(path: Path) -> None:
+        tensors = load_file(path / "model.safetensors")
+        change(tensors)
+        save_file(tensors, path / "model.safetensors")
+
+    return rewrite
+
+
+def safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def header(*entries: tuple[str, str, list, list], data: int = 64) -> Callable[[Path], None]:
+    """A whole safetensors file whose header has these entries (name, dtype, shape, data_offsets)."""
+    table = {name: {"dtype": dtype, "shape": shape, "data_offsets": at} for name, dtype, shape, at in entries}
+    return replaced("model.safetensors", safetensors(table, bytes(data)))
+
+
+def cut(file: str, size: int) -> Callable[[Path], None]:
+    """A file of this size: of that many bytes, or of so many fewer if negative."""
+    return lambda path: os.truncate(path / file, size if size >= 0 else (path / file).stat().st_size + size)
+
+
+def appended(file: str, content: bytes) -> Callable[[Path], None]:
+    return lambda path: (path / file).write_bytes((path / file).read_bytes() + content)
+
+
+def in_place_of(file: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    def replace(path: Path) -> None:
+        (path / file).unlink()
+        make(path / file)
+
+    return replace
+
+
+def linked(file: str, target: str) -> Callable[[Path], None]:
+    return in_place_of(file, lambda path: path.symlink_to(target))
+
+
+def pickled(file: str, remove: str = "model.safetensors") -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        (path / remove).unlink()
+        (path / file).write_bytes(pickle.dumps(Mark(path / "code-ran")))
+
+    return write
+
+
+def pickled_by_torch(file: str, zipped: bool) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        tensors = load_file(path / "model.safetensors")
+        (path / "model.safetensors").unlink()
+        torch.save({**tensors, "x": Mark(path / "code-ran")}, path / file, _use_new_zipfile_serialization=zipped)
+
+    return write
+
+
+def sharded(change: Callable[[dict[str, str], Path], object] = lambda weight_map, path: None) -> Callable[[Path], None]:
+    """model.safetensors in two shards with an index, whose weight_map is then changed."""
+
+    def write(path: Path) -> None:
+        tensors = load_file(path / "model.safetensors")
+        (path / "model.safetensors").unlink()
+        shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+        weight_map = {name: shards[index % 2] for index, name in enumerate(sorted(tensors))}
+        for shard in shards:
+            save_file({name: tensors[name] for name in tensors if weight_map[name] == shard}, path / shard)
+        change(weight_map, path)
+        (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    return write
+
+
+def shard_named(name: str) -> Callable[[Path], None]:
+    return sharded(lambda weight_map, path: weight_map.update({"model.norm.weight": name}))
+
+
+NORM = "model.norm.weight"
+Q = "model.layers.0.self_attn.q_proj.weight"
+FIRST, SECOND = ("a", "F32", [8], [0, 32]), ("b", "F32", [8], [32, 64])
+
+WEIGHTS = {
+    "no weights": (removed("model.safetensors"), "no weights ... model.safetensors"),
+    "empty file": (replaced("model.safetensors", b""), "model.safetensors ... not a whole safetensors file"),
+    "seven bytes": (replaced("model.safetensors", b"\1\0\0\0\0\0\0"), "not a whole safetensors file"),
+    "cut in the header": (cut("model.safetensors", 100), "not a whole safetensors file"),
+    "cut in the data": (cut("model.safetensors", -100), "past the end of the file"),
+    "bytes at the end": (appended("model.safetensors", b"\0"), "1 bytes belong to no tensor"),
+    "header of 2^64 - 1 bytes": (replaced("model.safetensors", b"\xff" * 64), "header of 18,446,744,073,709,551,615"),
+    "header longer than allowed": (
+        lambda path: (
+            replaced("model.safetensors", safetensors(b"{}", length=1 << 30))(path),
+            cut("model.safetensors", 1 << 31)(path),
+        ),
+        "header of 1,073,741,824 bytes",
+    ),
+    "header not JSON": (replaced("model.safetensors", safetensors(b"{'a': 1}")), "header is not valid JSON"),
+    "header not UTF-8": (replaced("model.safetensors", safetensors(b'{"\xff": 1}')), "header is not valid JSON"),
+    "header a list": (replaced("model.safetensors", safetensors([])), "header is not a JSON object"),
+    "header nested": (replaced("model.safetensors", safetensors(b"[" * 1_000_000)), "header is not valid JSON"),
+    "header nested in an entry": (
+        replaced("model.safetensors", safetensors(b'{"a":' + b'{"a":' * 500_000 + b"1" + b"}" * 500_001)),
+        "header is not valid JSON",
+    ),
+    "header with a long number": (
+        replaced("model.safetensors", safetensors(b'{"a": ' + b"9" * 10_000 + b"}")),
+        "header is not valid JSON",
+    ),
+    "name twice": (
+        replaced("model.safetensors", safetensors(b'{"a": {"dtype": "F32"}, "a": {"dtype": "F32"}}')),
+        "a name stands twice",
+    ),
+    "entry not an object": (replaced("model.safetensors", safetensors({"a": 5})), "tensor a lacks dtype"),
+    "entry a list": (replaced("model.safetensors", safetensors({"a": []})), "tensor a lacks dtype"),
+    "entry without offsets": (
+        replaced("model.safetensors", safetensors({"a": {"dtype": "F32", "shape": [1]}})),
+        "tensor a lacks dtype, shape or data_offsets",
+    ),
+    "three offsets": (header(("a", "F32", [8], [0, 32, 64])), "tensor a lacks"),
+    "offsets a text": (header(("a", "F32", [8], "01")), "tensor a has an impossible shape or offset"),
+    "negative offset": (header(("a", "F32", [8], [-32, 0])), "tensor a has an impossible shape or offset"),
+    "float offset": (header(("a", "F32", [8], [0.0, 32.0])), "tensor a has an impossible shape or offset"),
+    "boolean offset": (header(("a", "U8", [1], [False, True])), "tensor a has an impossible shape or offset"),
+    "offset of 2^64": (header(("a", "F32", [8], [1 << 64, (1 << 64) + 32])), "an impossible shape or offset"),
+    "offsets turned round": (header(("a", "F32", [8], [32, 0])), "tensor a of shape [8] needs 32 bytes but has -32"),
+    "offset past the end": (header(("a", "F32", [32], [0, 128])), "tensor a ends 64 bytes past the end of the file"),
+    "overlap": (header(FIRST, ("b", "F32", [16], [0, 64])), "tensor b overlaps"),
+    "overlap in part": (header(FIRST, ("b", "F32", [12], [16, 64])), "tensor b overlaps"),
+    "the same bytes twice": (header(("a", "F32", [16], [0, 64]), ("b", "F32", [16], [0, 64])), "tensor b overlaps"),
+    "hole": (header(("a", "F32", [4], [0, 16]), SECOND), "tensor b leaves a hole"),
+    "hole at the start": (header(SECOND), "tensor b leaves a hole"),
+    "bytes of nobody": (header(FIRST), "32 bytes belong to no tensor"),
+    "unknown dtype": (header(("a", "F7", [8], [0, 32])), "tensor a has dtype 'F7'"),
+    "dtype a number": (header(("a", 5, [8], [0, 32])), "tensor a has dtype '5'"),
+    "dtype a list": (header(("a", ["F32"], [8], [0, 32])), "tensor a has dtype \"['F32']\""),
+    "shape a number": (header(("a", "F32", 8, [0, 32])), "tensor a has an impossible shape"),
+    "negative shape": (header(("a", "F32", [-8], [0, 32])), "tensor a has an impossible shape"),
+    "two negatives": (header(("a", "F32", [-2, -8], [0, 64])), "tensor a has an impossible shape"),
+    "shape that overflows": (header(("a", "F32", [1 << 32, 1 << 32], [0, 64])), "tensor a of shape ... needs"),
+    "shape that overflows to its size": (header(("a", "U8", [1 << 47, 1 << 17, 1], [0, 0])), "tensor a of shape"),
+    "nothing times much": (header(FIRST, SECOND, ("c", "F32", [0, 1 << 47], [64, 64])), "missing"),
+    "many dimensions": (header(("a", "F32", [1] * 5000, [0, 4])), "tensor a has an impossible shape"),
+    "name of control characters": (header(("a\x1b[2J\n\x07", "F7", [8], [0, 32])), "impossible name 'a\\x1b[2J"),
+    "name of a million letters": (header(("a" * 1_000_000, "F7", [8], [0, 32])), "impossible name 'aaa"),
+    "missing tensor": (weights(lambda w: w.pop(NORM)), "missing: model.norm.weight"),
+    "unexpected tensor": (weights(lambda w: w.update(extra=torch.ones(2))), "unexpected: extra"),
+    "mis-shaped": (
+        weights(lambda w: w.update({NORM: torch.ones(7)})),
+        "mis-shaped: model.norm.weight [7] instead of [32]",
+    ),
+    "transposed": (
+        weights(lambda w: w.update({Q: torch.ones(1, 32, 32)})),
+        f"mis-shaped: {Q} [1, 32, 32] instead of [32, 32]",
+    ),
+    "NaN": (weights(lambda w: w[Q][3].fill_(torch.nan)), f"non-finite: {Q}"),
+    "infinite": (weights(lambda w: w[NORM].fill_(-torch.inf)), "non-finite: model.norm.weight"),
+    "whole numbers": (weights(lambda w: w.update({NORM: w[NORM].long()})), "mis-typed: model.norm.weight torch.int64"),
+    "one in float64": (
+        weights(lambda w: w.update({NORM: torch.full_like(w[NORM], 1e300, dtype=torch.float64)})),
+        "non-finite: model.norm.weight as torch.float32",
+    ),
+    "all at once": (
+        weights(
+            lambda w: (
+                w.pop(NORM),
+                w.update(extra=torch.ones(2)),
+                w[Q].fill_(torch.nan),
+                w.update({"model.embed_tokens.weight": torch.ones(3, 3)}),
+            )
+        ),
+        "missing: model.norm.weight; unexpected: extra; mis-shaped: model.embed_tokens ... non-finite: model.layers.0",
+    ),
+    "another's head": (
+        weights(lambda w: w.update({"lm_head.weight": torch.ones(512, 32)})),
+        "lm_head.weight, which differs from the embedding",
+    ),
+    "no tensor at all": (replaced("model.safetensors", safetensors({})), "holds only 0 tensors"),
+    "weights are a folder": (in_place_of("model.safetensors", Path.mkdir), "model.safetensors: not a file"),
+    "weights are a pipe": (in_place_of("model.safetensors", os.mkfifo), "model.safetensors: not a file"),
+    "weights point nowhere": (linked("model.safetensors", "gone"), "model.safetensors: not a file, or a link"),
+    "weights point at themselves": (linked("model.safetensors", "model.safetensors"), "model.safetensors: not a file"),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights(name, untemplated, monkeypatch, capsys):
+    end_in_one_line(WEIGHTS[name], untemplated, monkeypatch, capsys)
+
+
+INTEGERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+MOE = {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "decoder_sparse_step": 1,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+CONFIGS = {
+    "no config": (removed("config.json"), "config.json: no such file"),
+    "config a folder": (in_place_of("config.json", Path.mkdir), "config.json: no such file"),
+    "config a pipe": (in_place_of("config.json", os.mkfifo), "config.json: no such file"),
+    "config points nowhere": (linked("config.json", "gone"), "config.json: no such file"),
+    "config empty": (replaced("config.json", ""), "config.json: not valid JSON"),
+    "config not JSON": (replaced("config.json", "{'vocab_size': 5}"), "config.json: not valid JSON"),
+    "config not UTF-8": (replaced("config.json", b'{"a": "\xff"}'), "config.json: not valid JSON"),
+    "config UTF-16": (replaced("config.json", '{"vocab_size": 5}'.encode("utf-16")), "config lacks hidden_size"),
+    "config nested": (replaced("config.json", '{"a":' * 200_000), "config.json: not valid JSON"),
+    "config with a long number": (replaced("config.json", '{"a": ' + "1" * 9999 + "}"), "config.json: not valid JSON"),
+    "config a list": (replaced("config.json", "[1]"), "config.json: a JSON list, not an object"),
+    "config null": (replaced("config.json", "null"), "config.json: a JSON NoneType, not an object"),
+    "config of a terabyte": (cut("config.json", 1 << 40), "config.json: 1,099,511,627,776 bytes is too large"),
+    "config {}": (replaced("config.json", "{}"), "config lacks vocab_size"),
+    **{f"no {name}": (config(**{name: ...}), f"config lacks {name}; take config.json from") for name in INTEGERS[:5]},
+    **{f"{name} null": (config(**{name: None}), f"config lacks {name}") for name in INTEGERS[:5]},
+    **{
+        f"{name} {value!r}"[:40]: (config(**{name: value}), f"config: {name} is {value!r}, which is not a whole number")
+        for name in INTEGERS
+        for value in (10**12, -1, "8", True, 8.0, [8], float("nan"), float("inf"))
+    },
+    **{
+        f"{name} 10^12": (config(**MOE | {name: 10**12}), f"config: {name} is 1000000000000, which is not a whole")
+        for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step")
+    },
+    "1e400 layers": (
+        lambda path: replaced("config.json", (path / "config.json").read_text().replace(": 2,", ": 1e400,"))(path),
+        "is inf, which is not a whole number",
+    ),
+    "zero layers": (config(num_hidden_layers=0), "num_hidden_layers is 0"),
+    "a thousand layers": (config(num_hidden_layers=1000), "config asks for 1000 layers"),
+    "the most of everything": (
+        config(
+            vocab_size=1 << 24,
+            hidden_size=1 << 20,
+            intermediate_size=1 << 22,
+            num_attention_heads=4096,
+            head_dim=1 << 14,
+        ),
+        "mis-shaped: model.embed_tokens.weight [512, 32] instead of [16777216, 1048576]",
+    ),
+    "heads not divisible": (config(num_key_value_heads=3), "num_attention_heads 4 is not a multiple of ... 3"),
+    "odd head_dim": (config(head_dim=7), "head_dim 7 is odd"),
+    "another head_dim": (config(head_dim=16), "mis-shaped: ... q_proj.weight [32, 32] instead of [64, 32]"),
+    "another width": (config(hidden_size=16), "mis-shaped: model.embed_tokens.weight [512, 32] instead of [512, 16]"),
+    "more heads": (config(num_attention_heads=8), "mis-shaped"),
+    "untied": (config(tie_word_embeddings=False), "missing: lm_head.weight"),
+    "another type": (config(model_type="qwen2"), "missing: ... bias ... unexpected: ... q_norm"),
+    "attention bias": (config(attention_bias=True), "missing: model.layers.0.self_attn.q_proj.bias"),
+    "tied a text": (config(tie_word_embeddings="yes"), "tie_word_embeddings is 'yes', which is neither true nor false"),
+    "bias a number": (config(attention_bias=1), "attention_bias is 1, which is neither"),
+    "eps zero": (config(rms_norm_eps=0), "rms_norm_eps is 0, which is not a positive number"),
+    "eps NaN": (config(rms_norm_eps=float("nan")), "rms_norm_eps is nan"),
+    "eps a text": (config(rms_norm_eps="1e-6"), "rms_norm_eps is '1e-6'"),
+    "eps of a thousand digits": (config(rms_norm_eps=10**1000), "rms_norm_eps is"),
+    "theta infinite": (config(rope_theta=float("inf")), "rope_theta is inf"),
+    "theta one": (config(rope_theta=1), "rope_theta 1 is not above 1"),
+    "theta of 400 digits": (config(rope_theta=10**400), "rope_theta is"),
+    "unknown architecture": (config(model_type="llama"), "model_type 'llama' is not implemented; qwen3, qwen3_moe"),
+    "architecture a list": (config(model_type=["qwen3"]), "model_type ['qwen3'] is not implemented"),
+    "architecture an object": (config(model_type={}), "model_type {} is not implemented"),
+    "unknown activation": (config(hidden_act="gelu"), "hidden_act 'gelu' is not implemented"),
+    "activation a list": (config(hidden_act=[]), "hidden_act [] is not implemented"),
+    "dtype unknown": (config(dtype="float8", torch_dtype=...), "dtype 'float8' is not one of"),
+    "dtype a list": (config(torch_dtype=["float32"]), "dtype ['float32'] is not one of"),
+    "rope a text": (config(rope_scaling="yarn"), "rope_scaling is 'yarn', which is neither null nor an object"),
+    "rope type unknown": (config(rope_scaling={"rope_type": "llama3"}), "rope type 'llama3' is not implemented"),
+    "rope type of old": (config(rope_scaling={"type": "linear", "factor": 2.0}), "rope type 'linear' is not"),
+    "rope type a list": (config(rope_scaling={"rope_type": ["yarn"]}), "rope type ['yarn'] is not implemented"),
+    "rope parameters a list": (config(rope_parameters=[]), "rope_parameters is [], which is not an object"),
+    "rope parameters unknown": (config(rope_parameters={"rope_type": "longrope"}), "rope type 'longrope' is not"),
+    "yarn without factor": (config(rope_scaling=YARN | {"factor": None}), "rope_scaling factor is None"),
+    "yarn factor negative": (config(rope_scaling=YARN | {"factor": -4}), "rope_scaling factor is -4"),
+    "yarn factor infinite": (config(rope_scaling=YARN | {"factor": 10**400}), "rope_scaling factor is"),
+    "yarn original a text": (
+        config(rope_scaling=YARN | {"original_max_position_embeddings": "64"}),
+        "rope_scaling original_max_position_embeddings is '64'",
+    ),
+    "yarn truncate a text": (config(rope_scaling=YARN | {"truncate": "no"}), "rope_scaling truncate is 'no'"),
+    "yarn field unknown": (config(rope_scaling=YARN | {"mscale": 2.0}), "rope_scaling has mscale"),
+    "yarn beta tiny": (config(rope_scaling=YARN | {"beta_fast": 5e-324}), "rope_scaling beta_fast is 5e-324"),
+    "sliding window": (config(use_sliding_window=True, max_window_layers=0), "sliding-window attention is not"),
+    "sliding layers": (config(layer_types=["sliding_attention"] * 2), "layer_types is ['sliding_attention', "),
+    "layer types a number": (config(layer_types=5), "layer_types is 5; sliding-window attention is not implemented"),
+    "window from a text": (config(use_sliding_window=True, max_window_layers="0"), "sliding-window attention is not"),
+    "attention dropout": (config(attention_dropout=0.1), "attention_dropout is not implemented"),
+    "more experts chosen than there are": (config(**MOE | {"num_experts_per_tok": 5}), "num_experts_per_tok 5 is more"),
+    "no experts": (config(**MOE | {"num_experts": 0}), "num_experts_per_tok 2 is more than num_experts 0"),
+    "experts without width": (config(**MOE | {"moe_intermediate_size": 0}), "lacks moe_intermediate_size"),
+    "four thousand experts": (config(**MOE | {"num_experts": 4096}), "config asks for 2 layers and 4096 experts"),
+    "experts that are not there": (config(**MOE), "missing: model.layers.0.mlp.gate.weight"),
+    "dense layers a number": (config(mlp_only_layers=3), "mlp_only_layers is 3, not a list"),
+    "quantised, but how": (
+        config(quantization_config={"quant_method": "awq"}),
+        "quantization_config.quant_method is 'awq'",
+    ),
+    "quantised a list": (config(quantization_config=[1]), "quantization_config is not an object"),
+    "end token a text": (config(eos_token_id="2"), "config: eos_token_id is '2', which is neither a token id nor"),
+    "end tokens nested": (config(eos_token_id=[[2]]), "config: eos_token_id is [[2]], which is neither"),
+    "end token negative": (config(eos_token_id=-1), "config: eos_token_id is -1, which is neither"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config(name, untemplated, monkeypatch, capsys):
+    (untemplated / "generation_config.json").unlink()
+    end_in_one_line(CONFIGS[name], untemplated, monkeypatch, capsys)
+
+
+GENERATION = {
+    "not JSON": (replaced("generation_config.json", "x"), "generation_config.json: not valid JSON"),
+    "a list": (replaced("generation_config.json", "[]"), "generation_config.json: a JSON list"),
+    "points nowhere": (linked("generation_config.json", "gone"), "generation_config.json: no such file"),
+    "temperature a text": (generation(temperature="0.6"), "generation_config.json: temperature is '0.6'"),
+    "temperature NaN": (generation(temperature=float("nan")), "generation_config.json: temperature is nan"),
+    "temperature negative": (generation(temperature=-1), "generation_config.json: temperature is -1"),
+    "top_k a fraction": (generation(top_k=2.5), "generation_config.json: top_k is 2.5"),
+    "top_k true": (generation(top_k=True), "generation_config.json: top_k is True"),
+    "top_k negative": (generation(top_k=-20), "generation_config.json: top_k is -20"),
+    "top_p two": (generation(top_p=2), "generation_config.json: top_p is 2"),
+    "min_p a list": (generation(min_p=[0]), "generation_config.json: min_p is [0]"),
+    "repetition penalty zero": (generation(repetition_penalty=0), "generation_config.json: repetition_penalty is 0"),
+    "end token a text": (generation(eos_token_id="2"), "generation_config: eos_token_id is '2'"),
+    "end token true": (generation(eos_token_id=True), "generation_config: eos_token_id is True"),
+    "end token a fraction": (generation(eos_token_id=2.0), "generation_config: eos_token_id is 2.0"),
+    "end tokens nested": (generation(eos_token_id=[[2]]), "generation_config: eos_token_id is [[2]]"),
+    "end tokens an object": (generation(eos_token_id={"a": 2}), "generation_config: eos_token_id is {'a': 2}"),
+    "end token negative": (generation(eos_token_id=[2, -1]), "generation_config: eos_token_id is [2, -1]"),
+}
+
+
+@pytest.mark.parametrize("name", GENERATION)
+def test_generation_config(name, untemplated, monkeypatch, capsys):
+    end_in_one_line(GENERATION[name], untemplated, monkeypatch, capsys)
+
+
+def same_shard(weight_map: dict[str, str], path: Path) -> None:
+    """The index names, for one tensor, the shard in which it does not lie."""
+    weight_map[NORM] = next(shard for shard in set(weight_map.values()) if shard != weight_map[NORM])
+
+
+def twice(weight_map: dict[str, str], path: Path) -> None:
+    """One tensor lies in both shards."""
+    for shard in sorted(set(weight_map.values())):
+        tensors = load_file(path / shard)
+        save_file({**tensors, NORM: torch.ones(32)}, path / shard)
+
+
+INDEX = "model.safetensors.index.json"
+SHARDS = {
+    "dots": (shard_named("../model.safetensors"), f"{INDEX}: shard '../model.safetensors' is not the plain name"),
+    "only dots": (shard_named(".."), f"{INDEX}: shard '..' is not the plain name"),
+    "dots inside": (shard_named("a/../../b.safetensors"), f"{INDEX}: shard 'a/../../b.safetensors' is not"),
+    "absolute": (shard_named("/etc/passwd"), f"{INDEX}: shard '/etc/passwd' is not the plain name"),
+    "absolute weights": (shard_named("/tmp/x.safetensors"), f"{INDEX}: shard '/tmp/x.safetensors' is not"),
+    "home": (shard_named("~/x.safetensors"), f"{INDEX}: shard '~/x.safetensors' is not"),
+    "backslashes": (shard_named("..\\x.safetensors"), f"{INDEX}: shard ... is not the plain name"),
+    "a drive": (shard_named("C:x.safetensors"), f"{INDEX}: shard 'C:x.safetensors' is not the plain name"),
+    "a zero byte": (shard_named("x\0.safetensors"), f"{INDEX}: shard"),
+    "a long name": (shard_named("x" * 5000 + ".safetensors"), f"{INDEX}: shard"),
+    "empty name": (shard_named(""), f"{INDEX}: shard '' is not the plain name"),
+    "pickle": (shard_named("model-00001.bin"), f"{INDEX}: shard 'model-00001.bin' is not the plain name"),
+    "a number": (shard_named(5), f"{INDEX}: shard"),
+    "a list": (shard_named([]), f"{INDEX}: shard"),
+    "absent": (shard_named("gone.safetensors"), f"{INDEX}: shard gone.safetensors is not there; download it"),
+    "wrong shard": (sharded(same_shard), f"{INDEX}: tensor model.norm.weight is stated in"),
+    "in two shards": (sharded(twice), "tensor model.norm.weight is also in model-00001-of-00002.safetensors"),
+    "not in the index": (sharded(lambda m, path: m.pop(NORM)), "tensor model.norm.weight is stated in None but lies"),
+    "only in the index": (sharded(lambda m, path: m.update(x=m[NORM])), "tensor x is stated in ... but lies in None"),
+    "a shard cut short": (
+        sharded(lambda m, path: cut("model-00002-of-00002.safetensors", -8)(path)),
+        "model-00002-of-00002.safetensors: tensor ... past the end",
+    ),
+    "a pickled shard": (
+        sharded(lambda m, path: torch.save({}, path / "model-00002-of-00002.safetensors")),
+        "model-00002-of-00002.safetensors: a pickle",
+    ),
+    "a shard is a folder": (
+        sharded(lambda m, path: in_place_of("model-00002-of-00002.safetensors", Path.mkdir)(path)),
+        "shard model-00002-of-00002.safetensors is not there",
+    ),
+    "index not JSON": (
+        in_place_of("model.safetensors", lambda file: (file.parent / INDEX).write_text("{")),
+        f"{INDEX}: not valid JSON",
+    ),
+    "index a list": (
+        in_place_of("model.safetensors", lambda file: (file.parent / INDEX).write_text("[]")),
+        f"{INDEX}: a JSON list",
+    ),
+    "index empty": (
+        in_place_of("model.safetensors", lambda file: (file.parent / INDEX).write_text("{}")),
+        f"{INDEX}: no weight_map",
+    ),
+    "map a list": (
+        in_place_of("model.safetensors", lambda file: (file.parent / INDEX).write_text('{"weight_map": ["a"]}')),
+        f"{INDEX}: no weight_map",
+    ),
+    "map empty": (
+        in_place_of("model.safetensors", lambda file: (file.parent / INDEX).write_text('{"weight_map": {}}')),
+        f"{INDEX}: no weight_map",
+    ),
+    "index points nowhere": (
+        in_place_of("model.safetensors", lambda file: (file.parent / INDEX).symlink_to("gone")),
+        f"{INDEX}: no such file",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_shards(name, untemplated, monkeypatch, capsys):
+    end_in_one_line(SHARDS[name], untemplated, monkeypatch, capsys)
