@@ -1,0 +1,467 @@
+"""The same model in another container or precision.
+
+    python convert.py --to gguf --type q8_0 --model Qwen/Qwen3-0.6B      one .gguf file, equal to llama.cpp's
+    python convert.py --to gguf --for qwen3.c                            what the pure-C program of the course maps
+    python convert.py --to fp16                                          official safetensors layout in another type
+    python convert.py --to int4                                          weight-only, as vLLM and transformers read it
+    python convert.py --to safetensors --model model.gguf                the way back
+    python convert.py --verify OUT                                       is it still what was written?
+
+Tensors are read, checked, converted and written a piece at a time, so memory does not grow with the model. The result
+takes its final name when it is whole, and conversion.json beside it says what it was made from (formats/record.py).
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import tomllib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import console
+from formats import gguf_write, official, record
+from formats.checkpoint import open_checkpoint
+from formats.compressed_tensors import BITS, Dequantized, quantization_config
+from formats.files import atomic_directory, atomic_file
+from formats.gguf import GGUF
+from formats.safetensors_write import SafetensorsWriter, Shard, plan_shards
+from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, resolve_default
+from ops.encode import EMBEDDING, Cast, Errors, Quantize, lossless
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TARGETS = ("gguf", "safetensors", *DTYPES, *BITS)
+HEAD = "lm_head.weight"
+PIECE = 1 << 22  # values that are in work at a time
+PENDING = 2  # pieces that may wait for the writing thread
+SPARE_DISK = 64 << 20  # bytes that must stay free
+
+# What belongs to a checkpoint besides its weights and config.json.
+CARRIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "README.md",
+    "LICENSE",
+)
+
+# ---- the source ------------------------------------------------------------------------------------------------------
+
+
+class Source:
+    """An opened checkpoint whose tensors are those that its config promises. `given` is what the user called it."""
+
+    def __init__(self, given: str | None):
+        self.path = resolve_default(given)
+        self.given = given or (str(self.path) if self.path == BUNDLED_MODEL else DEFAULT_MODEL)
+        self.checkpoint = open_checkpoint(self.path)
+        if self.checkpoint.config.get("quantization_config") is not None:
+            self.checkpoint = Dequantized(self.checkpoint)
+        self.config, self.tensors = self.checkpoint.config, self.checkpoint.tensors
+        try:
+            official.check_tensors(self.config, self.tensors)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        if self.config.get("tie_word_embeddings") and HEAD in self.tensors:
+            self._check_redundant_head()
+            del self.tensors[HEAD]
+
+    def _check_redundant_head(self) -> None:
+        """The official 0.6B and 1.7B store the head although it is the embedding; results hold it once."""
+        for head, embedding in zip(self.pieces(HEAD), self.pieces(EMBEDDING), strict=True):
+            if not torch.equal(head, embedding):
+                raise ValueError(f"{self.path}: {HEAD} differs from the embedding although config.json ties them")
+
+    @property
+    def name(self) -> str:
+        """What default output names begin with."""
+        given = Path(self.given.partition("@")[0])
+        return given.stem if given.suffix == ".gguf" else given.resolve().name
+
+    @property
+    def is_directory(self) -> bool:
+        return self.path.is_dir()
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Every file that the result depends on."""
+        beside = [self.path / name for name in ("config.json", *CARRIED)] if self.is_directory else []
+        return {file.name: file for file in (*self.checkpoint.files, *beside) if file.is_file()}
+
+    def describe(self, hashes: record.HashThread) -> dict[str, Any]:
+        """The source as the record keeps it. A snapshot in the hub's cache is named by its commit."""
+        revision = self.path.name if self.path.parent.name == "snapshots" else None
+        path = str(self.path.absolute())
+        return {"model": self.given, "path": path, "revision": revision, "files": hashes.result()}
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor's rows, at most PIECE values at a time, whose memory is given back when the next are asked for."""
+        values = self.checkpoint.read(name)
+        step = max(1, PIECE // math.prod(values.shape[1:]))
+        for start in range(0, values.shape[0], step):
+            piece = values[start : start + step]
+            if not torch.isfinite(torch.stack(torch.aminmax(piece))).all():
+                raise ValueError(f"{self.path}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
+            yield piece
+            self.checkpoint.release(name)
+
+    def carry(self, directory: Path) -> None:
+        """Copies, or rebuilds from a GGUF's metadata, the tokenizer and what else belongs to a checkpoint."""
+        if self.is_directory:
+            for name in CARRIED:
+                if (self.path / name).is_file():
+                    shutil.copyfile(self.path / name, directory / name)
+            return
+        tokenizer, tokenizer_config = self.checkpoint.tokenizer()
+        write_json(directory / "tokenizer.json", tokenizer)
+        write_json(directory / "tokenizer_config.json", tokenizer_config)
+        if self.checkpoint.generation_config:
+            write_json(directory / "generation_config.json", self.checkpoint.generation_config)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- the place of the result -----------------------------------------------------------------------------------------
+
+
+def check_place(out: Path, source: Source, is_directory: bool, force: bool) -> None:
+    """Refuses a place where the result would destroy something, before any work is done."""
+    real, origin = Path(os.path.realpath(out)), Path(os.path.realpath(source.path))
+    files = {Path(os.path.realpath(file)) for file in source.files.values()}
+    if real == origin or real in files or (out.exists() and any(out.samefile(file) for file in files)):
+        raise ValueError(f"--out {out}: that is the source itself; give another name")
+    if source.is_directory and real.is_relative_to(origin):
+        raise ValueError(f"--out {out}: lies inside the source {source.path}; choose a place beside it")
+    if any(file.is_relative_to(real) for file in files):
+        raise ValueError(f"--out {out}: holds the source {source.path}; choose a place beside it")
+    if not out.exists() and not out.is_symlink():
+        return
+    if not force:
+        raise ValueError(f"--out {out}: exists already; give another name, or --force to replace it")
+    if is_directory != out.is_dir():
+        kind = "a directory" if out.is_dir() else "not a directory"
+        raise ValueError(f"--out {out}: is {kind}, which --force does not replace here; give another name")
+    if is_directory and any(out.iterdir()) and not record.is_result(out):
+        raise ValueError(
+            f"--out {out}: was not written by a conversion, so --force does not delete it; give another name"
+        )
+
+
+def check_disk(out: Path, size: int) -> None:
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < size + SPARE_DISK:
+        raise ValueError(f"--out {out}: needs {show_size(size)}, but only {show_size(free)} are free in {folder}")
+
+
+def show_size(size: int) -> str:
+    unit, letter = next(
+        pair for pair in ((10**9, "G"), (10**6, "M"), (10**3, "k"), (1, "")) if size >= pair[0] or not pair[1]
+    )
+    return f"{size / unit:,.{2 if letter == 'G' else 0}f} {letter}B"
+
+
+# ---- the result ------------------------------------------------------------------------------------------------------
+
+
+class Result:
+    """What a conversion wrote, gathered while it runs.
+
+    `tensors`: stored name → place in a file, sha256 and errors. `files`: name → size and sha256. `kinds`: kind of
+    tensor and how it is stored → errors, for the table.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, dict[str, Any]] = {}
+        self.files: dict[str, dict[str, Any]] = {}
+        self.kinds: dict[tuple[str, str], Errors] = {}
+
+    def add_kind(self, name: str, stored_as: str, errors: Errors) -> None:
+        if known := self.kinds.get((kind_of(name), stored_as)):
+            known.merge(errors)
+        else:
+            self.kinds[kind_of(name), stored_as] = errors
+
+    def entry(self, source: Source, options: argparse.Namespace, hashes: record.HashThread, files: dict[str, Path]):
+        """The entry of conversion.json. `files`: those written, by their final names."""
+        self.files = record.HashThread(files).result()
+        chosen = {"to": options.to, "type": options.type, "for": options.reader, "group_size": options.group_size}
+        return record.sign(
+            {
+                "tool": f"nanoqwen {version()}",
+                "source": source.describe(hashes),
+                **{key: value for key, value in chosen.items() if value is not None},
+                "files": self.files,
+                "tensors": self.tensors,
+            }
+        )
+
+    def print(self) -> None:
+        """The largest and the mean error of each kind of tensor, against the source's values."""
+        print(f"{'tensors':<26}{'count':>7}  {'stored as':<10}{'largest error':>15}{'mean error':>13}{'relative':>11}")
+        for (kind, stored_as), errors in self.kinds.items():
+            line, numbers = f"{kind:<26}{errors.tensors:>7}  {stored_as:<10}", errors.to_dict()
+            relative = f"{numbers['relative_error']:.2%}" if "relative_error" in numbers else "-"
+            figures = f"{numbers['largest_error']:>15.3g}{numbers['mean_error']:>13.3g}{relative:>11}"
+            print(line + (f"{'exact':>15}" if errors.exact else figures))
+
+    def warn_of_overflow(self) -> None:
+        counts = {name: tensor["overflowed"] for name, tensor in self.tensors.items() if tensor.get("overflowed")}
+        if counts:
+            worst = max(counts, key=counts.__getitem__)
+            console.notice(
+                f"warning: {sum(counts.values()):,} values in {len(counts):,} tensors are beyond float16's 65,504 and "
+                f"became infinite (most in {worst}: {counts[worst]:,}); use --to bf16 for this model"
+            )
+
+
+def kind_of(name: str) -> str:
+    """q_proj, input_layernorm, embed_tokens, …; the experts' projections and biases apart."""
+    module, _, leaf = name.rpartition(".")
+    kind = ("experts." if ".experts." in module else "") + module.rpartition(".")[2]
+    return kind if leaf == "weight" else f"{kind}.{leaf}"
+
+
+def version() -> str:
+    return tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text())["project"]["version"]
+
+
+# ---- to safetensors --------------------------------------------------------------------------------------------------
+
+
+def convert_to_safetensors(source: Source, out: Path, options: argparse.Namespace) -> Result:
+    """A directory in the official layout, in one dtype, as stored, or quantised."""
+    if options.to in BITS:
+        target: Cast = Quantize(source.tensors, options.to, options.group_size)
+    elif options.to in DTYPES:
+        target = Cast(dict.fromkeys(source.tensors, DTYPES[options.to]))
+    else:
+        target = lossless(source.checkpoint)
+    outputs = {output: i for name, info in source.tensors.items() for output, i in target.outputs(name, info).items()}
+    shards = plan_shards(outputs, options.max_shard_size)
+    check_disk(out, sum(shard.size for shard in shards))
+    config = set_dtype(source.config, target.dtypes[EMBEDDING])
+    if isinstance(target, Quantize):
+        config["quantization_config"] = quantization_config(target.scheme)
+    with atomic_directory(out) as directory:
+        hashes = record.HashThread(source.files)
+        result = write_safetensors(source, target, directory, shards)
+        source.carry(directory)
+        write_json(directory / "config.json", config)
+        write_record(directory, result, source, options, hashes)
+    return result
+
+
+def set_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """config.json with the dtype of the weights, under the key that is there (published files: torch_dtype)."""
+    keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
+    return config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+
+
+def write_safetensors(source: Source, target: Cast, directory: Path, shards: list[Shard]) -> Result:
+    """Streams every tensor through `target` into the planned shards; a second thread writes and hashes."""
+    places = {name: place for shard in shards for name, place in shard.places.items()}
+    result, pending = Result(), deque()
+    with (
+        console.byte_progress() as progress,
+        SafetensorsWriter(directory, shards) as writer,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        task = progress.add_task("converting", total=sum(place.size for place in places.values()))
+
+        def write(name: str, values: torch.Tensor) -> None:
+            pending.append(thread.submit(writer.append, name, values))
+            wait(PENDING)
+
+        def wait(most: int) -> None:
+            while len(pending) > most:
+                progress.update(task, advance=pending.popleft().result())
+
+        for name, info in source.tensors.items():
+            errors = Errors(math.prod(info.shape))
+            for values in source.pieces(name):
+                stored, restored = target.encode(name, values)
+                for output, piece in stored.items():
+                    write(output, piece)
+                if restored is not None:
+                    errors.add(values, restored)
+            if name not in places:
+                write(f"{name}_shape", torch.tensor(info.shape))
+            result.add_kind(name, target.type_of(name), errors)
+            first, *others = target.outputs(name, info)
+            result.tensors |= {first: errors.to_dict(), **{other: {} for other in others}}
+        wait(0)
+    for name, place in places.items():
+        where = {"file": place.file, "offset": place.offset, "bytes": place.size, "sha256": writer.sha256(name)}
+        result.tensors[name] = where | result.tensors[name]
+    return result
+
+
+def write_record(directory: Path, result: Result, *about: Any) -> None:
+    """conversion.json of a result that is a directory, as the last of its files."""
+    entry = result.entry(*about, {file.name: file for file in sorted(directory.iterdir())})
+    (directory / record.NAME).write_text(record.to_text({".": entry}), encoding="utf-8")
+
+
+# ---- to GGUF ---------------------------------------------------------------------------------------------------------
+
+
+def convert_to_gguf(source: Source, out: Path, options: argparse.Namespace) -> Result:
+    """One .gguf file; for qwen3.c a directory with one and its three text files."""
+    planned = gguf_write.plan(source.checkpoint, options.type or "f32")
+    check_disk(out, sum(tensor.size for tensor in planned))
+    if options.reader:
+        with atomic_directory(out) as directory:
+            hashes = record.HashThread(source.files)
+            path = directory / f"{source.name}.gguf"
+            result = write_gguf(source, planned, path, path.name, options)
+            write_record(directory, result, source, options, hashes)
+        return result
+    with atomic_file(out) as temporary:
+        hashes = record.HashThread(source.files)
+        result = write_gguf(source, planned, temporary, out.name, options)
+        entry = result.entry(source, options, hashes, {out.name: temporary})
+        record.write_entry(out, None)  # so that at no moment the record speaks of another file
+    record.write_entry(out, entry)
+    return result
+
+
+def write_gguf(source: Source, planned: list[Any], path: Path, name: str, options: argparse.Namespace) -> Result:
+    """Writes the planned tensors to `path`, which will be called `name`, and finds each one's place and digest."""
+    result, found = Result(), {}
+    with console.byte_progress() as progress:
+        task = progress.add_task("converting", total=sum(tensor.size for tensor in planned))
+
+        def on_tensor(_: str, size: int) -> None:
+            progress.update(task, advance=size)
+
+        if options.reader:
+            gguf_write.write_qwen3c(source.checkpoint, path, on_tensor)
+        else:
+            found = gguf_write.write_gguf(source.checkpoint, path, options.type, on_tensor, errors=True)
+    official_names = {tensor.name: tensor.sources[0] for tensor in planned}
+    for tensor, (format, shape, start, size) in GGUF(path).stored.items():
+        errors = Errors(math.prod(shape), *found.get(tensor, ()))
+        digest = record.sha256_of_range(path, start, size)
+        result.tensors[tensor] = {"file": name, "offset": start, "bytes": size, "sha256": digest, **errors.to_dict()}
+        result.add_kind(official_names.get(tensor, HEAD), format.name, errors)
+    return result
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def parse_size(text: str) -> int:
+    """5GB, 500MB, 2GiB or a number of bytes."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*(?:([KMGT])(i?)B)?", text, re.IGNORECASE | re.ASCII)
+    power = " KMGT".index((match[2] or " ").upper()) if match else 0
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 5GB or 500MB")
+    return size
+
+
+def parse_group_size(text: str) -> int:
+    size = int(text) if re.fullmatch(r"\d{1,6}", text, re.ASCII) else 0
+    if size < 8 or size % 8:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 8 (vLLM's kernels know 32, 64 and 128)")
+    return size
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = console.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--to", choices=TARGETS, help="a container, or a precision in the official layout")
+    add("--model", metavar="SRC", help=f"directory, hub id or .gguf file (default: {DEFAULT_MODEL})")
+    add("--out", type=Path, metavar="PATH", help="file or directory of the result (default: named after the model)")
+    add("--type", choices=gguf_write.TYPES, help="precision of the GGUF (default: q8_0)")
+    add("--for", dest="reader", choices=["qwen3.c"], help="F32 GGUF and text files as qwen3.c maps them")
+    add("--group-size", type=parse_group_size, metavar="N", help="weights that share a scale (int4: 32, int8: a row)")
+    add("--max-shard-size", type=parse_size, metavar="SIZE", help="of one safetensors file (default: 5GB)")
+    add("--force", action="store_true", help="replace an earlier result")
+    add("--verify", type=Path, metavar="OUT", help="hold a result against its conversion.json")
+    options = parser.parse_args()
+    if problem := combination_problem(options):
+        parser.error(problem)
+    options.max_shard_size = options.max_shard_size or 5 * 10**9
+    if options.to == "gguf" and not options.reader:
+        options.type = options.type or "q8_0"
+    return options
+
+
+def combination_problem(options: argparse.Namespace) -> str | None:
+    """What is wrong with flags that are each right."""
+    given = {name for name, value in vars(options).items() if value not in (None, False)}
+    if options.verify:
+        return "--verify stands alone: it reads a result and changes nothing" if given != {"verify"} else None
+    if not options.to:
+        return f"--to is missing: one of {', '.join(TARGETS)}"
+    if options.to != "gguf" and given & {"type", "reader"}:
+        return f"--type and --for belong to --to gguf, not to --to {options.to}"
+    if options.type and options.reader:
+        return f"--type {options.type} with --for {options.reader}: that program reads F32 alone; leave --type out"
+    if options.group_size and options.to not in BITS:
+        return f"--group-size belongs to --to int8 and int4, not to --to {options.to}"
+    if options.max_shard_size and options.to == "gguf":
+        return "--max-shard-size belongs to safetensors; a GGUF is one file"
+    return None
+
+
+def output_path(options: argparse.Namespace, source: Source, is_directory: bool) -> Path:
+    if options.out is None:
+        suffix = "" if is_directory else ".gguf"
+        return Path(f"{source.name}-{options.type or options.reader or options.to}{suffix}")
+    if is_directory == (options.out.suffix == ".gguf"):
+        mend = "a directory, so its name must not end in .gguf" if is_directory else "one file whose name ends in .gguf"
+        raise ValueError(f"--out {options.out}: the result of this conversion is {mend}")
+    return options.out
+
+
+def verify(out: Path) -> None:
+    with console.byte_progress() as progress:
+        files = [file for file in out.iterdir() if file.is_file()] if out.is_dir() else [out]
+        task = progress.add_task("verifying", total=sum(file.stat().st_size for file in files if file.exists()))
+        entry = record.verify(out, lambda size: progress.update(task, advance=size))
+    size = sum(file["bytes"] for file in entry["files"].values())
+    files, tensors = count(entry["files"], "file"), count(entry["tensors"], "tensor")
+    print(f"{out}: {files}, {tensors}, {show_size(size)}: every byte is as it was written")
+
+
+def count(things: dict, name: str) -> str:
+    return f"{len(things):,} {name}" + ("" if len(things) == 1 else "s")
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.verify:
+        verify(options.verify)
+        return
+    source = Source(options.model)
+    is_directory = options.to != "gguf" or options.reader is not None
+    out = output_path(options, source, is_directory)
+    check_place(out, source, is_directory, options.force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    convert = convert_to_gguf if options.to == "gguf" else convert_to_safetensors
+    result = convert(source, out, options)
+    result.print()
+    result.warn_of_overflow()
+    size = sum(file["bytes"] for file in result.files.values())
+    print(f"wrote {out}: {show_size(size)} in {count(result.files, 'file')}; --verify {out} checks it")
+
+
+if __name__ == "__main__":
+    console.run(main)
