@@ -13,8 +13,10 @@ convert_hf_to_gguf.py writes f32, f16, bf16 and q8_0; llama-quantize makes the o
 the tensors and two keys in another order. Both orders are kept here: the files can be compared with cmp.
 """
 
+import math
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,57 +174,148 @@ def write_gguf(
         for key in ("general.quantization_version", "general.file_type"):
             pairs[key] = pairs.pop(key)
     with path.open("wb") as file:
-        _write_head(file, pairs, tensors)
+        file.write(_head(pairs, tensors))
         return _write_data(file, checkpoint, tensors, on_tensor, errors)
 
 
-def _write_head(file: BinaryIO, pairs: gguf_metadata.Pairs, tensors: list[Planned]) -> None:
-    file.write(MAGIC + struct.pack("<IQQ", 3, len(tensors), len(pairs)))
-    for key, value in pairs.items():
-        file.write(gguf_metadata.pack(key, value))
+def _head(pairs: gguf_metadata.Pairs, tensors: list[Planned]) -> bytes:
+    parts = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(pairs))]
+    parts += [gguf_metadata.pack(key, value) for key, value in pairs.items()]
     offset = 0
     for tensor in tensors:
-        dimensions = len(tensor.shape)
-        file.write(gguf_metadata.string(tensor.name))
-        file.write(struct.pack(f"<I{dimensions}QIQ", dimensions, *tensor.shape[::-1], tensor.format.id, offset))
+        count = len(tensor.shape)
+        parts.append(gguf_metadata.string(tensor.name))
+        parts.append(struct.pack(f"<I{count}QIQ", count, *tensor.shape[::-1], tensor.format.id, offset))
         offset += padded(tensor.size, DEFAULT_ALIGNMENT)
-    _pad(file)
+    return b"".join(parts)
 
 
-def _pad(file: BinaryIO) -> int:
-    length = padded(file.tell(), DEFAULT_ALIGNMENT) - file.tell()
-    file.write(bytes(length))
-    return length
+def _pad(file: BinaryIO) -> None:
+    file.write(bytes(padded(file.tell(), DEFAULT_ALIGNMENT) - file.tell()))
+
+
+def _pieces(checkpoint: Any, tensors: list[Planned]) -> Iterator[tuple[Planned, str, torch.Tensor]]:
+    """All values of the file in order, a piece at a time, with the tensor they belong to and where they come from."""
+    for tensor in tensors:
+        for source in tensor.sources:
+            values = checkpoint.read(source).reshape(-1)
+            if not values.dtype.is_floating_point or values.dtype.itemsize > 4:
+                raise ValueError(f"{checkpoint.path}: {source} is {values.dtype}, not a float that GGUF holds")
+            for piece in values.split(kquants.PIECE):
+                yield tensor, source, piece
+            del values
+            checkpoint.release(source)
 
 
 def _write_data(
     file: BinaryIO, checkpoint: Any, tensors: list[Planned], on_tensor: OnTensor | None, errors: bool
 ) -> dict[str, tuple[float, float]]:
-    found = {}
-    for tensor in tensors:
-        largest, total, count = 0.0, 0.0, 0
-        for source in tensor.sources:
-            for values, data in _pieces(checkpoint, tensor, source):
-                file.write(data.numpy())
-                if on_tensor:
-                    on_tensor(tensor.name, len(data))
-                if errors:
-                    error = kquants.dequantize(data, tensor.format, values.shape).sub_(values).abs_()
-                    largest, total = max(largest, error.max().item()), total + error.sum(dtype=torch.float64).item()
-                    count += len(values)
-            checkpoint.release(source)
-        _pad(file)
-        if errors:
-            found[tensor.name] = largest, total / count
-    return found
+    def pack(piece: tuple[Planned, str, torch.Tensor]) -> tuple[Planned, torch.Tensor, float, float]:
+        tensor, source, values = piece
+        try:
+            data = kquants.quantize(values, tensor.format)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.path}: {source} cannot be {tensor.format.name}: {error}") from None
+        if not errors or tensor.format.dtype in (values.dtype, torch.float32):
+            return tensor, data, 0.0, 0.0
+        error = kquants.dequantize(data, tensor.format, values.shape).sub_(values).abs_()
+        return tensor, data, error.max().item(), error.sum(dtype=torch.float64).item()
+
+    largest, total = Counter(), Counter()
+    current = None
+    for tensor, data, piece_largest, piece_total in kquants.map_in_threads(pack, _pieces(checkpoint, tensors)):
+        if tensor is not current:
+            _pad(file)
+            current = tensor
+        file.write(data.numpy())
+        largest[tensor.name] = max(largest[tensor.name], piece_largest)
+        total[tensor.name] += piece_total
+        if on_tensor:
+            on_tensor(tensor.name, len(data))
+    _pad(file)
+    return {tensor.name: (largest[tensor.name], total[tensor.name] / math.prod(tensor.shape)) for tensor in tensors}
 
 
-def _pieces(checkpoint: Any, tensor: Planned, source: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(values, their bytes), piece by piece."""
-    values = checkpoint.read(source).reshape(-1)
-    if not values.dtype.is_floating_point or values.dtype.itemsize > 4:
-        raise ValueError(f"{checkpoint.path}: {source} is {values.dtype}, not a float that GGUF holds")
-    try:
-        yield from zip(values.split(kquants.PIECE), kquants.quantize(values, tensor.format), strict=True)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path}: {source} cannot be {tensor.format.name}: {error}") from None
+# ---- for qwen3.c ------------------------------------------------------------------------------------------------
+
+# What https://github.com/gigit0000/qwen3.c (run.c) has as constants: it maps the weights without reading the header.
+QWEN3C_HEAD = 5951648  # where the data begin
+QWEN3C_ROWS, QWEN3C_MERGES = 151936, 151386
+QWEN3C_CONFIG = {
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": QWEN3C_ROWS,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def write_qwen3c(checkpoint: Any, path: Path, on_tensor: OnTensor | None = None) -> None:
+    """Writes `path` (f32) and header.txt, vocab.txt and merges.txt beside it, for the C program qwen3.c.
+
+    The program finds the weights at fixed places: the output matrix first, also where it is tied, the layers in
+    numerical order, each layer's tensors by name, and the first byte of all at `QWEN3C_HEAD`, up to which a metadata
+    value fills the file. Raises ValueError for a model that does not have Qwen3-0.6B's widths (any depth is right).
+    """
+    config = checkpoint.config
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = {
+        **{name: config.get(name) for name in QWEN3C_CONFIG},
+        "rope_theta": rope.get("rope_theta", config.get("rope_theta")),
+    }
+    for name, wanted in (QWEN3C_CONFIG | {"rope_theta": 1e6}).items():
+        if found[name] != wanted:
+            raise ValueError(f"{checkpoint.path}: qwen3.c only runs Qwen3-0.6B, {name} {wanted} (here {found[name]})")
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(f"{checkpoint.path}: qwen3.c does not know YaRN (remove rope_scaling from config.json)")
+    tensors = plan(checkpoint, "f32")
+    if not any(tensor.name == "output.weight" for tensor in tensors):
+        embedding = next(tensor for tensor in tensors if tensor.name == "token_embd.weight")
+        tensors.append(Planned("output.weight", embedding.sources, embedding.shape))
+    tensors.sort(key=_quantizer_order)
+    pairs = gguf_metadata.pairs(checkpoint, "f32", {tensor.name: tensor.shape for tensor in tensors})
+    pairs = {key: value for key, value in pairs.items() if not key.startswith("general.sampling.")}
+    texts = _qwen3c_texts(checkpoint.path, pairs, tensors)
+    with path.open("wb") as file:
+        file.write(_head(_filled(checkpoint.path, pairs, tensors), tensors))
+        _write_data(file, checkpoint, tensors, on_tensor, errors=False)
+    for name, text in texts.items():
+        path.with_name(name).write_text(text, encoding="utf-8")
+
+
+def _filled(path: Path, pairs: gguf_metadata.Pairs, tensors: list[Planned]) -> gguf_metadata.Pairs:
+    """The pairs with a filler, so that the data begin at QWEN3C_HEAD; where there is no room, without the template."""
+    for optional in ((), ("tokenizer.chat_template",)):
+        kept = {key: value for key, value in pairs.items() if key not in optional}
+        empty = kept | {"qwen3c.filler": gguf_metadata.Value(gguf_metadata.STRING, "")}
+        room = QWEN3C_HEAD - len(_head(empty, tensors))
+        if room >= 0:
+            return kept | {"qwen3c.filler": gguf_metadata.Value(gguf_metadata.STRING, " " * room)}
+    raise ValueError(
+        f"{path}: the metadata do not fit into the {QWEN3C_HEAD} bytes that qwen3.c skips (shorten README.md)"
+    )
+
+
+def _qwen3c_texts(path: Path, pairs: gguf_metadata.Pairs, tensors: list[Planned]) -> dict[str, str]:
+    tokens, merges = (pairs[f"tokenizer.ggml.{name}"].value for name in ("tokens", "merges"))
+    kept = sum(not merge.startswith("#") for merge in merges)  # the program skips the others as comments
+    if kept > QWEN3C_MERGES or any(len(token.encode()) > 500 or not token.strip() for token in tokens):
+        raise ValueError(f"{path}: qwen3.c has no room for these tokens and {kept} merges (it knows Qwen3's own)")
+    lines = ["MAGIC=GGUF", "VERSION=3", f"TENSOR_COUNT={len(tensors)}"]
+    for key, (kind, value, element) in pairs.items():
+        if kind == gguf_metadata.ARRAY:
+            lines.append(f"{_c_name(key)}=ARRAY_TYPE={element},ARRAY_LENGTH={len(value)}")
+        elif kind != gguf_metadata.STRING:  # a text could hold lines that look like keys
+            lines.append(f"{_c_name(key)}={value}")
+    return {
+        "header.txt": "\n".join(lines) + "\n",
+        "vocab.txt": "\n".join(tokens) + "\n",
+        "merges.txt": "\n".join(merges) + "\n",
+    }
+
+
+def _c_name(key: str) -> str:
+    return re.sub(r"[.-]", "_", key).upper()

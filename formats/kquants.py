@@ -11,7 +11,8 @@ Inside, a tile of blocks is turned so that the values of a group lie along dimen
 one: each step is then one operation over long vectors.
 """
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-TILE = 1 << 18  # values that are worked on at a time: the temporaries stay in the cache
+TILE = 1 << 17  # values that are worked on at a time: the temporaries stay in the cache
 PIECE = 1 << 22  # values that one thread is given at a time
 SMALLEST = 1e-15  # GROUP_MAX_EPS: a Q6_K group below it is all zero
 
@@ -402,11 +403,14 @@ FORMATS = {
 BY_ID = {format.id: format for format in FORMATS.values()}
 
 
-def _pack_piece(values: torch.Tensor, format: Format) -> torch.Tensor:
-    """Flat values of any float type -> their bytes, one tile after the other."""
+def quantize(values: torch.Tensor, format: Format) -> torch.Tensor:
+    """The bytes (uint8, flat) of values of any float type in a format, one tile after the other.
+
+    The values are whole blocks. Raises ValueError for values that the format cannot hold.
+    """
     if format.dtype:
-        return values.to(format.dtype).contiguous().view(torch.uint8)
-    blocks = values.view(-1, format.block)
+        return values.to(format.dtype).contiguous().view(-1).view(torch.uint8)
+    blocks = values.reshape(-1, format.block)
     out = torch.empty(len(blocks), format.size, dtype=torch.uint8)
     rows = TILE // format.block
     for start in range(0, len(blocks), rows):
@@ -414,25 +418,18 @@ def _pack_piece(values: torch.Tensor, format: Format) -> torch.Tensor:
     return out.view(-1)
 
 
-def quantize(tensor: torch.Tensor, format: Format) -> Iterator[torch.Tensor]:
-    """The bytes of a tensor in a format, uint8 in pieces and in order; rows must be whole blocks.
-
-    The pieces are made by several threads, a few ahead of the consumer, so that memory stays small for any tensor.
-    Raises ValueError for values that the format cannot hold.
-    """
-    pieces = tensor.contiguous().view(-1).split(PIECE)
+def map_in_threads(function: Callable, pieces: Iterable) -> Iterator:
+    """function(piece) for each piece, in order: computed by as many threads as torch uses, a few ahead of the consumer,
+    so that the memory stays small however many pieces there are."""
     threads = torch.get_num_threads()
-    if len(pieces) == 1 or threads == 1:
-        yield from (_pack_piece(piece, format) for piece in pieces)
-        return
+    remaining = iter(pieces)
     torch.set_num_threads(1)  # the threads of the pool are the parallelism; torch's own would only be in their way
     try:
         with ThreadPoolExecutor(threads) as pool:
-            remaining = iter(pieces)
-            waiting = [pool.submit(_pack_piece, piece, format) for piece in islice(remaining, threads + 1)]
+            waiting = deque(pool.submit(function, piece) for piece in islice(remaining, threads + 1))
             while waiting:
-                yield waiting.pop(0).result()
-                waiting += [pool.submit(_pack_piece, piece, format) for piece in islice(remaining, 1)]
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(function, piece) for piece in islice(remaining, 1))
     finally:
         torch.set_num_threads(threads)
 
