@@ -17,7 +17,13 @@ stderr = Console(stderr=True, highlight=False)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose errors are `ValueError`s, so that a bad flag ends like every other bad input: in one line."""
+    """argparse whose errors are `ValueError`s, so that a bad flag ends like every other bad input: in one line.
+
+    Flags have to be written out, so that a new one never changes what an old command means.
+    """
+
+    def __init__(self, **settings):
+        super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} ({self.prog} --help lists the options)")

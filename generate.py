@@ -144,12 +144,16 @@ def generate_batch(
         logits = model(torch.tensor([[replies[index][-1]] for index in rows], device=device), cache)[:, -1]
 
 
+class PromptTooLong(ValueError):
+    """A prompt that the model's context does not hold; in a chat it can begin anew."""
+
+
 def check_prompt(model: Qwen3, ids: Sequence[int]) -> None:
     context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     if not ids:
         raise ValueError("the prompt is empty; give at least one token")
     if len(ids) > context:
-        raise ValueError(f"the prompt has {len(ids):,} tokens, but this model's context is {context:,}; shorten it")
+        raise PromptTooLong(f"the prompt has {len(ids):,} tokens, but this model's context is {context:,}; shorten it")
     if max(ids) >= vocabulary or min(ids) < 0:
         raise ValueError(
             f"token id {max(ids)} is outside of the vocabulary of {vocabulary:,}; the tokenizer is another's"
@@ -400,7 +404,22 @@ def parse_arguments(arguments: list[str]):
         raise ValueError("--logprobs goes into the JSON record; add --json")
     if options.logprobs is not None and not 1 <= options.logprobs <= 1000:
         raise ValueError(f"--logprobs {options.logprobs}: give a number from 1 to 1000")
+    options.sampling = sampling_options(options)
     return options
+
+
+def sampling_options(options) -> dict[str, Any]:
+    """The fields of SamplingParams that the command line gives; one out of its range is named by its flag."""
+    names = ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "repetition_penalty", "max_new_tokens")
+    given = {name: getattr(options, name) for name in (*names, "seed")}
+    given["stop"] = options.stop and tuple(options.stop)
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        try:
+            SamplingParams(**{name: value})
+        except ValueError as error:
+            raise ValueError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
+    return given
 
 
 def expand_switches(arguments: list[str]) -> list[str]:
@@ -426,10 +445,8 @@ def load_session(options) -> Session:
 
         quantize_(model, options.quantize)
     thinking = options.thinking != "off"
-    names = ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "repetition_penalty", "max_new_tokens")
-    chosen = {name: getattr(options, name) for name in names}
-    seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "big")
-    params = recommended(model.generation_config, thinking, **chosen, seed=seed, stop=tuple(options.stop or ()))
+    chosen = {"seed": int.from_bytes(os.urandom(4), "big"), **options.sampling}
+    params = recommended(model.generation_config, thinking, **chosen)
     session = Session(
         model,
         chat,
@@ -470,7 +487,8 @@ class Printer:
         print(text, end="", flush=True)
 
     def end(self) -> None:
-        print(self.after if self.kind == "thinking" else "", flush=True)
+        if self.kind is not None:
+            print(self.after if self.kind == "thinking" else "", flush=True)
 
 
 def answer_one(session: Session, text: str, options) -> Answer:
@@ -508,17 +526,18 @@ def stats_line(answer: Answer) -> str:
     return line
 
 
+def is_chat(options) -> bool:
+    """Whether a person types the turns."""
+    return sys.stdin.isatty() and (options.prompt is None or options.multi_turn == "on")
+
+
 def questions(options) -> Iterator[str]:
     """The prompt of the command line, standard input (whole, or with --multi-turn on line by line), or a chat."""
     if options.prompt is not None:
         yield options.prompt
-    if not sys.stdin.isatty():
-        if options.prompt is None:
-            text = sys.stdin.read() if options.multi_turn != "on" else None
-            lines = [text.removesuffix("\n")] if text is not None else map(str.rstrip, sys.stdin)
-            yield from filter(None, lines)
-        return
-    if options.prompt is not None and options.multi_turn != "on":
+    elif not sys.stdin.isatty():
+        yield from filter(None, standard_input(by_line=options.multi_turn == "on"))
+    if not is_chat(options):
         return
     console.notice("Type a message; /reset forgets the chat, /exit or Ctrl-D leaves, Ctrl-C stops an answer.")
     while True:
@@ -533,6 +552,17 @@ def questions(options) -> Iterator[str]:
             yield line
 
 
+def standard_input(by_line: bool) -> Iterator[str]:
+    """Standard input as one text, or line by line as it comes, without line breaks at the end."""
+    try:
+        if by_line:
+            yield from map(str.rstrip, sys.stdin)
+        else:
+            yield sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not {error.encoding} text (byte {error.start:,}); convert it") from None
+
+
 def main() -> None:
     options = parse_arguments(sys.argv[1:])
     session = load_session(options)
@@ -542,11 +572,17 @@ def main() -> None:
             session.reset()
         if text == "/reset":
             continue
-        answer = answer_one(session, text, options)
+        try:
+            answer = answer_one(session, text, options)
+        except PromptTooLong as error:
+            if not is_chat(options):
+                raise
+            console.notice(f"The chat is full: {error}, or begin anew with /reset.")
+            continue
         asked += 1
-        if answer.finish_reason == "interrupted" and not sys.stdin.isatty():
+        if answer.finish_reason == "interrupted" and not is_chat(options):
             raise KeyboardInterrupt
-    if not asked and not sys.stdin.isatty():
+    if not asked and not is_chat(options):
         raise ValueError("standard input is empty; give a prompt as the argument or through the pipe")
 
 

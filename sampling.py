@@ -52,7 +52,7 @@ class SamplingParams:
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed is {self.seed}, but has to lie from 0 to 2^63 - 1")
         if not all(self.stop):
-            raise ValueError("a stop string is empty, which would end every reply at once")
+            raise ValueError("stop has an empty text, which would end every reply at once")
 
     def generator(self) -> torch.Generator:
         """The random state of one reply. On the CPU, so that a seed means the same text on every device."""
