@@ -11,13 +11,12 @@ import statistics
 from collections import defaultdict
 from typing import NamedTuple
 
-import torch
-
 import console
 from chat import Chat
 from data.corpus import FAMILIES, Example, check, unseen_examples
+from generate import end_tokens, generate_batch
 from model import Qwen3
-from objectives import complete
+from sampling import SamplingParams
 
 END_OF_THINKING = "</think>"
 
@@ -36,13 +35,15 @@ def replies(
 ) -> list[Reply]:
     """Greedy answers to the examples' questions, in batches of prompts of similar length."""
     prompts = [chat.render(example.messages, thinking) for example in examples]
+    ends, greedy = end_tokens(model), SamplingParams(temperature=0, max_new_tokens=max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found: dict[int, Reply] = {}
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        written = complete(model, [prompts[i] for i in chosen], max_new_tokens, {chat.eos_token_id})
+        written = generate_batch(model, [prompts[i] for i in chosen], greedy)
         for i, ids in zip(chosen, written, strict=True):
-            found[i] = parse(chat, ids, thinking, len(ids) < max_new_tokens)
+            ended = ids[-1] in ends
+            found[i] = parse(chat, ids[:-1] if ended else ids, thinking, ended)
     return [found[i] for i in range(len(prompts))]
 
 
@@ -106,8 +107,7 @@ def main() -> None:
         raise ValueError(f"--count {arguments.count}: give at least {len(FAMILIES)}, one question a family")
     model, chat = Qwen3.from_pretrained(arguments.model), Chat.from_pretrained(arguments.model)
     wrong: list = []
-    with torch.inference_mode():
-        figures = evaluate(model, chat, arguments.count, arguments.seed, wrong)
+    figures = evaluate(model, chat, arguments.count, arguments.seed, wrong)
     print(json.dumps(figures) if arguments.json else table(figures))
     for column, question, reply in wrong[: arguments.wrong]:
         console.notice(f"\n[{column}] {question}\n{reply.thinking}\n=> {reply.answer}")

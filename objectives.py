@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import KVCache, Qwen3
+from model import Qwen3
 
 IGNORED = -100  # the target of a position that teaches nothing: padding, the prompt
 
@@ -76,32 +76,3 @@ def next_token_loss(model: Qwen3, batch: Batch) -> tuple[Tensor, int]:
     head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
     loss = linear_cross_entropy(x[taught], head.weight, batch.targets[taught])
     return loss, int(taught.sum())
-
-
-@torch.inference_mode()
-def complete(model: Qwen3, prompts: list[list[int]], max_new_tokens: int, end_ids: set[int]) -> list[list[int]]:
-    """Greedy continuations of a ragged batch of prompts, each up to and without its end token."""
-    device = model.model.embed_tokens.weight.device
-    longest = max(map(len, prompts))
-    padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-    lengths = [len(prompt) for prompt in prompts]
-    dtype = model.model.embed_tokens.weight.dtype
-    cache = KVCache(model.config, len(prompts), longest + max_new_tokens, device=device, dtype=dtype)
-    for slots in (*cache.keys, *cache.values):  # a short row's slots are masked before they are written: 0 * NaN is NaN
-        slots.zero_()
-    hidden = model.model(padded, cache)
-    cache.truncate(lengths)
-    last = hidden[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]
-    written: list[list[int]] = [[] for _ in prompts]
-    going = set(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        tokens = model.head(last).argmax(-1)
-        for row, token in enumerate(tokens.tolist()):
-            if row in going and token in end_ids:
-                going.discard(row)
-            elif row in going:
-                written[row].append(token)
-        if not going:
-            break
-        last = model.model(tokens[:, None], cache)[:, 0]
-    return written

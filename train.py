@@ -35,12 +35,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import console
+from chat import Chat
 from configs import schema
 from configs.schema import Settings
+from data.sources import Conversations, Shards, matching
 from formats.files import atomic_directory, atomic_file, fsync, write_text
+from formats.source import resolve
+from generate import generate
 from model import Config, Qwen3
-from objectives import IGNORED, Batch, complete, next_token_loss
+from objectives import IGNORED, Batch, next_token_loss
+from sampling import SamplingParams
 
+END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 # Dense bf16 peaks in FLOP/s from the makers' data sheets, by a part of the device's name. Others: MFU n/a.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
@@ -58,15 +64,17 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_model(settings: Settings, vocabulary: int, device: torch.device) -> Qwen3:
+def build_model(settings: Settings, chat: Chat, device: torch.device) -> Qwen3:
     """A model in float32: from a checkpoint, or with random weights that depend on the seed alone."""
     if (settings.model.init is None) == (settings.model.config is None):
         raise ValueError("exactly one of model.init and model.config must be given")
+    vocabulary = chat.tokenizer.get_vocab_size()
+    tokens = {"eos_token_id": chat.eos_token_id, "pad_token_id": chat.tokenizer.token_to_id(END_OF_TEXT)}
     if settings.model.init is not None:
         model = Qwen3.from_pretrained(settings.model.init, dtype=torch.float32)
     else:
         torch.manual_seed(settings.train.seed)
-        model = Qwen3(Config(**{"vocab_size": vocabulary, **settings.model.config}))
+        model = Qwen3(Config(**{"vocab_size": vocabulary, **tokens, **settings.model.config}))
     if model.config.vocab_size < vocabulary:
         raise ValueError(
             f"vocab_size {model.config.vocab_size} in model.config is less than the {vocabulary} tokens of "
@@ -153,32 +161,57 @@ def learning_rate_factor(step: int, steps: int, settings: schema.Schedule) -> fl
 # --- data ---
 
 
-def build_source(settings: Settings, chat):
+def build_source(settings: Settings, chat: Chat):
     """Rows for the stage; see data/sources.py."""
-    from data.sources import Conversations
+    train, data = settings.train, settings.data
+    if data.source == "shards":
+        if settings.stage != "pretrain":
+            raise ValueError(f"data.source shards has no conversations for stage {settings.stage}; use corpus")
+        if data.train is None:
+            raise ValueError("data.train must name the shard files, as in runs/fineweb/fineweb_train_*.bin")
+        vocabulary = chat.tokenizer.get_vocab_size()
+        return Shards(data.train, data.validation, train.seed, train.batch, train.sequence, vocabulary)
 
     def pieces(word: str) -> list[str]:
         return [chat.decode([index]) for index in chat.encode(word)]
 
-    train = settings.train
     learn_prompt = settings.stage == "pretrain"
-    return Conversations(
-        settings.data.seed, train.batch, train.sequence, pieces, chat.render, chat.encode, learn_prompt
-    )
+    return Conversations(data.seed, train.batch, train.sequence, pieces, chat.render, chat.encode, learn_prompt)
 
 
-def batches(rows: list, parts: int, device: torch.device) -> list[Batch]:
-    """Rows of similar length together, in `parts` padded batches; the padding lies behind and is never learnt."""
+def decide_source(settings: Settings) -> None:
+    """`data.source: auto` becomes what there is."""
+    data = settings.data
+    if data.source == "auto":
+        try:
+            matching(data.train or "")
+            data.source = "shards"
+        except ValueError as error:
+            data.source, settings.model.tokenizer = "corpus", data.corpus_tokenizer
+            console.notice(f"{error}. Until then this run trains on the generated corpus.")
+
+
+def batches(rows: list, parts: int, device: torch.device, end_of_text: int | None = None) -> list[Batch]:
+    """Rows of similar length together, in `parts` padded batches; the padding lies behind and is never learnt.
+
+    With `end_of_text` a token sees nothing before the last such token: documents packed in a row stay apart.
+    """
     rows = sorted(rows, key=lambda row: len(row.ids))
     made = []
     for part in range(parts):
         chosen = rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]
         if chosen:
             width = max(len(row.ids) for row in chosen)
-            ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in chosen])
-            targets = torch.tensor([row.targets + [IGNORED] * (width - len(row.targets)) for row in chosen])
-            made.append(Batch(ids.to(device), targets.to(device)))
+            ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in chosen]).to(device)
+            targets = torch.tensor([row.targets + [IGNORED] * (width - len(row.targets)) for row in chosen]).to(device)
+            made.append(Batch(ids, targets, None if end_of_text is None else document_mask(ids, end_of_text)))
     return made
+
+
+def document_mask(ids: Tensor, end_of_text: int) -> Tensor:
+    """ids [B, T] -> bool [B, 1, T, T]: causal, and within one document (whose first token is the end of text)."""
+    document = (ids == end_of_text).cumsum(1)
+    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
 
 
 # --- checkpoints and metrics ---
@@ -199,12 +232,13 @@ class Run:
                     f"--resume: the run of {config} had another config ({'; '.join(changed)}); use the same, or a new "
                     "train.out"
                 )
-        elif resume:
-            raise ValueError(f"--resume: {self.path} holds no run; start it without --resume")
         elif config.exists():
             raise ValueError(f"train.out {self.path} already holds a run; go on with --resume or take another folder")
         else:
-            write_text_in_new_folder(config, yaml.safe_dump(resolved, sort_keys=False))
+            if resume:
+                console.notice(f"{self.path} holds no run yet; it starts from the beginning")
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(config, yaml.safe_dump(resolved, sort_keys=False))
         self.step = self._step_of_latest()
         self._forget_after(self.step)
         self.log_file = self.metrics.open("a", encoding="utf-8")
@@ -271,11 +305,6 @@ def disk_errors(path: Path):
         raise OSError(f"{path} can't be written ({error}); make room, then go on with --resume") from None
 
 
-def write_text_in_new_folder(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
-
-
 def copy_tokenizer(source: Path, target: Path) -> None:
     """The files that make weights a checkpoint that can chat."""
     if source.is_file():
@@ -339,18 +368,17 @@ def progress_bar(steps: int, start: int):
 
 class Trainer:
     def __init__(self, settings: Settings, resume: bool):
-        from chat import Chat
-        from formats.source import resolve
-
+        decide_source(settings)
         self.settings, train = settings, settings.train
         if train.threads:
             torch.set_num_threads(train.threads)
         self.device = device_of(train.device)
         self.tokenizer = resolve(settings.model.tokenizer)
         self.chat = Chat.from_pretrained(settings.model.tokenizer)
-        self.model = build_model(settings, self.chat.tokenizer.get_vocab_size(), self.device)
+        self.model = build_model(settings, self.chat, self.device)
         self.optimizers = Optimizers(self.model, settings.optimizer)
         self.source = build_source(settings, self.chat)
+        self.end_of_text = self.chat.tokenizer.token_to_id(END_OF_TEXT) if settings.data.mask_documents else None
         self.run = Run(settings, resume)
         self.tokens = self.run.load(self.model, self.optimizers) if self.run.step else 0
 
@@ -361,7 +389,7 @@ class Trainer:
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step; the record of it."""
         train, start = self.settings.train, time.perf_counter()
-        parts = batches(self.source.rows(step - 1), train.accumulate, self.device)
+        parts = batches(self.source.rows(step - 1), train.accumulate, self.device, self.end_of_text)
         targets = sum(int((batch.targets != IGNORED).sum()) for batch in parts)
         if not targets:
             raise ValueError(f"step {step}: no row is within train.sequence {train.sequence}; raise it")
@@ -391,21 +419,24 @@ class Trainer:
         return record
 
     @torch.no_grad()
-    def validation_loss(self) -> float:
+    def validation_loss(self) -> float | None:
         total, count = 0.0, 0
         for index in range(self.settings.train.validate_batches):
-            for batch in batches(self.source.validation_rows(index), self.settings.train.accumulate, self.device):
+            rows = self.source.validation_rows(index)
+            for batch in batches(rows, self.settings.train.accumulate, self.device, self.end_of_text):
                 with self.autocast():
                     loss, targets = next_token_loss(self.model, batch)
                 total, count = total + float(loss), count + targets
-        return total / max(1, count)
+        return total / count if count else None
 
     def print_samples(self) -> None:
-        ends = {self.chat.eos_token_id}
+        """Greedy samples: what the model answers (sft), or how it goes on (pretrain)."""
+        greedy = SamplingParams(temperature=0, max_new_tokens=160)
         for prompt in self.settings.train.sample_prompts:
-            ids = self.chat.render([{"role": "user", "content": prompt}])
-            written = complete(self.model, [ids], 160, ends)[0]
-            console.notice(f"> {prompt}\n{self.chat.decode(written)}")
+            asked = self.settings.stage != "pretrain"
+            ids = self.chat.render([{"role": "user", "content": prompt}]) if asked else self.chat.encode(prompt)
+            written = list(generate(self.model, ids, greedy))
+            console.notice(f"> {prompt}\n{self.chat.decode(written, skip_special_tokens=True)}")
 
     def train(self) -> None:
         train, stop = self.settings.train, Stop()
@@ -418,7 +449,7 @@ class Trainer:
                 record = self.step(step)
                 last = step == train.steps
                 if last or (train.validate_every and step % train.validate_every == 0):
-                    record["validation_loss"] = self.validation_loss()
+                    record |= {"validation_loss": loss} if (loss := self.validation_loss()) is not None else {}
                 self.run.log(record)
                 mfu = f"{record['mfu']:.0%}" if "mfu" in record else "n/a"
                 update(step, f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  MFU {mfu}")

@@ -64,11 +64,14 @@ class Model:
 
 @dataclass(kw_only=True)
 class Data:
-    source: str = key("corpus", "corpus: the generated one; shards: files of token ids", ("corpus", "shards"))
+    source: str = key(
+        "corpus", "corpus: generated; shards: files; auto: shards, else corpus", ("corpus", "shards", "auto")
+    )
     train: str | None = key(None, "shards: glob pattern of the training files")
     validation: str | None = key(None, "shards: glob pattern of the validation files")
+    corpus_tokenizer: str = key("models/tiny", "auto: takes the place of model.tokenizer where there are no shards")
     seed: int = key(0, "corpus: seed of the generated examples", low=0)
-    mask_documents: bool = key(False, "shards: tokens see only their own document (costs a mask of T x T)")
+    mask_documents: bool = key(False, "shards: tokens see only their own document, at the price of a mask of T x T")
 
 
 @dataclass(kw_only=True)

@@ -3,10 +3,13 @@
 So a resumed run continues with exactly the rows it would have seen, and processes never overlap.
 """
 
+import glob
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from data.corpus import Example, completion, training_example
+from data.shards import Windows
 from data.tasks import Pieces
 
 IGNORED = -100
@@ -59,3 +62,33 @@ class Conversations:
     def _row(self, example: Example) -> Row:
         prompt = self.render(example.messages, example.thinking)
         return row_of(prompt, self.encode(completion(example)), self.learn_prompt)
+
+
+class Shards:
+    """Rows of token ids from shard files: shuffled ones for training, the first ones of the files for validation."""
+
+    def __init__(self, train: str, validation: str | None, seed: int, batch: int, length: int, vocabulary: int):
+        self.batch = batch
+        self.train = Windows(matching(train), length, vocabulary, seed)
+        self.validation = Windows(matching(validation), length, vocabulary, 0, shuffle=False) if validation else None
+
+    def rows(self, step: int) -> list[Row]:
+        return [window_row(self.train.row(step * self.batch + i)) for i in range(self.batch)]
+
+    def validation_rows(self, index: int) -> list[Row]:
+        if self.validation is None:
+            return []
+        first = index * self.batch
+        return [window_row(self.validation.row(i)) for i in range(first, min(first + self.batch, len(self.validation)))]
+
+
+def matching(pattern: str) -> list[Path]:
+    """The files of a glob pattern, sorted by name."""
+    paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207 (absolute patterns)
+    if not paths:
+        raise ValueError(f"data: no file matches {pattern}; python data/fineweb.py --help tells how to get shards")
+    return paths
+
+
+def window_row(ids) -> Row:
+    return Row(ids[:-1].tolist(), ids[1:].tolist())

@@ -1,6 +1,6 @@
 """The bundled model's tokenizer: a small byte-level BPE in the Qwen2 form, with the official special tokens.
 
-    python data/tokenizer.py OUT        writes tokenizer.json and tokenizer_config.json
+    python data/tokenizer.py OUT        writes tokenizer.json, tokenizer_config.json, generation_config.json
 
 Merges inside words rank before merges that take in the space before a word. So a word is cut the same way wherever
 it stands (` straw`, `"straw`, `straw`), and what the model knows of the spelling of its pieces holds everywhere.
@@ -127,6 +127,12 @@ def tokenizer_config(tokenizer: Tokenizer) -> dict:
     }
 
 
+def generation_config(tokenizer: Tokenizer) -> dict:
+    """Greedy: a trace that is worked out line by line has one right next token."""
+    end, padding = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
+    return {"bos_token_id": padding, "do_sample": False, "eos_token_id": [end, padding], "pad_token_id": padding}
+
+
 @cache
 def pieces_of(directory: Path) -> Pieces:
     """How the tokenizer in this directory cuts a word, remembered word by word."""
@@ -148,6 +154,7 @@ def main() -> None:
     write_text(arguments.out / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
     config = json.dumps(tokenizer_config(tokenizer), indent=2, ensure_ascii=False)
     write_text(arguments.out / "tokenizer_config.json", config + "\n")
+    write_text(arguments.out / "generation_config.json", json.dumps(generation_config(tokenizer), indent=2) + "\n")
 
 
 if __name__ == "__main__":
