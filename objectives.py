@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import Qwen3
 
@@ -21,6 +21,10 @@ class Batch(NamedTuple):
     ids: Tensor
     targets: Tensor
     mask: Tensor | None = None
+
+    @property
+    def target_count(self) -> int:
+        return int((self.targets != IGNORED).sum())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -69,10 +73,20 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int 
     return _LinearCrossEntropy.apply(x, weight, targets, chunk)
 
 
-def next_token_loss(model: Qwen3, batch: Batch) -> tuple[Tensor, int]:
-    """The sum of the losses over the batch's targets, and how many targets there are. Pretraining and SFT."""
+def next_token_loss(model: Qwen3, batch: Batch) -> Tensor:
+    """The sum of the losses over the batch's targets, float32 []. Pretraining and SFT."""
     x = model.model(batch.ids, mask=batch.mask)
     taught = batch.targets != IGNORED
     head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
-    loss = linear_cross_entropy(x[taught], head.weight, batch.targets[taught])
-    return loss, int(taught.sum())
+    return linear_cross_entropy(x[taught], head.weight, batch.targets[taught])
+
+
+class Objective(nn.Module):
+    """A model together with its loss, Batch -> float32 []: what is trained in one or in many processes."""
+
+    def __init__(self, model: Qwen3):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        return next_token_loss(self.model, batch)

@@ -19,35 +19,36 @@ equal to the bit to one that never stopped, on a CPU and on a GPU in determinist
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import console
 from chat import Chat
 from configs import schema
 from configs.schema import Settings
 from data.sources import Conversations, Shards, matching
-from formats.files import atomic_directory, atomic_file, fsync, write_text
+from formats.files import atomic_file
+from formats.run import Run
 from formats.source import resolve
 from generate import generate
 from model import Config, Qwen3
-from objectives import IGNORED, Batch, next_token_loss
+from objectives import IGNORED, Batch, Objective
 from sampling import SamplingParams
 
 END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 # Dense bf16 peaks in FLOP/s from the makers' data sheets, by a part of the device's name. Others: MFU n/a.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
@@ -81,6 +82,18 @@ def build_model(settings: Settings, chat: Chat, device: torch.device) -> Qwen3:
             f"{settings.model.tokenizer}; leave it out"
         )
     return model.to(device).train()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may lie cut over processes; every process has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def cut_like(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """This process' share of a whole tensor."""
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return tensor
 
 
 class Optimizers:
@@ -127,13 +140,14 @@ class Optimizers:
     def state(self) -> dict[str, Tensor]:
         """`muon.model.layers.0.mlp.up_proj.weight.momentum_buffer` and the like."""
         return {
-            f"{kind}.{self.names[id(p)]}.{key}": value.detach()
+            f"{kind}.{self.names[id(p)]}.{key}": whole(value.detach())
             for kind, optimizer in self.all.items()
             for p, slots in optimizer.state.items()
             for key, value in slots.items()
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Whole tensors, each cut as its parameter is."""
         for kind, optimizer in self.all.items():
             for group in optimizer.param_groups:
                 for p in group["params"]:
@@ -141,7 +155,8 @@ class Optimizers:
                     slots = {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
                     if slots:
                         optimizer.state[p] = {
-                            key: t.clone() if key == "step" else t.to(p.device, copy=True) for key, t in slots.items()
+                            key: t.clone() if t.ndim == 0 else cut_like(p, t.to(p.device, copy=True))
+                            for key, t in slots.items()
                         }
 
 
@@ -214,105 +229,46 @@ def document_mask(ids: Tensor, end_of_text: int) -> Tensor:
     return (document[:, :, None] == document[:, None, :]).tril()[:, None]
 
 
-# --- checkpoints and metrics ---
+# --- many processes ---
 
 
-class Run:
-    """The folder of a run. Every checkpoint in it is whole; `latest` points to the last one."""
+class Processes:
+    """This process among those that torchrun started, or alone. https://pytorch.org/docs/stable/elastic/run.html"""
 
-    def __init__(self, settings: Settings, resume: bool):
-        self.path, self.keep = Path(settings.train.out), settings.train.keep
-        self.latest, self.metrics = self.path / "latest", self.path / "metrics.jsonl"
-        config = self.path / "config.yaml"
-        resolved = schema.resolved(settings)
-        if resume and config.exists():
-            saved = yaml.safe_load(config.read_text(encoding="utf-8"))
-            if changed := schema.differences(saved, resolved):
-                raise ValueError(
-                    f"--resume: the run of {config} had another config ({'; '.join(changed)}); use the same, or a new "
-                    "train.out"
-                )
-        elif config.exists():
-            raise ValueError(f"train.out {self.path} already holds a run; go on with --resume or take another folder")
-        else:
-            if resume:
-                console.notice(f"{self.path} holds no run yet; it starts from the beginning")
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_text(config, yaml.safe_dump(resolved, sort_keys=False))
-        self.step = self._step_of_latest()
-        self._forget_after(self.step)
-        self.log_file = self.metrics.open("a", encoding="utf-8")
+    def __init__(self, parallel: str, device: str):
+        self.count, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        self.parallel = parallel
+        if self.count > 1 and parallel == "none":
+            raise ValueError(f"torchrun started {self.count} processes, but train.parallel is none; set ddp or fsdp")
+        if parallel != "none" and "RANK" not in os.environ:
+            raise ValueError(f"train.parallel is {parallel}: start with torchrun --nproc-per-node N train.py …")
+        self.device = device_of(device)
+        if self.device.type == "cuda" and self.count > 1:
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        if parallel != "none":
+            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
-    def _step_of_latest(self) -> int:
-        return json.loads((self.latest / "trainer.json").read_text())["step"] if self.latest.exists() else 0
+    def spread(self, objective: Objective) -> nn.Module:
+        """The objective with its model whole in every process (gradients are averaged), or cut over all of them."""
+        if self.parallel == "ddp":
+            return DistributedDataParallel(objective)
+        if self.parallel == "fsdp":
+            for block in objective.model.model.layers:
+                fully_shard(block)
+            fully_shard(objective)
+        return objective
 
-    def _forget_after(self, step: int) -> None:
-        """Steps that were logged but not saved will be done again; a line cut by a kill goes with them."""
-        kept = []
-        if self.metrics.exists():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)[:step]:
-                if not line.endswith("\n") or json.loads(line)["step"] != len(kept) + 1:
-                    break
-                kept.append(line)
-        if len(kept) < step:
-            raise ValueError(f"{self.metrics}: lacks steps that {self.latest} has; the run can't be gone on with")
-        write_text(self.metrics, "".join(kept))
-        for leftover in self.path.glob("checkpoints/.*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    def mine(self, parts: list) -> list:
+        return parts[self.rank :: self.count]
 
-    def log(self, record: dict[str, Any]) -> None:
-        self.log_file.write(json.dumps(record) + "\n")
-        self.log_file.flush()
-
-    def save(self, model: Qwen3, optimizers: Optimizers, step: int, tokens: int, tokenizer: Path) -> None:
-        os.fsync(self.log_file.fileno())  # a checkpoint never knows more steps than the metrics
-        directory = self.path / "checkpoints" / f"step-{step:08d}"
-        directory.parent.mkdir(exist_ok=True)
-        with atomic_directory(directory) as temporary, disk_errors(directory):
-            model.save_pretrained(temporary)
-            copy_tokenizer(tokenizer, temporary)
-            state = optimizers.state() | {"random.cpu": torch.get_rng_state()}
-            if torch.cuda.is_available():
-                state["random.cuda"] = torch.cuda.get_rng_state()
-            save_file({name: t.contiguous() for name, t in state.items()}, temporary / "trainer.safetensors")
-            (temporary / "trainer.json").write_text(json.dumps({"step": step, "tokens": tokens}) + "\n")
-        link = self.path / ".latest.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(directory.relative_to(self.path))
-        link.replace(self.latest)
-        fsync(self.path)
-        for old in sorted(directory.parent.glob("step-*"))[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-
-    def load(self, model: Qwen3, optimizers: Optimizers) -> int:
-        """Fills model, optimizers and random state from the last checkpoint; returns the tokens seen."""
-        saved = Qwen3.from_pretrained(self.latest.resolve(), dtype=torch.float32)
-        model.load_state_dict(saved.state_dict())
-        state = load_file(self.latest / "trainer.safetensors")
-        torch.set_rng_state(state.pop("random.cpu"))
-        if (cuda := state.pop("random.cuda", None)) is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(cuda)
-        optimizers.load_state(state)
-        return json.loads((self.latest / "trainer.json").read_text())["tokens"]
-
-
-@contextmanager
-def disk_errors(path: Path):
-    """safetensors reports a full disk by an error class of its own; here it is an OSError like any other."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(f"{path} can't be written ({error}); make room, then go on with --resume") from None
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """The files that make weights a checkpoint that can chat."""
-    if source.is_file():
-        shutil.copyfile(source, target / "tokenizer.json")
-        return
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    def sum(self, value: float) -> float:
+        """Of one number over all processes."""
+        if self.count == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        distributed.all_reduce(total)
+        return float(total)
 
 
 # --- the loop ---
@@ -332,13 +288,14 @@ class Stop:
         self.signal = number
 
 
-def flops_per_token(model: Qwen3, length: float) -> float:
-    """Of a forward and backward pass: 6 for every weight that multiplies, and attention's (PaLM, appendix B)."""
+def flops_per_token(model: Qwen3) -> tuple[float, float]:
+    """Of a forward and backward pass: 6 for every weight that multiplies; attention's, to be multiplied by the mean
+    number of positions that a token looks at (PaLM, https://arxiv.org/abs/2204.02311, appendix B)."""
     config = model.config
     weights = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
     head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
-    return 6 * (weights + head) + attention
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    return 6.0 * (weights + head), float(attention)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -349,17 +306,17 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 @contextmanager
-def progress_bar(steps: int, start: int):
+def progress_bar(steps: int, start: int, shown: bool):
     """Yields update(step, text): a bar in a terminal, else a line now and then."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     last = time.monotonic()
-    with Progress(*columns, console=console.stderr, disable=not console.stderr.is_terminal) as progress:
+    with Progress(*columns, console=console.stderr, disable=not (shown and console.stderr.is_terminal)) as progress:
         task = progress.add_task("", total=steps, completed=start)
 
         def update(step: int, text: str) -> None:
             nonlocal last
             progress.update(task, completed=step, description=text)
-            if progress.disable and (time.monotonic() - last > 15 or step == steps):
+            if progress.disable and shown and (time.monotonic() - last > 15 or step == steps):
                 last = time.monotonic()
                 console.notice(f"step {step}/{steps}  {text}")
 
@@ -372,39 +329,51 @@ class Trainer:
         self.settings, train = settings, settings.train
         if train.threads:
             torch.set_num_threads(train.threads)
-        self.device = device_of(train.device)
+        self.processes = Processes(train.parallel, train.device)
+        self.device, self.is_first = self.processes.device, self.processes.rank == 0
+        if train.accumulate % self.processes.count:
+            raise ValueError(
+                f"train.accumulate {train.accumulate} can't be shared out evenly to {self.processes.count} processes"
+            )
         self.tokenizer = resolve(settings.model.tokenizer)
         self.chat = Chat.from_pretrained(settings.model.tokenizer)
         self.model = build_model(settings, self.chat, self.device)
-        self.optimizers = Optimizers(self.model, settings.optimizer)
         self.source = build_source(settings, self.chat)
         self.end_of_text = self.chat.tokenizer.token_to_id(END_OF_TEXT) if settings.data.mask_documents else None
-        self.run = Run(settings, resume)
-        self.tokens = self.run.load(self.model, self.optimizers) if self.run.step else 0
+        self.run = Run(Path(train.out), train.keep, schema.resolved(settings), resume, writes=self.is_first)
+        if self.run.step:
+            saved = Qwen3.from_pretrained(self.run.latest.resolve(), dtype=torch.float32)
+            self.model.load_state_dict(saved.state_dict())
+        for block in self.model.model.layers if train.checkpoint_activations else ():
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for block in self.model.model.layers if train.compile else ():
+            block.compile()
+        self.flops = flops_per_token(self.model)
+        self.objective = self.processes.spread(Objective(self.model))
+        self.optimizers = Optimizers(self.model, settings.optimizer)
+        self.tokens = 0
+        if self.run.step:
+            state, self.tokens = self.run.load_state()
+            self.optimizers.load_state(state)
 
     def autocast(self):
         enabled = self.settings.train.dtype == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16) if enabled else nullcontext()
 
     def step(self, step: int) -> dict[str, Any]:
-        """One optimizer step; the record of it."""
+        """One optimizer step over the rows of all processes; the record of it."""
         train, start = self.settings.train, time.perf_counter()
         parts = batches(self.source.rows(step - 1), train.accumulate, self.device, self.end_of_text)
-        targets = sum(int((batch.targets != IGNORED).sum()) for batch in parts)
+        targets = sum(batch.target_count for batch in parts)
         if not targets:
             raise ValueError(f"step {step}: no row is within train.sequence {train.sequence}; raise it")
-        total = torch.zeros((), dtype=torch.float64)
-        for batch in parts:
-            with self.autocast():
-                loss, _ = next_token_loss(self.model, batch)
-            (loss / targets).backward()
-            total += loss.detach().double().cpu()
-        loss = float(total) / targets
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip or math.inf)
+        total = self._backward(self.processes.mine(parts), targets)
+        loss = self.processes.sum(total) / targets
+        norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), train.clip or math.inf)))
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise ValueError(
-                f"step {step}: the loss is {loss} and the gradient's norm {float(norm)}; lower optimizer.lr or "
-                f"train.clip, and start from {self.run.latest}, the last good checkpoint"
+                f"step {step}: the loss is {loss} and the gradient's norm {norm}; lower optimizer.lr or train.clip; "
+                f"{self.run.latest} is the last good checkpoint"
             )
         factor = learning_rate_factor(step, train.steps, self.settings.schedule)
         self.optimizers.step(factor)
@@ -412,11 +381,33 @@ class Trainer:
         self.tokens += tokens
         seconds = time.perf_counter() - start
         record = {"step": step, "loss": loss, "tokens": self.tokens, "lr": self.settings.optimizer.lr * factor}
-        record |= {"grad_norm": float(norm), "tokens_per_second": tokens / seconds}
+        record |= {"grad_norm": norm, "tokens_per_second": tokens / seconds}
         if peak := peak_flops(self.device):
             length = sum(batch.ids.shape[1] * batch.ids.numel() for batch in parts) / tokens
-            record["mfu"] = flops_per_token(self.model, length / 2) * tokens / seconds / peak
+            weights, attention = self.flops
+            record["mfu"] = (weights + attention * length / 2) * tokens / seconds / (peak * self.processes.count)
         return record
+
+    def _backward(self, parts: list[Batch], targets: int) -> float:
+        """Gradients of the mean loss over all processes' targets; returns the sum of this one's losses."""
+        total = 0.0
+        for batch in parts:
+            with self.autocast():
+                loss = self.objective(batch)
+            (loss * (self.processes.count / targets)).backward()  # DDP and FSDP take the mean over the processes
+            total += float(loss.detach())
+        return total
+
+    def whole_model(self) -> Qwen3:
+        """The model in one piece, also where it is trained in shares; every process has to ask."""
+        if self.settings.train.parallel != "fsdp":
+            return self.model
+        weights = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
+        with torch.device("meta"):
+            copy = Qwen3(self.model.config)
+        copy.load_state_dict(weights, assign=True)
+        copy.model.rope_frequencies = self.model.model.rope_frequencies.cpu()
+        return copy
 
     @torch.no_grad()
     def validation_loss(self) -> float | None:
@@ -425,42 +416,66 @@ class Trainer:
             rows = self.source.validation_rows(index)
             for batch in batches(rows, self.settings.train.accumulate, self.device, self.end_of_text):
                 with self.autocast():
-                    loss, targets = next_token_loss(self.model, batch)
-                total, count = total + float(loss), count + targets
+                    total, count = total + float(self.objective(batch)), count + batch.target_count
         return total / count if count else None
 
-    def print_samples(self) -> None:
+    def print_samples(self, model: Qwen3) -> None:
         """Greedy samples: what the model answers (sft), or how it goes on (pretrain)."""
         greedy = SamplingParams(temperature=0, max_new_tokens=160)
         for prompt in self.settings.train.sample_prompts:
             asked = self.settings.stage != "pretrain"
             ids = self.chat.render([{"role": "user", "content": prompt}]) if asked else self.chat.encode(prompt)
-            written = list(generate(self.model, ids, greedy))
+            written = list(generate(model, ids, greedy))
             console.notice(f"> {prompt}\n{self.chat.decode(written, skip_special_tokens=True)}")
 
     def train(self) -> None:
         train, stop = self.settings.train, Stop()
-        console.notice(
-            f"{sum(p.numel() for p in self.model.parameters()):,} parameters on {self.device.type}, "
-            f"{train.batch} rows a step, steps {self.run.step + 1} to {train.steps}"
-        )
-        with progress_bar(train.steps, self.run.step) as update:
+        if self.is_first:
+            console.notice(
+                f"{sum(p.numel() for p in self.model.parameters()):,} parameters on {self.device.type}, "
+                f"{train.batch} rows a step, steps {self.run.step + 1} to {train.steps}"
+            )
+        with progress_bar(train.steps, self.run.step, self.is_first) as update, self._log() as log:
             for step in range(self.run.step + 1, train.steps + 1):
                 record = self.step(step)
-                last = step == train.steps
+                last, stopped = step == train.steps, self.processes.sum(stop.signal) > 0
                 if last or (train.validate_every and step % train.validate_every == 0):
                     record |= {"validation_loss": loss} if (loss := self.validation_loss()) is not None else {}
-                self.run.log(record)
-                mfu = f"{record['mfu']:.0%}" if "mfu" in record else "n/a"
-                update(step, f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  MFU {mfu}")
+                if self.is_first:
+                    log(record)
+                    mfu = f"{record['mfu']:.0%}" if "mfu" in record else "n/a"
+                    update(step, f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  MFU {mfu}")
                 if train.sample_every and (last or step % train.sample_every == 0):
-                    self.print_samples()
-                if last or stop.signal or step % train.save_every == 0:
-                    self.run.save(self.model, self.optimizers, step, self.tokens, self.tokenizer)
-                if stop.signal:
+                    model = self.whole_model()
+                    if self.is_first:
+                        self.print_samples(model)
+                if last or stopped or step % train.save_every == 0:
+                    model, state = self.whole_model(), self.optimizers.state()
+                    if self.is_first:
+                        self.run.save(model.save_pretrained, state, step, self.tokens, self.tokenizer)
+                if stopped:
                     console.notice(f"saved {self.run.latest} at step {step}; go on with --resume")
-                    sys.exit(128 + stop.signal)
-        plot(self.run.metrics, self.run.path / "loss.png")
+                    sys.exit(128 + (stop.signal or signal.SIGTERM))
+        if self.is_first:
+            plot(self.run.metrics, self.run.path / "loss.png")
+
+    @contextmanager
+    def _log(self):
+        """Yields log(record): a line of metrics.jsonl, and the same names to Weights & Biases where that is wanted."""
+        mode = self.settings.train.wandb
+        if mode == "off" or not self.is_first:
+            yield self.run.log
+            return
+        import wandb
+
+        config, path = schema.resolved(self.settings), self.run.path
+        with wandb.init(project="nanoqwen", name=path.name, dir=path, mode=mode, config=config, resume="allow") as run:
+
+            def log(record: dict[str, Any]) -> None:
+                self.run.log(record)
+                run.log(record, step=record["step"])
+
+            yield log
 
 
 def plot(metrics: Path, picture: Path) -> None:

@@ -118,18 +118,6 @@ def resolved(settings: Settings) -> dict[str, Any]:
     return asdict(settings)
 
 
-def differences(old: dict, new: dict, place: str = "") -> list[str]:
-    """`train.steps: 100 -> 200` for every key that two resolved configs do not share."""
-    changed = []
-    for name in dict.fromkeys([*old, *new]):
-        before, after, where = old.get(name), new.get(name), f"{place}{name}"
-        if isinstance(before, dict) and isinstance(after, dict):
-            changed += differences(before, after, where + ".")
-        elif before != after:
-            changed.append(f"{where}: {before!r} -> {after!r}")
-    return changed
-
-
 def table() -> str:
     """Every key with its type, default and meaning, one a line."""
     lines = []

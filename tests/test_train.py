@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+import formats.run
 import train
 from configs import schema
 from data.sources import Conversations, row_of
@@ -108,7 +109,7 @@ def losses(records: list[dict]) -> list[tuple[int, float, int]]:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_loads(path):
     loaded = schema.load(path)
-    assert schema.differences(schema.resolved(loaded), schema.resolved(schema.load(path))) == []
+    assert formats.run.differences(schema.resolved(loaded), schema.resolved(schema.load(path))) == []
     if loaded.model.config:
         Config(vocab_size=1000, **{k: v for k, v in loaded.model.config.items() if k != "vocab_size"})
 
@@ -192,10 +193,11 @@ def test_the_loss_is_taken_at_the_targets_alone(tied):
     model = Qwen3(Config(vocab_size=31, **fields))
     ids, targets = torch.randint(31, (2, 6)), torch.full((2, 6), IGNORED)
     targets[0, 3], targets[1, 5] = 4, 9
-    loss, count = next_token_loss(model, Batch(ids, targets))
+    batch = Batch(ids, targets)
+    loss = next_token_loss(model, batch)
     logits = model(ids)
     expected = F.cross_entropy(logits[0, 3:4], targets[0, 3:4]) + F.cross_entropy(logits[1, 5:6], targets[1, 5:6])
-    assert count == 2
+    assert batch.target_count == 2
     torch.testing.assert_close(loss, expected)
 
 
@@ -293,7 +295,7 @@ def test_killed_twice_and_resumed_is_equal_to_the_bit(config, unbroken, monkeypa
     with (config.parent / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_file", killed_halfway)
+        patch.setattr(formats.run, "save_file", killed_halfway)
         assert in_child(lambda: run(config, resume=True)) == -signal.SIGKILL
     assert losses(run(config, resume=True)) == losses(unbroken)
     assert not list((config.parent / "run" / "checkpoints").glob(".*"))
@@ -301,7 +303,7 @@ def test_killed_twice_and_resumed_is_equal_to_the_bit(config, unbroken, monkeypa
 
 def test_killed_before_the_first_checkpoint(config, unbroken, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_file", lambda tensors, path: kill_self())
+        patch.setattr(formats.run, "save_file", lambda tensors, path: kill_self())
         assert in_child(lambda: run(config)) == -signal.SIGKILL
     assert losses(run(config, resume=True)) == losses(unbroken)
 

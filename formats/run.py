@@ -1,0 +1,143 @@
+"""The folder of a training run: resolved config, a line of metrics a step, checkpoints that are whole or absent.
+
+    config.yaml      the resolved settings; going on with others is refused
+    metrics.jsonl    one object a step
+    checkpoints/     the last ones: the official layout, trainer.safetensors and trainer.json beside it
+    latest           a link to the last of them
+
+A kill at any moment leaves at most a temporary folder, half a line or steps past the last checkpoint; going on removes
+them.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import console
+from formats.files import atomic_directory, fsync, write_text
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+class Run:
+    """One run, new or gone on with. `step` is that of its last checkpoint, 0 where there is none."""
+
+    def __init__(self, path: Path, keep: int, resolved: dict[str, Any], resume: bool, writes: bool = True):
+        """`keep` checkpoints stay. Only the process that `writes` touches files; others read where the run stands."""
+        self.path, self.keep = path, keep
+        self.latest, self.metrics = path / "latest", path / "metrics.jsonl"
+        self.step = self._trainer_json()["step"] if self.latest.exists() else 0
+        if not writes:
+            return
+        config = path / "config.yaml"
+        if config.exists():
+            self._check_same(config, resolved, resume)
+        else:
+            if resume:
+                console.notice(f"{path} holds no run yet; it starts from the beginning")
+            path.mkdir(parents=True, exist_ok=True)
+            write_text(config, yaml.safe_dump(resolved, sort_keys=False))
+        self._forget_after(self.step)
+        self.log_file = self.metrics.open("a", encoding="utf-8")
+
+    def _check_same(self, config: Path, resolved: dict[str, Any], resume: bool) -> None:
+        if not resume:
+            raise ValueError(f"train.out {self.path} already holds a run; go on with --resume or take another folder")
+        saved = yaml.safe_load(config.read_text(encoding="utf-8"))
+        if changed := differences(saved, resolved):
+            raise ValueError(
+                f"--resume: the run of {config} had another config ({'; '.join(changed)}); use that, or a new train.out"
+            )
+
+    def _trainer_json(self) -> dict[str, int]:
+        return json.loads((self.latest / "trainer.json").read_text(encoding="utf-8"))
+
+    def _forget_after(self, step: int) -> None:
+        """Steps that were logged but not saved will be done again; a line cut by a kill goes with them."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.metrics.exists() else []
+        kept = lines[:step]
+        if len(kept) < step or any(json.loads(line)["step"] != at for at, line in enumerate(kept, 1)):
+            raise ValueError(f"{self.metrics}: lacks steps that {self.latest} has; this run can't be gone on with")
+        write_text(self.metrics, "".join(kept))
+        for leftover in self.path.glob("checkpoints/.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.log_file.write(json.dumps(record) + "\n")
+        self.log_file.flush()
+
+    def save(
+        self, write_model: Callable[[Path], None], state: dict[str, Tensor], step: int, tokens: int, tokenizer: Path
+    ) -> None:
+        """One checkpoint: what `write_model` writes, the tokenizer's files, the trainer's tensors and counters."""
+        os.fsync(self.log_file.fileno())  # a checkpoint never knows more steps than the metrics
+        directory = self.path / "checkpoints" / f"step-{step:08d}"
+        directory.parent.mkdir(exist_ok=True)
+        with atomic_directory(directory) as temporary, disk_errors(directory):
+            write_model(temporary)
+            copy_tokenizer(tokenizer, temporary)
+            state = {name: tensor.contiguous() for name, tensor in state.items()} | random_state()
+            save_file(state, temporary / "trainer.safetensors")
+            counters = json.dumps({"step": step, "tokens": tokens})
+            (temporary / "trainer.json").write_text(counters + "\n", encoding="utf-8")
+        link = self.path / ".latest.tmp"
+        link.unlink(missing_ok=True)
+        link.symlink_to(directory.relative_to(self.path))
+        link.replace(self.latest)
+        fsync(self.path)
+        for old in sorted(directory.parent.glob("step-*"))[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load_state(self) -> tuple[dict[str, Tensor], int]:
+        """Sets the random state; returns the trainer's tensors and the tokens seen."""
+        state = load_file(self.latest / "trainer.safetensors")
+        torch.set_rng_state(state.pop("random.cpu"))
+        if (cuda := state.pop("random.cuda", None)) is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda)
+        return state, self._trainer_json()["tokens"]
+
+
+def random_state() -> dict[str, Tensor]:
+    state = {"random.cpu": torch.get_rng_state()}
+    return state | ({"random.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def differences(old: dict, new: dict, place: str = "") -> list[str]:
+    """`train.steps: 100 -> 200` for every key that two nested configs do not share."""
+    changed = []
+    for name in dict.fromkeys([*old, *new]):
+        before, after, where = old.get(name), new.get(name), f"{place}{name}"
+        if isinstance(before, dict) and isinstance(after, dict):
+            changed += differences(before, after, where + ".")
+        elif before != after:
+            changed.append(f"{where}: {before!r} -> {after!r}")
+    return changed
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """safetensors reports a full disk by an error class of its own; here it is an OSError like any other."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{path} can't be written ({error}); make room, then go on with --resume") from None
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """The files that make weights a checkpoint that can chat. `source`: their folder, or a tokenizer.json alone."""
+    if source.is_file():
+        shutil.copyfile(source, target / "tokenizer.json")
+        return
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
