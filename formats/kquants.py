@@ -57,7 +57,8 @@ def ordered_sum(terms: torch.Tensor) -> torch.Tensor:
 
     torch.sum adds in several strands. NumPy adds whole rows in order when the reduced axis is not the innermost one.
     """
-    return torch.from_numpy(np.add.reduce(terms.numpy(), axis=0))
+    with np.errstate(all="ignore"):  # what is not finite is found in the scales
+        return torch.from_numpy(np.add.reduce(terms.numpy(), axis=0))
 
 
 def half(values: torch.Tensor) -> torch.Tensor:
@@ -265,7 +266,7 @@ def pack_k_offset(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def six_bits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[8, blocks] -> (d [blocks], q uint8 [8, blocks]) with values near d q, q <= 63."""
-    largest = values.amax(0).clamp_(min=0)
+    largest = values.amax(0).clamp_(min=0).add_(0)  # which makes 0 of -0
     factor = torch.where(largest > 0, ratio(63, largest), 0.0)
     return largest / 63, (values * factor).round_().to(torch.int32).to(torch.uint8).clamp_(max=63)
 

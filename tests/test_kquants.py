@@ -1,0 +1,149 @@
+"""The block formats, held against the gguf package's codecs and against bytes that llama.cpp's own quantisers made."""
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from golden.make_kquants import ordinary, special
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from formats import kquants
+from formats.kquants import FORMATS, dequantize, map_in_threads, quantize
+
+GOLDEN = json.loads((Path(__file__).parent / "golden/kquants.json").read_text())
+PACKED = [format.name for format in FORMATS.values() if format.pack]
+UNPACKED = [format.name for format in FORMATS.values() if format.unpack]
+# Where the float16 scales lie in a block.
+SCALES = {
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "Q4_1": (0, 2),
+    "Q5_1": (0, 2),
+}
+
+
+def codec(name: str) -> gguf.GGMLQuantizationType:
+    return gguf.GGMLQuantizationType[name]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_sizes_are_the_packages(name):
+    format = FORMATS[name]
+    assert codec(name) == format.id
+    assert gguf.GGML_QUANT_SIZES[codec(name)] == (format.block, format.size)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_bytes_are_llama_cpps_for_weights(name):
+    data = quantize(torch.from_numpy(ordinary(1 << 18)), FORMATS[name]).numpy().tobytes()
+    assert hashlib.sha256(data).hexdigest() == GOLDEN[name]["ordinary"]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_bytes_are_llama_cpps_for_blocks_unlike_weights(name):
+    data = quantize(torch.from_numpy(special()), FORMATS[name]).view(12, -1)
+    expected = torch.frombuffer(bytearray(base64.b64decode(GOLDEN[name]["special"])), dtype=torch.uint8).view(12, -1)
+    wrong = (data != expected).any(1).nonzero().flatten().tolist()
+    assert not wrong, f"blocks {wrong} of golden/make_kquants.py differ"
+
+
+@pytest.mark.parametrize("name", ["BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
+def test_bytes_are_the_packages(name):
+    values = np.random.default_rng(0).standard_normal((37, 96)).astype(np.float32)
+    expected = gguf.quants.quantize(values, codec(name)).reshape(-1)
+    assert np.array_equal(quantize(torch.from_numpy(values), FORMATS[name]).numpy(), expected.view(np.uint8))
+
+
+def random_blocks(name: str, count: int, seed: int) -> torch.Tensor:
+    """Random bytes with scales that are numbers: every bit pattern of everything else."""
+    format, random = FORMATS[name], np.random.default_rng(seed)
+    data = random.integers(0, 256, (count, format.size), dtype=np.uint8)
+    for place in SCALES.get(name, (0,)):
+        data[:, place : place + 2] = random.standard_normal((count, 1)).astype(np.float16).view(np.uint8)
+    return torch.from_numpy(data)
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_values_are_the_packages(name):
+    format = FORMATS[name]
+    rows = 2 * kquants.TILE // format.block + 3  # more than a tile
+    data = random_blocks(name, rows, 1)
+    expected = gguf.quants.dequantize(data.numpy(), codec(name))
+    assert np.array_equal(dequantize(data.view(-1), format, (rows, format.block)).numpy(), expected)
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_values_are_taken_exactly(name, dtype):
+    values = torch.from_numpy(ordinary(2048)).to(dtype)
+    assert torch.equal(quantize(values, FORMATS[name]), quantize(values.float(), FORMATS[name]))
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_error_is_within_the_format(name):
+    values = torch.from_numpy(ordinary(1 << 14))
+    bits = {"8": 8, "6": 6, "5": 5, "4": 4}[name[1]]
+    error = dequantize(quantize(values, FORMATS[name]), FORMATS[name], values.shape).sub_(values).abs_()
+    spread = values.max() - values.min()
+    assert error.max() <= spread / (1 << bits) * 1.1
+    assert error.mean() > 0
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -3e38])
+def test_values_that_no_scale_can_hold_are_refused(name, value):
+    values = torch.from_numpy(ordinary(1024))
+    values[300] = value
+    with pytest.raises(ValueError, match="not finite or too large"):
+        quantize(values, FORMATS[name])
+
+
+@pytest.mark.parametrize("tile", [256, 512, 1 << 15])
+@pytest.mark.parametrize("name", PACKED)
+def test_tiles_do_not_matter(name, tile, monkeypatch):
+    values = torch.from_numpy(ordinary(5 * 256))
+    expected = quantize(values, FORMATS[name])
+    monkeypatch.setattr(kquants, "TILE", tile)
+    assert torch.equal(quantize(values, FORMATS[name]), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(PACKED), st.lists(st.floats(-60000, 60000, width=32), min_size=256, max_size=256))
+def test_any_finite_block_survives(name, block):
+    """Whatever the 256 values are, they come back finite and not further off than the block is wide."""
+    values = torch.tensor(block)
+    found = dequantize(quantize(values, FORMATS[name]), FORMATS[name], values.shape)
+    assert found.isfinite().all()
+    assert (found - values).abs().max() <= max(values.max(), values.new_zeros(())) - min(values.min(), 0) + 1e-30
+
+
+def test_sums_run_from_first_to_last():
+    terms = torch.from_numpy(ordinary(32 * 3 * 100)).view(32, 3, 100) / 3
+    total = terms[0].clone()
+    for row in terms[1:]:
+        total += row
+    assert torch.equal(kquants.ordered_sum(terms), total)
+    assert not torch.equal(terms.sum(0), total)  # else the detour would not be needed
+
+
+def test_map_in_threads_keeps_order_and_the_number_of_threads():
+    threads = torch.get_num_threads()
+    assert list(map_in_threads(lambda piece: piece * piece, range(50))) == [piece * piece for piece in range(50)]
+    assert torch.get_num_threads() == threads
+
+
+def test_map_in_threads_stays_a_few_pieces_ahead():
+    taken = []
+    results = map_in_threads(lambda piece: piece, (taken.append(piece) or piece for piece in range(100)))
+    for piece in results:
+        assert len(taken) <= piece + torch.get_num_threads() + 10
+    assert len(taken) == 100
