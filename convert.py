@@ -39,7 +39,7 @@ from ops.encode import EMBEDDING, Cast, Errors, Quantize, lossless
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TARGETS = ("gguf", "safetensors", *DTYPES, *BITS)
 HEAD = "lm_head.weight"
-PIECE = 1 << 22  # values that are in work at a time
+PIECE = 1 << 19  # values that are in work at a time: few enough for the cache
 PENDING = 2  # pieces that may wait for the writing thread
 SPARE_DISK = 64 << 20  # bytes that must stay free
 
@@ -107,15 +107,15 @@ class Source:
         return {"model": self.given, "path": path, "revision": revision, "files": hashes.result()}
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """A tensor's rows, at most PIECE values at a time, whose memory is given back when the next are asked for."""
+        """A tensor's rows, at most PIECE values at a time, copied so that the file's pages are given back at once."""
         values = self.checkpoint.read(name)
         step = max(1, PIECE // math.prod(values.shape[1:]))
         for start in range(0, values.shape[0], step):
-            piece = values[start : start + step]
+            piece = values[start : start + step].clone()
+            self.checkpoint.release(name)
             if not torch.isfinite(torch.stack(torch.aminmax(piece))).all():
                 raise ValueError(f"{self.path}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
             yield piece
-            self.checkpoint.release(name)
 
     def carry(self, directory: Path) -> None:
         """Copies, or rebuilds from a GGUF's metadata, the tokenizer and what else belongs to a checkpoint."""

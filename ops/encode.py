@@ -22,16 +22,16 @@ class Errors:
 
     def add(self, source: torch.Tensor, stored: torch.Tensor) -> None:
         """Values that became infinite are counted apart: their error would hide all others."""
-        source, stored = source.float(), stored.float()
-        infinite = int(stored.isinf().sum())
-        difference = (stored - source)[stored.isfinite()] if infinite else stored.sub_(source)
-        self.overflowed += infinite
-        self.squares += difference.norm().item() ** 2
-        self.source_squares += source.norm().item() ** 2
-        if difference.numel():
-            difference.abs_()
-            self.largest = max(self.largest, difference.max().item())
-            self.sum += difference.sum(dtype=torch.float64).item()
+        source = source.float()
+        difference = (stored.float() - source).abs_()
+        largest = difference.max().item()
+        if math.isinf(largest):
+            self.overflowed += int(difference.isinf().sum())
+            largest = difference.masked_fill_(difference.isinf(), 0.0).max().item()
+        self.largest = max(self.largest, largest)
+        self.sum += difference.sum().item()
+        self.squares += difference.square_().sum().item()
+        self.source_squares += source.square().sum().item()
 
     def merge(self, other: "Errors") -> None:
         self.largest = max(self.largest, other.largest)
