@@ -1,0 +1,454 @@
+// The token step of model.py in C++: one token id and the cache in, the logits of the next token out.
+//
+// Read it beside model.py: the same names in the same order, and here the arithmetic that PyTorch does there. What it
+// is for is speed. A token at batch 1 reads every weight once, so memory bandwidth is its limit, and everything else
+// must stay out of the way: each thread reads its share of a matrix row by row as one sequential stream, activations
+// stay in float32 and in the cache, and five barriers a layer are all the threads ever wait for each other.
+//
+// The interface is plain C over pointers into the model's own tensors; ops/step.py fills the structs and checks them.
+//
+// Letters for sizes as in model.py:  C hidden size   H query heads   K key/value heads   G = H / K   D head dim
+//                                    S cached positions with this one   V vocabulary
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else  // one thread
+inline int omp_get_num_threads() { return 1; }
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Vectors: the compiler's own, as wide as the machine that it compiles for has them.
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+template <class Result>
+inline Result read(const void* address) {  // from any alignment: a safetensors file promises none
+    Result result;
+    std::memcpy(&result, address, sizeof result);
+    return result;
+}
+
+inline Vector load(const float* p) { return read<Vector>(p); }
+inline Vector load(const bfloat16* p) { return (Vector)(__builtin_convertvector(read<Halves>(p), Integers) << 16); }
+inline void store(float* p, Vector x) { std::memcpy(p, &x, sizeof x); }
+
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    return read<float>(&bits);
+}
+
+inline void assign(float& to, float x) { to = x; }
+inline void assign(bfloat16& to, float x) {  // to the nearest, ties to even
+    uint32_t bits = read<uint32_t>(&x);
+    to.bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline float sum(Vector x) {
+    float total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += x[lane];
+    return total;
+}
+
+// exp(x) = 2^n · exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where a Taylor polynomial is exact to the last bit or two.
+inline Vector exp(Vector x) {
+    constexpr float ROUND = 12582912;  // 1.5 · 2^23: what is added to it is rounded to a whole number in its low bits
+    x = x < -87.f ? Vector{} - 87.f : x;
+    x = x > 88.f ? Vector{} + 88.f : x;
+    Vector rounded = x * 1.44269504f + ROUND, n = rounded - ROUND;
+    Vector r = x - n * 0.693145752f - n * 1.42860677e-6f;  // ln 2 in two parts
+    Vector p = r * (1.f / 720) + 1.f / 120;
+    p = p * r + 1.f / 24;
+    p = p * r + 1.f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.f;
+    p = p * r + 1.f;
+    return (Vector)((Integers)p + ((Integers)rounded << 23));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What ops/step.py hands over. `void*` is a tensor of the model's dtype; nullptr where the model has none.
+
+extern "C" {
+struct Linear {
+    const void* weight;  // [rows, columns]
+    const void* bias;
+    int64_t rows, columns;
+};
+struct Attention {
+    Linear q_proj, k_proj, v_proj, o_proj;
+    const void *q_norm, *k_norm;
+};
+struct MLP {
+    Linear gate_proj, up_proj, down_proj;
+};
+struct Block {
+    const void* input_layernorm;
+    Attention self_attn;
+    const void* post_attention_layernorm;
+    Linear gate;         // the router of a mixture of experts; without rows where the MLP is a single dense one
+    const MLP* experts;  // [num_experts], or that one
+};
+struct Qwen3 {
+    int64_t hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim, widest_mlp;
+    int64_t num_experts, num_experts_per_tok, norm_topk_prob;
+    float rms_norm_eps, rope_factor;
+    const float* rope_frequencies;  // [D/2]
+    const void* embed_tokens;       // [V, C]
+    const Block* layers;
+    const void* norm;
+    Linear lm_head;
+};
+struct KVCache {
+    void *const *keys, *const *values;  // over layers: [K, max_len, D]
+    int64_t max_len, length;
+};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Arithmetic on rows of any length: whole vectors, then what is left.
+
+constexpr int64_t PREFETCH = 4096;  // bytes ahead: far enough to hide the memory's latency, near enough to stay in L1
+constexpr int64_t SHORTEST = 1 << 15;  // bytes that a thread takes on at a time at least
+constexpr int64_t BLOCK = 256;  // positions that one thread attends to at a time
+
+template <class T>
+inline float dot(const T* w, const float* x, int64_t n) {
+    constexpr int STEP = 4 * LANES;
+    Vector sums[4] = {};
+    int64_t i = 0;
+    for (; i + STEP <= n; i += STEP) {
+        for (int line = 0; line < int(STEP * sizeof(T)); line += 64)
+            __builtin_prefetch((const char*)(w + i) + PREFETCH + line);
+        for (int j = 0; j < 4; j++) sums[j] += load(w + i + j * LANES) * load(x + i + j * LANES);
+    }
+    for (; i + LANES <= n; i += LANES) sums[0] += load(w + i) * load(x + i);
+    float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; i < n; i++) total += to_float(w[i]) * x[i];
+    return total;
+}
+
+inline void silu_and_multiply(float* gate, const float* up, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Vector x = load(gate + i);
+        store(gate + i, x / (1.f + exp(-x)) * load(up + i));
+    }
+    for (; i < n; i++) gate[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+}
+
+// p[i] = exp(p[i] - largest); returns their sum.
+inline float exponentials(float* p, float largest, int64_t n) {
+    Vector sums = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Vector e = exp(load(p + i) - largest);
+        store(p + i, e);
+        sums += e;
+    }
+    float total = sum(sums);
+    for (; i < n; i++) total += p[i] = std::exp(p[i] - largest);
+    return total;
+}
+
+// out += weights · values over ROWS positions. values [ROWS, D], out [D].
+template <class T, int ROWS>
+inline void add_weighted(float* out, const T* values, const float* weights, int64_t D) {
+    int64_t d = 0;
+    for (; d + LANES <= D; d += LANES) {
+        Vector total = load(out + d);
+        for (int row = 0; row < ROWS; row++) total += weights[row] * load(values + row * D + d);
+        store(out + d, total);
+    }
+    for (; d < D; d++)
+        for (int row = 0; row < ROWS; row++) out[d] += weights[row] * to_float(values[row * D + d]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Threads.
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Waits until all threads are here. Spins only briefly: where the cores are shared with other programs, the thread that is
+// waited for may need this very core to get here.
+class Barrier {
+    alignas(64) std::atomic<int> arrived{0};
+    alignas(64) std::atomic<int> round{0};
+
+  public:
+    void wait(int threads) {
+        int now = round.load();
+        if (arrived.fetch_add(1) + 1 == threads) {
+            arrived.store(0);
+            round.store(now + 1);
+            round.notify_all();
+            return;
+        }
+        for (int spins = 0; spins < 1000; spins++) {
+            if (round.load() != now) return;
+            relax();
+        }
+        round.wait(now);
+    }
+};
+
+// What all threads share for one token.
+struct Shared {
+    std::vector<float> x;         // [C] the residual stream
+    std::vector<float> cos, sin;  // [D/2]
+    std::vector<float> q, k, v;   // [H, D], [K, D], [K, D]
+    std::vector<float> partial;   // [K, blocks of S, G, D + 2] attention over a part of the positions
+    std::vector<float> router;    // [num_experts]
+    std::vector<float> gate, up;  // [num_experts_per_tok, widest_mlp]
+    std::vector<std::atomic<int64_t>> taken;  // of each piece of work between barriers, what somebody is at or has done
+    Barrier barrier;
+
+    Shared(const Qwen3& m, int64_t blocks)
+        : x(m.hidden_size), cos(m.head_dim / 2), sin(m.head_dim / 2), q(m.num_attention_heads * m.head_dim),
+          k(m.num_key_value_heads * m.head_dim), v(m.num_key_value_heads * m.head_dim),
+          partial(m.num_attention_heads * blocks * (m.head_dim + 2)), router(m.num_experts),
+          gate(m.num_experts_per_tok * m.widest_mlp), up(m.num_experts_per_tok * m.widest_mlp),
+          taken(m.num_hidden_layers * (7 + m.num_experts_per_tok) + 1) {}
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The layers. A `Step` is one thread's part of the work on one token.
+
+template <class T>
+struct Step {
+    const Qwen3& model;
+    const KVCache& cache;
+    Shared& shared;
+    const int threads;
+    const int64_t D = model.head_dim, K = model.num_key_value_heads, G = model.num_attention_heads / K;
+    const int64_t S = cache.length + 1, blocks = (S + BLOCK - 1) / BLOCK;
+    // Small enough that each thread computes it for itself rather than wait for another.
+    std::vector<float> normed = std::vector<float>(model.hidden_size);
+    std::vector<float> attended = std::vector<float>(K * G * D);
+    std::vector<float> queries = std::vector<float>(G * D);
+    std::vector<float> scores = std::vector<float>(G * BLOCK);
+    std::vector<int64_t> chosen = std::vector<int64_t>(model.num_experts_per_tok);
+    std::vector<float> weights = std::vector<float>(model.num_experts_per_tok);
+    int64_t works = 0;
+
+    void wait_for_all() { shared.barrier.wait(threads); }
+
+    // Splits n equal pieces of work, each of so many bytes to read, between the threads: calls work(begin, end) for ranges.
+    // They are long at first, to be one sequential stream, and shorter towards the end, so that all threads end together
+    // however fast each of them is.
+    template <class Work>
+    void share(int64_t n, int64_t bytes, Work work) {
+        std::atomic<int64_t>& taken = shared.taken[works++];
+        int64_t least = std::max(int64_t(1), SHORTEST / bytes), begin = taken.load();
+        while (begin < n) {
+            int64_t end = std::min(n, begin + std::max(least, (n - begin) / (2 * threads)));
+            if (!taken.compare_exchange_weak(begin, end)) continue;
+            work(begin, end);
+            begin = taken.load();
+        }
+    }
+
+    // One row of weight·x + bias.
+    static float linear(const Linear& w, int64_t row, const float* x) {
+        float y = dot((const T*)w.weight + row * w.columns, x, w.columns);
+        return w.bias ? y + to_float(((const T*)w.bias)[row]) : y;
+    }
+
+    // y = weight·x + bias, rows shared by the threads.
+    void linear(const Linear& w, const float* x, float* y) {
+        share(w.rows, w.columns * sizeof(T), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) y[row] = linear(w, row, x);
+        });
+    }
+
+    void rms_norm(const float* x, const void* weight, int64_t n, float* out) const {
+        float scale = 1 / std::sqrt(dot(x, x, n) / n + model.rms_norm_eps);
+        for (int64_t i = 0; i < n; i++) out[i] = to_float(((const T*)weight)[i]) * (x[i] * scale);
+    }
+
+    // A head of q or k, normed where the model does that, and turned by its position: [D] → [D].
+    void norm_and_rotate(const float* x, const void* weight, float* out) const {
+        if (weight)
+            rms_norm(x, weight, D, out);
+        else
+            std::copy(x, x + D, out);
+        for (int64_t i = 0; i < D / 2; i++) {
+            float a = out[i], b = out[i + D / 2], cos = shared.cos[i], sin = shared.sin[i];
+            out[i] = a * cos - b * sin;
+            out[i + D / 2] = b * cos + a * sin;
+        }
+    }
+
+    // The G queries of one key head over a block of n positions; each key and value is read from memory once for all G.
+    // partial: [G] largest scores, [G] sums of exponentials, [G, D] the values weighted by the exponentials.
+    void attend(const T* keys, const T* values, int64_t n, float* partial) {
+        float *largest = partial, *total = largest + G, *out = total + G;
+        for (int64_t s = 0; s < n; s++)
+            for (int64_t g = 0; g < G; g++) scores[g * BLOCK + s] = dot(keys + s * D, &queries[g * D], D);
+        for (int64_t g = 0; g < G; g++) {
+            float* p = &scores[g * BLOCK];
+            largest[g] = *std::max_element(p, p + n);
+            total[g] = exponentials(p, largest[g], n);
+        }
+        std::fill(out, out + G * D, 0);
+        int64_t s = 0;
+        for (; s + 4 <= n; s += 4)
+            for (int64_t g = 0; g < G; g++) add_weighted<T, 4>(out + g * D, values + s * D, &scores[g * BLOCK + s], D);
+        for (; s < n; s++)
+            for (int64_t g = 0; g < G; g++) add_weighted<T, 1>(out + g * D, values + s * D, &scores[g * BLOCK + s], D);
+    }
+
+    float* partial(int64_t head, int64_t block) { return &shared.partial[(head * blocks + block) * G * (D + 2)]; }
+
+    void attention(const Attention& attn, T* keys, T* values) {
+        linear(attn.q_proj, normed.data(), shared.q.data());
+        linear(attn.k_proj, normed.data(), shared.k.data());
+        linear(attn.v_proj, normed.data(), shared.v.data());
+        wait_for_all();
+        share(K * blocks, 2 * BLOCK * D * sizeof(T), [&](int64_t begin, int64_t end) {
+            for (int64_t work = begin; work < end; work++) {
+                int64_t head = work / blocks, block = work % blocks;
+                T *head_keys = keys + head * cache.max_len * D, *head_values = values + head * cache.max_len * D;
+                if (block == blocks - 1) {  // the new position is in this one
+                    float *k = &shared.k[head * D], *v = &shared.v[head * D];
+                    norm_and_rotate(k, attn.k_norm, k);
+                    for (int64_t d = 0; d < D; d++) assign(head_keys[cache.length * D + d], k[d]);
+                    for (int64_t d = 0; d < D; d++) assign(head_values[cache.length * D + d], v[d]);
+                }
+                for (int64_t g = 0; g < G; g++)
+                    norm_and_rotate(&shared.q[(head * G + g) * D], attn.q_norm, &queries[g * D]);
+                for (float& q : queries) q /= std::sqrt(float(D));
+                int64_t start = block * BLOCK;
+                attend(head_keys + start * D, head_values + start * D, std::min(BLOCK, S - start), partial(head, block));
+            }
+        });
+        wait_for_all();
+        for (int64_t head = 0; head < K; head++)
+            for (int64_t g = 0; g < G; g++) put_together(head, g, &attended[(head * G + g) * D]);
+        share(attn.o_proj.rows, attn.o_proj.columns * sizeof(T), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) shared.x[row] += linear(attn.o_proj, row, attended.data());
+        });
+        wait_for_all();
+    }
+
+    // The softmax over all blocks from those within each.
+    void put_together(int64_t head, int64_t g, float* out) {
+        float largest = -INFINITY, total = 0;
+        for (int64_t block = 0; block < blocks; block++) largest = std::max(largest, partial(head, block)[g]);
+        std::fill(out, out + D, 0);
+        for (int64_t block = 0; block < blocks; block++) {
+            const float* part = partial(head, block);
+            float weight = std::exp(part[g] - largest);
+            total += weight * part[G + g];
+            for (int64_t d = 0; d < D; d++) out[d] += weight * part[2 * G + g * D + d];
+        }
+        for (int64_t d = 0; d < D; d++) out[d] /= total;
+    }
+
+    void mlp(const Block& block) {
+        bool sparse = block.gate.rows;
+        int64_t count = sparse ? model.num_experts_per_tok : 1, width = model.widest_mlp;
+        chosen[0] = 0, weights[0] = 1;
+        if (sparse) route(block.gate);
+        for (int64_t i = 0; i < count; i++) {
+            const MLP& expert = block.experts[chosen[i]];
+            float *gate = &shared.gate[i * width], *up = &shared.up[i * width];
+            share(expert.up_proj.rows, 2 * expert.up_proj.columns * sizeof(T), [&](int64_t begin, int64_t end) {
+                for (int64_t row = begin; row < end; row++) gate[row] = linear(expert.gate_proj, row, normed.data());
+                for (int64_t row = begin; row < end; row++) up[row] = linear(expert.up_proj, row, normed.data());
+                silu_and_multiply(gate + begin, up + begin, end - begin);
+            });
+        }
+        wait_for_all();
+        const Linear& down = block.experts[chosen[0]].down_proj;
+        share(down.rows, count * down.columns * sizeof(T), [&](int64_t begin, int64_t end) {
+            for (int64_t i = 0; i < count; i++)
+                for (int64_t row = begin; row < end; row++)
+                    shared.x[row] += weights[i] * linear(block.experts[chosen[i]].down_proj, row, &shared.gate[i * width]);
+        });
+        wait_for_all();
+    }
+
+    // The most probable experts and their weights.
+    void route(const Linear& router) {
+        std::vector<float>& p = shared.router;
+        linear(router, normed.data(), p.data());
+        wait_for_all();
+        float largest = *std::max_element(p.begin(), p.end()), total = 0, of_chosen = 0;
+        for (float logit : p) total += std::exp(logit - largest);
+        for (int64_t i = 0; i < model.num_experts_per_tok; i++) {
+            chosen[i] = -1;
+            for (int64_t e = 0; e < int64_t(p.size()); e++)
+                if (std::find(chosen.begin(), chosen.begin() + i, e) == chosen.begin() + i)
+                    if (chosen[i] < 0 || p[e] > p[chosen[i]]) chosen[i] = e;
+            weights[i] = std::exp(p[chosen[i]] - largest) / total;
+            of_chosen += weights[i];
+        }
+        if (model.norm_topk_prob)
+            for (float& weight : weights) weight /= of_chosen;
+    }
+
+    void block(const Block& block, int64_t layer) {
+        rms_norm(shared.x.data(), block.input_layernorm, model.hidden_size, normed.data());
+        attention(block.self_attn, (T*)cache.keys[layer], (T*)cache.values[layer]);
+        rms_norm(shared.x.data(), block.post_attention_layernorm, model.hidden_size, normed.data());
+        mlp(block);
+    }
+
+    void step(T* logits) {
+        for (int64_t layer = 0; layer < model.num_hidden_layers; layer++) block(model.layers[layer], layer);
+        rms_norm(shared.x.data(), model.norm, model.hidden_size, normed.data());
+        share(model.lm_head.rows, model.lm_head.columns * sizeof(T), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; row++) assign(logits[row], linear(model.lm_head, row, normed.data()));
+        });
+        wait_for_all();  // here, as OpenMP would spin
+    }
+};
+
+template <class T>
+void step(const Qwen3& model, const KVCache& cache, int64_t id, T* logits, int threads) {
+    Shared shared(model, cache.length / BLOCK + 1);
+    const T* embedding = (const T*)model.embed_tokens + id * model.hidden_size;
+    for (int64_t i = 0; i < model.hidden_size; i++) shared.x[i] = to_float(embedding[i]);
+    for (int64_t i = 0; i < model.head_dim / 2; i++) {
+        float angle = float(cache.length) * model.rope_frequencies[i];
+        shared.cos[i] = std::cos(angle) * model.rope_factor;
+        shared.sin[i] = std::sin(angle) * model.rope_factor;
+    }
+#pragma omp parallel num_threads(threads)
+    Step<T>{model, cache, shared, omp_get_num_threads()}.step(logits);
+}
+
+extern "C" {
+void step_float32(const Qwen3* model, const KVCache* cache, int64_t id, float* logits, int threads) {
+    step(*model, *cache, id, logits, threads);
+}
+void step_bfloat16(const Qwen3* model, const KVCache* cache, int64_t id, bfloat16* logits, int threads) {
+    step(*model, *cache, id, logits, threads);
+}
+}
