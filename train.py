@@ -31,7 +31,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -89,11 +89,14 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def cut_like(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """This process' share of a whole tensor."""
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-    return tensor
+def everywhere(tensor: Tensor) -> Tensor:
+    """A cut tensor as one that every process holds as a whole: Muon's bfloat16 products must not be summed in parts."""
+    return tensor.redistribute(placements=[Replicate()]) if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(model: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor laid over the processes as `model` is."""
+    return distribute_tensor(tensor, model.device_mesh, model.placements) if isinstance(model, DTensor) else tensor
 
 
 class Optimizers:
@@ -131,9 +134,11 @@ class Optimizers:
 
     def step(self, factor: float) -> None:
         """One update at `factor` times the peak learning rates; the gradients are gone afterwards."""
-        for optimizer in self.all.values():
+        for kind, optimizer in self.all.items():
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
+                for p in group["params"] if kind == "muon" else ():
+                    p.grad = everywhere(p.grad)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -154,8 +159,9 @@ class Optimizers:
                     prefix = f"{kind}.{self.names[id(p)]}."
                     slots = {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
                     if slots:
+                        placed = everywhere(p) if kind == "muon" else p
                         optimizer.state[p] = {
-                            key: t.clone() if t.ndim == 0 else cut_like(p, t.to(p.device, copy=True))
+                            key: t.clone() if t.ndim == 0 else placed_like(placed, t.to(p.device, copy=True))
                             for key, t in slots.items()
                         }
 
@@ -258,6 +264,18 @@ class Processes:
                 fully_shard(block)
             fully_shard(objective)
         return objective
+
+    @contextmanager
+    def together(self, run: Run):
+        """What is done in step with the others: that one of them died is reported by the libraries in many ways."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1:
+                raise
+            raise ValueError(
+                f"another process of this run ended ({error}); go on from {run.latest} with --resume"
+            ) from None
 
     def mine(self, parts: list) -> list:
         return parts[self.rank :: self.count]
@@ -367,9 +385,10 @@ class Trainer:
         targets = sum(batch.target_count for batch in parts)
         if not targets:
             raise ValueError(f"step {step}: no row is within train.sequence {train.sequence}; raise it")
-        total = self._backward(self.processes.mine(parts), targets)
-        loss = self.processes.sum(total) / targets
-        norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), train.clip or math.inf)))
+        with self.processes.together(self.run):
+            total = self._backward(self.processes.mine(parts), targets)
+            loss = self.processes.sum(total) / targets
+            norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), train.clip or math.inf)))
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise ValueError(
                 f"step {step}: the loss is {loss} and the gradient's norm {norm}; lower optimizer.lr or train.clip; "

@@ -27,6 +27,7 @@ import console
 from formats.files import atomic_directory, fsync, write_text
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+MAY_CHANGE = ("train.parallel:", "train.wandb:", "train.keep:")  # what a run may be gone on with differently
 
 
 class Run:
@@ -54,7 +55,7 @@ class Run:
         if not resume:
             raise ValueError(f"train.out {self.path} already holds a run; go on with --resume or take another folder")
         saved = yaml.safe_load(config.read_text(encoding="utf-8"))
-        if changed := differences(saved, resolved):
+        if changed := [change for change in differences(saved, resolved) if not change.startswith(MAY_CHANGE)]:
             raise ValueError(
                 f"--resume: the run of {config} had another config ({'; '.join(changed)}); use that, or a new train.out"
             )

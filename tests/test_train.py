@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import time
 from itertools import pairwise
@@ -70,8 +71,8 @@ def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def in_child(work) -> int:
-    """Runs `work` in a forked process and returns how that ended, as `waitstatus_to_exitcode` tells."""
+def start_child(work) -> int:
+    """Forks a process that runs `work`; its number."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -84,7 +85,12 @@ def in_child(work) -> int:
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(99)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
+
+
+def in_child(work) -> int:
+    """Runs `work` in a forked process and returns how that ended, as `waitstatus_to_exitcode` tells."""
+    return os.waitstatus_to_exitcode(os.waitpid(start_child(work), 0)[1])
 
 
 def kill_self() -> None:
@@ -359,3 +365,74 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(config, unbroke
     assert in_child(work) == 7
     assert (config.parent / "run" / "latest").resolve().name == "step-00000004"
     assert losses(run(config, resume=True)) == losses(unbroken)
+
+
+# --- many processes ---
+
+
+def run_in_processes(count: int, work) -> list[int]:
+    """Runs `work` in `count` forked processes as torchrun would start them; how each of them ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = []
+    for rank in range(count):
+
+        def as_rank(rank=rank):
+            os.environ.update(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            work()
+
+        children.append(start_child(as_rank))
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "optimizer", "tolerance"), [("ddp", "muon", 1e-5), ("fsdp", "adamw", 1e-5), ("fsdp", "muon", 1e-4)]
+)
+def test_two_processes_give_the_losses_of_one(config, tmp_path, parallel, optimizer, tolerance):
+    """Also when the first half was done by one process alone: checkpoints are whole, however the model was cut.
+
+    FSDP sums the squares of a gradient's norm in another order; Muon's bfloat16 products enlarge that last bit.
+    """
+    chosen = f"optimizer.name={optimizer}"
+    alone = run(config, chosen)
+    (tmp_path / "run").rename(tmp_path / "alone")
+
+    def first_half():
+        step = train.Trainer.step
+        train.Trainer.step = lambda self, at: sys.exit(5) if at == 5 else step(self, at)
+        run(config, chosen)
+
+    assert in_child(first_half) == 5
+    assert run_in_processes(2, lambda: run(config, chosen, f"train.parallel={parallel}", resume=True)) == [0, 0]
+    records = metrics(tmp_path / "run")
+    assert [record["tokens"] for record in records] == [record["tokens"] for record in alone]
+    for record, expected in zip(records, alone, strict=True):
+        assert record["loss"] == pytest.approx(expected["loss"], rel=tolerance)
+    Qwen3.from_pretrained(tmp_path / "run" / "latest")
+
+
+def test_a_dead_process_ends_the_others_in_one_line(config):
+    def work():
+        step = train.Trainer.step
+
+        def dies(self, at):
+            return kill_self() if at == 6 and os.environ["RANK"] == "1" else step(self, at)
+
+        train.Trainer.step = dies
+        try:
+            run(config, "train.parallel=ddp")
+        except ValueError as error:
+            sys.exit(7 if "another process" in str(error) else 8)
+
+    assert run_in_processes(2, work) == [7, -signal.SIGKILL]
+    assert (config.parent / "run" / "latest").resolve().name == "step-00000004"
+
+
+def test_processes_and_config_must_agree(config, monkeypatch):
+    with pytest.raises(ValueError, match="start with torchrun"):
+        run(config, "train.parallel=ddp")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"train\.parallel is none; set ddp or fsdp"):
+        run(config)
