@@ -554,6 +554,7 @@ def questions(options) -> Iterator[str]:
 
 def standard_input(by_line: bool) -> Iterator[str]:
     """Standard input as one text, or line by line as it comes, without line breaks at the end."""
+    sys.stdin.reconfigure(errors="strict")  # in the C locale Python would let bytes through that are no text
     try:
         if by_line:
             yield from map(str.rstrip, sys.stdin)

@@ -46,7 +46,7 @@ def run_here(arguments: list, monkeypatch, capsys, stdin: bytes = b"") -> str:
 
 def run_apart(arguments: list, stdin: bytes = b"") -> str:
     """The same in a process with bounded memory."""
-    command = [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "generate.py"), *(a if isinstance(a, bytes) else str(a) for a in arguments)]
     ended = subprocess.run(
         command,
         check=False,
@@ -574,3 +574,298 @@ SHARDS = {
 @pytest.mark.parametrize("name", SHARDS)
 def test_shards(name, untemplated, monkeypatch, capsys):
     end_in_one_line(SHARDS[name], untemplated, monkeypatch, capsys)
+
+
+# ---- text: tokenizer and template ----
+
+
+def template(text: str) -> Callable[[Path], None]:
+    return edited("tokenizer_config.json", chat_template=text)
+
+
+def rewritten(file: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
+    """A JSON file after a change of its content."""
+
+    def rewrite(path: Path) -> None:
+        content = json.loads((path / file).read_text())
+        change(content)
+        (path / file).write_text(json.dumps(content))
+
+    return rewrite
+
+
+def shift_ids(tokenizer: dict) -> None:
+    tokenizer["model"]["vocab"] = {token: index + 5000 for token, index in tokenizer["model"]["vocab"].items()}
+
+
+ESCAPE = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+TEXT = {
+    "no tokenizer": (removed("tokenizer.json"), "no tokenizer.json; take it from the model"),
+    "tokenizer points nowhere": (linked("tokenizer.json", "gone"), "tokenizer.json"),
+    "tokenizer a pipe": (in_place_of("tokenizer.json", os.mkfifo), "tokenizer.json: not a file"),
+    "tokenizer not JSON": (replaced("tokenizer.json", "{"), "tokenizer.json can't be read"),
+    "tokenizer a list": (replaced("tokenizer.json", "[]"), "tokenizer.json can't be read"),
+    "tokenizer nested": (replaced("tokenizer.json", '{"model":' * 200_000), "tokenizer.json can't be read"),
+    "tokenizer of a terabyte": (cut("tokenizer.json", 1 << 40), "tokenizer.json: 1,099,511,627,776 bytes"),
+    "tokenizer without model": (rewritten("tokenizer.json", lambda c: c.pop("model")), "tokenizer.json can't be read"),
+    "tokenizer of words": (
+        rewritten(
+            "tokenizer.json", lambda c: c.update(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"})
+        ),
+        "tokenizer.json is not a byte-level BPE",
+    ),
+    "ids beyond the vocabulary": (
+        rewritten("tokenizer.json", shift_ids),
+        "is outside of the vocabulary of 512; the tokenizer is another's",
+    ),
+    "template with a mistake": (template("{% if %}"), "the chat template failed (TemplateSyntaxError"),
+    "template a list of numbers": (template([1]), "chat_template must be a text"),
+    "template that escapes": (template(ESCAPE), "the chat template failed (SecurityError"),
+    "template that opens a file": (template("{% include '/etc/passwd' %}"), "the chat template failed"),
+    "template that runs a command": (
+        template("{{ cycler.__init__.__globals__.os.system('mkdir code-ran') }}"),
+        "the chat template failed (SecurityError",
+    ),
+    "template that loops": (
+        template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
+        "ran for more than 1 s",
+    ),
+    "template that prints a gigabyte": (
+        template("{% for i in range(99999) %}{{ 'x' * 10000 }}{% endfor %}"),
+        "prints more than 16,777,216",
+    ),
+    "template that makes a gigabyte": (template("{{ 'x' * 10**10 }}"), "the chat template needs more than 1024 MiB"),
+    "template that counts high": (template("{{ 10**(10**10) }}"), "the chat template ran for more than"),
+    "template that is nothing": (template("{{ '' }}"), "the prompt is empty"),
+}
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text(name, checkpoint, monkeypatch, capsys):
+    break_it, words = TEXT[name]
+    break_it(checkpoint)
+    before = files_below(checkpoint.parent)
+    monkeypatch.chdir(checkpoint.parent)
+    assert_words(run_here(["--model", checkpoint, "hi"], monkeypatch, capsys), words)
+    assert files_below(checkpoint.parent) == before
+
+
+# ---- the command: flags, prompts and standard input ----
+
+COMMANDS = {
+    "absent path": ("--model|{tmp}/gone|hi", "--model {tmp}/gone: no such directory or .gguf file"),
+    "absent relative path": ("--model|./gone|hi", "--model ./gone: no such directory or .gguf file"),
+    "a file": (
+        "--model|{model}/config.json|hi",
+        "config.json: neither a directory nor a .gguf file; give the directory",
+    ),
+    "the weights": ("--model|{model}/model.safetensors|hi", "neither a directory nor a .gguf file; give the directory"),
+    "a pickle": ("--model|{tmp}/weights.pt|hi", "weights.pt: a pickle"),
+    "a checkpoint's pickle": ("--model|{tmp}/pytorch_model.bin|hi", "pytorch_model.bin: a pickle"),
+    "an empty folder": ("--model|{tmp}|hi", "{tmp}: no tokenizer.json"),
+    "a folder as .gguf": ("--model|{tmp}/folder.gguf|hi", "folder.gguf"),
+    "a path of thousands of letters": ("--model|" + "x" * 5000 + "|hi", "--model xxx"),
+    "a path with line breaks": ("--model|a\nb\x1b[2J|hi", "--model a b"),
+    "empty model": ("--model||hi", "--model"),
+    "no hub id": ("--model|a/b/c|hi", "--model a/b/c: no such directory or .gguf file, and not a hub id"),
+    "hub id of dots": ("--model|../../etc|hi", "--model ../../etc: no such directory"),
+    "unknown flag": ("--modle|x|hi", "unrecognized arguments: --modle"),
+    "shortened flag": ("--model|{model}|--temp|0|hi", "--temp"),
+    "two prompts": ("--model|{model}|hi|there", "unrecognized arguments: there"),
+    "flag without value": ("hi|--model", "argument --model: expected one argument"),
+    "thinking maybe": ("--model|{model}|--thinking=maybe|hi", "argument --thinking: invalid choice: 'maybe'"),
+    "temperature a text": (
+        "--model|{model}|--temperature|warm|hi",
+        "argument --temperature: invalid float value: 'warm'",
+    ),
+    "temperature negative": ("--model|{model}|--temperature|-1|hi", "--temperature is -1.0"),
+    "temperature NaN": ("--model|{model}|--temperature|nan|hi", "--temperature is nan"),
+    "temperature infinite": ("--model|{model}|--temperature|inf|hi", "--temperature is inf"),
+    "top-k negative": ("--model|{model}|--top-k|-1|hi", "--top-k is -1"),
+    "top-k a fraction": ("--model|{model}|--top-k|1.5|hi", "argument --top-k: invalid int value: '1.5'"),
+    "top-p above one": ("--model|{model}|--top-p|1.5|hi", "--top-p is 1.5"),
+    "min-p negative": ("--model|{model}|--min-p|-0.1|hi", "--min-p is -0.1"),
+    "presence penalty": ("--model|{model}|--presence-penalty|3|hi", "--presence-penalty is 3.0"),
+    "repetition penalty": ("--model|{model}|--repetition-penalty|0|hi", "--repetition-penalty is 0.0"),
+    "seed negative": ("--model|{model}|--seed|-1|hi", "--seed is -1"),
+    "seed of 100 bits": (
+        "--model|{model}|--seed|" + str(1 << 100) + "|hi",
+        "--seed is 1267650600228229401496703205376",
+    ),
+    "no new tokens": ("--model|{model}|--max-new-tokens|0|hi", "--max-new-tokens is 0"),
+    "a number of 5000 digits": ("--model|{model}|--max-new-tokens|" + "9" * 5000 + "|hi", "argument --max-new-tokens"),
+    "empty stop string": ("--model|{model}|--stop||hi", "--stop"),
+    "budget zero": ("--model|{model}|--thinking-budget|0|hi", "--thinking-budget 0: give at least 1"),
+    "budget without thinking": (
+        "--model|{model}|--thinking|off|--thinking-budget|9|hi",
+        "--thinking-budget limits the thinking that --thinking off turns off",
+    ),
+    "raw thinking": ("--model|{model}|--raw|--thinking|on|hi", "--raw uses no chat template, so leave --thinking"),
+    "raw system": ("--model|{model}|--raw|--system||hi", "--raw uses no chat template"),
+    "raw turns": ("--model|{model}|--raw|--multi-turn|on|hi", "--raw continues one text; it has no turns"),
+    "logprobs without json": ("--model|{model}|--logprobs|5|hi", "--logprobs goes into the JSON record; add --json"),
+    "logprobs of everything": ("--model|{model}|--json|--logprobs|100000|hi", "--logprobs 100000: give a number from"),
+    "unknown device": ("--model|{model}|--device|tpu|hi", "argument --device: invalid choice: 'tpu'"),
+    "absent device": ("--model|{model}|--device|mps|hi", "--device mps: PyTorch finds no such device here"),
+    "unknown dtype": ("--model|{model}|--dtype|float8|hi", "argument --dtype: invalid choice: 'float8'"),
+    "unknown quantisation": ("--model|{model}|--quantize|int2|hi", "argument --quantize: invalid choice: 'int2'"),
+    "empty prompt": ("--model|{model}|--raw|", "the prompt is empty; give"),
+    "prompt beyond the context": (
+        "--model|{model}|" + "hi there " * 500,
+        "but this model's context is 256; shorten it",
+    ),
+    "raw prompt beyond the context": ("--model|{model}|--raw|" + "hi there " * 500, "this model's context is 256"),
+    "half a character": ("--model|{model}|--raw|\udce9", "surrogate"),
+    "half a character in a chat": ("--model|{model}|\udce9", "surrogate"),
+    "half a character in the system": ("--model|{model}|--system|\udce9|hi", "surrogate"),
+    "half a character in a path": ("--model|{tmp}/\udce9|hi", "--model"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command(name, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    arguments, words = COMMANDS[name]
+    for file in ("weights.pt", "pytorch_model.bin"):
+        (tmp_path / file).write_bytes(pickle.dumps(Mark(tmp_path / "code-ran")))
+    (tmp_path / "folder.gguf").mkdir()
+    before = files_below(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    places = {"{tmp}": str(tmp_path), "{model}": str(tiny_checkpoint)}
+    for place, path in places.items():
+        arguments, words = arguments.replace(place, path), words.replace(place, path)
+    assert_words(run_here(arguments.split("|"), monkeypatch, capsys), words)
+    assert files_below(tmp_path) == before
+
+
+INPUTS = {
+    "empty": (b"", [], "standard input is empty; give a prompt"),
+    "only line breaks": (b"\n", [], "standard input is empty"),
+    "empty lines": (b"\n\n \n", ["--multi-turn"], "standard input is empty"),
+    "not UTF-8": (b"\xff\xfehi", [], "standard input"),
+    "not UTF-8 in a chat": (b"\xff\n", ["--multi-turn", "on"], "standard input"),
+    "beyond the context": (b"hi there " * 500, [], "this model's context is 256"),
+    "twenty megabytes": (b"hi there " * 2_200_000, [], "shorten the messages"),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_standard_input(name, tiny_checkpoint, monkeypatch, capsys):
+    stdin, flags, words = INPUTS[name]
+    assert_words(run_here(["--model", tiny_checkpoint, *flags], monkeypatch, capsys, stdin), words)
+
+
+# ---- GGUF, whose reader has more tests of its own ----
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def pair(key: str, kind: int, value: bytes) -> bytes:
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def gguf(
+    pairs: list[bytes] = (),
+    tensors: list[bytes] = (),
+    data: int = 0,
+    version: int = 3,
+    counts: tuple[int, int] | None = None,
+    magic: bytes = b"GGUF",
+) -> bytes:
+    """A GGUF file with these pairs and tensor entries, then padding to 32 and `data` zero bytes."""
+    head = magic + struct.pack("<IQQ", version, *(counts or (len(tensors), len(pairs)))) + b"".join([*pairs, *tensors])
+    return head + bytes(-len(head) % 32) + bytes(data)
+
+
+def entry(name: str, shape: list[int], kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+ARCHITECTURE = pair("general.architecture", 8, text("qwen3"))
+GGUFS = {
+    "empty": (b"", "the file is empty"),
+    "three bytes": (b"GGU", "the first four bytes are"),
+    "another magic": (gguf(magic=b"GGML"), "the first four bytes are b'GGML'"),
+    "a pickle": (pickle.dumps([1, 2, 3] * 50), "the first four bytes are"),
+    "version 1": (gguf(version=1), "version 1 is not supported"),
+    "version 4": (gguf(version=4), "version 4 is not supported"),
+    "big-endian": (gguf(version=3 << 24), "(a big-endian file)"),
+    "cut in the head": (gguf()[:20], "the file ends at 20"),
+    "2^63 tensors": (gguf(counts=(1 << 63, 0)), "9223372036854775808 tensors cannot be in"),
+    "2^63 pairs": (gguf(counts=(0, 1 << 63)), "9223372036854775808 metadata pairs cannot be in"),
+    "a string of 2^63 bytes": (gguf([struct.pack("<Q", 1 << 63)], data=64), "needs 9223372036854775808 bytes"),
+    "an array of 2^40": (gguf([pair("a", 9, struct.pack("<IQ", 0, 1 << 40))], data=64), "values of a cannot be in"),
+    "arrays in arrays": (gguf([pair("a", 9, struct.pack("<IQ", 9, 1) * 50)], data=64), "nests arrays more than 3 deep"),
+    "unknown value type": (gguf([pair("a", 99, b"")]), "a has the unknown value type 99"),
+    "a key twice": (gguf([pair("a", 0, b"x")] * 2), "the metadata key a occurs twice"),
+    "alignment 0": (gguf([pair("general.alignment", 4, bytes(4))]), "general.alignment is 0, not a power of two"),
+    "alignment 2^31": (
+        gguf([pair("general.alignment", 4, struct.pack("<I", 1 << 31))]),
+        "general.alignment is 2147483648",
+    ),
+    "alignment 33": (gguf([pair("general.alignment", 4, struct.pack("<I", 33))]), "general.alignment is 33"),
+    "overlapping tensors": (
+        gguf([ARCHITECTURE], [entry("a", [32]), entry("b", [32], offset=64)], data=256),
+        "b at ... overlaps the tensor before it",
+    ),
+    "a gap": (gguf([ARCHITECTURE], [entry("a", [8]), entry("b", [8], offset=96)], data=256), "b at ... leaves a gap"),
+    "an offset aslant": (gguf([ARCHITECTURE], [entry("a", [8], offset=4)], data=64), "offset 4 of a is not a multiple"),
+    "an offset of 2^63": (gguf([ARCHITECTURE], [entry("a", [8], offset=1 << 63)], data=64), "a at 9223372036854775"),
+    "a tensor past the end": (gguf([ARCHITECTURE], [entry("a", [1 << 30])], data=64), "a ends at 4294967"),
+    "a shape that overflows": (gguf([ARCHITECTURE], [entry("a", [1 << 39, 1 << 39])], data=64), "a ends at"),
+    "a shape of 2^63": (gguf([ARCHITECTURE], [entry("a", [1 << 63])], data=64), "a has the impossible shape"),
+    "2^31 dimensions": (gguf([ARCHITECTURE], [text("a") + struct.pack("<I", 1 << 31)], data=64), "not 1 to 4"),
+    "unknown tensor type": (gguf([ARCHITECTURE], [entry("a", [8], kind=77)], data=64), "a has the type 77"),
+    "bytes at the end": (gguf([ARCHITECTURE], [entry("a", [8])], data=999), "bytes follow the last tensor"),
+    "no architecture": (gguf([], [entry("a", [8])], data=32), "general.architecture is missing"),
+    "another architecture": (
+        gguf([pair("general.architecture", 8, text("llama"))], [entry("a", [8])], data=32),
+        "general.architecture is 'llama' (supported: qwen3",
+    ),
+    "no embedding": (gguf([ARCHITECTURE], [entry("a", [8])], data=32), "no token_embd.weight"),
+}
+
+
+@pytest.mark.parametrize("name", GGUFS)
+def test_gguf(name, tmp_path, monkeypatch, capsys):
+    content, words = GGUFS[name]
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content)
+    line = run_here(["--model", file, "hi"], monkeypatch, capsys)
+    assert_words(line, words)
+    assert str(file) in line and files_below(tmp_path) == {"model.gguf"}
+
+
+# ---- the same in processes of their own, with bounded memory ----
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        pytest.param(*WEIGHTS["header of 2^64 - 1 bytes"], id="header of 2^64 - 1 bytes"),
+        pytest.param(*WEIGHTS["shape that overflows"], id="shape that overflows"),
+        pytest.param(*CONFIGS["the most of everything"], id="the most of everything"),
+        pytest.param(*TEXT["template that makes a gigabyte"], id="template that makes a gigabyte"),
+        pytest.param(*TEXT["template that runs a command"], id="template that runs a command"),
+        pytest.param(
+            pickled("pytorch_model.bin"), "only pickle weights (pytorch_model.bin), which can run", id="pickle"
+        ),
+        pytest.param(pickled_by_torch("model.safetensors", True), "model.safetensors: a pickle", id="torch.save"),
+        pytest.param(pickled_by_torch("model.safetensors", False), "model.safetensors: a pickle", id="old torch.save"),
+        pytest.param(pickled_by_torch("model.pth", True), "only pickle weights (model.pth), which can", id=".pth"),
+    ],
+)
+def test_apart(break_it, words, checkpoint):
+    break_it(checkpoint)
+    before = files_below(checkpoint.parent)
+    line = run_apart(["--model", checkpoint, "hi"])
+    assert_words(line, words)
+    assert str(checkpoint) in line and files_below(checkpoint.parent) == before
+
+
+def test_apart_with_a_bad_command(tiny_checkpoint, tmp_path):
+    assert_words(run_apart(["--model", tiny_checkpoint], stdin=b"\xff"), "is not utf-8 text (byte 0); convert it")
+    assert_words(run_apart(["--model", tiny_checkpoint, b"\xff"]), "surrogate")
+    assert_words(run_apart(["--model", tmp_path / "gone", "hi"]), "no such directory")
+    assert not files_below(tmp_path)

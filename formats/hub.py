@@ -1,0 +1,205 @@
+"""A model's data files from the Hugging Face hub, kept in its usual local cache.
+
+The cache (https://huggingface.co/docs/huggingface_hub/guides/manage-cache) is shared with every other tool: the files'
+contents lie in `blobs/` under their hashes, `snapshots/COMMIT/` links to them under their names, `refs/REVISION` names
+the commit. huggingface_hub finds and asks; the transfer is ours, because only so does a broken one go on where it
+stopped in a later run too, and no request can wait for ever.
+"""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import NamedTuple
+
+from console import byte_progress
+from formats.files import sha256, write_text
+
+DATA_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+]
+REACH_SECONDS = 5.0  # to the hub's first answer, with name server and connection
+STALL_SECONDS = 20.0  # without a byte in the middle of a transfer
+ATTEMPTS = 5  # in a row that bring nothing
+
+
+class HubUnreachable(ValueError):
+    """The hub does not answer (any more), and the model is not whole in the local cache."""
+
+
+class RemoteFile(NamedTuple):
+    """`digest`: SHA-256 of a large file (Git LFS), SHA-1 of Git's blob of any other. Both name it in `blobs/`."""
+
+    name: str
+    size: int
+    digest: str
+
+
+def cached(repo: str, revision: str | None) -> Path | None:
+    """The snapshot in the local cache if each file that a run needs is there. Makes no request."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        path = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=DATA_FILES))
+    except LocalEntryNotFoundError:
+        return None
+    return path if _whole(path) else None
+
+
+def _whole(path: Path) -> bool:
+    if not (path / "config.json").exists() or not (path / "tokenizer.json").exists():
+        return False
+    if (path / "model.safetensors").exists():
+        return True
+    try:
+        shards = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"].values()
+        return all((path / shard).exists() for shard in set(shards))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def download(repo: str, revision: str | None) -> Path:
+    """The snapshot in the local cache after what it lacks was downloaded. ValueError says why that is not possible."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import WeakFileLock, logging
+
+    logging.set_verbosity_error()  # its warnings would stand between the lines of a command
+    commit, files = _ask(repo, revision)
+    folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    blobs, snapshot = folder / "blobs", folder / "snapshots" / commit
+    for path in (blobs, snapshot):
+        path.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder / "nanoqwen.lock"), byte_progress() as progress:
+        task = progress.add_task(repo, total=sum(file.size for file in files))
+        for file in files:
+            url = hf_hub_url(repo, file.name, revision=commit)
+            _fetch(url, blobs / file.digest, file, lambda size: progress.advance(task, size))
+            _link(snapshot / file.name, blobs / file.digest)
+    reference = folder / "refs" / (revision or "main")
+    if reference.name != commit:
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        write_text(reference, commit)
+    return snapshot
+
+
+def _ask(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
+    """The commit of a revision and its data files, the weights last: once they are there, everything is.
+
+    A name server that is silent has no time-out of its own, so a thread waits for the answer and we for the thread.
+    """
+    from huggingface_hub import HfApi, is_offline_mode
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if is_offline_mode():
+        raise HubUnreachable("not in the cache, and HF_HUB_OFFLINE forbids to ask the hub")
+
+    def ask() -> None:
+        try:
+            answers.put(HfApi().model_info(repo, revision=revision, timeout=REACH_SECONDS, files_metadata=True))
+        except Exception as error:
+            answers.put(error)
+
+    answers = SimpleQueue()
+    Thread(target=ask, daemon=True).start()
+    try:
+        info = answers.get(timeout=REACH_SECONDS)
+        if isinstance(info, Exception):
+            raise info
+    except GatedRepoError:
+        raise ValueError("the hub asks for a login; run `hf auth login` first") from None
+    except RevisionNotFoundError:
+        raise ValueError(f"the hub has no revision {revision} of this model") from None
+    except RepositoryNotFoundError:
+        raise ValueError("the hub has no such model (or it is private)") from None
+    except (Empty, Exception) as error:  # the HTTP library's classes (DNS, time-out, 5xx): all mean the same to a user
+        raise HubUnreachable("not in the cache, and the hub can't be reached") from error
+    files = [
+        RemoteFile(file.rfilename, file.size, file.lfs.sha256 if file.lfs else file.blob_id)
+        for file in info.siblings or []
+        if "/" not in file.rfilename and any(fnmatchcase(file.rfilename, pattern) for pattern in DATA_FILES)
+    ]
+    for digest in (info.sha, *(file.digest for file in files)):  # they become names of files
+        if not re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", str(digest)):
+            raise ValueError(f"the hub's answer has {str(digest)[:80]!r} where a hash is expected; check HF_ENDPOINT")
+    if not all(type(file.size) is int and 0 <= file.size < 1 << 48 for file in files):
+        raise ValueError("the hub's answer has a file of impossible size; check HF_ENDPOINT")
+    if not any(file.name.endswith(".safetensors") for file in files):
+        raise ValueError("no model.safetensors on the hub; pickle weights (.bin) can run code and are never loaded")
+    return info.sha, sorted(files, key=lambda file: file.name.startswith("model"))
+
+
+def _fetch(url: str, blob: Path, file: RemoteFile, advance: Callable[[int], object]) -> None:
+    """Downloads one file. What a broken transfer has brought stays under a name of its own, and the next one goes on.
+
+    `advance` is told of each piece of it that is there.
+    """
+    if blob.exists():
+        advance(file.size)
+        return
+    partial = blob.with_name(f"{blob.name}.nanoqwen")
+    partial.touch()
+    advance(partial.stat().st_size)
+    failures = 0
+    while (have := partial.stat().st_size) < file.size:
+        try:
+            _transfer(url, partial, advance)
+        except OSError:  # the hub refuses, or the disk is full: trying again changes nothing
+            raise
+        except Exception as error:  # the HTTP library's classes: the connection broke
+            failures = 1 if partial.stat().st_size > have else failures + 1
+            if failures == ATTEMPTS:
+                raise HubUnreachable(f"the download stopped ({error}); run the command again to go on") from error
+            time.sleep(failures)
+    if not _intact(partial, file):
+        partial.unlink()
+        raise ValueError(f"{file.name} came damaged from the hub (its hash is another); run the command again")
+    partial.replace(blob)
+
+
+def _transfer(url: str, partial: Path, advance: Callable[[int], object]) -> None:
+    """Appends what is still missing; where the hub sends the file from its beginning again, so do we."""
+    from huggingface_hub import get_session, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers
+
+    have = partial.stat().st_size
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with get_session().stream("GET", url, headers=headers, timeout=STALL_SECONDS) as response:
+        hf_raise_for_status(response)
+        goes_on = response.status_code == 206
+        if not goes_on:
+            advance(-have)
+        with partial.open("ab" if goes_on else "wb") as target:
+            for piece in response.iter_bytes():
+                target.write(piece)
+                advance(len(piece))
+
+
+def _intact(path: Path, file: RemoteFile) -> bool:
+    if path.stat().st_size != file.size:
+        return False
+    if len(file.digest) == 64:
+        return sha256(path) == file.digest
+    return hashlib.sha1(b"blob %d\0" % file.size + path.read_bytes()).hexdigest() == file.digest
+
+
+def _link(name: Path, blob: Path) -> None:
+    """The file's name in the snapshot; a relative link, so that the cache can be moved."""
+    if not name.exists():
+        name.unlink(missing_ok=True)
+        name.symlink_to(os.path.relpath(blob, name.parent))

@@ -1,0 +1,400 @@
+"""formats/source.py and formats/hub.py against a hub of our own: what is asked for, what is kept, what is said."""
+
+import hashlib
+import json
+import os
+import pty
+import re
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from formats import hub, source
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+FORBIDDEN = {
+    "evil.py": b"raise SystemExit",
+    "pytorch_model.bin": b"\x80\x02",
+    "x.pkl": b"\x80\x02",
+    "a/config.json": b"{}",
+}
+
+
+class Hub(ThreadingHTTPServer):
+    """A stand-in for the hub that serves one model, org/name, and writes down each request."""
+
+    def __init__(self, files: dict[str, bytes]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = files
+        self.requests: list[tuple[str, str | None]] = []  # (path, Range)
+        self.cuts: dict[str, list[int]] = {}  # file -> the bytes after which each next transfer of it breaks
+        self.ranges, self.renamed = True, {}  # whether Range is understood; answers with other digests
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def listing(self, revision: str) -> dict:
+        siblings = []
+        for name, content in self.files.items():
+            entry = {"rfilename": name, "size": len(content), "blobId": git_sha1(content)}
+            if name.endswith(".safetensors"):
+                entry["lfs"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 1}
+            siblings.append(entry | self.renamed.get(name, {}))
+        return {"id": "org/name", "sha": COMMITS.get(revision, revision), "siblings": siblings}
+
+    def tree(self) -> list[dict]:
+        return [
+            {"type": "file", "path": name, "size": len(content), "oid": git_sha1(content)}
+            for name, content in self.files.items()
+        ]
+
+    def fetched(self) -> list[tuple[str, str | None]]:
+        """Which files were asked for, with the byte ranges."""
+        return [(path.rpartition("/")[2], part) for path, part in self.requests if "/resolve/" in path]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests.append((self.path, self.headers["Range"]))
+        if self.path == "/api/agent-harnesses":  # huggingface_hub asks for it by itself
+            return self.refuse("EntryNotFound")
+        if not re.match(r"/(api/models/)?org/name\b", self.path):
+            return self.refuse("RepoNotFound")
+        if match := re.match(r"/api/models/org/name(?:/revision/([^?]+))?(\?|$)", self.path):
+            revision = match[1] or "main"
+            if revision not in (*COMMITS, *COMMITS.values()):
+                return self.refuse("RevisionNotFound")
+            return self.send(200, json.dumps(self.server.listing(revision)).encode())
+        if "/tree/" in self.path:
+            return self.send(200, json.dumps(self.server.tree()).encode())
+        name = self.path.rpartition("/")[2]
+        content, start = self.server.files[name], 0
+        if self.headers["Range"] and self.server.ranges:
+            start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        cuts = self.server.cuts.get(name)
+        self.send(206 if start else 200, content[start:], cuts.pop(0) if cuts else None)
+
+    do_HEAD = do_GET
+
+    def send(self, status: int, body: bytes, cut: int | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        if "/resolve/" in self.path:
+            self.send_header("ETag", f'"{git_sha1(body)}"')
+            self.send_header("X-Repo-Commit", COMMITS.get(self.path.split("/")[4], self.path.split("/")[4]))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:cut])
+        if cut is not None:
+            self.close_connection = True
+
+    def refuse(self, reason: str) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", reason)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def git_sha1(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@pytest.fixture
+def server(tiny_checkpoint, tmp_path, monkeypatch) -> Hub:
+    server = Hub({file.name: file.read_bytes() for file in tiny_checkpoint.iterdir()} | FORBIDDEN)
+    use(server.url, tmp_path, monkeypatch)
+    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def use(url: str, tmp_path: Path, monkeypatch) -> None:
+    """Makes this process and those that it starts use a hub and an empty cache."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / "home" / "harnesses"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def assert_same(path: Path, server: Hub) -> None:
+    wanted = {name: content for name, content in server.files.items() if name not in FORBIDDEN}
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == wanted
+
+
+def test_data_files_alone_are_downloaded(server):
+    path = source.resolve("org/name")
+    assert_same(path, server)
+    assert path.parent.parent.name == "models--org--name" and path.name == COMMITS["main"]
+    assert sorted(server.fetched()) == sorted((name, None) for name in server.files if name not in FORBIDDEN)
+    assert server.fetched()[-1][0] == "model.safetensors"  # once it is there, everything is
+
+
+def test_a_model_in_the_cache_needs_no_hub(server):
+    path = source.resolve("org/name")
+    server.requests.clear()
+    assert source.resolve("org/name") == path and not server.requests
+    assert source.resolve("org/name@" + COMMITS["main"]) == path and not server.requests
+
+
+def test_the_cache_is_that_of_huggingface_hub(server):
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    path = source.resolve("org/name")
+    server.requests.clear()
+    assert snapshot_download("org/name", local_files_only=True) == str(path) and not server.requests
+    snapshot_download("org/name", revision="v1", allow_patterns=hub.DATA_FILES)
+    server.requests.clear()
+    assert_same(source.resolve("org/name@v1"), server)
+    assert not server.requests
+    assert Path(hf_hub_download("org/name", "config.json")).parent == path
+
+
+def test_revisions(server):
+    assert source.resolve("org/name@v1").name == COMMITS["v1"]
+    server.requests.clear()
+    assert source.resolve("org/name@v1").name == COMMITS["v1"] and not server.requests
+    before = len(server.fetched())
+    assert source.resolve("org/name").name == COMMITS["main"]
+    assert len(server.fetched()) == before  # the same contents are not downloaded twice
+
+
+def test_a_broken_transfer_goes_on_where_it_stopped(server):
+    server.cuts["model.safetensors"] = [30_000, 5_000, 0]
+    assert_same(source.resolve("org/name"), server)
+    parts = [part for name, part in server.fetched() if name == "model.safetensors"]
+    assert parts == [None, "bytes=30000-", "bytes=35000-", "bytes=35000-"]
+
+
+def test_a_later_run_goes_on_where_this_one_stopped(server):
+    server.cuts["model.safetensors"] = [40_000, *[0] * hub.ATTEMPTS]
+    with pytest.raises(hub.HubUnreachable, match=r"the download stopped .* run the command again to go on"):
+        source.resolve("org/name")
+    assert hub.cached("org/name", None) is None
+    server.requests.clear()
+    server.cuts.clear()
+    assert_same(source.resolve("org/name"), server)
+    assert server.fetched() == [("model.safetensors", "bytes=40000-")]
+
+
+def test_a_hub_without_ranges_sends_the_file_again(server):
+    server.ranges, server.cuts["model.safetensors"] = False, [30_000]
+    assert_same(source.resolve("org/name"), server)
+
+
+def test_an_incomplete_cache_is_completed(server):
+    path = source.resolve("org/name")
+    for name in ("tokenizer.json", "model.safetensors"):
+        (path / name).resolve().unlink()  # the link stays and points nowhere
+    server.requests.clear()
+    assert_same(source.resolve("org/name"), server)
+    assert [name for name, _ in server.fetched()] == ["tokenizer.json", "model.safetensors"]
+
+
+def test_shards(server):
+    weights = server.files.pop("model.safetensors")
+    server.files["model-00001-of-00002.safetensors"], server.files["model-00002-of-00002.safetensors"] = weights, b"x"
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    server.files["model.safetensors.index.json"] = json.dumps(index).encode()
+    path = source.resolve("org/name")
+    assert_same(path, server)
+    (path / "model-00002-of-00002.safetensors").resolve().unlink()
+    assert hub.cached("org/name", None) is None
+    assert_same(source.resolve("org/name"), server)
+
+
+def test_a_damaged_file_is_not_kept(server):
+    server.renamed["model.safetensors"] = {"lfs": {"size": 1, "sha256": "c" * 64, "pointerSize": 1}}
+    with pytest.raises(ValueError, match=r"model\.safetensors came damaged from the hub"):
+        source.resolve("org/name")
+    server.renamed = {"config.json": {"blobId": "c" * 40}}
+    with pytest.raises(ValueError, match=r"config\.json came damaged"):
+        source.resolve("org/name")
+    server.renamed = {}
+    assert_same(source.resolve("org/name"), server)
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        ({"blobId": "../../../../tmp/x"}, "'../../../../tmp/x' where a hash is expected"),
+        ({"blobId": None}, "'None' where a hash is expected"),
+        ({"size": -1}, "a file of impossible size"),
+        ({"size": None}, "a file of impossible size"),
+        ({"size": 1 << 60}, "a file of impossible size"),
+    ],
+)
+def test_a_lying_hub(server, tmp_path, answer, line):
+    server.renamed["config.json"] = answer
+    with pytest.raises(ValueError, match=re.escape(line)):
+        source.resolve("org/name")
+    assert not server.fetched()
+
+
+def test_pickles_are_never_asked_for(server):
+    del server.files["model.safetensors"]
+    with pytest.raises(ValueError, match=r"no model.safetensors on the hub; pickle weights \(\.bin\) can run code"):
+        source.resolve("org/name")
+    assert not server.fetched()
+
+
+@pytest.mark.parametrize(
+    ("src", "line"),
+    [
+        ("org/other", "--model org/other is no directory here; as a hub model: the hub has no such model"),
+        ("org/name@v9", "--model org/name@v9 is no directory here; as a hub model: the hub has no revision v9"),
+        ("org/name@", "--model org/name@: no such directory or .gguf file, and not a hub id like Qwen/Qwen3-0.6B"),
+        ("org/name@../x", "not a hub id"),
+        ("org/a--b", "not a hub id"),
+        ("org/..", "not a hub id"),
+        ("org/näme", "not a hub id"),
+        ("name", "not a hub id"),
+        ("https://huggingface.co/org/name", "not a hub id"),
+    ],
+)
+def test_unknown_models(server, src, line):
+    with pytest.raises(ValueError, match=re.escape(line)) as caught:
+        source.resolve(src)
+    assert "\n" not in str(caught.value) and not server.fetched()
+
+
+def test_offline(server, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(hub.HubUnreachable, match="not in the cache, and HF_HUB_OFFLINE forbids to ask the hub"):
+        source.resolve("org/name")
+    assert not server.requests
+
+
+def test_local_paths_come_first(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    (tmp_path / "x.gguf").touch()
+    assert source.resolve("org/name") == Path("org/name") and source.resolve("x.gguf") == Path("x.gguf")
+    assert not server.requests
+
+
+# ---- without --model ----
+
+
+@pytest.fixture
+def black_hole():
+    """A port that takes connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.fixture
+def bundled(tiny_checkpoint, monkeypatch) -> Path:
+    monkeypatch.setattr(source, "BUNDLED_MODEL", tiny_checkpoint)
+    return tiny_checkpoint
+
+
+def test_the_bundled_model_answers_where_the_hub_is_down(bundled, tmp_path, monkeypatch, capsys):
+    use(f"http://127.0.0.1:{unused_port()}", tmp_path, monkeypatch)
+    assert source.resolve_default(None) == bundled
+    expected = "Qwen/Qwen3-0.6B: not in the cache, and the hub can't be reached. The bundled tiny model answers.\n"
+    assert capsys.readouterr() == ("", expected)
+    with pytest.raises(hub.HubUnreachable, match="--model org/name is no directory here; as a hub model: not in the"):
+        source.resolve_default("org/name")
+
+
+def test_a_silent_hub_is_given_up(bundled, black_hole, tmp_path, monkeypatch, capsys):
+    use(black_hole, tmp_path, monkeypatch)
+    monkeypatch.setattr(hub, "REACH_SECONDS", 0.5)
+    assert source.resolve_default(None) == bundled
+    assert "the hub can't be reached. The bundled" in capsys.readouterr().err
+
+
+def test_a_silent_name_server_is_given_up(bundled, tmp_path, monkeypatch, capsys):
+    """getaddrinfo knows no time-out."""
+    use("http://hub.invalid", tmp_path, monkeypatch)
+    monkeypatch.setattr(hub, "REACH_SECONDS", 0.5)
+    stop = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: stop.wait(60))
+    assert source.resolve_default(None) == bundled
+    stop.set()
+    assert "the hub can't be reached. The bundled" in capsys.readouterr().err
+
+
+def test_a_download_that_stops_is_said(server, bundled, monkeypatch, capsys):
+    monkeypatch.setattr(source, "DEFAULT_MODEL", "org/name")
+    server.cuts["model.safetensors"] = [0] * hub.ATTEMPTS
+    assert source.resolve_default(None) == bundled
+    assert re.fullmatch(r"org/name: the download stopped .*\n", capsys.readouterr().err)
+
+
+def test_the_default_is_taken_from_the_hub(server, bundled, monkeypatch, capsys):
+    monkeypatch.setattr(source, "DEFAULT_MODEL", "org/name")
+    assert_same(source.resolve_default(None), server)
+    assert capsys.readouterr() == ("", "")
+
+
+def command(*arguments: str) -> list[str]:
+    """`generate.py` with the stand-in as the default model, in a process of its own."""
+    patch = "import sys, runpy, formats.source as s; s.DEFAULT_MODEL = 'org/name'; sys.argv = sys.argv[1:]; "
+    return [
+        sys.executable,
+        "-c",
+        patch + "runpy.run_path('generate.py', run_name='__main__')",
+        "generate.py",
+        *arguments,
+    ]
+
+
+SHORT = ("--max-new-tokens", "3", "--temperature", "0", "hi")
+
+
+def test_the_command_downloads_quietly_and_answers(server):
+    ended = subprocess.run(command(*SHORT), cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0 and ended.stdout and "org/name" not in ended.stderr
+    assert "model.safetensors" in dict(server.fetched())
+
+
+def test_a_terminal_shows_a_bar(server):
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command(*SHORT), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs, stdin=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        while b"Stopped" not in shown:
+            try:
+                shown += os.read(ours, 4096)
+            except OSError:
+                break
+    os.close(ours)
+    assert process.returncode == 0
+    assert b"org/name" in shown and re.search(rb"\d+/\d+ .?B|\d+(\.\d+)? .?B", shown)
+
+
+def test_the_command_answers_though_the_hub_is_silent(black_hole, tmp_path, monkeypatch):
+    if not source.BUNDLED_MODEL.joinpath("model.safetensors").exists():
+        pytest.skip("models/tiny is not in this checkout")
+    use(black_hole, tmp_path, monkeypatch)
+    ended = subprocess.run(command(*SHORT), cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 0 and ended.stdout
+    first = ended.stderr.splitlines()[0]
+    assert first == "org/name: not in the cache, and the hub can't be reached. The bundled tiny model answers."
