@@ -1,0 +1,269 @@
+"""The token step in C++ (ops/step.cpp) against PyTorch's (model.py): the same logits, never stale, or not served."""
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from model import Config, KVCache, Linear, Qwen3
+from ops import step as ops_step
+
+SIZES = {"vocab_size": 301, "hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20, "max_position_embeddings": 2048}
+MOE = {"model_type": "qwen3_moe", "num_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 33}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+SHAPES = {
+    "plain": {},
+    "one kv head": {"num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": 6},
+    "a kv head for each": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 64},
+    "no multiple of any vector": {"hidden_size": 37, "intermediate_size": 51, "head_dim": 10, "vocab_size": 103},
+    "smaller than a vector": {"hidden_size": 3, "intermediate_size": 5, "head_dim": 2, "vocab_size": 2},
+    "wide": {"hidden_size": 640, "intermediate_size": 1100, "head_dim": 128},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True},
+    "qwen2": {"model_type": "qwen2", "head_dim": 12},
+    "yarn": {"rope_scaling": YARN},
+    "experts": {**MOE, "norm_topk_prob": True},
+    "some experts": {**MOE, "mlp_only_layers": [1]},
+}
+
+
+def random_model(dtype=torch.float32, seed=0, **fields) -> Qwen3:
+    """Weights large enough that each layer matters, norm weights far from one, biases far from zero."""
+    torch.manual_seed(seed)
+    model = Qwen3(Config(**{**SIZES, **HEADS, **fields})).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            p.copy_(torch.rand_like(p) * 3 - 0.5)
+        else:
+            p.copy_(torch.randn_like(p) / (p.shape[-1] ** 0.5 if p.dim() > 1 else 1))
+    frequencies = model.model.rope_frequencies
+    model.to(dtype).model.rope_frequencies = frequencies
+    return model
+
+
+@pytest.fixture(autouse=True)
+def step_or_skip(monkeypatch):
+    """No gradients, and more threads than these small models would get."""
+    ops_step.library.cache_clear()
+    if ops_step.library() is None:
+        pytest.skip("there is no C++ compiler here")
+    monkeypatch.setattr(ops_step, "BYTES_PER_THREAD", 1)
+    with torch.no_grad():
+        yield
+    ops_step.library.cache_clear()
+
+
+@pytest.fixture
+def in_pytorch(monkeypatch):
+    """Calls a model as if the step did not exist."""
+
+    def call(model: Qwen3, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        with monkeypatch.context() as patched:
+            patched.setattr(ops_step, "step", lambda *_: None)
+            return model(ids, cache)
+
+    return call
+
+
+def is_served(model: Qwen3) -> bool:
+    cache = KVCache(model.config, 1, 4, dtype=model.model.embed_tokens.weight.dtype)
+    return ops_step.step(model, torch.tensor([[1]]), cache) is not None
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("fields", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_float32_logits_and_cache_are_pytorchs(fields, threads, in_pytorch, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    model = random_model(**fields)
+    assert is_served(model)
+    for length in (0, 1, 17, 254):  # the last runs over the end of a block of positions
+        ids = torch.randint(0, model.config.vocab_size, (1, length + 4))
+        cache, expected_cache = (KVCache(model.config, 1, length + 5) for _ in range(2))
+        for c in (cache, expected_cache) if length else ():
+            in_pytorch(model, ids[:, :length], c)
+        for position in range(length, length + 4):
+            logits = model(ids[:, position : position + 1], cache)
+            expected = in_pytorch(model, ids[:, position : position + 1], expected_cache)
+            assert logits.shape == expected.shape and logits.dtype == expected.dtype
+            assert error(logits, expected) < 1e-5
+        assert cache.lengths == [length + 4]
+        for ours, theirs in zip(cache.keys + cache.values, expected_cache.keys + expected_cache.values, strict=True):
+            torch.testing.assert_close(ours[:, :, : length + 4], theirs[:, :, : length + 4], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [f for n, f in SHAPES.items() if "experts" not in n])
+def test_bfloat16_is_no_further_from_float32_than_pytorch_is(fields, in_pytorch):
+    model, exact = random_model(torch.bfloat16, **fields), random_model(torch.bfloat16, **fields).float()
+    ids = torch.randint(0, model.config.vocab_size, (1, 40))
+    expected = exact(ids)[:, 20:]
+    found = []
+    for run in (model, lambda *a: in_pytorch(model, *a)):
+        cache = KVCache(model.config, 1, 40, dtype=torch.bfloat16)
+        in_pytorch(model, ids[:, :20], cache)
+        found.append(torch.cat([run(ids[:, i : i + 1], cache) for i in range(20, 40)], 1))
+    assert found[0].dtype == torch.bfloat16
+    ours, theirs = ((logits.double() - expected).square().mean().sqrt() for logits in found)
+    assert ours <= theirs
+
+
+def test_64_greedy_tokens_are_pytorchs(in_pytorch):
+    model, texts = random_model(hidden_size=200), []
+    for run in (model, lambda *a: in_pytorch(model, *a)):
+        cache, text = KVCache(model.config, 1, 80), [5]
+        for _ in range(64):
+            text.append(run(torch.tensor([text[-1:]]), cache).argmax(-1).item())
+        texts.append(text)
+    assert texts[0] == texts[1] and len(set(texts[0])) > 8
+
+
+def test_many_positions_many_blocks(in_pytorch):
+    model = random_model()
+    caches = [KVCache(model.config, 1, 1400) for _ in range(2)]
+    for cache in caches:
+        torch.manual_seed(1)
+        for tensor in (*cache.keys, *cache.values):
+            tensor.normal_().mul_(2)
+        cache.lengths = [1390]
+    ids = torch.tensor([[7]])
+    assert error(model(ids, caches[0]), in_pytorch(model, ids, caches[1])) < 1e-5
+
+
+def replace_data(model):
+    for p in model.parameters():
+        p.data = p.data * 0.9
+
+
+def assign_state(model):
+    model.load_state_dict({name: t * 0.9 for name, t in model.state_dict().items()}, assign=True)
+
+
+def fill_in_place(model):
+    for p in model.parameters():
+        p.mul_(0.9)
+
+
+def put_other_modules(model):
+    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]:
+        other = Linear(linear.in_features, linear.out_features, linear.bias is not None)
+        other.load_state_dict({key: t * 0.9 for key, t in linear.state_dict().items()})
+        model.set_submodule(name, other.requires_grad_(False))
+
+
+def add_a_bias(model):
+    model.model.layers[1].self_attn.o_proj.bias = nn.Parameter(torch.randn(model.config.hidden_size))
+
+
+def swap_layers(model):
+    layers = model.model.layers
+    layers[0].mlp, layers[1].mlp = layers[1].mlp, layers[0].mlp
+
+
+@pytest.mark.parametrize(
+    "change", [replace_data, assign_state, fill_in_place, put_other_modules, add_a_bias, swap_layers]
+)
+def test_replaced_weights_are_used_at_once(change, in_pytorch):
+    model, ids = random_model(), torch.tensor([[3]])
+    before = model(ids, KVCache(model.config))
+    change(model)
+    expected = in_pytorch(model, ids, KVCache(model.config))
+    assert error(expected, before) > 1e-3
+    assert error(model(ids, KVCache(model.config)), expected) < 1e-5
+    assert is_served(model)
+
+
+def test_another_dtype_is_bound_again():
+    model = random_model()
+    assert is_served(model) and is_served(model.to(torch.bfloat16)) and is_served(model.float())
+    assert not is_served(model.double())
+
+
+def test_two_models_live_side_by_side(in_pytorch):
+    models, ids = [random_model(seed=seed) for seed in (1, 2)], torch.tensor([[3]])
+    for model in models * 2:
+        assert error(model(ids, KVCache(model.config)), in_pytorch(model, ids, KVCache(model.config))) < 1e-5
+
+
+def test_a_bound_model_can_be_freed():
+    model = random_model()
+    assert is_served(model)
+    gone = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    model.model.layers[0].mlp.up_proj = Linear(72, 100, bias=False)
+    assert gone() is None  # a replaced weight is not kept
+    gone = weakref.ref(model.model.layers[1].mlp.up_proj.weight)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_is_not_served_goes_to_pytorch():
+    ids = torch.tensor([[3]])
+    model = random_model()
+    seen = []
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    model(ids, KVCache(model.config))
+    assert seen == [1]
+    handle.remove()
+    model(ids, KVCache(model.config))
+    assert seen == [1] and is_served(model)
+    with torch.enable_grad():
+        assert model.requires_grad_()(ids, KVCache(model.config)).requires_grad
+
+    assert not is_served(random_model().to(torch.float64))
+    mixed = random_model()
+    mixed.model.norm.weight = nn.Parameter(mixed.model.norm.weight.bfloat16())
+    assert not is_served(mixed)
+
+
+def test_bad_input_raises_as_in_pytorch():
+    model = random_model()
+    for token in (301, -1):
+        with pytest.raises(IndexError):
+            model(torch.tensor([[token]]), KVCache(model.config))
+    cache = KVCache(model.config, max_len=1)
+    model(torch.tensor([[3]]), cache)
+    with pytest.raises(ValueError, match="cache of 1 positions"):
+        model(torch.tensor([[3]]), cache)
+    assert cache.lengths == [1]
+
+
+def test_without_a_compiler_one_notice_and_pytorch(monkeypatch, tmp_path, capfd):
+    model, ids = random_model(), torch.tensor([[3]])
+    expected = model(ids, KVCache(model.config))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for path, compiler in (("", ""), (os.environ["PATH"], "false")):
+        monkeypatch.setenv("PATH", path)
+        monkeypatch.setenv("CXX", compiler)
+        ops_step.library.cache_clear()
+        capfd.readouterr()
+        for _ in range(2):
+            assert error(model(ids, KVCache(model.config)), expected) < 1e-5
+        notices = [line for line in capfd.readouterr().err.splitlines() if "no C++ token step" in line]
+        assert len(notices) == 1 and not is_served(model)
+        assert not list(tmp_path.rglob("*.*"))
+
+
+def test_switched_off(monkeypatch, capfd):
+    monkeypatch.setenv("NANOQWEN_STEP", "off")
+    ops_step.library.cache_clear()
+    capfd.readouterr()
+    assert not is_served(random_model()) and capfd.readouterr().err == ""
+
+
+def test_several_processes_build_at_once(tmp_path):
+    code = "import sys, ctypes; from pathlib import Path; from ops.step import build; "
+    code += "ctypes.CDLL(str(build(Path(sys.argv[1])))).step_float32"
+    run = [sys.executable, "-c", code, str(tmp_path / "new")]
+    children = [subprocess.Popen(run, cwd=Path(__file__).parent.parent) for _ in range(2)]
+    assert [child.wait() for child in children] == [0, 0]
+    assert [file.suffix for file in (tmp_path / "new").iterdir()] == [".so"]
