@@ -21,7 +21,8 @@ ROOMS = {
     ),
     "objectives": ({"model", "chat", "generate", "sampling", "data"}, {"torch"}),
     "evaluate": ({"generate", "model", "chat", "sampling", "objectives", "data", "formats", "console"}, {"torch"}),
-    "bench": ({"generate", "train", "model", "chat", "ops", "formats", "console", "sampling"}, {"torch", "matplotlib"}),
+    "bench": ({"generate", "model", "chat", "ops", "formats", "console", "bench_report"}, {"torch"}),
+    "bench_report": ({"formats"}, {"matplotlib", "rich"}),
     "console": (set(), {"rich"}),
     "ops": ({"formats", "console"}, {"torch", "triton", "numpy"}),
     "formats": (

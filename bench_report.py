@@ -1,0 +1,170 @@
+"""What bench.py found, for people: its JSON report as tables, as Markdown and as a picture.
+
+All figures come from the report alone, so the three of them cannot disagree. Units: tokens per second, MB = 10^6 bytes.
+"""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from formats.files import atomic_file
+
+Report = dict[str, Any]
+
+SECONDS = {"load": "load, s", "first_token": "first token, s"}
+RATES = {"prefill": "prefill {prefill}", "decode": "decode after {after}", "decode_deep": "decode at depth {deep}"}
+RATES |= {"decode_batch_4": "decode, batch 4", "decode_batch_16": "decode, batch 16"}
+OTHERS = {
+    "bytes_per_token": "MB a token",
+    "weight_bandwidth": "GB/s",
+    "share": "% of bandwidth",
+    "peak_bytes": "peak MB",
+}
+HEADINGS = {**SECONDS, **RATES, **OTHERS}
+SCALES = {"bytes_per_token": 1e-6, "weight_bandwidth": 1e-9, "peak_bytes": 1e-6, "share": 100}
+SAME_SIZE = {"q8_0": "int8", "q4_0": "int4"}  # which precision of ours a peer's is held against
+LOOKS = {"nanoqwen": ("C0", "o"), "transformers": ("C1", "s"), "llama.cpp": ("C2", "^")}
+
+
+def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Median, least and greatest of every figure of some runs."""
+    columns = {name: [run[name] for run in runs] for name in (runs[0] if runs else ())}
+    return {name: {"median": statistics.median(x), "min": min(x), "max": max(x)} for name, x in columns.items()}
+
+
+def ratios(rows: list[Report]) -> list[Report]:
+    """How many times as fast as each peer of its precision our rows are: quotients of runs of the same round."""
+    found = []
+    for ours in (row for row in rows if row["engine"] == "nanoqwen"):
+        for peer in (row for row in rows if row["engine"] != "nanoqwen" and row["device"] == ours["device"]):
+            if SAME_SIZE.get(peer["precision"], peer["precision"]) != ours["precision"]:
+                continue
+            rounds = []
+            for a, b in zip(ours["runs"], peer["runs"], strict=False):
+                faster = {name: a[name] / b[name] for name in RATES if name in a and name in b}
+                rounds.append(faster | {name: b[name] / a[name] for name in SECONDS if name in a and name in b})
+            if rounds:
+                found.append({"ours": title(ours), "peer": title(peer), "summary": summary(rounds)})
+    return found
+
+
+def title(row: Report) -> str:
+    return f"{row['engine']} {row['precision']}" + (" on the GPU" if row["device"] == "cuda" else "")
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def cell(name: str, found: dict[str, float] | None) -> str:
+    """Median, and in brackets the least and the greatest where they differ."""
+    if found is None:
+        return ""
+    low, middle, high = (number(found[key] * SCALES.get(name, 1)) for key in ("min", "median", "max"))
+    return middle if low == high else f"{middle} ({low}–{high})"  # noqa: RUF001
+
+
+def tables(report: Report) -> dict[str, list[list[str]]]:
+    """The report as tables of text under their titles; the first line of each holds its headings."""
+    limits = report["machine"]["limits"]
+    precisions = list(next(iter(limits.values()))["matrix_rate"])
+    head = ["", "read, GB/s", *(f"{name} product, 10^9/s" for name in precisions)]
+    found = {"Limits of the machine": [head]}
+    for name, limit in limits.items():
+        rates = (limit["matrix_rate"][precision] for precision in precisions)
+        rates = ("" if rate is None else number(rate / 1e9) for rate in rates)
+        found["Limits of the machine"].append([name, number(limit["read_bandwidth"] / 1e9), *rates])
+    measured = [(title(row), row["summary"]) for row in report["rows"] if row["runs"]]
+    found["Speed"] = _table(measured, HEADINGS, report["settings"])
+    if report["ratios"]:
+        compared = [(f"{ratio['ours']} / {ratio['peer']}", ratio["summary"]) for ratio in report["ratios"]]
+        headings = {name: heading.removesuffix(", s") for name, heading in HEADINGS.items()}
+        found["Times as fast"] = _table(compared, headings, report["settings"])
+    return found
+
+
+def _table(rows: list[tuple[str, Report]], headings: dict[str, str], settings: Report) -> list[list[str]]:
+    present = [name for name in headings if any(name in found for _, found in rows)]
+    head = ["", *(headings[name].format(**settings) for name in present)]
+    return [head, *([name, *(cell(column, found.get(column)) for column in present)] for name, found in rows)]
+
+
+def markdown(report: Report) -> str:
+    machine, settings, versions = report["machine"], report["settings"], report["versions"]
+    programs = ", ".join(f"{name} {version}" for name, version in versions.items())
+    hardware = (
+        f"{machine['cpu']} ({machine['instructions']}, {machine['cores']} cores), {machine['memory'] / 2**30:.0f} GiB"
+    )
+    if machine["gpu"]:
+        hardware += f", {machine['gpu']}"
+    lines = [
+        f"# Speed of {report['model']['name']}",
+        "",
+        f"`{report['command']}`, {report['date']}, commit {report['commit']}.",
+        f"{hardware}, {machine['system']}, load average {machine['load_average']:.1f} before the start; {programs}.",
+    ]
+    for name, (head, *body) in tables(report).items():
+        lines += ["", f"## {name}", "", f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
+        lines += [f"| {' | '.join(cells)} |" for cells in body]
+    lines += [
+        "",
+        f"Median (least and greatest) of {settings['repeats']} alternated runs, each in a process of its own with "
+        f"{settings['threads']} threads.",
+        f"Tokens per second, {settings['tokens']} decoded; the first token counts from the start of the process; the "
+        "bandwidth is the one read just before each run.",
+        *(f"{reason}: {', '.join(rows)}." for reason, rows in report["absent"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def show(report: Report) -> None:
+    """The tables on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for name, (head, *body) in tables(report).items():
+        table = Table(title=name, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        for index, heading in enumerate(head):
+            table.add_column(heading.replace(" ", "\n"), justify="right" if index else "left", no_wrap=True)
+        for cells in body:
+            table.add_row(*(text.replace(" (", "\n(") for text in cells))
+        Console(highlight=False).print(table, "")
+
+
+def draw(report: Report, path: Path) -> None:
+    """The roofline (Williams, Waterman and Patterson, 2009): what the CPU allows, and how close each row came."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    name, limit = [item for item in report["machine"]["limits"].items() if item[1]["device"] == "cpu"][-1]
+    bandwidth, rates = limit["read_bandwidth"], {n: rate for n, rate in limit["matrix_rate"].items() if rate}
+    left, right, peak = 0.3, 6000.0, max(rates.values())
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    axes.plot([left, peak / bandwidth], [bandwidth * left, peak], color="0.4", lw=1)
+    small = {"textcoords": "offset points", "fontsize": 8}
+    axes.annotate(f"{number(bandwidth / 1e9)} GB/s", (left, bandwidth * left), (4, 14), **small, color="0.3")
+    for precision, rate in rates.items():
+        axes.plot([rate / bandwidth, right], [rate, rate], color="0.4", lw=1)
+        label = f"{precision} {number(rate / 1e9)}·10⁹/s"
+        axes.annotate(label, (right, rate), (-2, 3), **small, color="0.3", ha="right")
+    weights = report["model"]["active_parameters"]
+    rows = [row for row in report["rows"] if row["runs"] and row["device"] == "cpu"]
+    for row in rows:
+        color, marker = LOOKS[row["engine"]]
+        size = row["summary"]["bytes_per_token"]["median"]
+        for kind, tokens in (("decode", 1), ("prefill", report["settings"]["prefill"])):
+            point = (2 * weights * tokens / size, 2 * weights * row["summary"][kind]["median"])
+            axes.plot(*point, marker, color=color, mfc="none" if row["engine"] != "nanoqwen" else color)
+            axes.annotate(row["precision"], point, (6, -3), **small, color=color)
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        color, marker = LOOKS[engine]
+        axes.plot([], [], marker, color=color, mfc="none" if engine != "nanoqwen" else color, label=engine)
+    axes.set(xscale="log", yscale="log", xlim=(left, right), xlabel="operations per byte of weights read")
+    axes.set(ylabel="operations per second", title=f"{report['model']['name']} on {report['machine']['cpu']}, {name}")
+    axes.legend(frameon=False, loc="lower right", title="left: decode, right: prefill")
+    axes.spines[["top", "right"]].set_visible(False)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+    pyplot.close(figure)

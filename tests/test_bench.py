@@ -1,0 +1,188 @@
+"""bench.py on a tiny model: the arithmetic of its figures and that the three forms of a report agree, never a clock."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+import bench_report
+from chat import Chat
+from model import Config, Qwen3
+from ops import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """What bench.py writes where no real weights are at hand, of a tiny shape."""
+    folder = tmp_path_factory.mktemp("bench")
+    shape = folder / "shape.json"
+    shape.write_text(json.dumps({**SIZES, **HEADS, "max_position_embeddings": 256, "tie_word_embeddings": True}))
+    code = f"import bench; from pathlib import Path; bench.SHAPE = Path({str(shape)!r})"
+    code += f"; bench.write_random_model({str(folder / 'random')!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    return folder / "random"
+
+
+def run(out: Path, *arguments: str, llama: Path | None = None) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(out.parent / "cache"), "NANOQWEN_LLAMA_CPP": str(llama or "")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    command = [sys.executable, "bench.py", "--out", str(out), "--repeats", "1", "--threads", "1", *arguments]
+    return subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, tmp_path_factory) -> Path:
+    """The folder of one whole run: ours and transformers, with everything that can be asked for."""
+    pytest.importorskip("transformers")
+    out = tmp_path_factory.mktemp("report") / "out"
+    rows = ("--rows", "*/bf16", "nanoqwen/int8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOQWEN_STEP", "off")  # tests/test_step.py compiles it; here a run must only be short
+        result = run(out, "--model", str(checkpoint), "--deep", "--batch", *rows)
+    assert result.returncode == 0, result.stderr
+    assert "nanoqwen bf16" in result.stdout and "Speed" in result.stdout
+    assert not [path for path in (out.parent / "cache").rglob("*") if path.name.startswith("converted-")]
+    return out
+
+
+def test_each_figure_follows_from_the_runs(finished, checkpoint):
+    report = json.loads((finished / "report.json").read_text())
+    names = [f"{row['engine']} {row['precision']}" for row in report["rows"]]
+    assert names == ["nanoqwen bf16", "nanoqwen int8", "transformers bf16"]
+    assert any("llama.cpp/bf16" in row for rows in report["absent"].values() for row in rows)
+    weights = sum(tensor.nbytes for tensor in Qwen3.from_pretrained(checkpoint).state_dict().values())
+    for row in report["rows"]:
+        (figures,) = row["runs"]
+        assert all(value > 0 for value in figures.values())
+        assert {"decode_deep", "decode_batch_4", "decode_batch_16", "load", "first_token"} < figures.keys()
+        assert figures["share"] * figures["read_bandwidth"] == pytest.approx(figures["weight_bandwidth"])
+        assert figures["weight_bandwidth"] == pytest.approx(figures["decode"] * figures["bytes_per_token"])
+        assert figures["load"] < figures["first_token"]
+        assert figures["peak_bytes"] > weights
+    ours, quantized, peer = (row["runs"][0] for row in report["rows"])
+    assert [ours["bytes_per_token"], peer["bytes_per_token"]] == pytest.approx([weights, weights], rel=1e-3)
+    assert quantized["bytes_per_token"] < 0.9 * weights
+    (ratio,) = report["ratios"]
+    assert (ratio["ours"], ratio["peer"]) == ("nanoqwen bf16", "transformers bf16")
+    assert ratio["summary"]["decode"]["median"] == pytest.approx(ours["decode"] / peer["decode"])
+    assert ratio["summary"]["load"]["median"] == pytest.approx(peer["load"] / ours["load"])
+
+
+def test_markdown_and_picture_show_the_same_report(finished):
+    report = json.loads((finished / "report.json").read_text())
+    text = (finished / "report.md").read_text()
+    assert text == bench_report.markdown(report)
+    for row in report["rows"]:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {bench_report.title(row)} |")]
+        assert f" {bench_report.number(row['summary']['prefill']['median'])} |" in line
+        assert f" {bench_report.number(row['summary']['peak_bytes']['median'] / 1e6)} |" in line
+    for table in text.split("## ")[1:]:
+        assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+    picture = (finished / "roofline.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+
+
+LLAMA_BENCH = """#!{python}
+import json, sys
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if "bf16" in flags["-m"]:
+    sys.exit("first\\nno such type")
+assert open(flags["-m"], "rb").read(4) == b"GGUF" and flags["-t"] == "1" and flags["-o"] == "json"
+speed = {{("128", "0"): 640.0, ("0", "32"): 80.0}}[flags["-p"], flags["-n"]]
+print(json.dumps([{{"avg_ts": speed, "model_size": 1000, "model_n_params": 500}}]))
+"""
+
+
+def test_llama_cpp_runs_on_what_convert_writes_and_a_failure_stays_in_the_report(checkpoint, tmp_path):
+    program = tmp_path / "llama" / "bin" / "llama-bench"
+    program.parent.mkdir(parents=True)
+    program.write_text(LLAMA_BENCH.format(python=sys.executable))
+    program.chmod(stat.S_IRWXU)
+    rows = ("--rows", "llama.cpp/bf16", "llama.cpp/q8_0")
+    result = run(tmp_path / "out", "--model", str(checkpoint), *rows, llama=tmp_path / "llama")
+    assert result.returncode == 0, result.stderr
+    failed, measured = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert measured["failed"] is None, measured["failed"]
+    (figures,) = measured["runs"]
+    assert (figures["prefill"], figures["decode"]) == (640.0, 80.0)
+    parameters = sum(tensor.numel() for tensor in Qwen3.from_pretrained(checkpoint).state_dict().values())
+    assert figures["bytes_per_token"] == pytest.approx(2 * parameters, rel=1e-3)  # this file has 2 bytes a weight
+    assert failed["failed"] == "llama-bench ended with status 1: no such type" and not failed["runs"]
+    assert f"Failed: llama.cpp bf16 ({failed['failed']})." in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--repeats", "0"], "--repeats 0: give a number from 1"),
+        (["--threads", "99999"], "--threads 99999: give a number from 1"),
+        (["--rows", "nanoqwen/int3"], "--rows nanoqwen/int3: no such row; there are nanoqwen/f32,"),
+        (["--rows", "llama.cpp/*"], "none of them can run here. Not installed"),
+        (["--model", "no/such/place"], "--model no/such/place: no such directory"),
+        (["--out", "bench.py/out"], "bench.py/out"),
+        (["--speed", "high"], "unrecognized arguments: --speed high"),
+    ],
+)
+def test_bad_flags_are_one_line(arguments, said, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench.shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--out", str(tmp_path), *arguments])
+    with pytest.raises((ValueError, OSError)) as error:
+        bench.main()
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_ends_with_status_2(tmp_path):
+    result = run(tmp_path, "--rows", "all")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+
+
+def test_random_weights_have_the_official_shape_and_norms_around_one(checkpoint):
+    official = Config.from_json(bench.SHAPE)
+    assert (official.hidden_size, official.intermediate_size, official.num_hidden_layers) == (1024, 3072, 28)
+    model = Qwen3.from_pretrained(checkpoint)
+    norm = model.model.layers[0].input_layernorm.weight.float()
+    assert model.model.norm.weight.dtype is torch.bfloat16
+    assert 0.02 < norm.std() < 0.3 and 0.9 < norm.mean() < 1.1
+    assert Chat.from_pretrained(checkpoint).render(bench.QUESTION)
+
+
+def test_figures_of_several_rounds():
+    ours = {"engine": "nanoqwen", "precision": "int8", "device": "cpu", "runs": [{"decode": 6.0, "load": 1.0}]}
+    ours["runs"] += [{"decode": 8.0, "load": 2.0}, {"decode": 100.0, "load": 2.0}]
+    peer = {"engine": "llama.cpp", "precision": "q8_0", "device": "cpu", "runs": [{"decode": 3.0}, {"decode": 2.0}]}
+    other = {**peer, "precision": "bf16"}
+    (ratio,) = bench_report.ratios([peer, ours, other])
+    assert ratio["ours"] == "nanoqwen int8" and ratio["peer"] == "llama.cpp q8_0"
+    assert ratio["summary"] == {"decode": {"median": 3.0, "min": 2.0, "max": 4.0}}
+    assert bench_report.summary(ours["runs"])["load"] == {"median": 2.0, "min": 1.0, "max": 2.0}
+    assert bench_report.cell("share", {"median": 0.901, "min": 0.8, "max": 1.25}) == "90.1 (80.0–125)"  # noqa: RUF001
+    assert bench_report.cell("peak_bytes", {"median": 1.5e9, "min": 1.5e9, "max": 1.5e9}) == "1,500"
+
+
+def test_the_machine_is_measured_by_what_it_did(monkeypatch):
+    """With a clock that says each run takes a quarter of a second, the rates are known."""
+    ticks = iter(range(1000))
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(ticks) / 4)
+    monkeypatch.setattr(machine, "MEASURED_BYTES", 1 << 12)
+    assert machine.read_bandwidth() == 4 * (1 << 12)
+    assert machine.matrix_rate(torch.float32) == 4 * 2 * 1024**3
+
+
+def test_limits_leave_the_threads_as_they_were(monkeypatch):
+    monkeypatch.setattr(machine, "MEASURED_BYTES", 1 << 12)
+    monkeypatch.setattr(machine, "matrix_rate", lambda dtype, device: float(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    found = machine.limits(3)
+    assert torch.get_num_threads() == before
+    cpu = {name: limit["matrix_rate"]["bf16"] for name, limit in found.items() if limit["device"] == "cpu"}
+    assert cpu == {"1 thread": 1, "2 threads": 2, "3 threads": 3}
