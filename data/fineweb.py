@@ -1,27 +1,29 @@
 """Downloads shards of fineweb10B-gpt2 (FineWeb in GPT-2's tokens, https://huggingface.co/datasets/kjj0/fineweb10B-gpt2).
 
-    python data/fineweb.py --out data/fineweb --shards 0-2      0 is the validation shard, 1 to 103 are for training
+    python data/shards.py download 0 1-2 --out runs/fineweb      0 is the validation shard, 1 to 103 are for training
 
-A download that broke off goes on where it stopped. A file gets its name only when its size and header are right.
+A download that broke off goes on where it stopped. A file gets its name only when its size, its header and its ids are
+right. HF_ENDPOINT names another hub, as for huggingface_hub.
 """
 
+import argparse
 import http.client
 import os
-import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import console
+from data.reach import REACH_SECONDS, within
 from data.shards import HEADER_BYTES, Shard
 from formats.files import fsync
 
 LAST = 103
 TOKENS, TOKENS_OF_LAST = 100_000_000, 55_324_043
-SECONDS = 30  # without a single byte
+VOCABULARY = 50257
+STALL_SECONDS = 20.0  # without a single byte
+FOLDER = "datasets/kjj0/fineweb10B-gpt2/resolve/main"
+AGAIN = "run the same command again to go on"
 
 
 def shard_name(number: int) -> str:
@@ -32,73 +34,87 @@ def shard_bytes(number: int) -> int:
     return HEADER_BYTES + 2 * (TOKENS_OF_LAST if number == LAST else TOKENS)
 
 
-def parse_range(text: str) -> list[int]:
-    """`0-2,7` -> [0, 1, 2, 7]"""
+def parse_numbers(texts: list[str]) -> list[int]:
+    """["0-2", "7"] -> [0, 1, 2, 7]"""
     numbers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"--shards {text}: write numbers and ranges, as in 0-2,7")
-        numbers |= set(range(int(first), int(last or first) + 1)) if len(last) < 4 else {LAST + 1}
-    if not numbers or max(numbers) > LAST:
-        raise ValueError(f"--shards {text}: there are the shards 0 (validation) to {LAST}")
+    for text in texts:
+        first, dash, last = text.partition("-")
+        ends = [first, last if dash else first]
+        if not all(end.isascii() and end.isdecimal() for end in ends):
+            raise ValueError(f"download {text}: write numbers and ranges, as in 0 1-10")
+        low, high = (int(end[-9:]) if len(end) < 10 else LAST + 1 for end in ends)
+        if not low <= high <= LAST:
+            raise ValueError(f"download {text}: there are the shards 0 (validation) to {LAST}")
+        numbers |= set(range(low, high + 1))
     return sorted(numbers)
 
 
-def download(url: str, path: Path, size: int) -> None:
-    """Fetches a file of a known size; what is already in `path`.part is kept."""
-    part = path.with_name(path.name + ".part")
+def transfer(url: str, part: Path, size: int) -> None:
+    """Appends to `part` what it lacks of a file of `size` bytes, or begins anew where the server can't go on."""
     have = part.stat().st_size if part.exists() else 0
-    if have > size:
-        part.unlink()
-        have = 0
-    if have < size:
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        try:
-            with urllib.request.urlopen(request, timeout=SECONDS) as response, console.byte_progress() as progress:
-                if response.status != 206:
-                    have = 0  # the server sends the whole file
-                stated = response.headers.get("Content-Length")
-                if stated is not None and have + int(stated) != size:
-                    raise ValueError(f"{url}: {have + int(stated):,} bytes, but this shard has {size:,}")
-                task = progress.add_task(path.name, total=size, completed=have)
-                with part.open("ab" if have else "wb") as file:
-                    while (chunk := response.read(1 << 20)) and have <= size:
-                        file.write(chunk)
-                        have += len(chunk)
-                        progress.update(task, completed=have)
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-            raise ValueError(f"{url}: {error}; run the same command again to go on") from None
-    if part.stat().st_size != size:
-        raise ValueError(f"{url}: {part.stat().st_size:,} of {size:,} bytes came; run the same command again to go on")
+    if have == size:
+        return
+    have = have if have < size else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    reached = within(REACH_SECONDS, lambda: urllib.request.urlopen(request, timeout=STALL_SECONDS))
+    with reached as response, console.byte_progress() as progress:
+        if have and not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
+            have = 0
+            if response.status == 206:
+                raise ValueError(f"{url}: the server sends another part than the one asked for; delete {part}")
+        stated = response.headers.get("Content-Length") or str(size - have)
+        if stated != str(size - have):
+            raise ValueError(f"{url}: this shard has {size:,} bytes, but the server sends {stated} from {have:,} on")
+        task = progress.add_task(part.stem, total=size, completed=have)
+        with part.open("ab" if have else "wb") as file:
+            while have < size and (chunk := response.read(min(1 << 20, size - have))):
+                file.write(chunk)
+                have += len(chunk)
+                progress.update(task, completed=have)
+
+
+def download(url: str, path: Path, size: int) -> None:
+    """Fetches a shard of a known size; what is already in `path`.part is kept. ValueError is one line with the mend."""
+    part = path.with_name(path.name + ".part")
     try:
-        Shard(part)
+        transfer(url, part, size)
+    except urllib.error.HTTPError as error:
+        raise ValueError(
+            f"{url}: the server answers {error.code} {error.reason}; check HF_ENDPOINT and --url"
+        ) from None
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        raise ValueError(f"{url}: can't be reached ({getattr(error, 'reason', error)}); {AGAIN}") from None
+    if part.stat().st_size != size:
+        raise ValueError(f"{url}: {part.stat().st_size:,} of {size:,} bytes came; {AGAIN}")
+    try:
+        Shard(part).check(VOCABULARY)
     except ValueError:
         part.unlink()
         raise
     fsync(part)
     part.replace(path)
+    fsync(path.parent)
 
 
-def main() -> None:
-    parser = console.ArgumentParser(description="Downloads FineWeb shards by number.")
-    parser.add_argument("--out", type=Path, default=Path("runs/fineweb"))
-    parser.add_argument("--shards", default="0-1", help="numbers and ranges, as in 0-2,7; 0 is the validation shard")
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    url = f"{endpoint}/datasets/kjj0/fineweb10B-gpt2/resolve/main"
-    parser.add_argument("--url", default=url, help="folder of the files, for a mirror")
-    arguments = parser.parse_args()
-    numbers = parse_range(arguments.shards)
+def add_command(commands) -> None:
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    parser = commands.add_parser("download", help="shards of fineweb10B-gpt2 by number")
+    parser.add_argument("numbers", nargs="+", metavar="NUMBER", help="and ranges, as in 0 1-10; 0 is for validation")
+    parser.add_argument("--out", type=Path, default=Path("runs/fineweb"), help="default: runs/fineweb")
+    parser.add_argument("--url", default=f"{endpoint}/{FOLDER}", help="folder of the files, for a mirror")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    numbers = parse_numbers(arguments.numbers)
+    if not arguments.url.startswith(("https://", "http://")):
+        raise ValueError(f"--url {arguments.url}: not an address; it begins with https:// or http://")
     arguments.out.mkdir(parents=True, exist_ok=True)
     for number in numbers:
         path = arguments.out / shard_name(number)
         if path.exists() and path.stat().st_size == shard_bytes(number):
             Shard(path)
-            console.notice(f"{path} is there")
-            continue
-        download(f"{arguments.url.rstrip('/')}/{path.name}", path, shard_bytes(number))
+            console.notice(f"{path} is there already")
+        else:
+            download(f"{arguments.url.rstrip('/')}/{path.name}", path, shard_bytes(number))
         print(path)
-
-
-if __name__ == "__main__":
-    console.run(main)

@@ -1,28 +1,32 @@
 """Files of token ids, in the format of the fineweb10B-gpt2 shards.
 
-    python data/shards.py inspect FILE [--tokenizer SRC]      header, counts, document lengths, decoded samples
+    python data/shards.py inspect FILE... [--tokenizer SRC]      header, counts, document lengths, decoded samples
+    python data/shards.py tokenize SOURCE... --tokenizer SRC --out DIR      texts to shards (data/texts.py)
+    python data/shards.py download NUMBER... [--out DIR]      FineWeb's shards (data/fineweb.py)
 
 A shard is a header of 256 little-endian int32 ([0] magic, [1] version, [2] number of tokens, the rest unused) and then
 the ids: uint16 (magic 20240520, version 1), or uint32 where the vocabulary is larger (magic 20240801, version 7), both
 as in llm.c (https://github.com/karpathy/llm.c, dev/data). An end-of-text token precedes each document; a document may
-go on from one shard into the next. A shard is somebody else's file: nothing in it is believed before it is checked.
+go on from one shard into the next. A shard is somebody else's file: header and size are checked when it is opened,
+each id when it is read, so that opening a hundred shards costs nothing.
 """
 
-import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import console
 from formats.files import atomic_file
 
 HEADER_BYTES = 1024
 KINDS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
+MOST_TOKENS = 2**31 - 1  # what the header can say
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -35,13 +39,15 @@ class Shard:
         if size < HEADER_BYTES:
             raise ValueError(f"{path}: {size:,} bytes are too few for a shard's header of 1,024; download it again")
         header = np.fromfile(self.path, dtype="<i4", count=256)
-        magic, version, count = (int(number) for number in header[:3])
-        if magic not in KINDS:
+        self.magic, self.version, count = (int(number) for number in header[:3])
+        if self.magic not in KINDS:
             known = " and ".join(str(number) for number in KINDS)
-            raise ValueError(f"{path}: magic number {magic} is no shard's ({known} are); give a file of token ids")
-        expected, dtype = KINDS[magic]
-        if version != expected:
-            raise ValueError(f"{path}: version {version} of the format; only {expected} is known for magic {magic}")
+            raise ValueError(f"{path}: magic number {self.magic} is no shard's ({known} are); give a file of token ids")
+        expected, dtype = KINDS[self.magic]
+        if self.version != expected:
+            raise ValueError(
+                f"{path}: version {self.version} of the format; only {expected} is known for magic {self.magic}"
+            )
         stated = HEADER_BYTES + count * dtype.itemsize
         if count < 0 or stated != size:
             raise ValueError(
@@ -56,28 +62,51 @@ class Shard:
 
     def read(self, start: int, count: int, vocabulary: int) -> np.ndarray:
         """Tokens start … start + count - 1 as int64, each checked to be below `vocabulary`."""
-        ids = self.tokens[start : start + count].astype(np.int64)
+        self._check(start, start + count, vocabulary)
+        return self.tokens[start : start + count].astype(np.int64)
+
+    def check(self, vocabulary: int) -> None:
+        """Reads the whole file; ValueError where an id is not below `vocabulary`."""
+        self._check(0, len(self), vocabulary)
+
+    def _check(self, start: int, end: int, vocabulary: int) -> None:
+        ids = self.tokens[start:end]
         if len(ids) and ids.max() >= vocabulary:
-            at = start + int(ids.argmax())
+            at = int((ids >= vocabulary).argmax())
             raise ValueError(
-                f"{self.path}: token {at:,} is {int(ids.max()):,}, outside of the vocabulary of {vocabulary:,}; "
+                f"{self.path}: token {start + at:,} is {int(ids[at]):,}, outside of the vocabulary of {vocabulary:,}; "
                 "the shard was made with another tokenizer"
             )
-        return ids
 
 
-def write_shard(path: Path | str, ids: np.ndarray | Iterable[int], vocabulary: int) -> None:
+def write_shard(path: Path | str, ids: ArrayLike, vocabulary: int) -> None:
     """Writes a whole shard or none: uint16 where every id of the vocabulary fits, else uint32."""
+    write_pieces(path, [ids], vocabulary)
+
+
+def write_pieces(path: Path | str, pieces: Iterable[ArrayLike], vocabulary: int) -> int:
+    """The same for ids that come piece by piece and are never together in memory. Returns their number."""
     magic = 20240520 if vocabulary <= 1 << 16 else 20240801
-    version, dtype = KINDS[magic]
-    ids = np.asarray(ids, dtype=np.int64)
-    if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
-        raise ValueError(f"{path}: token ids from {ids.min()} to {ids.max()} for a vocabulary of {vocabulary:,}")
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, version, len(ids)
+    (version, dtype), count = KINDS[magic], 0
     with atomic_file(path) as temporary, temporary.open("wb") as file:
+        file.write(bytes(HEADER_BYTES))
+        for piece in pieces:
+            ids = np.asarray(piece)
+            if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
+                raise ValueError(
+                    f"{path}: token ids from {ids.min()} to {ids.max()} for a vocabulary of {vocabulary:,}"
+                )
+            file.write(ids.astype(dtype).tobytes())
+            count += len(ids)
+            if count > MOST_TOKENS:
+                raise ValueError(
+                    f"{path}: more than {MOST_TOKENS:,} tokens, which a header can't say; cut it in shards"
+                )
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = magic, version, count
+        file.seek(0)
         file.write(header.tobytes())
-        file.write(ids.astype(dtype).tobytes())
+    return count
 
 
 class Windows:
@@ -85,7 +114,7 @@ class Windows:
 
     Row i of the endless sequence is a pure function of seed and i: every row comes once an epoch, so a run's cursor is
     a number, and processes that take different numbers never see the same row. A shard's last tokens, too few for a
-    row, are left out.
+    row, are left out: the next file need not be the next part of the text.
     """
 
     def __init__(self, paths: list[Path], length: int, vocabulary: int, seed: int, shuffle: bool = True):
@@ -114,65 +143,15 @@ class Windows:
         return self.shards[shard].read(start, self.length + 1, self.vocabulary)
 
 
-def documents(ids: np.ndarray, end_of_text: int) -> np.ndarray:
-    """The lengths of the documents in a stretch of ids, their end-of-text tokens not counted.
-
-    What stands before the first end-of-text token is the rest of a document that began in another shard.
-    """
-    starts = np.flatnonzero(ids == end_of_text)
-    edges = np.concatenate(([-1] if len(ids) and (not len(starts) or starts[0] > 0) else [], starts, [len(ids)]))
-    return np.diff(edges).astype(np.int64) - 1
-
-
-def histogram(lengths: np.ndarray, width: int = 40) -> str:
-    """Document lengths by powers of two, a bar a line."""
-    if not len(lengths):
-        return "no documents"
-    bins = np.bincount([int(length).bit_length() for length in lengths])
-    lines = []
-    for bits, count in enumerate(bins):
-        if count:
-            low, high = (1 << bits) >> 1, (1 << bits) - 1
-            lines.append(f"{low:>9,} - {high:>9,}  {count:>9,}  {'#' * math.ceil(width * count / bins.max())}")
-    return "\n".join(lines)
-
-
-def inspect(path: Path, tokenizer: Path | None, samples: int) -> str:
-    """What `python data/shards.py inspect` prints."""
-    shard = Shard(path)
-    lines = [f"{path}: {len(shard):,} tokens, {shard.tokens.dtype.name}, {path.stat().st_size:,} bytes"]
-    if len(shard):
-        lines.append(f"ids from {int(shard.tokens.min()):,} to {int(shard.tokens.max()):,}")
-    decode, end = None, 50256
-    if tokenizer is not None:
-        from data.texts import load_tokenizer
-
-        loaded = load_tokenizer(tokenizer)
-        end, vocabulary = loaded.token_to_id(END_OF_TEXT), loaded.get_vocab_size()
-        if end is None:
-            raise ValueError(f"{tokenizer}: has no {END_OF_TEXT} token, which parts the documents of a shard")
-        shard.read(0, len(shard), vocabulary)
-        decode = loaded.decode
-    lengths = documents(shard.tokens, end)
-    if len(lengths):
-        median, longest = int(np.median(lengths)), int(lengths.max())
-        lines.append(f"{len(lengths):,} documents; tokens each: median {median:,}, longest {longest:,}")
-        lines.append(histogram(lengths))
-    starts = np.flatnonzero(shard.tokens == end)
-    for start in starts[:: max(1, len(starts) // max(1, samples))][:samples]:
-        ids = shard.tokens[start + 1 : start + 60].tolist()
-        lines.append(f"\n[token {start + 1:,}] {decode(ids) if decode else ids}")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = console.ArgumentParser(description="Shows what a shard of token ids holds.")
-    parser.add_argument("command", choices=["inspect"])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder (default: ids are shown)")
-    parser.add_argument("--samples", type=int, default=3, help="beginnings of documents to show")
+    from data import fineweb, inspection, texts
+
+    parser = console.ArgumentParser(description="Shards of token ids: look into them, make them, download them.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (inspection, texts, fineweb):
+        module.add_command(commands)
     arguments = parser.parse_args()
-    print(inspect(arguments.file, arguments.tokenizer, arguments.samples))
+    arguments.run(arguments)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def matching(pattern: str) -> list[Path]:
     """The files of a glob pattern, sorted by name."""
     paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207 (absolute patterns)
     if not paths:
-        raise ValueError(f"data: no file matches {pattern}; python data/fineweb.py --help tells how to get shards")
+        raise ValueError(f"data: no file matches {pattern}; get shards with python data/shards.py download 0 1")
     return paths
 
 

@@ -1,181 +1,228 @@
 """Texts to shards of token ids.
 
-    python data/texts.py TEXT.txt --tokenizer gpt2/tokenizer.json --out data/shakespeare --validation 0.1
-    python data/texts.py A.jsonl B.parquet --field text --tokenizer models/tiny --out DIR
-    python data/texts.py HuggingFaceFW/fineweb --config sample-10BT --tokenizer DIR --out DIR --documents 100000
+    python data/shards.py tokenize TEXT.txt --tokenizer gpt2/tokenizer.json --out DIR --validation 0.1
+    python data/shards.py tokenize A.jsonl B.parquet --field text --tokenizer models/tiny --out DIR
+    python data/shards.py tokenize HuggingFaceFW/fineweb --config sample-10BT --tokenizer DIR --out DIR
 
-A source is a text file (one document), JSON lines, Parquet, or the id of a data set on the hub, which is streamed. The
-tokenizer works on many documents at once, on all cores. Shards (data/shards.py) are OUT/train_000000.bin and so on.
+A source is a text file (one document), JSON lines, Parquet, or what `datasets` can stream: a data set's id on the hub
+or a folder. A document's text is only text: what looks like a special token in it becomes ordinary tokens. Shards
+(data/shards.py) are OUT/train_000000.bin and so on, the same bytes for every number of processes.
 """
 
 import argparse
 import itertools
-import json
+import os
+import signal
 import sys
+import time
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import console
-from data.shards import END_OF_TEXT, write_shard
+from data.documents import parted, read_documents
+from data.shards import END_OF_TEXT, MOST_TOKENS, write_pieces
 
-DOCUMENTS_AT_ONCE = 256
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # what a process gets at once: whichever is reached first
+
+
+# --- the tokenizer ---
 
 
 def load_tokenizer(source: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, or of the folder that holds one."""
+    """The tokenizer of a tokenizer.json, or of the folder that holds one, for whole documents of plain text."""
     path = source / "tokenizer.json" if source.is_dir() else source
     if not path.is_file():
         raise ValueError(f"--tokenizer {source}: no tokenizer.json there; give the file or its folder")
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises no narrower class
+        return plain(Tokenizer.from_file(str(path)))
+    except BaseException as error:  # the library raises no narrower class, and its panics are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"--tokenizer {path}: can't be read ({error}); replace it by the published one") from None
 
 
-def read_documents(source: str, field: str, split: str, config: str | None) -> Iterator[str]:
-    """The documents of one source, in its order. ValueError names the file, and the line or row."""
-    path = Path(source)
-    if path.is_file():
-        readers = {".txt": _text, ".jsonl": _json_lines, ".parquet": _parquet}
-        if path.suffix not in readers:
-            raise ValueError(f"{path}: the kinds of files are {', '.join(readers)}; rename it to what it is")
-        return readers[path.suffix](path, field)
-    if path.exists() or path.suffix in (".txt", ".jsonl", ".parquet") or source.count("/") != 1:
-        raise ValueError(f"{source}: neither a file nor the id of a data set (owner/name)")
-    return _data_set(source, field, split, config)
+def plain(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer.json may ask to cut or to pad; a document is tokenised whole, and nothing in it is a command."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
-def _text(path: Path, field: str) -> Iterator[str]:
+def vocabulary_of(tokenizer: Tokenizer) -> int:
+    """One more than the highest id: the ids of a stranger's tokenizer may have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def separator_of(tokenizer: Tokenizer, token: str) -> int:
+    separator = tokenizer.token_to_id(token)
+    if separator is None:
+        raise ValueError(f"--separator {token}: the tokenizer has no such token; name the one that parts its documents")
+    return separator
+
+
+# --- documents to ids to files ---
+
+
+def batched(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch, characters = [], 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class Encoder:
+    """Turns batches of documents into ids, uint32 [N], the separator in front of each document."""
+
+    here: "Encoder"  # the one of a worker process
+
+    def __init__(self, tokenizer: Tokenizer, separator: int):
+        self.tokenizer, self.separator = tokenizer, separator
+
+    def __call__(self, batch: list[str]) -> np.ndarray:
+        encodings = self.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        return np.concatenate([np.array([self.separator, *encoding.ids], dtype=np.uint32) for encoding in encodings])
+
+    @staticmethod
+    def start_worker(tokenizer: str, separator: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
+        Encoder.here = Encoder(plain(Tokenizer.from_str(tokenizer)), separator)
+
+    @staticmethod
+    def work(batch: list[str]) -> np.ndarray:
+        return Encoder.here(batch)
+
+
+def token_stream(
+    documents: Iterable[str], tokenizer: Tokenizer, separator: int, processes: int
+) -> Iterator[np.ndarray]:
+    """The ids of all documents in their order, batch by batch, from as many processes at once."""
+    if processes == 1:
+        yield from map(Encoder(tokenizer, separator), batched(documents))
+        return
+    workers = ProcessPoolExecutor(
+        processes, get_context("spawn"), initializer=Encoder.start_worker, initargs=(tokenizer.to_str(), separator)
+    )
+    under_way = deque()
     try:
-        yield path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start:,}; convert it first") from None
+        for batch in batched(documents):
+            under_way.append(workers.submit(Encoder.work, batch))
+            if len(under_way) > 2 * processes:  # enough to keep them busy, little in memory
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool:
+        raise ValueError("a worker process died, perhaps for lack of memory; try fewer --processes") from None
+    finally:
+        workers.shutdown(cancel_futures=True)
 
 
-def _json_lines(path: Path, field: str) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}: line {number:,} is not JSON ({error})") from None
-                yield _field(record, field, f"{path}: line {number:,}")
+def cut(stream: Iterator[np.ndarray], size: int) -> Iterator[Iterator[np.ndarray]]:
+    """The stream in parts of `size` ids, the last one shorter; each part has to be used up before the next is asked."""
+    piece = next(stream, None)
+
+    def part() -> Iterator[np.ndarray]:
+        nonlocal piece
+        left = size
+        while piece is not None and left:
+            taken, rest = piece[:left], piece[left:]
+            left -= len(taken)
+            piece = rest if len(rest) else next(stream, None)
+            yield taken
+
+    while piece is not None:
+        yield part()
 
 
-def _parquet(path: Path, field: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names[:8])
-                raise ValueError(f"{path}: has no column {field} but {names}; name one with --field")
-            rows = (value for batch in file.iter_batches(columns=[field]) for value in batch.column(0).to_pylist())
-            for number, value in enumerate(rows, 1):
-                yield _field({field: value}, field, f"{path}: row {number:,}")
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not Parquet ({error}); download it again") from None
-
-
-def _data_set(name: str, field: str, split: str, config: str | None) -> Iterator[str]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield _field(row, field, f"{name}: row {number:,}")
-    except (datasets.exceptions.DatasetsError, ConnectionError) as error:
-        raise ValueError(f"{name}: the data set can't be streamed ({error})") from None
-
-
-def _field(record: Any, field: str, place: str) -> str:
-    value = record.get(field) if isinstance(record, dict) else None
-    if not isinstance(value, str):
-        raise ValueError(f"{place} has no text under {field!r}; name the field with --field")
-    return value
-
-
-def token_stream(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """The ids of each document, int64, the end-of-text token in front."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    if end is None:
-        raise ValueError(f"the tokenizer has no {END_OF_TEXT} token, which parts the documents of a shard")
-    documents = iter(documents)
-    while batch := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            yield np.array([end, *encoding.ids], dtype=np.int64)
-
-
-def write_shards(stream: Iterable[np.ndarray], out: Path, name: str, shard_tokens: int, vocabulary: int) -> list[Path]:
-    """Cuts a stream of ids into files of `shard_tokens`, the last one shorter."""
+def write_shards(
+    stream: Iterator[np.ndarray], out: Path, name: str, shard_tokens: int, vocabulary: int
+) -> Iterator[tuple[Path, int]]:
+    """Files NAME_000000.bin, … of `shard_tokens` each, the last one shorter; yields each with its number of tokens."""
     out.mkdir(parents=True, exist_ok=True)
-    paths, waiting, count = [], [], 0
-
-    def write(ids: np.ndarray) -> None:
-        paths.append(out / f"{name}_{len(paths):06d}.bin")
-        write_shard(paths[-1], ids, vocabulary)
-        console.notice(f"{paths[-1]}: {len(ids):,} tokens")
-
-    for ids in stream:
-        waiting.append(ids)
-        count += len(ids)
-        while count >= shard_tokens:
-            joined = np.concatenate(waiting)
-            write(joined[:shard_tokens])
-            waiting, count = [joined[shard_tokens:]], count - shard_tokens
-    if count:
-        write(np.concatenate(waiting))
-    return paths
+    if there := sorted(out.glob(f"{name}_*.bin")):
+        raise ValueError(f"{there[0]} is there already, and its set would be mixed with a new one; use another --out")
+    for number, pieces in enumerate(cut(stream, shard_tokens)):
+        path = out / f"{name}_{number:06d}.bin"
+        yield path, write_pieces(path, pieces, vocabulary)
 
 
-def parted(documents: list[str], share: float) -> tuple[list[str], list[str]]:
-    """Training and validation: the end of a single document's characters, or the last documents of several."""
-    if len(documents) == 1:
-        cut = int(len(documents[0]) * (1 - share))
-        return [documents[0][:cut]], [documents[0][cut:]]
-    cut = round(len(documents) * (1 - share))
-    return documents[:cut], documents[cut:]
+def watched(stream: Iterator[np.ndarray], name: str) -> Iterator[np.ndarray]:
+    """The stream as it is, its speed shown on standard error."""
+    tokens, start = 0, time.perf_counter()
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    silent = not console.stderr.is_terminal
+    with closing(stream), Progress(*columns, console=console.stderr, disable=silent, transient=True) as progress:
+        task = progress.add_task(name, total=None)
+        for ids in stream:
+            tokens += len(ids)
+            rate = tokens / (time.perf_counter() - start)
+            progress.update(task, description=f"{name}: {tokens:,} tokens, {rate:,.0f} a second")
+            yield ids
+    if tokens:
+        console.notice(f"{name}: {tokens:,} tokens in {tokens / rate:,.1f} s, {rate:,.0f} a second")
 
 
-def main() -> None:
-    parser = console.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("sources", nargs="+", metavar="SOURCE")
+# --- the command ---
+
+
+def add_command(commands) -> None:
+    parser = commands.add_parser("tokenize", help="texts to shards")
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=".txt, .jsonl, .parquet, folder or data set's id")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json or its folder")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--field", default="text", help="JSON lines, Parquet, data set: where the text is")
-    parser.add_argument("--split", default="train", help="data set: which part")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="default: one a core")
+    parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="default: 100,000,000")
+    parser.add_argument("--separator", default=END_OF_TEXT, metavar="TOKEN", help=f"default: {END_OF_TEXT}")
+    parser.add_argument("--validation", type=float, default=0.0, metavar="SHARE", help="the end, for OUT/val_*.bin")
+    parser.add_argument("--field", default="text", help="where a record's text is (default: text)")
+    parser.add_argument("--split", default="train", help="data set: which part (default: train)")
     parser.add_argument("--config", help="data set: which configuration")
-    parser.add_argument("--documents", type=int, help="stop after so many")
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000)
-    parser.add_argument("--validation", type=float, default=0.0, help="share that goes to OUT/val_*.bin; needs memory")
-    arguments = parser.parse_args()
-    if not 0 <= arguments.validation < 1 or arguments.shard_tokens < 1:
-        raise ValueError("--validation is a share from 0 to below 1, --shard-tokens at least 1")
+    parser.add_argument("--documents", type=int, metavar="N", help="stop after so many")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    for flag, value, most in (
+        ("--processes", arguments.processes, 1024),
+        ("--shard-tokens", arguments.shard_tokens, MOST_TOKENS),
+        ("--documents", arguments.documents, sys.maxsize),
+    ):
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"{flag} {value}: give a number from 1 to {most:,}")
+    if not 0 <= arguments.validation < 1:
+        raise ValueError(f"--validation {arguments.validation}: give a share from 0 to below 1")
     tokenizer = load_tokenizer(arguments.tokenizer)
-    documents: Iterable[str] = itertools.islice(
-        itertools.chain.from_iterable(
-            read_documents(source, arguments.field, arguments.split, arguments.config) for source in arguments.sources
-        ),
-        arguments.documents,
-    )
-    parts = {"train": documents}
+    separator = separator_of(tokenizer, arguments.separator)
+
+    def documents() -> Iterator[str]:
+        opened = (read_documents(s, arguments.field, arguments.split, arguments.config) for s in arguments.sources)
+        return itertools.islice(itertools.chain.from_iterable(opened), arguments.documents)
+
+    parts = {"train": documents()}
     if arguments.validation:
-        parts["train"], parts["val"] = parted(list(documents), arguments.validation)
+        parts["train"], parts["val"] = parted(documents, arguments.validation)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     for name, part in parts.items():
-        stream = token_stream(part, tokenizer)
-        write_shards(stream, arguments.out, name, arguments.shard_tokens, tokenizer.get_vocab_size())
-
-
-if __name__ == "__main__":
-    console.run(main)
+        stream, written = watched(token_stream(part, tokenizer, separator, arguments.processes), name), []
+        try:
+            with closing(stream):
+                written += write_shards(stream, arguments.out, name, arguments.shard_tokens, vocabulary_of(tokenizer))
+        finally:
+            for path, tokens in written:
+                print(f"{path}  {tokens:,} tokens")
+        if not written:
+            raise ValueError(f"{', '.join(arguments.sources)}: no document for {name}; give more text")

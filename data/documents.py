@@ -1,0 +1,120 @@
+"""The documents of text files, JSON lines, Parquet files and streamed data sets, one at a time.
+
+Each file is a stranger's: what can't be read is refused with the file and the line or row.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data.reach import REACH_SECONDS, within
+
+Documents = Callable[[], Iterator[str]]
+
+
+def read_documents(source: str, field: str, split: str, config: str | None) -> Iterator[str]:
+    """The documents of one source, in its order. ValueError names the file, and the line or row."""
+    path = Path(source)
+    readers = {".txt": _text, ".jsonl": _json_lines, ".parquet": _parquet}
+    if path.is_file():
+        if path.suffix not in readers:
+            raise ValueError(f"{path}: the kinds of files are {', '.join(readers)}; rename it to what it is")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path}: is empty; leave it out")
+        return readers[path.suffix](path, field)
+    if not path.is_dir() and (path.suffix in readers or source.count("/") != 1 or source.startswith((".", "/"))):
+        raise ValueError(f"{source}: neither a file, nor a folder, nor the id of a data set (owner/name)")
+    return _data_set(source, field, split, config)
+
+
+def _text(path: Path, field: str) -> Iterator[str]:
+    try:
+        yield path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start:,}; convert it first") from None
+
+
+def _json_lines(path: Path, field: str) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}: line {number:,} is not JSON ({error})") from None
+                yield _field(record, field, f"{path}: line {number:,}")
+
+
+def _parquet(path: Path, field: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                names = ", ".join(file.schema_arrow.names[:8])
+                raise ValueError(f"{path}: has no column {field} but {names}; name one with --field")
+            batches = file.iter_batches(batch_size=1024, columns=[field])
+            rows = (value for batch in batches for value in batch.column(0).to_pylist())
+            for number, value in enumerate(rows, 1):
+                yield _field({field: value}, field, f"{path}: row {number:,}")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: can't be read as Parquet ({error}); download it again") from None
+
+
+def _data_set(name: str, field: str, split: str, config: str | None) -> Iterator[str]:
+    import datasets
+
+    if not Path(name).is_dir():
+        _reach_hub(name)  # `datasets` itself tries for half a minute and says so line by line
+    try:
+        rows = iter(datasets.load_dataset(name, config, split=split, streaming=True))
+    except Exception as error:  # classes of datasets, huggingface_hub, fsspec, httpx and pyarrow
+        raise ValueError(f"{name}: can't be opened as a data set ({error})") from None
+    for number in itertools.count(1):
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise ValueError(f"{name}: the stream ended at row {number:,} ({error}); run the command again") from None
+        yield _field(row, field, f"{name}: row {number:,}")
+
+
+def _reach_hub(name: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        within(REACH_SECONDS, lambda: HfApi().dataset_info(name, timeout=REACH_SECONDS))
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ValueError(f"{name}: neither a file or folder here nor a data set on the hub") from None
+    except Exception as error:  # the HTTP library's classes: all mean the same to a user
+        raise ValueError(f"{name}: the hub can't be reached ({error}); give files instead, or try again") from None
+
+
+def _field(record: Any, field: str, place: str) -> str:
+    value = record.get(field) if isinstance(record, dict) else None
+    if not isinstance(value, str):
+        raise ValueError(f"{place} has no text under {field!r}; name the field with --field")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{place} is no Unicode text: half of a surrogate pair stands alone") from None
+    return value
+
+
+def parted(documents: Documents, share: float) -> tuple[Iterator[str], Iterator[str]]:
+    """Training and validation: the end of a single document's characters, or the last documents of several.
+
+    `documents()` begins anew each time, so that nothing has to be kept: the first pass only counts.
+    """
+    count = sum(1 for _ in documents())
+    if count == 1:
+        (text,) = documents()
+        cut = int(len(text) * (1 - share))
+        return iter([text[:cut]]), iter([text[cut:]])
+    cut = round(count * (1 - share))
+    return itertools.islice(documents(), cut), itertools.islice(documents(), cut, None)
