@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import console
+import convert
 import generate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,10 +39,13 @@ def run_here(arguments: list, monkeypatch, capsys, stdin: bytes = b"") -> str:
     """The one line of an error of `python generate.py ARGUMENTS`, run in this process."""
     monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+    return end_of(generate.main, capsys)
+
+
+def end_of(main: Callable[[], None], capsys) -> str:
     with pytest.raises(SystemExit) as ended:
-        console.run(generate.main)
-    out, err = capsys.readouterr()
-    return the_line(ended.value.code, out, err)
+        console.run(main)
+    return the_line(ended.value.code, *capsys.readouterr())
 
 
 def run_apart(arguments: list, stdin: bytes = b"") -> str:
@@ -63,7 +67,7 @@ def the_line(code: int, out: str, err: str) -> str:
     assert code == 2, (code, out, err)
     assert out == "", out
     assert err.endswith("\n") and err.count("\n") == 1, err
-    assert err.startswith("generate.py: error: "), err
+    assert re.match(r"(generate|convert)\.py: error: ", err), err
     assert err.rstrip("\n").isprintable() and len(err) < 1200, err
     return err
 
@@ -835,6 +839,82 @@ def test_gguf(name, tmp_path, monkeypatch, capsys):
     line = run_here(["--model", file, "hi"], monkeypatch, capsys)
     assert_words(line, words)
     assert str(file) in line and files_below(tmp_path) == {"model.gguf"}
+
+
+def metadata(key: str, value: bytes) -> Callable[[bytes], bytes]:
+    """The file with other bytes in the place of a metadata value."""
+
+    def change(content: bytes) -> bytes:
+        start = content.index(text(key)) + len(text(key)) + 4  # behind its type
+        return content[:start] + value + content[start + len(value) :]
+
+    return change
+
+
+def u32(value: int) -> bytes:
+    return struct.pack("<I", value)
+
+
+def f32(value: float) -> bytes:
+    return struct.pack("<f", value)
+
+
+DAMAGED_GGUFS = {
+    "cut short": (lambda content: content[:-100], "but the file has"),
+    "longer": (lambda content: content + bytes(100), "100 bytes follow the last tensor"),
+    "NaN": (lambda content: content[:-4] + f32(float("nan")), "non-finite: model."),
+    "a context of 2^32": (metadata("qwen3.context_length", u32(2**32 - 1)), "max_position_embeddings is 4294967295"),
+    "a billion blocks": (metadata("qwen3.block_count", u32(10**9)), "block_count is 1000000000, but the file has the"),
+    "one block": (metadata("qwen3.block_count", u32(1)), "block_count is 1, but the file has the tensors of 2"),
+    "no heads": (metadata("qwen3.attention.head_count", u32(0)), "qwen3.attention.head_count is 0"),
+    "three key heads": (metadata("qwen3.attention.head_count_kv", u32(3)), "num_attention_heads 4 is not a multiple"),
+    "an odd head": (metadata("qwen3.attention.key_length", u32(7)), "head_dim 7 is odd"),
+    "another width": (metadata("qwen3.embedding_length", u32(64)), "mis-shaped: model.embed_tokens.weight"),
+    "a width of 2^32": (metadata("qwen3.embedding_length", u32(2**32 - 1)), "hidden_size is 4294967295"),
+    "eps NaN": (
+        metadata("qwen3.attention.layer_norm_rms_epsilon", f32(float("nan"))),
+        "rms_norm_eps is nan",
+    ),
+    "eps negative": (metadata("qwen3.attention.layer_norm_rms_epsilon", f32(-1)), "rms_norm_eps is -1.0"),
+    "theta infinite": (metadata("qwen3.rope.freq_base", f32(float("inf"))), "rope_theta is inf"),
+    "end token beyond": (metadata("tokenizer.ggml.eos_token_id", u32(99999)), "tokenizer.ggml.eos_token_id is 99999"),
+    "another splitting": (metadata("tokenizer.ggml.pre", text("llama")), "tokenizer.ggml.pre is 'llama'"),
+    "another tokenizer": (metadata("tokenizer.ggml.model", text("bert")), "tokenizer.ggml.model is 'bert'"),
+}
+
+
+@pytest.fixture(scope="module")
+def good_gguf(tiny_checkpoint, tmp_path_factory) -> bytes:
+    out = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    command = [sys.executable, "convert.py", "--to", "gguf", "--type", "f32", "--model", tiny_checkpoint, "--out", out]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return out.read_bytes()
+
+
+@pytest.mark.parametrize("name", DAMAGED_GGUFS)
+def test_damaged_gguf(name, good_gguf, tmp_path, monkeypatch, capsys):
+    change, words = DAMAGED_GGUFS[name]
+    file = tmp_path / "model.gguf"
+    file.write_bytes(change(good_gguf))
+    line = run_here(["--model", file, "hi"], monkeypatch, capsys)
+    assert_words(line, words)
+    assert str(file) in line
+
+
+# ---- a conversion of bad input writes nothing ----
+
+
+@pytest.mark.parametrize("target", ["gguf", "bf16"])
+@pytest.mark.parametrize("name", [name for name in (*WEIGHTS, *SHARDS) if name != "one in float64"])
+def test_convert(name, target, untemplated, monkeypatch, capsys):
+    break_it, _ = (WEIGHTS | SHARDS)[name]
+    break_it(untemplated)
+    before = files_below(untemplated.parent)
+    out = untemplated.parent / ("out.gguf" if target == "gguf" else "out")
+    arguments = ["convert.py", "--to", target, "--model", str(untemplated), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    line = end_of(convert.main, capsys)
+    assert str(untemplated) in line and files_below(untemplated.parent) == before
 
 
 # ---- the same in processes of their own, with bounded memory ----

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -36,6 +37,8 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str | None]] = []  # (path, Range)
         self.cuts: dict[str, list[int]] = {}  # file -> the bytes after which each next transfer of it breaks
         self.ranges, self.renamed = True, {}  # whether Range is understood; answers with other digests
+        self.stalls = False  # whether a cut transfer stands still instead
+        self.stalled, self.released = threading.Event(), threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -81,7 +84,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers["Range"] and self.server.ranges:
             start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
         cuts = self.server.cuts.get(name)
-        self.send(206 if start else 200, content[start:], cuts.pop(0) if cuts else None)
+        cut = cuts.pop(0) if cuts else None
+        self.send(206 if start else 200, content[start:], cut)
+        if cut is not None and self.server.stalls:
+            self.server.stalled.set()
+            self.server.released.wait(60)
 
     do_HEAD = do_GET
 
@@ -94,8 +101,6 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body[:cut])
-        if cut is not None:
-            self.close_connection = True
 
     def refuse(self, reason: str) -> None:
         self.send_response(404)
@@ -117,6 +122,7 @@ def server(tiny_checkpoint, tmp_path, monkeypatch) -> Hub:
     use(server.url, tmp_path, monkeypatch)
     monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
     yield server
+    server.released.set()
     server.shutdown()
     server.server_close()
 
@@ -373,6 +379,22 @@ def test_the_command_downloads_quietly_and_answers(server):
     ended = subprocess.run(command(*SHORT), cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0 and ended.stdout and "org/name" not in ended.stderr
     assert "model.safetensors" in dict(server.fetched())
+
+
+def test_an_interrupted_download_goes_on_in_the_next_run(server, tmp_path):
+    server.stalls, server.cuts["model.safetensors"] = True, [40_000]
+    with subprocess.Popen(command(*SHORT), cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert server.stalled.wait(60)
+        while not any(part.stat().st_size for part in (tmp_path / "home").rglob("blobs/*.nanoqwen")):
+            server.released.wait(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "generate.py: interrupted\n"
+    assert process.returncode == 130
+    server.requests.clear()
+    [part] = (tmp_path / "home").rglob("blobs/*.nanoqwen")
+    size = part.stat().st_size
+    assert_same(source.resolve("org/name"), server)
+    assert server.fetched() == [("model.safetensors", f"bytes={size}-")]
 
 
 def test_a_terminal_shows_a_bar(server):
