@@ -113,9 +113,13 @@ class Source:
         for start in range(0, values.shape[0], step):
             piece = values[start : start + step].clone()
             self.checkpoint.release(name)
-            if not torch.isfinite(torch.stack(torch.aminmax(piece))).all():
-                raise ValueError(f"{self.path}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
+            self.check_finite(name, piece)
             yield piece
+
+    def check_finite(self, name: str, values: torch.Tensor) -> None:
+        """Damage in the source must not travel on."""
+        if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
+            raise ValueError(f"{self.path}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
 
     def carry(self, directory: Path) -> None:
         """Copies, or rebuilds from a GGUF's metadata, the tokenizer and what else belongs to a checkpoint."""
@@ -129,6 +133,21 @@ class Source:
         write_json(directory / "tokenizer_config.json", tokenizer_config)
         if self.checkpoint.generation_config:
             write_json(directory / "generation_config.json", self.checkpoint.generation_config)
+
+
+class Checked:
+    """A source's checkpoint, each of whose tensors was held to be finite when it is read."""
+
+    def __init__(self, source: Source):
+        self._source = source
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source.checkpoint, name)
+
+    def read(self, name: str) -> torch.Tensor:
+        values = self._source.checkpoint.read(name)
+        self._source.check_finite(name, values)
+        return values
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -215,7 +234,7 @@ class Result:
         print(f"{'tensors':<26}{'count':>7}  {'stored as':<10}{'largest error':>15}{'mean error':>13}{'relative':>11}")
         for (kind, stored_as), errors in self.kinds.items():
             line, numbers = f"{kind:<26}{errors.tensors:>7}  {stored_as:<10}", errors.to_dict()
-            relative = f"{numbers['relative_error']:.2%}" if "relative_error" in numbers else "-"
+            relative = f"{100 * numbers['relative_error']:.2g} %" if "relative_error" in numbers else "-"
             figures = f"{numbers['largest_error']:>15.3g}{numbers['mean_error']:>13.3g}{relative:>11}"
             print(line + (f"{'exact':>15}" if errors.exact else figures))
 
@@ -225,7 +244,7 @@ class Result:
             worst = max(counts, key=counts.__getitem__)
             console.notice(
                 f"warning: {sum(counts.values()):,} values in {len(counts):,} tensors are beyond float16's 65,504 and "
-                f"became infinite (most in {worst}: {counts[worst]:,}); use --to bf16 for this model"
+                f"became infinite (most in {worst}: {counts[worst]:,}); bfloat16 could hold them"
             )
 
 
@@ -323,7 +342,7 @@ def write_record(directory: Path, result: Result, *about: Any) -> None:
 def convert_to_gguf(source: Source, out: Path, options: argparse.Namespace) -> Result:
     """One .gguf file; for qwen3.c a directory with one and its three text files."""
     planned = gguf_write.plan(source.checkpoint, options.type or "f32")
-    check_disk(out, sum(tensor.size for tensor in planned))
+    check_disk(out, sum(tensor.size for tensor in planned) * (2 if options.reader else 1))  # there the head comes twice
     if options.reader:
         with atomic_directory(out) as directory:
             hashes = record.HashThread(source.files)
@@ -350,15 +369,20 @@ def write_gguf(source: Source, planned: list[Any], path: Path, name: str, option
             progress.update(task, advance=size)
 
         if options.reader:
-            gguf_write.write_qwen3c(source.checkpoint, path, on_tensor)
+            gguf_write.write_qwen3c(Checked(source), path, on_tensor)
         else:
-            found = gguf_write.write_gguf(source.checkpoint, path, options.type, on_tensor, errors=True)
-    official_names = {tensor.name: tensor.sources[0] for tensor in planned}
-    for tensor, (format, shape, start, size) in GGUF(path).stored.items():
+            found = gguf_write.write_gguf(Checked(source), path, options.type, on_tensor, errors=True)
+    written, origins = GGUF(path), {tensor.name: tensor.sources for tensor in planned}
+    for tensor, (format, shape, start, size) in written.stored.items():
+        official_names = origins.get(tensor, [HEAD])  # qwen3.c wants the head of a tied model too
         errors = Errors(math.prod(shape), *found.get(tensor, ()))
+        if math.isinf(errors.largest):  # beyond float16: count these values apart from the others' errors
+            errors = Errors(math.prod(shape))
+            for origin in official_names:
+                errors.add(source.checkpoint.read(origin), written.read(origin))
         digest = record.sha256_of_range(path, start, size)
         result.tensors[tensor] = {"file": name, "offset": start, "bytes": size, "sha256": digest, **errors.to_dict()}
-        result.add_kind(official_names.get(tensor, HEAD), format.name, errors)
+        result.add_kind(official_names[0], format.name, errors)
     return result
 
 

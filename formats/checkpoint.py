@@ -90,10 +90,13 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, tuple[int
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            raise ValueError(f"{path}: a pickle, which can run code and is never opened; get the safetensors version")
         length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(size - 8, MAX_HEADER):
+        is_whole = len(start) == 8 and length <= min(size - 8, MAX_HEADER)
+        # A header of, say, 640 bytes begins like a pickle too: 640 is 0x0280, stored as 80 02.
+        pickle = start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        if pickle and not (is_whole and file.peek(1)[:1] == b"{"):
+            raise ValueError(f"{path}: a pickle, which can run code and is never opened; get the safetensors version")
+        if not is_whole:
             _fail(path, f"not a whole safetensors file (header of {length:,} bytes, file of {size:,})")
         header = file.read(length)
     try:

@@ -39,10 +39,7 @@ class Scheme(NamedTuple):
         if self.group_size is None:
             return 1
         if columns % self.group_size:
-            raise ValueError(
-                f"--group-size {self.group_size} does not divide rows of {columns} weights; "
-                f"{largest_group(columns)} does"
-            )
+            raise ValueError(f"quantization_config: groups of {self.group_size} do not fill rows of {columns} weights")
         return columns // self.group_size
 
 

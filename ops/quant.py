@@ -145,13 +145,14 @@ def choose_scheme(quantization: str, shapes: dict[str, tuple[int, ...]], group_s
     """
     # The head is named even where it is tied and not stored: transformers makes a layer for it and would quantise that.
     ignore = ("lm_head", *(name for name in shapes if name.endswith(".mlp.gate")))
-    columns = {shape[1] for name, shape in shapes.items() if name not in ignore}
+    columns = sorted({shape[1] for name, shape in shapes.items() if name not in ignore})
     if group_size is None and quantization == "int4":
         group_size = largest_group(*columns)
-    scheme = Scheme(BITS[quantization], group_size, ignore)
     for count in columns:
-        scheme.groups(count)
-    return scheme
+        if group_size and count % group_size:
+            mend = f"{largest_group(*columns)} divides all rows of this model"
+            raise ValueError(f"--group-size {group_size} does not divide rows of {count} weights; {mend}")
+    return Scheme(BITS[quantization], group_size, ignore)
 
 
 def quantize_(model: nn.Module, quantization: str, group_size: int | None = None) -> Scheme:

@@ -183,14 +183,19 @@ def test_quantised_logits_stay_near_the_model_s():
 @pytest.mark.parametrize(
     ("quantization", "columns", "group_size", "words"),
     [
-        ("int4", 48, 32, "--group-size 32 does not divide rows of 48 weights; 16 does"),
-        ("int8", 40, 24, "--group-size 24 does not divide rows of 40 weights; 8 does"),
+        ("int4", 48, 32, "--group-size 32 does not divide rows of 48 weights; 16 divides all rows"),
+        ("int8", 40, 24, "--group-size 24 does not divide rows of 40 weights; 8 divides all rows"),
         ("int4", 36, None, "int4 needs rows of a multiple of 8 weights"),
     ],
 )
 def test_groups_that_do_not_fit(quantization, columns, group_size, words):
     with pytest.raises(ValueError, match=words):
         choose_scheme(quantization, {"model.layers.0.mlp.up_proj": (8, columns)}, group_size)
+
+
+def test_a_config_whose_groups_do_not_fit_is_refused():
+    with pytest.raises(ValueError, match="groups of 32 do not fill rows of 48 weights"):
+        swap_linears(Qwen3(Config(**SHAPE)), good())
 
 
 def test_largest_group():
