@@ -354,8 +354,7 @@ def convert_to_gguf(source: Source, out: Path, options: argparse.Namespace) -> R
         hashes = record.HashThread(source.files)
         result = write_gguf(source, planned, temporary, out.name, options)
         entry = result.entry(source, options, hashes, {out.name: temporary})
-        record.write_entry(out, None)  # so that at no moment the record speaks of another file
-    record.write_entry(out, entry)
+        record.write_entry(out, entry)  # first, so that a file under its final name always has its record
     return result
 
 

@@ -61,15 +61,12 @@ def to_text(results: dict[str, Any]) -> str:
     return json.dumps({"results": results}, indent=1) + "\n"
 
 
-def write_entry(out: Path, entry: dict[str, Any] | None) -> None:
-    """Puts the entry of a file into its folder's record; None takes it away. Safe beside another conversion there."""
+def write_entry(out: Path, entry: dict[str, Any]) -> None:
+    """Puts the entry of a file into its folder's record. Safe beside another conversion into the same folder."""
     path = out.parent / NAME
     with _lock(out.parent):
         results = _results(path) if path.exists() else {}
-        if entry is None and out.name not in results:
-            return
-        results.pop(out.name, None)
-        write_text(path, to_text(results | ({} if entry is None else {out.name: entry})))
+        write_text(path, to_text(results | {out.name: entry}))
 
 
 @contextmanager

@@ -522,7 +522,7 @@ def test_a_killed_run_leaves_nothing_under_the_final_name(tmp_path, run, to, nam
         process.communicate()
         if process.returncode == -signal.SIGKILL:
             killed += 1
-            assert not out.exists()
+            assert not out.exists() or run("--verify", out)[0] == 0  # it may have ended a moment before
         shutil.rmtree(out.parent, ignore_errors=True)
     assert killed
     assert run(*command[2:])[0] == 0 and run("--verify", out)[0] == 0
