@@ -191,7 +191,11 @@ def build_source(settings: Settings, chat: Chat):
         if data.train is None:
             raise ValueError("data.train must name the shard files, as in runs/fineweb/fineweb_train_*.bin")
         vocabulary = chat.tokenizer.get_vocab_size()
-        return Shards(data.train, data.validation, train.seed, train.batch, train.sequence, vocabulary)
+        source = Shards(data.train, data.validation, train.seed, train.batch, train.sequence, vocabulary)
+        if data.tokens not in (None, source.tokens):
+            raise ValueError(f"data.tokens is {data.tokens:,}, but the files of {data.train} have {source.tokens:,}")
+        data.tokens = source.tokens
+        return source
 
     def pieces(word: str) -> list[str]:
         return [chat.decode([index]) for index in chat.encode(word)]
@@ -222,11 +226,18 @@ def batches(rows: list, parts: int, device: torch.device, end_of_text: int | Non
     for part in range(parts):
         chosen = rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]
         if chosen:
-            width = max(len(row.ids) for row in chosen)
-            ids = torch.tensor([row.ids + [0] * (width - len(row.ids)) for row in chosen]).to(device)
-            targets = torch.tensor([row.targets + [IGNORED] * (width - len(row.targets)) for row in chosen]).to(device)
+            ids = padded([row.ids for row in chosen], 0).to(device)
+            targets = padded([row.targets for row in chosen], IGNORED).to(device)
             made.append(Batch(ids, targets, None if end_of_text is None else document_mask(ids, end_of_text)))
     return made
+
+
+def padded(rows: list, filling: int) -> Tensor:
+    """Rows of ids, as lists or numpy arrays -> LongTensor [rows, longest]"""
+    filled = torch.full((len(rows), max(map(len, rows))), filling)
+    for place, row in zip(filled, rows, strict=True):
+        place[: len(row)] = torch.as_tensor(row)
+    return filled
 
 
 def document_mask(ids: Tensor, end_of_text: int) -> Tensor:

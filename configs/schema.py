@@ -69,6 +69,7 @@ class Data:
     )
     train: str | None = key(None, "shards: glob pattern of the training files")
     validation: str | None = key(None, "shards: glob pattern of the validation files")
+    tokens: int | None = key(None, "shards: of the training files together; null: counted. Others are refused", low=1)
     corpus_tokenizer: str = key("models/tiny", "auto: takes the place of model.tokenizer where there are no shards")
     seed: int = key(0, "corpus: seed of the generated examples", low=0)
     mask_documents: bool = key(False, "shards: tokens see only their own document, at the price of a mask of T x T")

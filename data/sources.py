@@ -4,7 +4,7 @@ So a resumed run continues with exactly the rows it would have seen, and process
 """
 
 import glob
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +16,10 @@ IGNORED = -100
 
 
 class Row(NamedTuple):
-    ids: list[int]
-    targets: list[int]
+    """Of lists or of numpy arrays."""
+
+    ids: Sequence[int]
+    targets: Sequence[int]
     """The token after each position, or IGNORED where nothing is to be learnt."""
 
 
@@ -70,6 +72,7 @@ class Shards:
     def __init__(self, train: str, validation: str | None, seed: int, batch: int, length: int, vocabulary: int):
         self.batch = batch
         self.train = Windows(matching(train), length, vocabulary, seed)
+        self.tokens = sum(len(shard) for shard in self.train.shards)
         self.validation = Windows(matching(validation), length, vocabulary, 0, shuffle=False) if validation else None
 
     def rows(self, step: int) -> list[Row]:
@@ -91,4 +94,4 @@ def matching(pattern: str) -> list[Path]:
 
 
 def window_row(ids) -> Row:
-    return Row(ids[:-1].tolist(), ids[1:].tolist())
+    return Row(ids[:-1], ids[1:])

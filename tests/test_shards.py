@@ -86,7 +86,7 @@ def test_rows_of_shards_predict_the_next_token(tmp_path):
     write_shard(tmp_path / "t_0.bin", np.arange(40), 64)
     source = Shards(str(tmp_path / "t_*.bin"), str(tmp_path / "t_*.bin"), 0, 2, 5, 64)
     for row in source.rows(0) + source.rows(99) + source.validation_rows(1):
-        assert len(row.ids) == 5 and row.targets == [i + 1 for i in row.ids]
+        assert row.ids.shape == (5,) and row.targets.tolist() == (row.ids + 1).tolist()
     assert [row.ids[0] for row in source.validation_rows(0)] == [0, 5]
     assert len(source.validation_rows(3)) == 1 and source.validation_rows(4) == []
     with pytest.raises(ValueError, match="no file matches"):
@@ -501,4 +501,8 @@ def test_a_run_on_shards_and_its_stand_in(tmp_path, capsys):
     train.Trainer(schema.load(path, [f"train.out={tmp_path / 'run'}"]), False).train()
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["tokens"] for record in records] == [64, 128, 192] and "validation_loss" in records[-1]
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["source"] == "shards"
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
+    assert saved["source"] == "shards" and saved["tokens"] == 2000
+    write_shard(tmp_path / "t_1.bin", np.arange(700), 758)
+    with pytest.raises(ValueError, match=r"data\.tokens: 2000 -> 2700"):
+        train.Trainer(schema.load(path, [f"train.out={tmp_path / 'run'}"]), True)
