@@ -639,7 +639,7 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
         tensor = checkpoint.read(name)
         if not all_finite(tensor):
             defects["non-finite"].append(name)
-        if tensor.is_floating_point() != slots[name].is_floating_point():
+        if tensor.dtype != slots[name].dtype and not (tensor.is_floating_point() and slots[name].is_floating_point()):
             defects["mis-typed"].append(f"{name} {tensor.dtype}")
             continue
         if tensor.shape != slots[name].shape:

@@ -29,7 +29,7 @@ import generate
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS_SPACE = 6 << 30  # bytes that a process of its own may map: PyTorch alone takes most of a gigabyte
-SECONDS = 15  # after which a process of its own hangs; they take two or three on a quiet machine
+SECONDS = 120  # after which a command hangs; they take two or three on a quiet machine
 
 
 # ---- how a case is run ----
