@@ -11,6 +11,7 @@ values are explained in formats/kquants.py, and formats/gguf_write.py writes wha
 
 import mmap
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -31,6 +32,13 @@ STRING, ARRAY = 8, 9
 # Far above any real file (Qwen3-235B: 1,131 tensors, some 300,000 strings), and read within seconds.
 MAX_PAIRS, MAX_TENSORS, MAX_VALUES, MAX_NESTING = 1 << 14, 1 << 16, 1 << 22, 3
 MAX_NAME = 64  # GGML_MAX_NAME
+
+# A private copy-on-write map: torch wants writable memory, the file stays as it is. Linux would promise memory for all
+# of it, which a model larger than the machine's memory does not get, unless it is told not to (MAP_NORESERVE, which
+# Python knows by name from 3.13 on).
+PRIVATE: dict[str, int] = {"access": mmap.ACCESS_COPY}
+if sys.platform == "linux":
+    PRIVATE = {"flags": mmap.MAP_PRIVATE | 0x4000, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
 
 
 class Tensor(NamedTuple):
@@ -200,8 +208,7 @@ class GGUF:
         with self.path.open("rb") as file:
             if not self.path.stat().st_size:
                 raise ValueError(f"{self.path}: the file is empty (download or convert it again)")
-            # A private copy-on-write map: torch wants writable memory, the file stays as it is.
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._data = mmap.mmap(file.fileno(), 0, **PRIVATE)
         head = _Parser(self.path, self._data)
         self.metadata, self.types, self.elements = head.metadata, head.types, head.elements
         self.stored, self.alignment = head.tensors, head.alignment

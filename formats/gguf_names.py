@@ -122,7 +122,7 @@ def config_from_metadata(metadata: dict, stored: dict) -> dict:
         raise ValueError("there is no token_embd.weight of two dimensions (give a whole model)")
     layers = _get(metadata, f"{arch}.block_count", int)
     found = {int(match[1]) for name in stored if (match := _BLOCK.fullmatch(name))}
-    if found != set(range(layers) if layers <= len(stored) else ()):
+    if not layers or len(found) != layers or max(found) != layers - 1:
         raise ValueError(f"{arch}.block_count is {layers}, but the file has the tensors of {len(found)} blocks")
 
     heads = _get(metadata, f"{arch}.attention.head_count", int)

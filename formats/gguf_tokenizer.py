@@ -133,7 +133,7 @@ def to_metadata(tokenizer: dict, tokenizer_config: dict, config: dict, rows: int
     steps = tokenizer["pre_tokenizer"].get("pretokenizers", [])
     if [step.get("type") for step in steps] != ["Split", "ByteLevel"] or steps[0]["pattern"] != {"Regex": SPLIT}:
         raise ValueError("it splits text otherwise than Qwen's")
-    if (tokenizer.get("post_processor") or {}).get("type") != "ByteLevel":
+    if (tokenizer.get("post_processor") or {}).get("type", "ByteLevel") != "ByteLevel":
         raise ValueError("it adds tokens to every text (a post_processor), which no chat tokenizer of Qwen does")
     tokens, types = _tokens(tokenizer, tokenizer_config, rows)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]

@@ -241,6 +241,7 @@ def _write_data(
 # What https://github.com/gigit0000/qwen3.c (run.c) has as constants: it maps the weights without reading the header.
 QWEN3C_HEAD = 5951648  # where the data begin
 QWEN3C_ROWS, QWEN3C_MERGES = 151936, 151386
+QWEN3C_ROPE_THETA = 1e6
 QWEN3C_CONFIG = {
     "model_type": "qwen3",
     "hidden_size": 1024,
@@ -266,7 +267,7 @@ def write_qwen3c(checkpoint: Any, path: Path, on_tensor: OnTensor | None = None)
         **{name: config.get(name) for name in QWEN3C_CONFIG},
         "rope_theta": rope.get("rope_theta", config.get("rope_theta")),
     }
-    for name, wanted in (QWEN3C_CONFIG | {"rope_theta": 1e6}).items():
+    for name, wanted in (QWEN3C_CONFIG | {"rope_theta": QWEN3C_ROPE_THETA}).items():
         if found[name] != wanted:
             raise ValueError(f"{checkpoint.path}: qwen3.c only runs Qwen3-0.6B, {name} {wanted} (here {found[name]})")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
@@ -287,16 +288,17 @@ def write_qwen3c(checkpoint: Any, path: Path, on_tensor: OnTensor | None = None)
 
 
 def _filled(path: Path, pairs: gguf_metadata.Pairs, tensors: list[Planned]) -> gguf_metadata.Pairs:
-    """The pairs with a filler, so that the data begin at QWEN3C_HEAD; where there is no room, without the template."""
-    for optional in ((), ("tokenizer.chat_template",)):
-        kept = {key: value for key, value in pairs.items() if key not in optional}
+    """The pairs with a filler, so that the data begin at QWEN3C_HEAD; where there is no room, less of what it skips."""
+    card = tuple(
+        f"general.{name}" for name in ("author", "url", "license", "base_model", "tags", "languages", "dataset")
+    )
+    for optional in ((), card, (*card, "tokenizer.chat_template")):
+        kept = {key: value for key, value in pairs.items() if not key.startswith(optional)}
         empty = kept | {"qwen3c.filler": gguf_metadata.Value(gguf_metadata.STRING, "")}
         room = QWEN3C_HEAD - len(_head(empty, tensors))
         if room >= 0:
             return kept | {"qwen3c.filler": gguf_metadata.Value(gguf_metadata.STRING, " " * room)}
-    raise ValueError(
-        f"{path}: the metadata do not fit into the {QWEN3C_HEAD} bytes that qwen3.c skips (shorten README.md)"
-    )
+    raise ValueError(f"{path}: the metadata are longer than the {QWEN3C_HEAD} bytes that qwen3.c skips")
 
 
 def _qwen3c_texts(path: Path, pairs: gguf_metadata.Pairs, tensors: list[Planned]) -> dict[str, str]:

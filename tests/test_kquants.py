@@ -31,6 +31,15 @@ SCALES = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Many small tensors: torch's own threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def codec(name: str) -> gguf.GGMLQuantizationType:
     return gguf.GGMLQuantizationType[name]
 
@@ -136,7 +145,7 @@ def test_sums_run_from_first_to_last():
 
 
 def test_map_in_threads_keeps_order_and_the_number_of_threads():
-    threads = torch.get_num_threads()
+    torch.set_num_threads(threads := 3)
     assert list(map_in_threads(lambda piece: piece * piece, range(50))) == [piece * piece for piece in range(50)]
     assert torch.get_num_threads() == threads
 
