@@ -34,10 +34,17 @@ constexpr int LANES = 4;
 #endif
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Unsigned __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint64_t Pairs __attribute__((vector_size(4 * LANES)));
+typedef float Quad __attribute__((vector_size(16)));
 
 struct bfloat16 {
     uint16_t bits;
+};
+struct int8 {
+    uint8_t code;  // the number + 128
 };
 
 template <class Result>
@@ -49,6 +56,10 @@ inline Result read(const void* address) {  // from any alignment: a safetensors 
 
 inline Vector load(const float* p) { return read<Vector>(p); }
 inline Vector load(const bfloat16* p) { return (Vector)(__builtin_convertvector(read<Halves>(p), Integers) << 16); }
+inline Vector load(const int8* p) {
+    Integers codes = __builtin_convertvector(read<Bytes>(p) ^ int8_t(-128), Integers);
+    return __builtin_convertvector(codes, Vector);
+}
 inline void store(float* p, Vector x) { std::memcpy(p, &x, sizeof x); }
 
 inline float to_float(float x) { return x; }
@@ -57,6 +68,8 @@ inline float to_float(bfloat16 x) {
     return read<float>(&bits);
 }
 
+inline float to_float(int8 x) { return float(x.code) - 128; }
+
 inline void assign(float& to, float x) { to = x; }
 inline void assign(bfloat16& to, float x) {  // to the nearest, ties to even
     uint32_t bits = read<uint32_t>(&x);
@@ -64,9 +77,10 @@ inline void assign(bfloat16& to, float x) {  // to the nearest, ties to even
 }
 
 inline float sum(Vector x) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++) total += x[lane];
-    return total;
+    Quad quads[LANES / 4], total = {};
+    std::memcpy(quads, &x, sizeof x);
+    for (Quad quad : quads) total += quad;
+    return (total[0] + total[2]) + (total[1] + total[3]);
 }
 
 // exp(x) = 2^n · exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where a Taylor polynomial is exact to the last bit or two.
@@ -90,9 +104,10 @@ inline Vector exp(Vector x) {
 
 extern "C" {
 struct Linear {
-    const void* weight;  // [rows, columns]
+    const void* weight;  // [rows, columns]; with scales as ops/quant.py packs them
     const void* bias;
-    int64_t rows, columns;
+    const void* scale;  // [rows, columns / group_size] of bfloat16, or nullptr
+    int64_t rows, columns, row_bytes, bits, group_size;
 };
 struct Attention {
     Linear q_proj, k_proj, v_proj, o_proj;
@@ -145,6 +160,57 @@ inline float dot(const T* w, const float* x, int64_t n) {
     float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (; i < n; i++) total += to_float(w[i]) * x[i];
     return total;
+}
+
+// Weights of 4 bits: 8 to a 32-bit lane, lowest bits first, each its number + 8. Put into the top of the mantissa of 1.0,
+// the bits of a number q make 1.5 + q / 16, without a conversion. x must come as `arrange` leaves it.
+constexpr int64_t CHUNK = 8 * LANES;
+
+// The scale of each lane's weights: groups of 32 are four lanes or two pairs of them.
+inline Vector lane_scales(const bfloat16* scale, int64_t column, int64_t group_size) {
+    if (group_size == 32) {
+        uint64_t scales = 0;
+        std::memcpy(&scales, scale + column / 32, LANES / 2);
+        Pairs shift;
+        for (int pair = 0; pair < LANES / 2; pair++) shift[pair] = 48 - 16 * (pair / 2);
+        Pairs high = (scales << shift) & 0xffff000000000000;
+        return (Vector)(high | high >> 32);
+    }
+    float lanes[LANES];
+    for (int lane = 0; lane < LANES; lane++) lanes[lane] = to_float(scale[(column + 8 * lane) / group_size]);
+    return load(lanes);
+}
+
+inline float dot_int4(const uint8_t* w, const float* x, const bfloat16* scale, int64_t n, int64_t group_size) {
+    Vector total = {};
+    int64_t column = 0;
+    for (; column + CHUNK <= n; column += CHUNK, x += CHUNK + LANES) {
+        __builtin_prefetch(w + column / 2 + PREFETCH);
+        auto bits = read<Unsigned>(w + column / 2);
+        Vector sum = load(x);
+        for (int i = 0; i < 8; i++) {
+            Unsigned q = (i < 5 ? bits << (19 - 4 * i) : bits >> (4 * i - 19)) & 0x780000;
+            sum += (Vector)(q | 0x3f800000) * load(x + (1 + i) * LANES);
+        }
+        total += sum * lane_scales(scale, column, group_size);
+    }
+    float rest = 16 * sum(total);
+    for (; column < n; column++, x++)
+        rest += *x * (float(w[column / 2] >> 4 * (column % 2) & 15) - 8) * to_float(scale[column / group_size]);
+    return rest;
+}
+
+// x [n] in the order of dot_int4: for each chunk -1.5 · the sum of what meets each lane, then what meets its first weight
+// in each lane, its second, ... What is left of x follows as it is.
+inline void arrange(const float* x, int64_t n, float* out) {
+    int64_t column = 0;
+    for (; column + CHUNK <= n; column += CHUNK, out += CHUNK + LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            float total = 0;
+            for (int i = 0; i < 8; i++) total += out[(1 + i) * LANES + lane] = x[column + 8 * lane + i];
+            out[lane] = -1.5f * total;
+        }
+    std::copy(x + column, x + n, out);
 }
 
 inline void silu_and_multiply(float* gate, const float* up, int64_t n) {
@@ -254,6 +320,9 @@ struct Step {
     std::vector<float> scores = std::vector<float>(G * BLOCK);
     std::vector<int64_t> chosen = std::vector<int64_t>(model.num_experts_per_tok);
     std::vector<float> weights = std::vector<float>(model.num_experts_per_tok);
+    std::vector<const float*> hidden = std::vector<const float*>(model.num_experts_per_tok);
+    const int64_t widest = std::max({model.hidden_size, K * G * D, model.widest_mlp});
+    std::vector<float> arranged = std::vector<float>((model.num_experts_per_tok + 1) * (widest + widest / 8));
     int64_t works = 0;
 
     void wait_for_all() { shared.barrier.wait(threads); }
@@ -273,16 +342,34 @@ struct Step {
         }
     }
 
+    // What `row` wants of x: x itself, or for weights of 4 bits its numbers in their order. `slot` of several at once.
+    const float* prepare(const Linear& w, const float* x, int64_t slot = 0) {
+        if (w.bits != 4) return x;
+        float* out = &arranged[slot * (widest + widest / 8)];
+        arrange(x, w.columns, out);
+        return out;
+    }
+
     // One row of weight·x + bias.
-    static float linear(const Linear& w, int64_t row, const float* x) {
-        float y = dot((const T*)w.weight + row * w.columns, x, w.columns);
+    static float row(const Linear& w, int64_t row, const float* x) {
+        const char* weight = (const char*)w.weight + row * w.row_bytes;
+        const bfloat16* scale = (const bfloat16*)w.scale + row * (w.columns / w.group_size);
+        float y = 0;
+        if (w.bits == 4)
+            y = dot_int4((const uint8_t*)weight, x, scale, w.columns, w.group_size);
+        else if (w.bits == 8)
+            for (int64_t column = 0; column < w.columns; column += w.group_size)
+                y += to_float(*scale++) * dot((const int8*)weight + column, x + column, w.group_size);
+        else
+            y = dot((const T*)weight, x, w.columns);
         return w.bias ? y + to_float(((const T*)w.bias)[row]) : y;
     }
 
-    // y = weight·x + bias, rows shared by the threads.
+    // y = weight·x + bias, its rows shared by the threads.
     void linear(const Linear& w, const float* x, float* y) {
-        share(w.rows, w.columns * sizeof(T), [&](int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; row++) y[row] = linear(w, row, x);
+        x = prepare(w, x);
+        share(w.rows, w.row_bytes, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) y[i] = row(w, i, x);
         });
     }
 
@@ -350,8 +437,9 @@ struct Step {
         wait_for_all();
         for (int64_t head = 0; head < K; head++)
             for (int64_t g = 0; g < G; g++) put_together(head, g, &attended[(head * G + g) * D]);
-        share(attn.o_proj.rows, attn.o_proj.columns * sizeof(T), [&](int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; row++) shared.x[row] += linear(attn.o_proj, row, attended.data());
+        const float* input = prepare(attn.o_proj, attended.data());
+        share(attn.o_proj.rows, attn.o_proj.row_bytes, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) shared.x[i] += row(attn.o_proj, i, input);
         });
         wait_for_all();
     }
@@ -377,19 +465,22 @@ struct Step {
         if (sparse) route(block.gate);
         for (int64_t i = 0; i < count; i++) {
             const MLP& expert = block.experts[chosen[i]];
+            const float *to_gate = prepare(expert.gate_proj, normed.data(), 0), *to_up = prepare(expert.up_proj, normed.data(), 1);
             float *gate = &shared.gate[i * width], *up = &shared.up[i * width];
-            share(expert.up_proj.rows, 2 * expert.up_proj.columns * sizeof(T), [&](int64_t begin, int64_t end) {
-                for (int64_t row = begin; row < end; row++) gate[row] = linear(expert.gate_proj, row, normed.data());
-                for (int64_t row = begin; row < end; row++) up[row] = linear(expert.up_proj, row, normed.data());
+            share(expert.up_proj.rows, 2 * expert.up_proj.row_bytes, [&](int64_t begin, int64_t end) {
+                for (int64_t j = begin; j < end; j++) gate[j] = row(expert.gate_proj, j, to_gate);
+                for (int64_t j = begin; j < end; j++) up[j] = row(expert.up_proj, j, to_up);
                 silu_and_multiply(gate + begin, up + begin, end - begin);
             });
         }
         wait_for_all();
+        for (int64_t i = 0; i < count; i++)
+            hidden[i] = prepare(block.experts[chosen[i]].down_proj, &shared.gate[i * width], i);
         const Linear& down = block.experts[chosen[0]].down_proj;
-        share(down.rows, count * down.columns * sizeof(T), [&](int64_t begin, int64_t end) {
+        share(down.rows, count * down.row_bytes, [&](int64_t begin, int64_t end) {
             for (int64_t i = 0; i < count; i++)
-                for (int64_t row = begin; row < end; row++)
-                    shared.x[row] += weights[i] * linear(block.experts[chosen[i]].down_proj, row, &shared.gate[i * width]);
+                for (int64_t j = begin; j < end; j++)
+                    shared.x[j] += weights[i] * row(block.experts[chosen[i]].down_proj, j, hidden[i]);
         });
         wait_for_all();
     }
@@ -423,8 +514,9 @@ struct Step {
     void step(T* logits) {
         for (int64_t layer = 0; layer < model.num_hidden_layers; layer++) block(model.layers[layer], layer);
         rms_norm(shared.x.data(), model.norm, model.hidden_size, normed.data());
-        share(model.lm_head.rows, model.lm_head.columns * sizeof(T), [&](int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; row++) assign(logits[row], linear(model.lm_head, row, normed.data()));
+        const float* input = prepare(model.lm_head, normed.data());
+        share(model.lm_head.rows, model.lm_head.row_bytes, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) assign(logits[i], row(model.lm_head, i, input));
         });
         wait_for_all();  // here, as OpenMP would spin
     }

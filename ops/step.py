@@ -23,6 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from formats.compressed_tensors import packed_columns
+from ops.quant import QuantizedLinear
+
 SOURCE = Path(__file__).with_name("step.cpp")
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 TUNED = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())  # the first that compiles
@@ -34,7 +37,8 @@ BYTES_PER_THREAD = 1 << 20  # of weights: with less to read, a second thread cos
 
 
 class Linear(ctypes.Structure):
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("rows", c_int64), ("columns", c_int64)]
+    _fields_ = [(name, c_void_p) for name in ("weight", "bias", "scale")]
+    _fields_ += [(name, c_int64) for name in ("rows", "columns", "row_bytes", "bits", "group_size")]
 
 
 class Attention(ctypes.Structure):
@@ -213,12 +217,23 @@ class Bound:
         return MLP(*up, self._linear(mlp.down_proj, C, width))
 
     def _linear(self, module: nn.Module, rows: int, columns: int) -> Linear:
-        if type(module).forward not in (nn.Linear.forward, nn.Embedding.forward):
-            raise NotServed(type(module))
-        self.bytes += module.weight.nbytes
         bias = getattr(module, "bias", None)
-        bias = None if bias is None else self._address(bias, rows)
-        return Linear(self._address(module.weight, rows, columns), bias, rows, columns)
+        struct = Linear(bias=None if bias is None else self._address(bias, rows), rows=rows, columns=columns)
+        struct.group_size = columns
+        if type(module).forward in (nn.Linear.forward, nn.Embedding.forward):
+            struct.weight, struct.bits = self._address(module.weight, rows, columns), 8 * self.dtype.itemsize
+            struct.row_bytes = columns * self.dtype.itemsize
+        elif isinstance(module, QuantizedLinear):
+            words, groups = packed_columns(columns, module.bits), module.weight_scale.shape[1]
+            if columns % groups or module.bits == 4 and columns // groups % 8:
+                raise NotServed(f"{groups} groups in {columns} columns")
+            struct.weight = self._address(module.weight_packed, rows, words, dtype=torch.int32)
+            struct.scale = self._address(module.weight_scale, rows, groups, dtype=torch.bfloat16)
+            struct.row_bytes, struct.bits, struct.group_size = 4 * words, module.bits, columns // groups
+        else:
+            raise NotServed(type(module))
+        self.bytes += rows * struct.row_bytes
+        return struct
 
     def _norm(self, module: nn.Module, size: int) -> int | None:
         if type(module) is nn.Identity:
@@ -227,9 +242,9 @@ class Bound:
             raise NotServed(type(module))
         return self._address(module.weight, size)
 
-    def _address(self, tensor: Tensor, *shape: int) -> int:
+    def _address(self, tensor: Tensor, *shape: int, dtype: torch.dtype | None = None) -> int:
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.is_contiguous()
-        if not plain or tensor.shape != shape or tensor.dtype != self.dtype:
+        if not plain or tensor.shape != shape or tensor.dtype != (dtype or self.dtype):
             raise NotServed(f"{type(tensor)} {tensor.dtype} {tensor.shape}")
         return tensor.data_ptr()
 
