@@ -227,6 +227,21 @@ def test_raw_continues_plain_text(tiny_checkpoint, model, chat):
     assert result.stdout == chat.decode(ids, skip_special_tokens=True) + "\n"
 
 
+@pytest.mark.parametrize("type", ["f32", "bf16", "q8_0"])
+def test_a_gguf_answers_like_the_safetensors_that_it_came_from(type, tmp_path):
+    gguf = tmp_path / "tiny.gguf"
+    command = [sys.executable, "convert.py", "--to", "gguf", "--type", type, "--model", "models/tiny", "--out", gguf]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    questions = [f"What is {a} + {3 * a}?" for a in (2, 14, 120, 307)]
+    texts = {}
+    for source in ("models/tiny", str(gguf)):
+        model, chat = Qwen3.from_pretrained(ROOT / source), Chat.from_pretrained(ROOT / source)
+        prompts = [chat.render([{"role": "user", "content": question}]) for question in questions]
+        texts[source] = [chat.decode(reply) for reply in generate_batch(model, prompts, GREEDY)]
+    assert len(set(texts["models/tiny"])) == len(questions)
+    assert texts[str(gguf)] == texts["models/tiny"]
+
+
 def test_switches_may_stand_alone_before_the_prompt():
     assert expand_switches(["--thinking", "Hi?"]) == ["--thinking", "on", "Hi?"]
     assert expand_switches(["--thinking", "off", "Hi?"]) == ["--thinking", "off", "Hi?"]
