@@ -113,13 +113,9 @@ class Source:
         for start in range(0, values.shape[0], step):
             piece = values[start : start + step].clone()
             self.checkpoint.release(name)
-            self.check_finite(name, piece)
+            if not torch.isfinite(torch.stack(torch.aminmax(piece))).all():  # damage must not travel on
+                raise ValueError(f"{self.path}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
             yield piece
-
-    def check_finite(self, name: str, values: torch.Tensor) -> None:
-        """Damage in the source must not travel on."""
-        if not torch.isfinite(torch.stack(torch.aminmax(values))).all():
-            raise ValueError(f"{self.path}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
 
     def carry(self, directory: Path) -> None:
         """Copies, or rebuilds from a GGUF's metadata, the tokenizer and what else belongs to a checkpoint."""
@@ -136,7 +132,7 @@ class Source:
 
 
 class Checked:
-    """A source's checkpoint, each of whose tensors was held to be finite when it is read."""
+    """A source's checkpoint whose tensors are finite, and copies: the file's pages are given back as they are read."""
 
     def __init__(self, source: Source):
         self._source = source
@@ -145,8 +141,11 @@ class Checked:
         return getattr(self._source.checkpoint, name)
 
     def read(self, name: str) -> torch.Tensor:
-        values = self._source.checkpoint.read(name)
-        self._source.check_finite(name, values)
+        info, row = self.tensors[name], 0
+        values = torch.empty(info.shape, dtype=info.dtype)
+        for piece in self._source.pieces(name):
+            values[row : row + len(piece)] = piece
+            row += len(piece)
         return values
 
 
