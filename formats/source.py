@@ -19,12 +19,12 @@ PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}"
 HUB_ID = re.compile(rf"(?P<repo>{PART}/{PART})(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
 
 
-def resolve(src: str | Path) -> Path:
-    """The local path of SRC: a directory in the official layout or a .gguf file.
+def resolve(src: str | Path, place: str = "--model") -> Path:
+    """The local path of SRC: a directory in the official layout or a .gguf file. `place` is where SRC came from.
 
     Raises ValueError for a path that is neither, an unknown hub id or revision, and `HubUnreachable`.
     """
-    name, path = f"--model {src}", Path(src).expanduser()
+    name, path = f"{place} {src}", Path(src).expanduser()
     if _kind(path) and str(src):
         if _kind(path) == "directory" or path.suffix == ".gguf":
             return path
