@@ -153,8 +153,6 @@ def write_shards(
 ) -> Iterator[tuple[Path, int]]:
     """Files NAME_000000.bin, … of `shard_tokens` each, the last one shorter; yields each with its number of tokens."""
     out.mkdir(parents=True, exist_ok=True)
-    if there := sorted(out.glob(f"{name}_*.bin")):
-        raise ValueError(f"{there[0]} is there already, and its set would be mixed with a new one; use another --out")
     for number, pieces in enumerate(cut(stream, shard_tokens)):
         path = out / f"{name}_{number:06d}.bin"
         yield path, write_pieces(path, pieces, vocabulary)
@@ -215,6 +213,9 @@ def run(arguments: argparse.Namespace) -> None:
     parts = {"train": documents()}
     if arguments.validation:
         parts["train"], parts["val"] = parted(documents, arguments.validation)
+    for name in parts:
+        if there := sorted(arguments.out.glob(f"{name}_*.bin")):
+            raise ValueError(f"{there[0]} is there already and would be mixed with new shards; use another --out")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     for name, part in parts.items():
         stream, written = watched(token_stream(part, tokenizer, separator, arguments.processes), name), []

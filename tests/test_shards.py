@@ -230,6 +230,11 @@ def test_texts_become_shards_and_come_back(tmp_path, monkeypatch, sources, capsy
     assert printed.out.splitlines()[0] == f"{paths[0]}  1,000 tokens" and "a second" in printed.err
     with pytest.raises(ValueError, match=r"train_000000\.bin is there already"):
         tokenized(monkeypatch, tmp_path / "out", sources)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "val_000003.bin").touch()
+    with pytest.raises(ValueError, match=r"val_000003\.bin is there already"):
+        tokenized(monkeypatch, tmp_path / "other", sources, "--validation", "0.1")
+    assert len(list((tmp_path / "other").iterdir())) == 1
 
 
 def test_the_files_are_the_same_for_every_number_of_processes(tmp_path, sources):
