@@ -11,6 +11,8 @@ import statistics
 from collections import defaultdict
 from typing import NamedTuple
 
+import torch
+
 import console
 from chat import Chat
 from data.corpus import FAMILIES, Example, check, unseen_examples
@@ -102,7 +104,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the questions")
     parser.add_argument("--json", action="store_true", help="one object instead of the table")
     parser.add_argument("--wrong", type=int, default=0, metavar="N", help="also show the first N wrong replies")
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU (0: PyTorch's choice; 1 suits a tiny model)")
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     if arguments.count < len(FAMILIES):
         raise ValueError(f"--count {arguments.count}: give at least {len(FAMILIES)}, one question a family")
     model, chat = Qwen3.from_pretrained(arguments.model), Chat.from_pretrained(arguments.model)

@@ -314,6 +314,18 @@ def test_killed_before_the_first_checkpoint(config, unbroken, monkeypatch):
     assert losses(run(config, resume=True)) == losses(unbroken)
 
 
+def test_recomputed_activations_change_nothing(config, unbroken):
+    assert losses(run(config, "train.checkpoint_activations=true")) == losses(unbroken)
+
+
+def test_autocast_stays_near_float32(config, unbroken):
+    records = run(config, "train.dtype=bfloat16")
+    assert [record["loss"] for record in records] != [record["loss"] for record in unbroken]
+    assert records[-1]["loss"] == pytest.approx(unbroken[-1]["loss"], rel=0.02)
+    weights = Qwen3.from_pretrained(config.parent / "run" / "latest").state_dict().values()
+    assert all(weight.dtype == torch.float32 for weight in weights)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first(config, unbroken, monkeypatch, number):
     step = train.Trainer.step
