@@ -32,6 +32,7 @@ from formats.checkpoint import open_checkpoint
 from formats.compressed_tensors import BITS, Dequantized, quantization_config
 from formats.files import atomic_directory, atomic_file
 from formats.gguf import GGUF
+from formats.kquants import map_in_threads
 from formats.safetensors_write import SafetensorsWriter, Shard, plan_shards
 from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, resolve_default
 from ops.encode import EMBEDDING, Cast, Errors, Quantize, lossless
@@ -291,7 +292,7 @@ def set_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def write_safetensors(source: Source, target: Cast, directory: Path, shards: list[Shard]) -> Result:
-    """Streams every tensor through `target` into the planned shards; a second thread writes and hashes."""
+    """Streams every tensor through `target` into the planned shards; threads convert, one more writes and hashes."""
     places = {name: place for shard in shards for name, place in shard.places.items()}
     result, pending = Result(), deque()
     with (
@@ -309,23 +310,31 @@ def write_safetensors(source: Source, target: Cast, directory: Path, shards: lis
             while len(pending) > most:
                 progress.update(task, advance=pending.popleft().result())
 
-        for name, info in source.tensors.items():
-            errors = Errors(math.prod(info.shape))
-            for values in source.pieces(name):
-                stored, restored = target.encode(name, values)
-                for output, piece in stored.items():
-                    write(output, piece)
-                if restored is not None:
-                    errors.add(values, restored)
-            if name not in places:
-                write(f"{name}_shape", torch.tensor(info.shape))
-            result.add_kind(name, target.type_of(name), errors)
-            first, *others = target.outputs(name, info)
-            result.tensors |= {first: errors.to_dict(), **{other: {} for other in others}}
+        def encode(job: tuple[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor], Errors]:
+            name, values = job
+            stored, restored = target.encode(name, values)
+            found = Errors(values.numel())
+            if restored is not None:
+                found.add(values, restored)
+            return name, stored, found
+
+        errors = {name: Errors(0) for name in source.tensors}
+        jobs = ((name, values) for name in source.tensors for values in source.pieces(name))
+        for name, stored, found in map_in_threads(encode, jobs):
+            errors[name].merge(found)
+            for output, values in stored.items():
+                write(output, values)
+        for name in places:
+            if name.endswith(".weight_shape"):
+                write(name, torch.tensor(source.tensors[name.removesuffix("_shape")].shape))
         wait(0)
     for name, place in places.items():
         where = {"file": place.file, "offset": place.offset, "bytes": place.size, "sha256": writer.sha256(name)}
-        result.tensors[name] = where | result.tensors[name]
+        result.tensors[name] = where
+    for name, info in source.tensors.items():
+        errors[name].tensors = 1
+        result.tensors[next(iter(target.outputs(name, info)))] |= errors[name].to_dict()
+        result.add_kind(name, target.type_of(name), errors[name])
     return result
 
 

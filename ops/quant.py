@@ -26,6 +26,7 @@ from formats.compressed_tensors import (
     packed_columns,
     read_quantization_config,
 )
+from formats.kquants import map_in_threads
 
 SCALE_DTYPE = torch.bfloat16
 
@@ -156,9 +157,13 @@ def choose_scheme(quantization: str, shapes: dict[str, tuple[int, ...]], group_s
 
 
 def quantize_(model: nn.Module, quantization: str, group_size: int | None = None) -> Scheme:
-    """Quantises the linear layers of a loaded model in place, one at a time. ValueError where a group does not fit."""
+    """Quantises the linear layers of a loaded model in place, a few at a time. ValueError where a group does not fit."""
     linears = {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     scheme = choose_scheme(quantization, linears, group_size)
-    for name, linear in _linears(model, scheme):
-        model.set_submodule(name, QuantizedLinear.from_linear(linear, scheme))
+
+    def layer(named: tuple[str, nn.Linear]) -> tuple[str, QuantizedLinear]:
+        return named[0], QuantizedLinear.from_linear(named[1], scheme)
+
+    for name, quantized in map_in_threads(layer, _linears(model, scheme)):
+        model.set_submodule(name, quantized)
     return scheme
