@@ -33,7 +33,7 @@ SCALE_DTYPE = torch.bfloat16
 # Range of the codes that the largest weight of a group is mapped to, as multiples of 2^(bits-1).
 CANDIDATES = {4: (0.86, 0.93, 1.0, 1.06, 1.13, 1.2), 8: (0.984, 0.988, 0.992, 0.996, 1.0)}
 
-CHUNK = 1 << 19  # weights that are worked on at a time: large enough for two threads, small enough for the cache
+CHUNK = 1 << 19  # weights that a thread works on at a time: few enough for the cache
 SLICE = 1 << 21  # weights that are dequantised at a time in a forward pass
 
 
@@ -157,7 +157,7 @@ def choose_scheme(quantization: str, shapes: dict[str, tuple[int, ...]], group_s
 
 
 def quantize_(model: nn.Module, quantization: str, group_size: int | None = None) -> Scheme:
-    """Quantises the linear layers of a loaded model in place, a few at a time. ValueError where a group does not fit."""
+    """Quantises a loaded model's linear layers in place, a few at a time. ValueError where a group does not fit."""
     linears = {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     scheme = choose_scheme(quantization, linears, group_size)
 
