@@ -11,6 +11,7 @@ every weight. This process itself stays small (no torch), because a child's peak
 import argparse
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -20,7 +21,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +37,12 @@ from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, HubUnreachable, resolve
 
 ROOT = Path(__file__).resolve().parent
 SHAPE = ROOT / "configs" / "qwen3-0.6b.json"  # of the random weights that stand in where the real ones are not at hand
-PEER = ROOT / "tests" / "peers" / "transformers_row.py"
+PEERS = ROOT / "tests" / "peers"  # no part of the product, so that it never imports transformers
+SCRIPTS = {
+    "nanoqwen": ROOT / "bench.py",
+    "transformers": PEERS / "transformers_row.py",
+    "llama.cpp": PEERS / "llama_row.py",
+}
 QUESTION = [{"role": "user", "content": "Which is larger, 9.11 or 9.9?"}]
 SHORT, BATCHES = 32, (4, 16)
 BYTES = {"f32": 4, "bf16": 2}
@@ -62,14 +68,14 @@ ROWS += [Row("transformers", "bf16", "cuda"), Row("llama.cpp", "bf16", "cuda")]
 class Job:
     """What one run measures: given to a child process as JSON."""
 
-    model: str
-    precision: str
-    device: str
     threads: int
     prefill: int  # tokens
-    deep: int  # positions before the deep decode, 0 for none
-    batches: list[int]
-    tokens: int = 32  # decoded in each measurement
+    tokens: int  # decoded in each measurement
+    deep: int = 0  # positions before the deep decode, 0 for none
+    batches: list[int] = field(default_factory=list)
+    model: str = ""
+    precision: str = ""
+    device: str = "cpu"
     started: float = 0.0  # time.time() just before the process began
 
 
@@ -82,9 +88,11 @@ class Nanoqwen:
 
     def __init__(self, job: Job):
         from chat import Chat
+        from ops.machine import release_freed_memory
 
         self.job = job
         self.prompt = Chat.from_pretrained(job.model).render(QUESTION)
+        release_freed_memory()
 
     def load(self) -> None:
         import torch
@@ -114,29 +122,24 @@ class Nanoqwen:
 
 def measure(engine_class: type, job: Job) -> dict[str, float]:
     """One run of a row. Speeds are tokens per second, `first_token` is seconds since the process began."""
-    import resource
-
     import torch
 
     torch.set_num_threads(job.threads)
+    engine = engine_class(job)
+    start = time.perf_counter()
+    engine.load()
+    run = {"load": time.perf_counter() - start}
     with torch.inference_mode():
-        engine = engine_class(job)
-        start = time.perf_counter()
-        engine.load()
-        run = {"load": time.perf_counter() - start}
         engine.next([engine.prompt], engine.new_cache(1, len(engine.prompt) + 1))
         run["first_token"] = time.time() - job.started
-        run |= engine.sizes()
         _prefill(engine, job.prefill)  # warms up
         run["prefill"] = job.prefill / _prefill(engine, job.prefill)
         run["decode"] = _decode(engine, 1, SHORT, job.tokens)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        run["peak_bytes"] = peak * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
-        for rows in job.batches:
-            run[f"decode_batch_{rows}"] = _decode(engine, rows, SHORT, job.tokens)
+        run["peak_bytes"] = peak_bytes(resource.RUSAGE_SELF)
+        run |= {f"decode_batch_{rows}": _decode(engine, rows, SHORT, job.tokens) for rows in job.batches}
         if job.deep:
             run["decode_deep"] = _decode(engine, 1, job.deep, job.tokens)
-    return run
+    return run | engine.sizes()
 
 
 def _ids(count: int) -> list[int]:
@@ -164,7 +167,7 @@ def _decode(engine: Any, rows: int, depth: int, count: int) -> float:
 # In a worker process that has torch and stays: the machine, and facts about the model.
 
 
-def machine(threads: int) -> dict[str, Any]:
+def describe_machine(threads: int) -> dict[str, Any]:
     from ops.machine import describe, limits
 
     return {**describe(), "load_average": os.getloadavg()[0], "limits": limits(threads)}
@@ -211,6 +214,9 @@ def write_random_model(path: str) -> None:
     torch.set_default_dtype(torch.bfloat16)
     with torch.no_grad(), atomic_directory(path) as temporary:
         model = Qwen3(Config.from_json(SHAPE))
+        size, free = sum(weight.nbytes for weight in model.parameters()), shutil.disk_usage(temporary).free
+        if free < 2 * size:
+            raise ValueError(f"{path}: {free / 1e9:.1f} GB are free, {2 * size / 1e9:.1f} GB needed; give --model")
         for name, weight in model.named_parameters():
             if name.endswith("norm.weight"):
                 weight.normal_(1.0, 0.1)
@@ -223,54 +229,22 @@ def write_random_model(path: str) -> None:
 # Rows in fresh processes.
 
 
-def process(command: list[str], threads: int) -> tuple[str, float, int]:
-    """Runs a program → (its standard output, seconds, peak bytes). ValueError with its last line if it fails."""
-    start = time.perf_counter()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment)
-        try:
-            _, status, usage = os.wait4(child.pid, 0)
-        except BaseException:
-            child.kill()
-            raise
-        child.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.perf_counter() - start
-        for file in (out, err):
-            file.seek(0)
-        if child.returncode:
-            lines = err.read().decode(errors="replace").strip().splitlines() or ["no message"]
-            raise ValueError(f"{Path(command[0]).name} ended with status {child.returncode}: {lines[-1]}")
-        return out.read().decode(), seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def run_script(script: Path, *arguments: str) -> str:
+    """What a Python script of this checkout prints; ValueError with its last line if it fails."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script), *arguments]
+    result = subprocess.run(
+        command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment
+    )
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"{script.name} ended with status {result.returncode}"]
+        raise ValueError(lines[-1])
+    return result.stdout
 
 
-def run_python(script: Path, job: Job) -> dict[str, float]:
-    job = replace(job, started=time.time())
-    out, _, _ = process([sys.executable, str(script), "--measure", json.dumps(asdict(job))], job.threads)
-    return json.loads(out.splitlines()[-1])
-
-
-def run_llama(job: Job) -> dict[str, float]:
-    """The same measurements by llama-bench, on a GGUF; the first token is a whole run of llama-completion."""
-    flags = ["-m", job.model, "-t", str(job.threads), "-ngl", "0" if job.device == "cpu" else "99"]
-
-    def bench(*options: object) -> tuple[dict[str, Any], int]:
-        command = [llama_program("llama-bench"), *flags, *map(str, options), "-r", "1", "-o", "json"]
-        out, _, peak = process(command, job.threads)
-        return json.loads(out)[0], peak
-
-    run = {}
-    if completion := llama_program("llama-completion"):
-        options = ["-no-cnv", "--no-warmup", "-n", "1", "-p", QUESTION[0]["content"]]
-        run["first_token"] = process([completion, *flags, *options], job.threads)[1]
-    found, peak = bench("-p", job.prefill, "-n", 0)
-    run["prefill"] = found["avg_ts"]
-    run["file_bytes"], run["file_parameters"] = found["model_size"], found["model_n_params"]
-    found, other_peak = bench("-p", 0, "-n", job.tokens, "-d", SHORT)
-    run["decode"], run["peak_bytes"] = found["avg_ts"], max(peak, other_peak)
-    if job.deep:
-        run["decode_deep"] = bench("-p", 0, "-n", job.tokens, "-d", job.deep)[0]["avg_ts"]
-    return run
+def peak_bytes(who: int) -> int:
+    """Peak resident memory of this process (RUSAGE_SELF) or its largest child (RUSAGE_CHILDREN), shared pages too."""
+    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
 
 
 def llama_program(name: str) -> str | None:
@@ -279,7 +253,7 @@ def llama_program(name: str) -> str | None:
     return next(filter(None, (shutil.which(name, path=place) for place in places)), None)
 
 
-def convert(model: Path, row: Row, directory: Path, threads: int) -> Path:
+def convert(model: Path, row: Row, directory: Path) -> Path:
     """The checkpoint that a row runs on: the model itself, or what convert.py makes of it in `directory`."""
     gguf = row.engine == "llama.cpp"
     if not gguf and row.precision in BYTES:
@@ -288,53 +262,41 @@ def convert(model: Path, row: Row, directory: Path, threads: int) -> Path:
     if not path.exists():
         console.notice(f"converting the model to {path.name}")
         flags = ["--to", "gguf", "--type", row.precision] if gguf else ["--to", row.precision]
-        command = [sys.executable, str(ROOT / "convert.py"), *flags, "--model", str(model), "--out", str(path)]
-        process(command, threads)
+        run_script(ROOT / "convert.py", *flags, "--model", str(model), "--out", str(path))
     return path
 
 
-def run_all(
-    model: Path, rows: list[Row], options: Any, facts: dict, worker: ProcessPoolExecutor
-) -> tuple[dict, list[dict]]:
-    """All rows, a round of each after another, and with each run the read bandwidth just before it."""
-    room = facts["context"] // 2
-    job = Job("", "", "cpu", options.threads, min(512, room), 0, [], min(32, max(1, room // 4)))
-    job.deep, job.batches = min(4096, room) if options.deep else 0, list(BATCHES) if options.batch else []
+def run_row(row: Row, model: Path, job: Job, weights: int, worker: ProcessPoolExecutor) -> dict[str, float]:
+    """One run of a row and the read bandwidth just before it. `weights` is the number of those that a token reads."""
+    job = replace(job, model=str(model.resolve()), precision=row.precision, device=row.device)
+    bandwidth = worker.submit(bandwidth_now, row.device, job.threads).result()
+    job.started = time.time()
+    run = json.loads(run_script(SCRIPTS[row.engine], "--measure", json.dumps(asdict(job))).splitlines()[-1])
+    if "bytes_per_token" not in run:  # a peer reads the same weights in a type of its own
+        run["bytes_per_token"] = weights * run.pop("bytes_per_weight", BYTES.get(row.precision))
+    run["read_bandwidth"] = bandwidth
+    run["weight_bandwidth"] = run["decode"] * run["bytes_per_token"]
+    run["share"] = run["weight_bandwidth"] / bandwidth
+    return run
+
+
+def run_all(model: Path, rows: list[Row], job: Job, repeats: int, weights: int, worker: Any) -> list[dict]:
+    """All rows, one round after another. A row that failed is not tried again."""
     results = [{**row._asdict(), "runs": [], "failed": None} for row in rows]
     with tempfile.TemporaryDirectory(dir=cache_directory(), prefix="converted-") as directory:
-        for index in range(options.repeats * len(rows)):
-            place = index % len(rows)
-            row, result = rows[place], results[place]
+        for index in range(repeats * len(rows)):
+            row, result = rows[index % len(rows)], results[index % len(rows)]
             if result["failed"]:
                 continue
             try:
-                path = str(convert(model, row, Path(directory), options.threads).resolve())
-                bandwidth = worker.submit(bandwidth_now, row.device, options.threads).result()
-                run = run_row(row, replace(job, model=path, precision=row.precision, device=row.device))
+                run = run_row(row, convert(model, row, Path(directory)), job, weights, worker)
+                result["runs"].append(run)
+                said = f"prefill {number(run['prefill'])}, decode {number(run['decode'])} tokens/s"
+                said += f", {run['share']:.0%} of the bandwidth"
             except (ValueError, OSError) as error:
-                result["failed"] = str(error)
-                console.notice(f"{row}: {error}")
-                continue
-            if "bytes_per_token" not in run:  # a peer reads the same weights in its own type
-                share = facts["active_parameters"] / run.pop("file_parameters", facts["parameters"])
-                size = run.pop("file_bytes", facts["parameters"] * BYTES.get(row.precision, 0))
-                run["bytes_per_token"] = share * size
-            run["read_bandwidth"] = bandwidth
-            run["weight_bandwidth"] = run["decode"] * run["bytes_per_token"]
-            run["share"] = run["weight_bandwidth"] / bandwidth
-            result["runs"].append(run)
-            line = f"{row}: prefill {number(run['prefill'])}, decode {number(run['decode'])} tok/s"
-            console.notice(f"[{index + 1}/{options.repeats * len(rows)}] {line}, {run['share']:.0%} of the bandwidth")
-    for result in results:
-        result["summary"] = summary(result["runs"])
-    settings = {name: getattr(job, name) for name in ("threads", "prefill", "deep", "batches", "tokens")}
-    return {"repeats": options.repeats, "after": SHORT, **settings}, results
-
-
-def run_row(row: Row, job: Job) -> dict[str, float]:
-    if row.engine == "llama.cpp":
-        return run_llama(job)
-    return run_python(PEER if row.engine == "transformers" else Path(__file__), job)
+                result["failed"] = said = str(error)
+            console.notice(f"[{index + 1}/{repeats * len(rows)}] {row}: {said}")
+    return [{**result, "summary": summary(result["runs"])} for result in results]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,19 +396,21 @@ def main() -> None:
     with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as worker:
         model, name = find_model(options.model, worker)
         facts = worker.submit(model_facts, str(model)).result()
-        options.threads = options.threads or facts.pop("threads")
+        room, threads = facts["context"] // 2, facts.pop("threads")
+        job = Job(threads=options.threads or threads, prefill=min(512, room), tokens=min(32, max(1, room // 4)))
+        job.deep, job.batches = min(4096, room) if options.deep else 0, list(BATCHES) if options.batch else []
         console.notice("measuring the machine")
-        found = worker.submit(machine, options.threads).result()
-        rows, absent = choose_rows(options.rows, cuda=bool(found["gpu"]))
-        settings, results = run_all(model, rows, options, facts, worker)
+        machine = worker.submit(describe_machine, job.threads).result()
+        rows, absent = choose_rows(options.rows, cuda=bool(machine["gpu"]))
+        results = run_all(model, rows, job, options.repeats, facts["active_parameters"], worker)
     report = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit(),
         "command": shlex.join(["python", "bench.py", *sys.argv[1:]]),
-        "machine": found,
+        "machine": machine,
         "versions": versions(),
         "model": {"name": name, **facts},
-        "settings": settings,
+        "settings": {"repeats": options.repeats, "after": SHORT, **asdict(job)},
         "rows": results,
         "ratios": ratios(results),
         "absent": absent,
@@ -462,4 +426,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no child and no converted file is left behind
     console.run(main)

@@ -23,7 +23,12 @@ OTHERS = {
 HEADINGS = {**SECONDS, **RATES, **OTHERS}
 SCALES = {"bytes_per_token": 1e-6, "weight_bandwidth": 1e-9, "peak_bytes": 1e-6, "share": 100}
 SAME_SIZE = {"q8_0": "int8", "q4_0": "int4"}  # which precision of ours a peer's is held against
-LOOKS = {"nanoqwen": ("C0", "o"), "transformers": ("C1", "s"), "llama.cpp": ("C2", "^")}
+# Colour, marker, and on which side of it a label stands, so that labels of neighbours stay apart.
+LOOKS = {
+    "nanoqwen": ("C0", "o", {"xytext": (7, -3), "ha": "left"}),
+    "transformers": ("C1", "s", {"xytext": (0, -13), "ha": "center"}),
+    "llama.cpp": ("C2", "^", {"xytext": (-7, -3), "ha": "right"}),
+}
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -118,16 +123,16 @@ def markdown(report: Report) -> str:
 
 
 def show(report: Report) -> None:
-    """The tables on standard output."""
+    """The tables on standard output, medians alone."""
     from rich.console import Console
     from rich.table import Table
 
     for name, (head, *body) in tables(report).items():
         table = Table(title=name, title_justify="left", title_style="bold", box=None, pad_edge=False)
         for index, heading in enumerate(head):
-            table.add_column(heading.replace(" ", "\n"), justify="right" if index else "left", no_wrap=True)
+            table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
         for cells in body:
-            table.add_row(*(text.replace(" (", "\n(") for text in cells))
+            table.add_row(*(text.partition(" (")[0] for text in cells))
         Console(highlight=False).print(table, "")
 
 
@@ -140,11 +145,13 @@ def draw(report: Report, path: Path) -> None:
 
     name, limit = [item for item in report["machine"]["limits"].items() if item[1]["device"] == "cpu"][-1]
     bandwidth, rates = limit["read_bandwidth"], {n: rate for n, rate in limit["matrix_rate"].items() if rate}
-    left, right, peak = 0.3, 6000.0, max(rates.values())
+    left, right, peak = 0.25, 6000.0, max(rates.values())
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     axes.plot([left, peak / bandwidth], [bandwidth * left, peak], color="0.4", lw=1)
     small = {"textcoords": "offset points", "fontsize": 8}
-    axes.annotate(f"{number(bandwidth / 1e9)} GB/s", (left, bandwidth * left), (4, 14), **small, color="0.3")
+    middle = (min(rates.values()) * peak) ** 0.5  # of the stretch where only some precisions are held by memory
+    label = f"{number(bandwidth / 1e9)} GB/s"
+    axes.annotate(label, (middle / bandwidth, middle), (-8, 4), **small, color="0.3", ha="right")
     for precision, rate in rates.items():
         axes.plot([rate / bandwidth, right], [rate, rate], color="0.4", lw=1)
         label = f"{precision} {number(rate / 1e9)}·10⁹/s"
@@ -152,14 +159,14 @@ def draw(report: Report, path: Path) -> None:
     weights = report["model"]["active_parameters"]
     rows = [row for row in report["rows"] if row["runs"] and row["device"] == "cpu"]
     for row in rows:
-        color, marker = LOOKS[row["engine"]]
+        color, marker, side = LOOKS[row["engine"]]
         size = row["summary"]["bytes_per_token"]["median"]
         for kind, tokens in (("decode", 1), ("prefill", report["settings"]["prefill"])):
             point = (2 * weights * tokens / size, 2 * weights * row["summary"][kind]["median"])
             axes.plot(*point, marker, color=color, mfc="none" if row["engine"] != "nanoqwen" else color)
-            axes.annotate(row["precision"], point, (6, -3), **small, color=color)
+            axes.annotate(row["precision"], point, **small, **side, color=color)
     for engine in dict.fromkeys(row["engine"] for row in rows):
-        color, marker = LOOKS[engine]
+        color, marker, _ = LOOKS[engine]
         axes.plot([], [], marker, color=color, mfc="none" if engine != "nanoqwen" else color, label=engine)
     axes.set(xscale="log", yscale="log", xlim=(left, right), xlabel="operations per byte of weights read")
     axes.set(ylabel="operations per second", title=f"{report['model']['name']} on {report['machine']['cpu']}, {name}")

@@ -40,15 +40,30 @@ def run(out: Path, *arguments: str, llama: Path | None = None) -> subprocess.Com
     return subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+LLAMA_BENCH = """#!{python}
+import json, sys
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if "bf16" in flags["-m"]:
+    sys.exit("first\\nno such type")
+assert open(flags["-m"], "rb").read(4) == b"GGUF" and flags["-t"] == "1" and flags["-o"] == "json"
+speed = {{("128", "0", None): 640.0, ("0", "32", "32"): 80.0, ("0", "32", "128"): 8.0}}
+speed = speed[flags["-p"], flags["-n"], flags.get("-d")]
+print(json.dumps([{{"avg_ts": speed, "model_size": 1000, "model_n_params": 500}}]))
+"""
+
+
 @pytest.fixture(scope="module")
 def finished(checkpoint, tmp_path_factory) -> Path:
-    """The folder of one whole run: ours and transformers, with everything that can be asked for."""
-    pytest.importorskip("transformers")
+    """The folder of one whole run, with everything that can be asked for and a llama-bench that does as it is told."""
     out = tmp_path_factory.mktemp("report") / "out"
-    rows = ("--rows", "*/bf16", "nanoqwen/int8")
+    program = out.parent / "llama" / "bin" / "llama-bench"
+    program.parent.mkdir(parents=True)
+    program.write_text(LLAMA_BENCH.format(python=sys.executable))
+    program.chmod(stat.S_IRWXU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOQWEN_STEP", "off")  # tests/test_step.py compiles it; here a run must only be short
-        result = run(out, "--model", str(checkpoint), "--deep", "--batch", *rows)
+        rows = ("--rows", "*/bf16", "nanoqwen/int8", "llama.cpp/q8_0")
+        result = run(out, "--model", str(checkpoint), "--deep", "--batch", *rows, llama=out.parent / "llama")
     assert result.returncode == 0, result.stderr
     assert "nanoqwen bf16" in result.stdout and "Speed" in result.stdout
     assert not [path for path in (out.parent / "cache").rglob("*") if path.name.startswith("converted-")]
@@ -57,23 +72,24 @@ def finished(checkpoint, tmp_path_factory) -> Path:
 
 def test_each_figure_follows_from_the_runs(finished, checkpoint):
     report = json.loads((finished / "report.json").read_text())
-    names = [f"{row['engine']} {row['precision']}" for row in report["rows"]]
-    assert names == ["nanoqwen bf16", "nanoqwen int8", "transformers bf16"]
-    assert any("llama.cpp/bf16" in row for rows in report["absent"].values() for row in rows)
+    rows = {f"{row['engine']} {row['precision']}": row for row in report["rows"]}
+    assert list(rows)[:3] == ["nanoqwen bf16", "nanoqwen int8", "transformers bf16"]
     weights = sum(tensor.nbytes for tensor in Qwen3.from_pretrained(checkpoint).state_dict().values())
-    for row in report["rows"]:
-        (figures,) = row["runs"]
+    for name in list(rows)[:3]:
+        assert not rows[name]["failed"], rows[name]["failed"]
+        (figures,) = rows[name]["runs"]
         assert all(value > 0 for value in figures.values())
         assert {"decode_deep", "decode_batch_4", "decode_batch_16", "load", "first_token"} < figures.keys()
         assert figures["share"] * figures["read_bandwidth"] == pytest.approx(figures["weight_bandwidth"])
         assert figures["weight_bandwidth"] == pytest.approx(figures["decode"] * figures["bytes_per_token"])
         assert figures["load"] < figures["first_token"]
         assert figures["peak_bytes"] > weights
-    ours, quantized, peer = (row["runs"][0] for row in report["rows"])
+    ours, quantized, peer = (rows[name]["runs"][0] for name in list(rows)[:3])
     assert [ours["bytes_per_token"], peer["bytes_per_token"]] == pytest.approx([weights, weights], rel=1e-3)
     assert quantized["bytes_per_token"] < 0.9 * weights
-    (ratio,) = report["ratios"]
+    ratio, other = report["ratios"]
     assert (ratio["ours"], ratio["peer"]) == ("nanoqwen bf16", "transformers bf16")
+    assert (other["ours"], other["peer"]) == ("nanoqwen int8", "llama.cpp q8_0")
     assert ratio["summary"]["decode"]["median"] == pytest.approx(ours["decode"] / peer["decode"])
     assert ratio["summary"]["load"]["median"] == pytest.approx(peer["load"] / ours["load"])
 
@@ -82,7 +98,7 @@ def test_markdown_and_picture_show_the_same_report(finished):
     report = json.loads((finished / "report.json").read_text())
     text = (finished / "report.md").read_text()
     assert text == bench_report.markdown(report)
-    for row in report["rows"]:
+    for row in (row for row in report["rows"] if row["runs"]):
         (line,) = [line for line in text.splitlines() if line.startswith(f"| {bench_report.title(row)} |")]
         assert f" {bench_report.number(row['summary']['prefill']['median'])} |" in line
         assert f" {bench_report.number(row['summary']['peak_bytes']['median'] / 1e6)} |" in line
@@ -92,33 +108,16 @@ def test_markdown_and_picture_show_the_same_report(finished):
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
-LLAMA_BENCH = """#!{python}
-import json, sys
-flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-if "bf16" in flags["-m"]:
-    sys.exit("first\\nno such type")
-assert open(flags["-m"], "rb").read(4) == b"GGUF" and flags["-t"] == "1" and flags["-o"] == "json"
-speed = {{("128", "0"): 640.0, ("0", "32"): 80.0}}[flags["-p"], flags["-n"]]
-print(json.dumps([{{"avg_ts": speed, "model_size": 1000, "model_n_params": 500}}]))
-"""
-
-
-def test_llama_cpp_runs_on_what_convert_writes_and_a_failure_stays_in_the_report(checkpoint, tmp_path):
-    program = tmp_path / "llama" / "bin" / "llama-bench"
-    program.parent.mkdir(parents=True)
-    program.write_text(LLAMA_BENCH.format(python=sys.executable))
-    program.chmod(stat.S_IRWXU)
-    rows = ("--rows", "llama.cpp/bf16", "llama.cpp/q8_0")
-    result = run(tmp_path / "out", "--model", str(checkpoint), *rows, llama=tmp_path / "llama")
-    assert result.returncode == 0, result.stderr
-    failed, measured = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+def test_llama_cpp_runs_on_what_convert_writes_and_a_failure_stays_in_the_report(finished, checkpoint):
+    report = json.loads((finished / "report.json").read_text())
+    failed, measured = (row for row in report["rows"] if row["engine"] == "llama.cpp")
     assert measured["failed"] is None, measured["failed"]
     (figures,) = measured["runs"]
-    assert (figures["prefill"], figures["decode"]) == (640.0, 80.0)
+    assert [figures[name] for name in ("prefill", "decode", "decode_deep")] == [640.0, 80.0, 8.0]
     parameters = sum(tensor.numel() for tensor in Qwen3.from_pretrained(checkpoint).state_dict().values())
     assert figures["bytes_per_token"] == pytest.approx(2 * parameters, rel=1e-3)  # this file has 2 bytes a weight
     assert failed["failed"] == "llama-bench ended with status 1: no such type" and not failed["runs"]
-    assert f"Failed: llama.cpp bf16 ({failed['failed']})." in (tmp_path / "out" / "report.md").read_text()
+    assert f"Failed: llama.cpp bf16 ({failed['failed']})." in (finished / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
