@@ -257,6 +257,6 @@ class GGUF:
         """(tokenizer.json, tokenizer_config.json) as Hugging Face's tokenizers would have them: equal ids for every
         text. Raises ValueError where the file holds another tokenizer than Qwen's byte-level BPE."""
         try:
-            return gguf_tokenizer.from_metadata(self.metadata)
+            return gguf_tokenizer.from_metadata(self.metadata, self.config["vocab_size"])
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None

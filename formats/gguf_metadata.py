@@ -86,6 +86,9 @@ def _general(checkpoint: Any, shapes: dict[str, tuple[int, ...]]) -> Pairs:
     try:
         metadata = gguf.Metadata.load(None, checkpoint.path, None, total)
         metadata.name = metadata.name or checkpoint.path.resolve().name
+        if checkpoint.path.parent.name == "snapshots":  # in the hub's cache, where the folder is called by its commit
+            metadata.name = checkpoint.path.parent.parent.name.removeprefix("models--").replace("--", "/")
+            metadata.basename = metadata.finetune = metadata.version = None
         metadata.size_label = metadata.size_label or gguf.size_label(total, shared, expert, experts)
         metadata.sampling_penalty_repeat = checkpoint.generation_config.get("repetition_penalty")
         metadata.set_gguf_meta_model(writer)

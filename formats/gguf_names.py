@@ -129,6 +129,9 @@ def config_from_metadata(metadata: dict, stored: dict) -> dict:
     hidden = _get(metadata, f"{arch}.embedding_length", int)
     if not heads:
         raise ValueError(f"{arch}.attention.head_count is 0")
+    head_dim = _get(metadata, f"{arch}.attention.key_length", int, hidden // heads)
+    if _get(metadata, f"{arch}.attention.value_length", int, head_dim) != head_dim:
+        raise ValueError(f"{arch}.attention.value_length is not the key_length {head_dim}, as in every Qwen")
     config = {
         "architectures": [ARCHITECTURES[arch]],
         "model_type": MODEL_TYPES[arch],
@@ -138,7 +141,7 @@ def config_from_metadata(metadata: dict, stored: dict) -> dict:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": _get(metadata, f"{arch}.attention.head_count_kv", int, heads),
-        "head_dim": _get(metadata, f"{arch}.attention.key_length", int, hidden // heads),
+        "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": _get(metadata, f"{arch}.context_length", int),
         "rms_norm_eps": _get(metadata, f"{arch}.attention.layer_norm_rms_epsilon", float),

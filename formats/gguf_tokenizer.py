@@ -26,13 +26,18 @@ def _byte_level(**extra: Any) -> dict:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False, **extra}
 
 
-def from_metadata(metadata: dict) -> tuple[dict, dict]:
-    """(tokenizer.json, tokenizer_config.json) from GGUF keys; ValueError where they are not Qwen's or do not agree."""
+def from_metadata(metadata: dict, rows: int) -> tuple[dict, dict]:
+    """(tokenizer.json, tokenizer_config.json) from GGUF keys; ValueError where they are not Qwen's or do not agree.
+
+    `rows`: of the embedding, the most tokens that there can be.
+    """
     for key, expected in (("tokenizer.ggml.model", MODEL), ("tokenizer.ggml.pre", PRE)):
         if metadata.get(key) != expected:
             raise ValueError(f"{key} is {str(metadata.get(key))[:40]!r} (only Qwen's tokenizer, {expected}, is read)")
     tokens = _list(metadata, "tokenizer.ggml.tokens", str)
     types = _list(metadata, "tokenizer.ggml.token_type", int)
+    if len(tokens) > rows:
+        raise ValueError(f"tokenizer.ggml.tokens has {len(tokens)} tokens, but the embedding {rows} rows")
     if len(types) != len(tokens) or not set(types) <= {NORMAL, CONTROL, USER_DEFINED, UNUSED}:
         raise ValueError(f"tokenizer.ggml.token_type does not fit the {len(tokens)} tokens (convert the file again)")
     if len(set(tokens)) != len(tokens):

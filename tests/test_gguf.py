@@ -146,6 +146,22 @@ def test_errors_are_those_of_the_values(checkpoints, tmp_path):
     assert found["output_norm.weight"] == (0, 0)
 
 
+def test_version_2_is_read(small_file, tmp_path):
+    """Version 3 only added big-endian files."""
+    content = bytearray(small_file.read_bytes())
+    content[4] = 2
+    (tmp_path / "m.gguf").write_bytes(content)
+    assert GGUF(tmp_path / "m.gguf").config == GGUF(small_file).config
+
+
+def test_a_model_of_the_hubs_cache_is_called_by_its_id(checkpoints, tmp_path):
+    path = tmp_path / "models--Qwen--Qwen3-0.6B/snapshots/0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(checkpoints["untied odd"].path, path)
+    write_gguf(open_checkpoint(path), tmp_path / "m.gguf", "f32")
+    assert GGUF(tmp_path / "m.gguf").metadata["general.name"] == "Qwen/Qwen3-0.6B"
+    assert "general.basename" not in GGUF(tmp_path / "m.gguf").metadata
+
+
 def test_dense_layers_among_experts_come_back(tmp_path):
     oracle.write(tmp_path / "m", oracle.config(**oracle.MOE | {"mlp_only_layers": [1]}, vocab_size=512))
     write_checkpoint(tmp_path / "m")
@@ -502,6 +518,20 @@ def metadata_file(path: Path, source: Path, changes: dict) -> Path:
         data = data.replace(old, new, 1)
     path.write_bytes(data)
     return path
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("block_count", 4, "block_count is 4, but the file has the tensors of 3 blocks"),
+        ("attention.head_count", 0, "head_count is 0"),
+        ("attention.value_length", 15, "value_length is not the key_length 16"),
+    ],
+)
+def test_keys_that_the_tensors_contradict(small_file, tmp_path, key, value, line):
+    old = word(f"qwen3.{key}", GGUF(small_file).metadata[f"qwen3.{key}"])
+    with pytest.raises(ValueError, match=line):
+        GGUF(metadata_file(tmp_path / "changed.gguf", small_file, {old: word(f"qwen3.{key}", value)}))
 
 
 def test_tokenizers_that_do_not_agree(small_file, tmp_path):
