@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.reach import REACH_SECONDS, within
+from formats.download import reach
 
 Documents = Callable[[], Iterator[str]]
 
@@ -88,7 +88,7 @@ def _reach_hub(name: str) -> None:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        within(REACH_SECONDS, lambda: HfApi().dataset_info(name, timeout=REACH_SECONDS))
+        reach(lambda: HfApi().dataset_info(name))
     except (RepositoryNotFoundError, HFValidationError):
         raise ValueError(f"{name}: neither a file or folder here nor a data set on the hub") from None
     except Exception as error:  # the HTTP library's classes: all mean the same to a user

@@ -7,23 +7,18 @@ right. HF_ENDPOINT names another hub, as for huggingface_hub.
 """
 
 import argparse
-import http.client
 import os
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import console
-from data.reach import REACH_SECONDS, within
 from data.shards import HEADER_BYTES, Shard
-from formats.files import fsync
+from formats.download import transfer
+from formats.files import publish
 
 LAST = 103
 TOKENS, TOKENS_OF_LAST = 100_000_000, 55_324_043
 VOCABULARY = 50257
-STALL_SECONDS = 20.0  # without a single byte
 FOLDER = "datasets/kjj0/fineweb10B-gpt2/resolve/main"
-AGAIN = "run the same command again to go on"
 
 
 def shard_name(number: int) -> str:
@@ -49,51 +44,18 @@ def parse_numbers(texts: list[str]) -> list[int]:
     return sorted(numbers)
 
 
-def transfer(url: str, part: Path, size: int) -> None:
-    """Appends to `part` what it lacks of a file of `size` bytes, or begins anew where the server can't go on."""
-    have = part.stat().st_size if part.exists() else 0
-    if have == size:
-        return
-    have = have if have < size else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    reached = within(REACH_SECONDS, lambda: urllib.request.urlopen(request, timeout=STALL_SECONDS))
-    with reached as response, console.byte_progress() as progress:
-        if have and not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
-            have = 0
-            if response.status == 206:
-                raise ValueError(f"{url}: the server sends another part than the one asked for; delete {part}")
-        stated = response.headers.get("Content-Length") or str(size - have)
-        if stated != str(size - have):
-            raise ValueError(f"{url}: this shard has {size:,} bytes, but the server sends {stated} from {have:,} on")
-        task = progress.add_task(part.stem, total=size, completed=have)
-        with part.open("ab" if have else "wb") as file:
-            while have < size and (chunk := response.read(min(1 << 20, size - have))):
-                file.write(chunk)
-                have += len(chunk)
-                progress.update(task, completed=have)
-
-
 def download(url: str, path: Path, size: int) -> None:
-    """Fetches a shard of a known size; what is already in `path`.part is kept. ValueError is one line with the mend."""
+    """Fetches a shard of a known size; what a broken transfer brought stays in `path`.part and is gone on from."""
     part = path.with_name(path.name + ".part")
-    try:
-        transfer(url, part, size)
-    except urllib.error.HTTPError as error:
-        raise ValueError(
-            f"{url}: the server answers {error.code} {error.reason}; check HF_ENDPOINT and --url"
-        ) from None
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        raise ValueError(f"{url}: can't be reached ({getattr(error, 'reason', error)}); {AGAIN}") from None
-    if part.stat().st_size != size:
-        raise ValueError(f"{url}: {part.stat().st_size:,} of {size:,} bytes came; {AGAIN}")
+    with console.byte_progress() as progress:
+        task = progress.add_task(path.stem, total=size)
+        transfer(url, part, size, lambda have: progress.update(task, completed=have))
     try:
         Shard(part).check(VOCABULARY)
     except ValueError:
         part.unlink()
         raise
-    fsync(part)
-    part.replace(path)
-    fsync(path.parent)
+    publish(part, path)
 
 
 def add_command(commands) -> None:

@@ -25,6 +25,13 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def publish(temporary: Path, path: Path) -> None:
+    """Gives a file that is whole its final name."""
+    fsync(temporary)
+    temporary.replace(path)
+    fsync(path.parent)
+
+
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what was written there takes the final name when the block succeeds."""
@@ -32,9 +39,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
-        fsync(temporary)
-        temporary.replace(path)
-        fsync(path.parent)
+        publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

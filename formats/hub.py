@@ -2,8 +2,8 @@
 
 The cache (https://huggingface.co/docs/huggingface_hub/guides/manage-cache) is shared with every other tool: the files'
 contents lie in `blobs/` under their hashes, `snapshots/COMMIT/` links to them under their names, `refs/REVISION` names
-the commit. huggingface_hub finds and asks; the transfer is ours, because only so does a broken one go on where it
-stopped in a later run too, and no request can wait for ever.
+the commit. huggingface_hub finds and asks; the transfer (formats/download.py) is ours, because only so does a broken
+one go on where it stopped in a later run too.
 """
 
 import hashlib
@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Thread
 from typing import NamedTuple
 
 from console import byte_progress
-from formats.files import sha256, write_text
+from formats.download import HubUnreachable, reach, transfer
+from formats.files import publish, sha256, write_text
 
 DATA_FILES = [
     "config.json",
@@ -31,13 +30,7 @@ DATA_FILES = [
     "model-*.safetensors",
     "model.safetensors.index.json",
 ]
-REACH_SECONDS = 5.0  # to the hub's first answer, with name server and connection
-STALL_SECONDS = 20.0  # without a byte in the middle of a transfer
 ATTEMPTS = 5  # in a row that bring nothing
-
-
-class HubUnreachable(ValueError):
-    """The hub does not answer (any more), and the model is not whole in the local cache."""
 
 
 class RemoteFile(NamedTuple):
@@ -87,9 +80,11 @@ def download(repo: str, revision: str | None) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(folder / "nanoqwen.lock"), byte_progress() as progress:
         task = progress.add_task(repo, total=sum(file.size for file in files))
+        done = 0
         for file in files:
             url = hf_hub_url(repo, file.name, revision=commit)
-            _fetch(url, blobs / file.digest, file, lambda size: progress.advance(task, size))
+            _fetch(url, blobs / file.digest, file, lambda have, done=done: progress.update(task, completed=done + have))
+            done += file.size
             _link(snapshot / file.name, blobs / file.digest)
     reference = folder / "refs" / (revision or "main")
     if reference.name != commit:
@@ -99,35 +94,22 @@ def download(repo: str, revision: str | None) -> Path:
 
 
 def _ask(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
-    """The commit of a revision and its data files, the weights last: once they are there, everything is.
-
-    A name server that is silent has no time-out of its own, so a thread waits for the answer and we for the thread.
-    """
+    """The commit of a revision and its data files, the weights last: once they are there, everything is."""
     from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if is_offline_mode():
         raise HubUnreachable("not in the cache, and HF_HUB_OFFLINE forbids to ask the hub")
 
-    def ask() -> None:
-        try:
-            answers.put(HfApi().model_info(repo, revision=revision, timeout=REACH_SECONDS, files_metadata=True))
-        except Exception as error:
-            answers.put(error)
-
-    answers = SimpleQueue()
-    Thread(target=ask, daemon=True).start()
     try:
-        info = answers.get(timeout=REACH_SECONDS)
-        if isinstance(info, Exception):
-            raise info
+        info = reach(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
     except GatedRepoError:
         raise ValueError("the hub asks for a login; run `hf auth login` first") from None
     except RevisionNotFoundError:
         raise ValueError(f"the hub has no revision {revision} of this model") from None
     except RepositoryNotFoundError:
         raise ValueError("the hub has no such model (or it is private)") from None
-    except (Empty, Exception) as error:  # the HTTP library's classes (DNS, time-out, 5xx): all mean the same to a user
+    except Exception as error:  # the HTTP library's classes (DNS, time-out, 5xx): all mean the same to a user
         raise HubUnreachable("not in the cache, and the hub can't be reached") from error
     files = [
         RemoteFile(file.rfilename, file.size, file.lfs.sha256 if file.lfs else file.blob_id)
@@ -144,50 +126,30 @@ def _ask(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
     return info.sha, sorted(files, key=lambda file: file.name.startswith("model"))
 
 
-def _fetch(url: str, blob: Path, file: RemoteFile, advance: Callable[[int], object]) -> None:
-    """Downloads one file. What a broken transfer has brought stays under a name of its own, and the next one goes on.
-
-    `advance` is told of each piece of it that is there.
-    """
-    if blob.exists():
-        advance(file.size)
-        return
-    partial = blob.with_name(f"{blob.name}.nanoqwen")
-    partial.touch()
-    advance(partial.stat().st_size)
-    failures = 0
-    while (have := partial.stat().st_size) < file.size:
-        try:
-            _transfer(url, partial, advance)
-        except OSError:  # the hub refuses, or the disk is full: trying again changes nothing
-            raise
-        except Exception as error:  # the HTTP library's classes: the connection broke
-            failures = 1 if partial.stat().st_size > have else failures + 1
-            if failures == ATTEMPTS:
-                raise HubUnreachable(f"the download stopped ({error}); run the command again to go on") from error
-            time.sleep(failures)
-    if not _intact(partial, file):
-        partial.unlink()
-        raise ValueError(f"{file.name} came damaged from the hub (its hash is another); run the command again")
-    partial.replace(blob)
-
-
-def _transfer(url: str, partial: Path, advance: Callable[[int], object]) -> None:
-    """Appends what is still missing; where the hub sends the file from its beginning again, so do we."""
-    from huggingface_hub import get_session, hf_raise_for_status
+def _fetch(url: str, blob: Path, file: RemoteFile, report: Callable[[int], object]) -> None:
+    """Downloads one file; what a broken transfer brought stays under a name of its own, and the next one goes on."""
     from huggingface_hub.utils import build_hf_headers
 
-    have = partial.stat().st_size
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with get_session().stream("GET", url, headers=headers, timeout=STALL_SECONDS) as response:
-        hf_raise_for_status(response)
-        goes_on = response.status_code == 206
-        if not goes_on:
-            advance(-have)
-        with partial.open("ab" if goes_on else "wb") as target:
-            for piece in response.iter_bytes():
-                target.write(piece)
-                advance(len(piece))
+    if blob.exists():
+        return
+    part = blob.with_name(f"{blob.name}.nanoqwen")
+    part.touch()
+    before, failures = 0, 0
+    while True:
+        try:
+            transfer(url, part, file.size, report, build_hf_headers())
+            break
+        except HubUnreachable as error:
+            have = part.stat().st_size
+            failures = failures + 1 if have <= before else 1
+            if failures == ATTEMPTS:
+                raise HubUnreachable(f"the download stopped ({error})") from error
+            before = have
+            time.sleep(failures)
+    if not _intact(part, file):
+        part.unlink()
+        raise ValueError(f"{file.name} came damaged from the hub (its hash is another); run the command again")
+    publish(part, blob)
 
 
 def _intact(path: Path, file: RemoteFile) -> bool:

@@ -21,6 +21,7 @@ from configs import schema
 from data import documents, fineweb, inspection, shards, texts
 from data.shards import Shard, Windows, write_shard
 from data.sources import Shards
+from formats import download
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"
@@ -373,7 +374,7 @@ def server(monkeypatch):
     monkeypatch.setattr(fineweb, "shard_bytes", lambda number: len(content))
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        breaks, ranges, shift, asked, sent = 0, True, 0, [], content
+        breaks, ranges, shift, states_length, asked, sent = 0, True, 0, True, [], content
 
         def do_GET(self):
             asked = self.headers.get("Range")
@@ -386,7 +387,8 @@ def server(monkeypatch):
                 self.send_header("Location", "/blobs/1")
                 return self.end_headers()
             self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(Handler.sent) - start))
+            if Handler.states_length:
+                self.send_header("Content-Length", str(len(Handler.sent) - start))
             if start:
                 span = f"bytes {start + Handler.shift}-{len(Handler.sent) - 1}/{len(Handler.sent)}"
                 self.send_header("Content-Range", span)
@@ -414,7 +416,7 @@ def fetch(monkeypatch, out: Path, *flags: str) -> None:
 def test_a_broken_download_goes_on(tmp_path, monkeypatch, server, ranges, capsys):
     server.breaks, server.ranges = 3000, ranges
     path = tmp_path / "fineweb_train_000001.bin"
-    with pytest.raises(ValueError, match="3,000 of 11,024 bytes came; run the same command again"):
+    with pytest.raises(ValueError, match="3,000 of 11,024 bytes came; run the command again"):
         fetch(monkeypatch, tmp_path)
     assert not path.exists() and (tmp_path / "fineweb_train_000001.bin.part").stat().st_size == 3000
     fetch(monkeypatch, tmp_path)
@@ -430,7 +432,7 @@ def test_a_file_of_another_size_or_kind_gets_no_name(tmp_path, monkeypatch, serv
     good, other_ids = server.sent, bytearray(server.sent)
     other_ids[-2:] = b"\xff\xff"
     for sent, said in [
-        (good[:-2], "this shard has 11,024 bytes, but the server sends 11022"),
+        (good[:-2], "this file has 11,024 bytes, but the server sends 11022"),
         (bytes(len(good)), "magic number 0"),
         (bytes(other_ids), "token 4,999 is 65,535, outside of the vocabulary of 50,257"),
     ]:
@@ -438,6 +440,13 @@ def test_a_file_of_another_size_or_kind_gets_no_name(tmp_path, monkeypatch, serv
         with pytest.raises(ValueError, match=said):
             fetch(monkeypatch, tmp_path)
         assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_never_ends_fills_no_disk(tmp_path, monkeypatch, server):
+    content, server.sent, server.states_length = server.sent, server.sent + bytes(1 << 20), False
+    fetch(monkeypatch, tmp_path)
+    [path] = tmp_path.iterdir()
+    assert path.read_bytes() == content
 
 
 def test_a_part_that_was_not_asked_for_is_not_taken(tmp_path, monkeypatch, server):
@@ -449,16 +458,14 @@ def test_a_part_that_was_not_asked_for_is_not_taken(tmp_path, monkeypatch, serve
 
 
 def test_what_can_not_be_reached_is_one_line(tmp_path, monkeypatch, server):
-    from data import reach
-
-    with pytest.raises(ValueError, match=r"can't be reached .*run the same command again"):
+    with pytest.raises(ValueError, match=r"can't be reached .*run the command again"):
         fetch(monkeypatch, tmp_path, "--url", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="404 Not Found"):
         fetch(monkeypatch, tmp_path, "--url", os.environ["HF_ENDPOINT"] + "/absent")
     with pytest.raises(ValueError, match="not an address"):
         fetch(monkeypatch, tmp_path, "--url", "file:///etc")
-    assert reach.REACH_SECONDS < 8
-    monkeypatch.setattr(fineweb, "REACH_SECONDS", 0.2)
+    assert download.REACH_SECONDS < 8
+    monkeypatch.setattr(download, "REACH_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(ValueError, match="no answer within"):
         fetch(monkeypatch, tmp_path, "--url", f"http://127.0.0.1:{silent.getsockname()[1]}")
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from formats import hub, source
+from formats import download, hub, source
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -85,16 +85,18 @@ class Handler(BaseHTTPRequestHandler):
             start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
         cuts = self.server.cuts.get(name)
         cut = cuts.pop(0) if cuts else None
-        self.send(206 if start else 200, content[start:], cut)
+        self.send(206 if start else 200, content[start:], cut, f"bytes {start}-{len(content) - 1}/{len(content)}")
         if cut is not None and self.server.stalls:
             self.server.stalled.set()
             self.server.released.wait(60)
 
     do_HEAD = do_GET
 
-    def send(self, status: int, body: bytes, cut: int | None = None) -> None:
+    def send(self, status: int, body: bytes, cut: int | None = None, part: str = "") -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
+        if status == 206:
+            self.send_header("Content-Range", part)
         if "/resolve/" in self.path:
             self.send_header("ETag", f'"{git_sha1(body)}"')
             self.send_header("X-Repo-Commit", COMMITS.get(self.path.split("/")[4], self.path.split("/")[4]))
@@ -331,7 +333,7 @@ def test_the_bundled_model_answers_where_the_hub_is_down(bundled, tmp_path, monk
 
 def test_a_silent_hub_is_given_up(bundled, black_hole, tmp_path, monkeypatch, capsys):
     use(black_hole, tmp_path, monkeypatch)
-    monkeypatch.setattr(hub, "REACH_SECONDS", 0.5)
+    monkeypatch.setattr(download, "REACH_SECONDS", 0.5)
     assert source.resolve_default(None) == bundled
     assert "the hub can't be reached. The bundled" in capsys.readouterr().err
 
@@ -339,7 +341,7 @@ def test_a_silent_hub_is_given_up(bundled, black_hole, tmp_path, monkeypatch, ca
 def test_a_silent_name_server_is_given_up(bundled, tmp_path, monkeypatch, capsys):
     """getaddrinfo knows no time-out."""
     use("http://hub.invalid", tmp_path, monkeypatch)
-    monkeypatch.setattr(hub, "REACH_SECONDS", 0.5)
+    monkeypatch.setattr(download, "REACH_SECONDS", 0.5)
     stop = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: stop.wait(60))
     assert source.resolve_default(None) == bundled

@@ -1,0 +1,92 @@
+"""Large files over a bad line: no request waits for ever, and a broken transfer goes on where it stopped.
+
+huggingface_hub's HTTP client carries them: it knows proxies and hands no token on to the host that a file lies at.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from contextlib import closing
+from pathlib import Path
+from threading import Thread
+from typing import TypeVar
+
+Answer = TypeVar("Answer")
+REACH_SECONDS = 6.0  # to the first answer, with name server, connections and redirects
+STALL_SECONDS = 20.0  # without a byte in the middle of a transfer
+
+
+class HubUnreachable(ValueError):
+    """The hub does not answer (any more)."""
+
+
+def reach(ask: Callable[[], Answer]) -> Answer:
+    """`ask()`'s answer or exception; TimeoutError when there is none within REACH_SECONDS.
+
+    A name server that is silent has no time-out of its own, so a thread waits for the answer and we for the thread.
+    """
+    answer = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except Exception as error:
+            answer.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    if not wait([answer], REACH_SECONDS).done:
+        raise TimeoutError(f"no answer within {REACH_SECONDS:.0f} s")
+    return answer.result()
+
+
+def transfer(
+    url: str, part: Path, size: int, report: Callable[[int], object], headers: dict[str, str] | None = None
+) -> None:
+    """Appends to `part` what it lacks of a file of `size` bytes, or begins anew where the server can't go on.
+
+    `report` is told how many bytes are there. HubUnreachable: the connection broke, and the next call goes on from what
+    came. ValueError: the server answers something else than was asked for, and `part` is as it was.
+    """
+    from huggingface_hub import get_session
+
+    have = part.stat().st_size if part.exists() else 0
+    have = have if have <= size else 0
+    report(have)
+    if 0 < have == size:
+        return
+    headers = {**(headers or {}), "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    request = get_session().build_request("GET", url, headers=headers, timeout=STALL_SECONDS)
+    again = "run the command again to go on"
+    try:
+        response = reach(lambda: get_session().send(request, stream=True))
+    except Exception as error:  # the HTTP library's classes, whatever of names, sockets and TLS failed
+        raise HubUnreachable(f"{url}: can't be reached ({error}); {again}") from None
+    with closing(response):
+        have = _start(response, url, part, have, size)
+        with part.open("ab" if have else "wb") as file:
+            try:
+                for piece in response.iter_bytes():
+                    have += file.write(piece[: size - have])
+                    report(have)
+                    if have == size:
+                        return
+            except OSError:  # the disk's
+                raise
+            except Exception:  # the HTTP library's classes: the connection broke
+                pass
+    if have < size:
+        raise HubUnreachable(f"{url}: {have:,} of {size:,} bytes came; {again}")
+
+
+def _start(response, url: str, part: Path, have: int, size: int) -> int:
+    """The byte of the file that an answer begins with: `have` as asked for, or 0."""
+    if response.is_error:
+        said = f"{response.status_code} {response.reason_phrase}"
+        raise ValueError(f"{url}: the server answers {said}; check the address and `hf auth login`, or try later")
+    if response.status_code != 206:
+        have = 0
+    elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+        raise ValueError(f"{url}: the server sends another part than the one asked for; delete {part}")
+    stated = response.headers.get("Content-Length", str(size - have))
+    if stated != str(size - have):
+        raise ValueError(f"{url}: this file has {size:,} bytes, but the server sends {stated} from {have:,} on")
+    return have
