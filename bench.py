@@ -199,7 +199,8 @@ def model_facts(path: str) -> dict[str, Any]:
     for file in checkpoint.files:
         sha256(file)
     total = sum(parameter.numel() for parameter in model.parameters())
-    active = weight_bytes_per_token(model) // 4  # of a token; not the embedding's other rows, not the idle experts
+    # Those of a token: without the other rows of an untied embedding and without the idle experts.
+    active = weight_bytes_per_token(model) // model.model.embed_tokens.weight.element_size()
     context, threads = config.max_position_embeddings, torch.get_num_threads()
     return {"parameters": total, "active_parameters": active, "context": context, "threads": threads}
 
@@ -211,9 +212,10 @@ def write_random_model(path: str) -> None:
     from model import Config, Qwen3
 
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16)  # never all of them in float32 at once
+    model = Qwen3(Config.from_json(SHAPE))
+    torch.set_default_dtype(torch.float32)
     with torch.no_grad(), atomic_directory(path) as temporary:
-        model = Qwen3(Config.from_json(SHAPE))
         size, free = sum(weight.nbytes for weight in model.parameters()), shutil.disk_usage(temporary).free
         if free < 2 * size:
             raise ValueError(f"{path}: {free / 1e9:.1f} GB are free, {2 * size / 1e9:.1f} GB needed; give --model")

@@ -29,6 +29,7 @@ def checkpoint(tmp_path_factory) -> Path:
     shape.write_text(json.dumps({**SIZES, **HEADS, "max_position_embeddings": 256, "tie_word_embeddings": True}))
     code = f"import bench; from pathlib import Path; bench.SHAPE = Path({str(shape)!r})"
     code += f"; bench.write_random_model({str(folder / 'random')!r})"
+    code += "; assert bench.model_facts(bench.SHAPE.with_name('random'))['active_parameters'] > 100_000"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     return folder / "random"
 
