@@ -26,6 +26,7 @@ inline int omp_get_num_threads() { return 1; }
 // Vectors: the compiler's own, as wide as the machine that it compiles for has them.
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 constexpr int LANES = 16;
 #elif defined(__AVX__)
 constexpr int LANES = 8;
@@ -55,7 +56,13 @@ inline Result read(const void* address) {  // from any alignment: a safetensors 
 }
 
 inline Vector load(const float* p) { return read<Vector>(p); }
-inline Vector load(const bfloat16* p) { return (Vector)(__builtin_convertvector(read<Halves>(p), Integers) << 16); }
+inline Vector load(const bfloat16* p) {
+#if defined(__AVX512F__)  // one instruction, of which GCC 12 makes five
+    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(p)), 16);
+#else
+    return (Vector)(__builtin_convertvector(read<Halves>(p), Integers) << 16);
+#endif
+}
 inline Vector load(const int8* p) {
     Integers codes = __builtin_convertvector(read<Bytes>(p) ^ int8_t(-128), Integers);
     return __builtin_convertvector(codes, Vector);
@@ -213,6 +220,20 @@ inline void arrange(const float* x, int64_t n, float* out) {
     std::copy(x + column, x + n, out);
 }
 
+// Weights x [n] as whole numbers q of so many bits, x ≈ q · scale: see ops/quant.py. Returns the squared error.
+inline float quantize(const float* x, int64_t n, int bits, float scale, int32_t* q) {
+    constexpr float ROUND = 12582912;  // as in exp
+    const float low = -(1 << (bits - 1)), high = -low - 1, inverse = scale == 0 ? 0 : 1 / scale;
+    float error = 0;
+#pragma omp simd reduction(+ : error)
+    for (int64_t i = 0; i < n; i++) {
+        float rounded = std::min(std::max(x[i] * inverse + ROUND - ROUND, low), high);
+        q[i] = rounded;
+        error += (rounded * scale - x[i]) * (rounded * scale - x[i]);
+    }
+    return error;
+}
+
 inline void silu_and_multiply(float* gate, const float* up, int64_t n) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
@@ -236,17 +257,48 @@ inline float exponentials(float* p, float largest, int64_t n) {
     return total;
 }
 
-// out += weights · values over ROWS positions. values [ROWS, D], out [D].
-template <class T, int ROWS>
-inline void add_weighted(float* out, const T* values, const float* weights, int64_t D) {
+// Calls work(i, count) for i = 0 .. n, four at a time, then two, then one; count is a compile-time constant.
+template <class Work>
+inline void by_fours(int64_t n, Work work) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) work(i, std::integral_constant<int, 4>());
+    for (; i + 2 <= n; i += 2) work(i, std::integral_constant<int, 2>());
+    for (; i < n; i++) work(i, std::integral_constant<int, 1>());
+}
+
+// scores[g, 0] = q[g]·key for N queries. q [N, D], key [D], scores [N, BLOCK].
+template <class T, int N>
+inline void score(const float* q, const T* key, int64_t D, float* scores) {
+    Vector sums[N] = {};
     int64_t d = 0;
     for (; d + LANES <= D; d += LANES) {
-        Vector total = load(out + d);
-        for (int row = 0; row < ROWS; row++) total += weights[row] * load(values + row * D + d);
-        store(out + d, total);
+        __builtin_prefetch((const char*)(key + d) + PREFETCH);
+        Vector k = load(key + d);
+        for (int g = 0; g < N; g++) sums[g] += k * load(q + g * D + d);
+    }
+    for (int g = 0; g < N; g++) {
+        scores[g * BLOCK] = sum(sums[g]);
+        for (int64_t rest = d; rest < D; rest++) scores[g * BLOCK] += to_float(key[rest]) * q[g * D + rest];
+    }
+}
+
+// out[g] += weights[g]·values for N queries and ROWS positions. weights [N, BLOCK], values [ROWS, D], out [N, D].
+template <class T, int N, int ROWS>
+inline void add_weighted(const float* weights, const T* values, int64_t D, float* out) {
+    int64_t d = 0;
+    for (; d + LANES <= D; d += LANES) {
+        Vector totals[N];
+        for (int g = 0; g < N; g++) totals[g] = load(out + g * D + d);
+        for (int row = 0; row < ROWS; row++) {
+            __builtin_prefetch((const char*)(values + row * D + d) + PREFETCH);
+            Vector v = load(values + row * D + d);
+            for (int g = 0; g < N; g++) totals[g] += weights[g * BLOCK + row] * v;
+        }
+        for (int g = 0; g < N; g++) store(out + g * D + d, totals[g]);
     }
     for (; d < D; d++)
-        for (int row = 0; row < ROWS; row++) out[d] += weights[row] * to_float(values[row * D + d]);
+        for (int g = 0; g < N; g++)
+            for (int row = 0; row < ROWS; row++) out[g * D + d] += weights[g * BLOCK + row] * to_float(values[row * D + d]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -396,18 +448,20 @@ struct Step {
     void attend(const T* keys, const T* values, int64_t n, float* partial) {
         float *largest = partial, *total = largest + G, *out = total + G;
         for (int64_t s = 0; s < n; s++)
-            for (int64_t g = 0; g < G; g++) scores[g * BLOCK + s] = dot(keys + s * D, &queries[g * D], D);
+            by_fours(G, [&](int64_t g, auto count) {
+                score<T, count>(&queries[g * D], keys + s * D, D, &scores[g * BLOCK + s]);
+            });
         for (int64_t g = 0; g < G; g++) {
             float* p = &scores[g * BLOCK];
             largest[g] = *std::max_element(p, p + n);
             total[g] = exponentials(p, largest[g], n);
         }
         std::fill(out, out + G * D, 0);
-        int64_t s = 0;
-        for (; s + 4 <= n; s += 4)
-            for (int64_t g = 0; g < G; g++) add_weighted<T, 4>(out + g * D, values + s * D, &scores[g * BLOCK + s], D);
-        for (; s < n; s++)
-            for (int64_t g = 0; g < G; g++) add_weighted<T, 1>(out + g * D, values + s * D, &scores[g * BLOCK + s], D);
+        by_fours(n, [&](int64_t s, auto rows) {
+            by_fours(G, [&](int64_t g, auto count) {
+                add_weighted<T, count, rows>(&scores[g * BLOCK + s], values + s * D, D, out + g * D);
+            });
+        });
     }
 
     float* partial(int64_t head, int64_t block) { return &shared.partial[(head * blocks + block) * G * (D + 2)]; }
@@ -536,7 +590,40 @@ void step(const Qwen3& model, const KVCache& cache, int64_t id, T* logits, int t
     Step<T>{model, cache, shared, omp_get_num_threads()}.step(logits);
 }
 
+// Rows of weights in the form that ops/quant.py stores. For a head that a checkpoint keeps whole but nobody reads whole.
+template <class T>
+void quantize_rows(const T* weight, Linear w, int threads) {
+    const std::vector<float> ranges = w.bits == 4 ? std::vector<float>{0.86, 0.93, 1.0, 1.06, 1.13, 1.2} : std::vector<float>{1.0};
+    const float low = -(1 << (w.bits - 1));
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < w.rows; row++) {
+        std::vector<float> x(w.columns);
+        std::vector<int32_t> q(w.columns);
+        for (int64_t i = 0; i < w.columns; i++) x[i] = to_float(weight[row * w.columns + i]);
+        for (int64_t i = 0; i < w.columns; i += w.group_size) {
+            auto larger = [](float a, float b) { return std::abs(a) < std::abs(b); };
+            float largest = *std::max_element(&x[i], &x[i] + w.group_size, larger), least = INFINITY;
+            bfloat16 scale, best = {};
+            for (float range : ranges) {
+                assign(scale, largest / (low * range));
+                float error = quantize(&x[i], w.group_size, w.bits, to_float(scale), &q[i]);
+                if (error < least) least = error, best = scale;
+            }
+            quantize(&x[i], w.group_size, w.bits, to_float(best), &q[i]);
+            ((bfloat16*)w.scale)[row * (w.columns / w.group_size) + i / w.group_size] = best;
+        }
+        uint8_t* packed = (uint8_t*)w.weight + row * w.row_bytes;
+        for (int64_t i = 0; i < w.columns; i++)
+            if (w.bits == 8)
+                packed[i] = q[i] + 128;
+            else if (i % 2 == 0)
+                packed[i / 2] = (q[i] + 8) | (q[i + 1] + 8) << 4;
+    }
+}
+
 extern "C" {
+void quantize_float32(const float* weight, const Linear* w, int threads) { quantize_rows(weight, *w, threads); }
+void quantize_bfloat16(const bfloat16* weight, const Linear* w, int threads) { quantize_rows(weight, *w, threads); }
 void step_float32(const Qwen3* model, const KVCache* cache, int64_t id, float* logits, int threads) {
     step(*model, *cache, id, logits, threads);
 }

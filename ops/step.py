@@ -29,7 +29,8 @@ from ops.quant import QuantizedLinear
 SOURCE = Path(__file__).with_name("step.cpp")
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 TUNED = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())  # the first that compiles
-FUNCTIONS = {torch.float32: "step_float32", torch.bfloat16: "step_bfloat16"}
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+HEAD_GROUP = 32  # columns that share a scale in a head of 4 bits
 BYTES_PER_THREAD = 1 << 20  # of weights: with less to read, a second thread costs more than it brings
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,9 +84,9 @@ def library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, ValueError) as error:
         notice(f"no C++ token step, so decoding runs in PyTorch and is slower: {error}")
         return None
-    for name in FUNCTIONS.values():
-        getattr(loaded, name).argtypes = (POINTER(Qwen3), POINTER(KVCache), c_int64, c_void_p, c_int)
-        getattr(loaded, name).restype = None
+    for name in DTYPES.values():
+        getattr(loaded, "step_" + name).argtypes = (POINTER(Qwen3), POINTER(KVCache), c_int64, c_void_p, c_int)
+        getattr(loaded, "quantize_" + name).argtypes = (c_void_p, POINTER(Linear), c_int)
     return loaded
 
 
@@ -139,21 +140,23 @@ class Bound:
     It refers to tensors by address only, so that a weight that is replaced is freed, and never used again.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, loaded: ctypes.CDLL):
         owned = [(owner._modules, name) for owner in model.modules() for name in owner._modules]
         self.containers = [(owner, name, owner[name]) for owner, name in owned if owner[name]._modules]
         self.leaves = [(owner, name) for owner, name in owned if not owner[name]._modules]
         self.seen = self._look()
         self.kept: list[Any] = []  # what the structs point to, besides tensors
         self.bytes = 0  # of weights that a token reads
+        self.copied: tuple | None = None  # the head of which there is a quantised copy, and its version
         try:
-            self.struct = self._bind(model)
+            self.struct = self._bind(model, loaded)
         except NotServed:
             self.struct = None
 
     def is_current(self) -> bool:
         """Whether all modules and tensors are still where they were. Asked before each token: 0.1 ms for 28 layers."""
-        return self._look() == self.seen
+        changed = self.copied and getattr(self.copied[0](), "_version", None) != self.copied[1]
+        return not changed and self._look() == self.seen
 
     def _look(self) -> tuple | None:
         if any(owner.get(name) is not module for owner, name, module in self.containers):
@@ -165,12 +168,12 @@ class Bound:
         places = list(map(Tensor.data_ptr, tensors)), [t.dtype for t in tensors], [t.nbytes for t in tensors]
         return (*places, list(map(type, modules)), any(map(_is_hooked, modules)))
 
-    def _bind(self, model: nn.Module) -> Qwen3:
+    def _bind(self, model: nn.Module, loaded: ctypes.CDLL) -> Qwen3:
         config, decoder = model.config, model.model
         if self.seen is None or self.seen[-1]:
             raise NotServed("hooks")
         self.dtype = decoder.embed_tokens.weight.dtype
-        if self.dtype not in FUNCTIONS:
+        if self.dtype not in DTYPES:
             raise NotServed(self.dtype)
         C, V = config.hidden_size, config.vocab_size
         self.cache_shape = (config.num_key_value_heads, config.head_dim)
@@ -186,9 +189,28 @@ class Bound:
         struct.embed_tokens = self._address(decoder.embed_tokens.weight, V, C)
         struct.layers = self._keep((Block * len(sparse))(*map(self._block, decoder.layers, [config] * len(sparse))))
         struct.norm = self._norm(decoder.norm, C)
-        head = decoder.embed_tokens if config.tie_word_embeddings else model.lm_head
-        struct.lm_head = self._linear(head, V, C)
+        struct.lm_head = self._head(model, loaded)
         return struct
+
+    def _head(self, model: nn.Module, loaded: ctypes.CDLL) -> Linear:
+        """The output head; for a quantised model a copy in as many bits, or it would be half of what a token reads."""
+        head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+        rows, columns = model.config.vocab_size, model.config.hidden_size
+        before, bits = (
+            self.bytes,
+            min((m.bits for m in model.modules() if isinstance(m, QuantizedLinear)), default=None),
+        )
+        struct = self._linear(head, rows, columns)
+        if bits is None or struct.scale is not None:
+            return struct
+        bits = 8 if columns % HEAD_GROUP else bits
+        copy = Linear(rows=rows, columns=columns, bits=bits, group_size=HEAD_GROUP if bits == 4 else columns)
+        packed = self._keep(torch.empty(rows, packed_columns(columns, bits), dtype=torch.int32))
+        scale = self._keep(torch.empty(rows, columns // copy.group_size, dtype=torch.bfloat16))
+        copy.weight, copy.scale, copy.row_bytes = packed.data_ptr(), scale.data_ptr(), 4 * packed.shape[1]
+        getattr(loaded, "quantize_" + DTYPES[self.dtype])(struct.weight, copy, torch.get_num_threads())
+        self.bytes, self.copied = before + rows * copy.row_bytes, (weakref.ref(head.weight), head.weight._version)
+        return copy
 
     def _block(self, block: nn.Module, config: Any) -> Block:
         C, D = config.hidden_size, config.head_dim
@@ -225,7 +247,7 @@ class Bound:
             struct.row_bytes = columns * self.dtype.itemsize
         elif isinstance(module, QuantizedLinear):
             words, groups = packed_columns(columns, module.bits), module.weight_scale.shape[1]
-            if columns % groups or module.bits == 4 and columns // groups % 8:
+            if columns % groups or (module.bits == 4 and columns // groups % 8):
                 raise NotServed(f"{groups} groups in {columns} columns")
             struct.weight = self._address(module.weight_packed, rows, words, dtype=torch.int32)
             struct.scale = self._address(module.weight_scale, rows, groups, dtype=torch.bfloat16)
@@ -252,7 +274,7 @@ class Bound:
         self.kept.append(thing)
         return thing
 
-    def step(self, run: Any, token: int, cache: Any) -> Tensor | None:
+    def step(self, loaded: ctypes.CDLL, token: int, cache: Any) -> Tensor | None:
         """Logits [1, 1, V]; the cache is one position longer. None where PyTorch must do it, or say what is wrong."""
         keys, values, (length,) = cache.keys, cache.values, cache.lengths
         vocab_size, shape = self.struct.lm_head.rows, (1, self.cache_shape[0], cache.max_len, self.cache_shape[1])
@@ -264,7 +286,7 @@ class Bound:
         seen = KVCache(places(*map(Tensor.data_ptr, keys)), places(*map(Tensor.data_ptr, values)), shape[2], length)
         logits = torch.empty(1, 1, vocab_size, dtype=self.dtype)
         threads = max(1, min(torch.get_num_threads(), self.bytes // BYTES_PER_THREAD))
-        run(self.struct, seen, token, logits.data_ptr(), threads)
+        getattr(loaded, "step_" + DTYPES[self.dtype])(self.struct, seen, token, logits.data_ptr(), threads)
         cache.advance(1)
         return logits
 
@@ -285,7 +307,7 @@ def step(model: nn.Module, ids: Tensor, cache: Any) -> Tensor | None:
         return None
     bound = _bound.get(model)
     if bound is None or not bound.is_current():
-        bound = _bound[model] = Bound(model)
+        bound = _bound[model] = Bound(model, loaded)
     if bound.struct is None or type(ids) is not Tensor:
         return None
-    return bound.step(getattr(loaded, FUNCTIONS[bound.dtype]), int(ids), cache)
+    return bound.step(loaded, int(ids), cache)

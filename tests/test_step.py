@@ -13,6 +13,7 @@ from torch import nn
 
 from model import Config, KVCache, Linear, Qwen3
 from ops import step as ops_step
+from ops.quant import quantize_
 
 SIZES = {"vocab_size": 301, "hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20, "max_position_embeddings": 2048}
@@ -267,3 +268,46 @@ def test_several_processes_build_at_once(tmp_path):
     children = [subprocess.Popen(run, cwd=Path(__file__).parent.parent) for _ in range(2)]
     assert [child.wait() for child in children] == [0, 0]
     assert [file.suffix for file in (tmp_path / "new").iterdir()] == [".so"]
+
+
+@pytest.mark.parametrize("scheme, group_size", [("int8", None), ("int8", 8), ("int4", None), ("int4", 8)])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_size": 320, "intermediate_size": 416, "head_dim": 32},  # chunks of 128 columns and what is left
+        {"hidden_size": 40, "intermediate_size": 72, "head_dim": 24},
+        {**MOE, "moe_intermediate_size": 160, "hidden_size": 64, "head_dim": 16, "norm_topk_prob": True},
+        {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "head_dim": 16},
+    ],
+)
+def test_quantised_weights(scheme, group_size, fields, in_pytorch, monkeypatch):
+    model = random_model(**fields)
+    sizes = model.config.vocab_size, model.config.hidden_size
+    monkeypatch.setattr(ops_step.Bound, "_head", lambda bound, *_: bound._linear(model.lm_head, *sizes))
+    quantize_(model, scheme, group_size)
+    assert is_served(model)
+    caches = [KVCache(model.config, 1, 8) for _ in range(2)]
+    for token in (3, 1, 4):
+        ids = torch.tensor([[token]])
+        assert error(model(ids, caches[0]), in_pytorch(model, ids, caches[1])) < 2e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("scheme, hidden_size, largest", [("int8", 37, 0.007), ("int8", 64, 0.007), ("int4", 64, 0.09)])
+def test_the_head_of_a_quantised_model_is_a_quantised_copy(scheme, hidden_size, largest, tied, in_pytorch):
+    sizes = {"hidden_size": hidden_size, "intermediate_size": hidden_size, "head_dim": 16, "vocab_size": 1001}
+    model, ids = random_model(**sizes, tie_word_embeddings=tied), torch.tensor([[3]])
+    quantize_(model, scheme)
+    expected = in_pytorch(model, ids, KVCache(model.config))
+
+    def relative_error() -> float:
+        difference = model(ids, KVCache(model.config)) - expected
+        return (difference.norm() / expected.norm()).item()
+
+    assert 0 < relative_error() < largest
+    head = model.model.embed_tokens if tied else model.lm_head
+    embedding = head.weight[3].clone()
+    head.weight.mul_(0.5)  # the copy is renewed
+    head.weight[3] = embedding if tied else head.weight[3]
+    expected = in_pytorch(model, ids, KVCache(model.config))
+    assert 0 < relative_error() < largest
