@@ -37,7 +37,7 @@ def parse_numbers(texts: list[str]) -> list[int]:
         ends = [first, last if dash else first]
         if not all(end.isascii() and end.isdecimal() for end in ends):
             raise ValueError(f"download {text}: write numbers and ranges, as in 0 1-10")
-        low, high = (int(end[-9:]) if len(end) < 10 else LAST + 1 for end in ends)
+        low, high = (int(end) if len(end) < 10 else LAST + 1 for end in ends)
         if not low <= high <= LAST:
             raise ValueError(f"download {text}: there are the shards 0 (validation) to {LAST}")
         numbers |= set(range(low, high + 1))
@@ -49,7 +49,7 @@ def download(url: str, path: Path, size: int) -> None:
     part = path.with_name(path.name + ".part")
     with console.byte_progress() as progress:
         task = progress.add_task(path.stem, total=size)
-        transfer(url, part, size, lambda have: progress.update(task, completed=have))
+        transfer(url, {}, part, size, lambda have: progress.update(task, completed=have))
     try:
         Shard(part).check(VOCABULARY)
     except ValueError:

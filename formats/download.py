@@ -8,18 +8,18 @@ from concurrent.futures import Future, wait
 from contextlib import closing
 from pathlib import Path
 from threading import Thread
-from typing import TypeVar
+from typing import Any
 
-Answer = TypeVar("Answer")
 REACH_SECONDS = 6.0  # to the first answer, with name server, connections and redirects
 STALL_SECONDS = 20.0  # without a byte in the middle of a transfer
+AGAIN = "run the command again to go on"
 
 
 class HubUnreachable(ValueError):
     """The hub does not answer (any more)."""
 
 
-def reach(ask: Callable[[], Answer]) -> Answer:
+def reach(ask: Callable[[], Any]) -> Any:
     """`ask()`'s answer or exception; TimeoutError when there is none within REACH_SECONDS.
 
     A name server that is silent has no time-out of its own, so a thread waits for the answer and we for the thread.
@@ -38,9 +38,7 @@ def reach(ask: Callable[[], Answer]) -> Answer:
     return answer.result()
 
 
-def transfer(
-    url: str, part: Path, size: int, report: Callable[[int], object], headers: dict[str, str] | None = None
-) -> None:
+def transfer(url: str, headers: dict[str, str], part: Path, size: int, report: Callable[[int], object]) -> None:
     """Appends to `part` what it lacks of a file of `size` bytes, or begins anew where the server can't go on.
 
     `report` is told how many bytes are there. HubUnreachable: the connection broke, and the next call goes on from what
@@ -53,40 +51,33 @@ def transfer(
     report(have)
     if 0 < have == size:
         return
-    headers = {**(headers or {}), "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    headers = headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     request = get_session().build_request("GET", url, headers=headers, timeout=STALL_SECONDS)
-    again = "run the command again to go on"
     try:
         response = reach(lambda: get_session().send(request, stream=True))
     except Exception as error:  # the HTTP library's classes, whatever of names, sockets and TLS failed
-        raise HubUnreachable(f"{url}: can't be reached ({error}); {again}") from None
+        raise HubUnreachable(f"{url}: can't be reached ({error}); {AGAIN}") from None
     with closing(response):
-        have = _start(response, url, part, have, size)
+        if response.is_error:
+            said = f"{response.status_code} {response.reason_phrase}"
+            raise ValueError(f"{url}: the server answers {said}; check the address and `hf auth login`, or try later")
+        if response.status_code != 206:
+            have = 0
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise ValueError(f"{url}: the server sends another part than the one asked for; delete {part}")
+        stated = response.headers.get("Content-Length", str(size - have))
+        if stated != str(size - have):
+            raise ValueError(f"{url}: this file has {size:,} bytes, but the server sends {stated} from {have:,} on")
         with part.open("ab" if have else "wb") as file:
             try:
                 for piece in response.iter_bytes():
                     have += file.write(piece[: size - have])
                     report(have)
                     if have == size:
-                        return
+                        break
             except OSError:  # the disk's
                 raise
             except Exception:  # the HTTP library's classes: the connection broke
                 pass
     if have < size:
-        raise HubUnreachable(f"{url}: {have:,} of {size:,} bytes came; {again}")
-
-
-def _start(response, url: str, part: Path, have: int, size: int) -> int:
-    """The byte of the file that an answer begins with: `have` as asked for, or 0."""
-    if response.is_error:
-        said = f"{response.status_code} {response.reason_phrase}"
-        raise ValueError(f"{url}: the server answers {said}; check the address and `hf auth login`, or try later")
-    if response.status_code != 206:
-        have = 0
-    elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-        raise ValueError(f"{url}: the server sends another part than the one asked for; delete {part}")
-    stated = response.headers.get("Content-Length", str(size - have))
-    if stated != str(size - have):
-        raise ValueError(f"{url}: this file has {size:,} bytes, but the server sends {stated} from {have:,} on")
-    return have
+        raise HubUnreachable(f"{url}: {have:,} of {size:,} bytes came; {AGAIN}")

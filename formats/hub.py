@@ -134,30 +134,23 @@ def _fetch(url: str, blob: Path, file: RemoteFile, report: Callable[[int], objec
         return
     part = blob.with_name(f"{blob.name}.nanoqwen")
     part.touch()
-    before, failures = 0, 0
+    failures = 0
     while True:
+        before = part.stat().st_size
         try:
-            transfer(url, part, file.size, report, build_hf_headers())
+            transfer(url, build_hf_headers(), part, file.size, report)
             break
         except HubUnreachable as error:
-            have = part.stat().st_size
-            failures = failures + 1 if have <= before else 1
+            failures = 1 if part.stat().st_size > before else failures + 1
             if failures == ATTEMPTS:
                 raise HubUnreachable(f"the download stopped ({error})") from error
-            before = have
             time.sleep(failures)
-    if not _intact(part, file):
+    large = len(file.digest) == 64
+    digest = sha256(part) if large else hashlib.sha1(b"blob %d\0" % file.size + part.read_bytes()).hexdigest()
+    if digest != file.digest:
         part.unlink()
         raise ValueError(f"{file.name} came damaged from the hub (its hash is another); run the command again")
     publish(part, blob)
-
-
-def _intact(path: Path, file: RemoteFile) -> bool:
-    if path.stat().st_size != file.size:
-        return False
-    if len(file.digest) == 64:
-        return sha256(path) == file.digest
-    return hashlib.sha1(b"blob %d\0" % file.size + path.read_bytes()).hexdigest() == file.digest
 
 
 def _link(name: Path, blob: Path) -> None:
