@@ -43,9 +43,8 @@ def add(a: int, b: int) -> tuple[list[str], int]:
 
 def subtract(a: int, b: int) -> tuple[list[str], int]:
     """Which is larger, then column subtraction with borrowing; a negative result is the other one's negative."""
-    lines, order = [f"{a} - {b}"], 0
     compared, order = compare(str(a), str(b))
-    lines += compared
+    lines = [f"{a} - {b}", *compared]
     if order < 0:
         a, b = b, a
         lines.append(f"so -({a} - {b})")
@@ -393,7 +392,7 @@ FAMILIES = (
         solve_larger,
         check_larger,
         lambda facts, rng: (
-            (f"And which is {'smaller' if facts[2] == 'larger' else 'larger'}?"),
+            f"And which is {'smaller' if facts[2] == 'larger' else 'larger'}?",
             Problem("larger", (facts[0], facts[1], "smaller" if facts[2] == "larger" else "larger")),
         ),
     ),

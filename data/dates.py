@@ -9,7 +9,7 @@ from data.tasks import Facts, Family, Pieces, pick
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = {"January": 31, "February": 28, "March": 31, "April": 30, "May": 31, "June": 30, "July": 31, "August": 31}
 MONTHS |= {"September": 30, "October": 31, "November": 30, "December": 31}
-NAMES = tuple(MONTHS)
+MONTH_NAMES = tuple(MONTHS)
 
 WEEKDAY = {
     "after": (
@@ -89,7 +89,7 @@ def check_weekday(facts: Facts, answer: str) -> bool:
 
 
 def sample_date(rng: Random) -> Facts:
-    month = rng.choice(NAMES)
+    month = rng.choice(MONTH_NAMES)
     return month, rng.randint(1, MONTHS[month]), rng.randint(1, 28), rng.choice(("after", "after", "before"))
 
 
@@ -100,39 +100,39 @@ def ask_date(facts: Facts, rng: Random, unseen: bool) -> str:
 
 def solve_date(facts: Facts, pieces: Pieces) -> tuple[str, str]:
     month, day, count, way = facts
-    lines, place = [f"{month} {day}, {count} {way}"], NAMES.index(month)
+    lines, place = [f"{month} {day}, {count} {way}"], MONTH_NAMES.index(month)
     if way == "after":
         target = day + count
         lines += [f"{day}+{count}={target}", f"{month} has {MONTHS[month]} days"]
         if target > MONTHS[month]:
             place, after = (place + 1) % 12, target - MONTHS[month]
-            lines.append(f"{target}-{MONTHS[month]}={after}, {NAMES[place]}")
+            lines.append(f"{target}-{MONTHS[month]}={after}, {MONTH_NAMES[place]}")
             target = after
     elif day > count:
         target = day - count
         lines.append(f"{day}-{count}={target}")
     else:
         place = (place - 1) % 12
-        length = MONTHS[NAMES[place]]
+        length = MONTHS[MONTH_NAMES[place]]
         target = length + day - count
-        lines.append(f"{NAMES[place]} has {length} days")
+        lines.append(f"{MONTH_NAMES[place]} has {length} days")
         lines += [f"{day}+{length}={day + length}", f"{day + length}-{count}={target}"]
-    return "\n".join(lines), f"{in_days(count)} {way} {month} {day} is {NAMES[place]} {target}."
+    return "\n".join(lines), f"{in_days(count)} {way} {month} {day} is {MONTH_NAMES[place]} {target}."
 
 
 def check_date(facts: Facts, answer: str) -> bool:
     month, day, count, way = facts
-    start = datetime.date(2023, NAMES.index(month) + 1, day)
+    start = datetime.date(2023, MONTH_NAMES.index(month) + 1, day)
     truth = start + datetime.timedelta(count if way == "after" else -count)
-    named = re.findall(rf"({'|'.join(NAMES)}) (\d+)", answer)
-    return bool(named) and named[-1] == (NAMES[truth.month - 1], str(truth.day))
+    named = re.findall(rf"({'|'.join(MONTH_NAMES)}) (\d+)", answer)
+    return bool(named) and named[-1] == (MONTH_NAMES[truth.month - 1], str(truth.day))
 
 
 FAMILIES = (
     Family(
         "weekday",
         sample_weekday,
-        lambda facts: [f"weekday {facts[0]} {facts[1]} {facts[2]}"],
+        lambda facts: [f"weekday {' '.join(map(str, facts))}"],
         ask_weekday,
         solve_weekday,
         check_weekday,
@@ -140,7 +140,7 @@ FAMILIES = (
     Family(
         "date",
         sample_date,
-        lambda facts: [f"date {facts[0]} {facts[1]} {facts[2]} {facts[3]}"],
+        lambda facts: [f"date {' '.join(map(str, facts))}"],
         ask_date,
         solve_date,
         check_date,

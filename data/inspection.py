@@ -1,6 +1,8 @@
 """What `python data/shards.py inspect` shows: a shard's header, counts, document lengths and decoded samples."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +75,7 @@ def counts(lengths: np.ndarray, starts: np.ndarray, separator: int) -> dict[str,
     return facts
 
 
-def samples(shard: Shard, starts: np.ndarray, number: int, decode) -> list[RenderableType]:
+def samples(shard: Shard, starts: np.ndarray, number: int, decode: Callable | None) -> list[RenderableType]:
     """The beginnings of `number` documents, evenly spread over the shard."""
     chosen = starts[np.linspace(0, len(starts) - 1, min(number, len(starts))).astype(int)] if len(starts) else []
     shown: list[RenderableType] = []
@@ -93,7 +95,7 @@ def report(path: Path, tokenizer: Path | None, separator: str | None, number: in
         loaded = load_tokenizer(tokenizer)
         shard.check(vocabulary_of(loaded))
         end = separator_of(loaded, separator or END_OF_TEXT)
-        decode = lambda ids: loaded.decode(ids, skip_special_tokens=False)  # noqa: E731
+        decode = partial(loaded.decode, skip_special_tokens=False)
     elif separator is None:
         end = USUAL_SEPARATOR[shard.tokens.dtype.itemsize]
     elif separator.isdecimal() and len(separator) < 11:

@@ -99,7 +99,7 @@ def test_phrasings_of_the_test_are_never_trained():
         assert unseen and not trained & unseen
 
 
-def unseen_examples_depend_on_seed_and_index_alone():
+def test_examples_depend_on_seed_and_index_alone():
     once = [training_example(7, index, PIECES) for index in range(50)]
     assert once == [training_example(7, index, PIECES) for index in reversed(range(50))][::-1]
     assert once != [training_example(8, index, PIECES) for index in range(50)]
