@@ -4,8 +4,8 @@
 
 A row is an engine with a precision: this project's, and the peers that are installed (transformers; llama.cpp, found
 through NANOQWEN_LLAMA_CPP or PATH). Each run of a row is a fresh process, so that load time and peak memory are its
-own. Just before each run the read bandwidth is measured: a machine drifts, and a token at batch 1 costs one read of
-every weight. This process itself stays small (no torch), because a child's peak memory counts from its parent's.
+own. Before and after each run the read bandwidth is measured: a machine drifts, and a token at batch 1 costs one read
+of every weight. This process itself stays small (no torch), because a child's peak memory counts from its parent's.
 """
 
 import argparse
@@ -269,16 +269,16 @@ def convert(model: Path, row: Row, directory: Path) -> Path:
 
 
 def run_row(row: Row, model: Path, job: Job, weights: int, worker: ProcessPoolExecutor) -> dict[str, float]:
-    """One run of a row and the read bandwidth just before it. `weights` is the number of those that a token reads."""
+    """One run of a row, and the better read bandwidth of before and after. `weights`: how many a token reads."""
     job = replace(job, model=str(model.resolve()), precision=row.precision, device=row.device)
-    bandwidth = worker.submit(bandwidth_now, row.device, job.threads).result()
+    before = worker.submit(bandwidth_now, row.device, job.threads).result()
     job.started = time.time()
     run = json.loads(run_script(SCRIPTS[row.engine], "--measure", json.dumps(asdict(job))).splitlines()[-1])
     if "bytes_per_token" not in run:  # a peer reads the same weights in a type of its own
         run["bytes_per_token"] = weights * run.pop("bytes_per_weight", BYTES.get(row.precision))
-    run["read_bandwidth"] = bandwidth
+    run["read_bandwidth"] = max(before, worker.submit(bandwidth_now, row.device, job.threads).result())
     run["weight_bandwidth"] = run["decode"] * run["bytes_per_token"]
-    run["share"] = run["weight_bandwidth"] / bandwidth
+    run["share"] = run["weight_bandwidth"] / run["read_bandwidth"]
     return run
 
 

@@ -114,9 +114,9 @@ def markdown(report: Report) -> str:
     lines += [
         "",
         f"Median (least and greatest) of {settings['repeats']} alternated runs, each in a process of its own with "
-        f"{settings['threads']} threads.",
+        f"{settings['threads']} thread{'s' * (settings['threads'] > 1)}.",
         f"Tokens per second, {settings['tokens']} decoded; the first token counts from the start of the process; the "
-        "bandwidth is the one read just before each run.",
+        "bandwidth is the better one of just before and just after each run.",
         *(f"{reason}: {', '.join(rows)}." for reason, rows in report["absent"].items()),
     ]
     return "\n".join(lines) + "\n"
