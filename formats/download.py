@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-REACH_SECONDS = 6.0  # to the first answer, with name server, connections and redirects
+REACH_SECONDS = 5.0  # to the first answer, with name server, connections and redirects
 STALL_SECONDS = 20.0  # without a byte in the middle of a transfer
 AGAIN = "run the command again to go on"
 
