@@ -123,7 +123,7 @@ class Chat:
         try:
             return self.tokenizer.encode(text, add_special_tokens=False).ids
         except TypeError:
-            raise ValueError("the text holds a byte that is not UTF-8, or half of a surrogate pair; remove it") from None
+            raise ValueError("the text holds a byte that is not UTF-8 or half a surrogate pair; remove it") from None
         except BaseException as error:
             _reraise_unless_library(error)
             raise ValueError(f"{self.source}: tokenizer.json's pattern fails on this text ({error})") from None

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import console
-from formats import gguf_write, official, record
+from formats import gguf_write, record
 from formats.checkpoint import open_checkpoint
 from formats.compressed_tensors import BITS, Dequantized, quantization_config
 from formats.files import atomic_directory, atomic_file
@@ -35,11 +35,11 @@ from formats.gguf import GGUF
 from formats.kquants import map_in_threads
 from formats.safetensors_write import SafetensorsWriter, Shard, plan_shards
 from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, resolve_default
-from ops.encode import EMBEDDING, Cast, Errors, Quantize, lossless
+from model import EMBEDDING, HEAD, refuse, skeleton
+from ops.encode import Cast, Errors, Quantize, lossless
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TARGETS = ("gguf", "safetensors", *DTYPES, *BITS)
-HEAD = "lm_head.weight"
 PIECE = 1 << 19  # values that are in work at a time: few enough for the cache
 PENDING = 2  # pieces that may wait for the writing thread
 SPARE_DISK = 64 << 20  # bytes that must stay free
@@ -71,16 +71,13 @@ class Source:
         if self.checkpoint.config.get("quantization_config") is not None:
             self.checkpoint = Dequantized(self.checkpoint)
         self.config, self.tensors = self.checkpoint.config, self.checkpoint.tensors
-        try:
-            official.check_tensors(self.config, self.tensors)
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
+        refuse(self.checkpoint, skeleton(self.checkpoint)[1])
         if self.config.get("tie_word_embeddings") and HEAD in self.tensors:
             self._check_redundant_head()
-            del self.tensors[HEAD]
 
     def _check_redundant_head(self) -> None:
-        """The official 0.6B and 1.7B store the head although it is the embedding; results hold it once."""
+        """The official 0.6B and 1.7B store the head although it is the embedding. Safetensors hold it once here; a GGUF
+        holds what the source holds, as llama.cpp's does."""
         for head, embedding in zip(self.pieces(HEAD), self.pieces(EMBEDDING), strict=True):
             if not torch.equal(head, embedding):
                 raise ValueError(f"{self.path}: {HEAD} differs from the embedding although config.json ties them")
@@ -264,6 +261,8 @@ def version() -> str:
 
 def convert_to_safetensors(source: Source, out: Path, options: argparse.Namespace) -> Result:
     """A directory in the official layout, in one dtype, as stored, or quantised."""
+    if source.config.get("tie_word_embeddings"):
+        source.tensors.pop(HEAD, None)
     if options.to in BITS:
         target: Cast = Quantize(source.tensors, options.to, options.group_size)
     elif options.to in DTYPES:

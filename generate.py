@@ -22,7 +22,7 @@ from chat import EARLY_STOP_TEXT, Chat, ReplyStream, assistant_message
 from formats.checkpoint import open_checkpoint
 from formats.source import resolve_default
 from model import KVCache, Qwen3, load
-from ops.machine import read_bandwidth
+from ops.machine import read_bandwidth, release_freed_memory
 from sampling import SamplingParams, recommended, sample
 
 PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once; bounds the memory of a long prompt
@@ -438,6 +438,7 @@ def load_session(options) -> Session:
     path = resolve_default(options.model)
     device = pick_device(options.device)
     chat = Chat.from_pretrained(path)
+    release_freed_memory()
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     model = load(open_checkpoint(path), device, dtype)
     if options.quantize:

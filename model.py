@@ -600,8 +600,44 @@ class Qwen3(nn.Module):
 # Loading: build on the meta device (shapes without memory), then fill strictly, one tensor at a time.
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
 def load(checkpoint, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
     """Fills a model from an open checkpoint (formats/checkpoint.py). All defects are listed in one ValueError."""
+    model, defects = skeleton(checkpoint)
+    stored, slots = checkpoint.tensors, model.state_dict()
+    if dtype is None:
+        embedding = stored.get(EMBEDDING)
+        stated = model.config.dtype
+        dtype = getattr(torch, stated) if stated else embedding.dtype if embedding else torch.float32
+    for name in stored:
+        if name == HEAD and name not in slots:
+            _check_redundant_head(checkpoint, defects)
+            continue
+        tensor = checkpoint.read(name)
+        if not all_finite(tensor):
+            defects["non-finite"].append(name)
+        if name not in slots or not _fits(stored[name], slots[name]):
+            continue
+        target = dtype if tensor.is_floating_point() else tensor.dtype
+        loaded = tensor.to(device, target)
+        if target != tensor.dtype and not all_finite(loaded) and all_finite(tensor):
+            defects["non-finite"].append(f"{name} as {target}")
+        if loaded.data_ptr() != tensor.data_ptr():
+            checkpoint.release(name)  # a copy was made: the file's pages need not stay in memory
+        _place(model, name, loaded)
+    refuse(checkpoint, defects)
+    model.model.rope_frequencies = model.model.rope_frequencies.to(device)
+    model.generation_config = checkpoint.generation_config
+    return model.eval()
+
+
+def skeleton(checkpoint) -> tuple[Qwen3, dict[str, list[str]]]:
+    """The model that config.json promises, on the meta device, and what of the stored tensors does not fit it.
+
+    Reads no weight. The defects (kind → names) are for `refuse`, once the caller has added what it finds itself.
+    """
     path, stored = checkpoint.path, checkpoint.tensors
     try:
         config = Config(**checkpoint.config)
@@ -622,42 +658,40 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
             swap_linears(model, config.quantization_config)
         except ValueError as error:
             raise ValueError(f"{path}: config: {error}") from None
-    if dtype is None:
-        embedding = stored.get("model.embed_tokens.weight")
-        dtype = getattr(torch, config.dtype) if config.dtype else embedding.dtype if embedding else torch.float32
+    slots = model.state_dict()
+    known = {*slots, HEAD} if config.tie_word_embeddings else {*slots}  # the official 0.6B and 1.7B store a tied head
+    both = [(name, stored[name], slots[name]) for name in stored if name in slots]
+    return model, {
+        "missing": [name for name in slots if name not in stored],
+        "unexpected": [name for name in stored if name not in known],
+        "mis-shaped": [
+            f"{name} {list(info.shape)} instead of {list(slot.shape)}"
+            for name, info, slot in both
+            if info.shape != slot.shape
+        ],
+        "mis-typed": [f"{name} {info.dtype}" for name, info, slot in both if not _same_kind(info.dtype, slot.dtype)],
+        "non-finite": [],
+    }
 
-    slots = dict(model.state_dict())
-    defects = {"missing": [], "unexpected": [], "mis-shaped": [], "mis-typed": [], "non-finite": []}
-    defects["missing"] = [name for name in slots if name not in stored]
-    for name in stored:
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            _check_redundant_head(checkpoint, defects)  # the official 0.6B and 1.7B store it although it is tied
-            continue
-        if name not in slots:
-            defects["unexpected"].append(name)
-            continue
-        tensor = checkpoint.read(name)
-        if not all_finite(tensor):
-            defects["non-finite"].append(name)
-        if tensor.dtype != slots[name].dtype and not (tensor.is_floating_point() and slots[name].is_floating_point()):
-            defects["mis-typed"].append(f"{name} {tensor.dtype}")
-            continue
-        if tensor.shape != slots[name].shape:
-            defects["mis-shaped"].append(f"{name} {list(tensor.shape)} instead of {list(slots[name].shape)}")
-            continue
-        target = dtype if tensor.is_floating_point() else tensor.dtype
-        loaded = tensor.to(device, target)
-        if target != tensor.dtype and not all_finite(loaded) and all_finite(tensor):
-            defects["non-finite"].append(f"{name} as {target}")
-        if loaded.data_ptr() != tensor.data_ptr():
-            checkpoint.release(name)  # a copy was made: the file's pages need not stay in memory
-        _place(model, name, loaded)
-    found = [f"{kind}: {_some(names)}" for kind, names in defects.items() if names]
+
+def refuse(checkpoint, defects: dict[str, list[str]], most: int = 6) -> None:
+    """One ValueError that lists all defects, if there are any."""
+    found = []
+    for kind, names in defects.items():
+        more = f" and {len(names) - most} more" if len(names) > most else ""
+        found += [f"{kind}: {', '.join(names[:most])}{more}"] if names else []
     if found:
-        raise ValueError(f"{path}: weights that do not fit config.json (take both from one place): " + "; ".join(found))
-    model.model.rope_frequencies = model.model.rope_frequencies.to(device)
-    model.generation_config = checkpoint.generation_config
-    return model.eval()
+        place = f"{checkpoint.path}: weights that do not fit config.json (take both from one place)"
+        raise ValueError(f"{place}: {'; '.join(found)}")
+
+
+def _fits(info, slot: Tensor) -> bool:
+    return info.shape == slot.shape and _same_kind(info.dtype, slot.dtype)
+
+
+def _same_kind(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    """Floating-point types convert into each other; packed integers are what they are."""
+    return stored == wanted or (stored.is_floating_point and wanted.is_floating_point)
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -669,11 +703,10 @@ def all_finite(tensor: Tensor) -> bool:
 
 def _check_redundant_head(checkpoint, defects: dict[str, list[str]]) -> None:
     """A stored head of a tied model must be the embedding; then it is not kept."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    same = checkpoint.tensors[head] == checkpoint.tensors.get(embedding)
-    if not same or not torch.equal(checkpoint.read(head), checkpoint.read(embedding)):
-        defects["unexpected"].append("lm_head.weight, which differs from the embedding although they are tied")
-    checkpoint.release(head)
+    same = checkpoint.tensors[HEAD] == checkpoint.tensors.get(EMBEDDING)
+    if not same or not torch.equal(checkpoint.read(HEAD), checkpoint.read(EMBEDDING)):
+        defects["unexpected"].append(f"{HEAD}, which differs from the embedding although they are tied")
+    checkpoint.release(HEAD)
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -684,7 +717,3 @@ def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
     else:
         module._buffers[leaf] = tensor
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -433,7 +433,7 @@ def corrupt(name: str, directory: Path) -> str:
     if name == "integers":
         tensors["model.norm.weight"] = torch.zeros(48, dtype=torch.int32)
         save_file(tensors, weights)
-        return "not floating-point: model.norm.weight"
+        return "mis-typed: model.norm.weight"
     if name == "NaN":
         tensors["model.layers.0.mlp.gate_proj.weight"][3, 4] = torch.nan
         save_file(tensors, weights)
@@ -450,9 +450,9 @@ def corrupt(name: str, directory: Path) -> str:
     )
     return {
         "no JSON": "not valid JSON",
-        "no config fields": "model_type None is not implemented",
+        "no config fields": "config lacks vocab_size",
         "other architecture": "model_type 'llama' is not implemented",
-        "enormous": "config asks for 1,000,000,000,000 layers",
+        "enormous": "num_hidden_layers is 1000000000000",
         "negative": "hidden_size is -48",
         "scheme": "quant_method is 'gptq'",
     }[name]

@@ -868,7 +868,7 @@ DAMAGED_GGUFS = {
     "one block": (metadata("qwen3.block_count", u32(1)), "block_count is 1, but the file has the tensors of 2"),
     "no heads": (metadata("qwen3.attention.head_count", u32(0)), "qwen3.attention.head_count is 0"),
     "three key heads": (metadata("qwen3.attention.head_count_kv", u32(3)), "num_attention_heads 4 is not a multiple"),
-    "an odd head": (metadata("qwen3.attention.key_length", u32(7)), "head_dim 7 is odd"),
+    "key and value heads that differ": (metadata("qwen3.attention.key_length", u32(7)), "is not the key_length 7"),
     "another width": (metadata("qwen3.embedding_length", u32(64)), "mis-shaped: model.embed_tokens.weight"),
     "a width of 2^32": (metadata("qwen3.embedding_length", u32(2**32 - 1)), "hidden_size is 4294967295"),
     "eps NaN": (

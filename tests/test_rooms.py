@@ -14,7 +14,7 @@ ROOMS = {
     "chat": ({"formats"}, {"tokenizers"}),
     "sampling": (set(), {"torch"}),
     "generate": ({"model", "chat", "sampling", "ops", "formats", "console"}, {"torch"}),
-    "convert": ({"formats", "ops", "chat", "console"}, {"torch", "safetensors"}),
+    "convert": ({"model", "formats", "ops", "chat", "console"}, {"torch", "safetensors"}),
     "train": (
         {"model", "data", "objectives", "configs", "chat", "generate", "sampling", "formats", "console"},
         {"torch", "safetensors", "yaml", "matplotlib", "rich", "wandb"},
