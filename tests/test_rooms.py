@@ -23,6 +23,7 @@ ROOMS = {
     "evaluate": ({"generate", "model", "chat", "sampling", "objectives", "data", "formats", "console"}, {"torch"}),
     "bench": ({"generate", "model", "chat", "ops", "formats", "console", "bench_report"}, {"torch"}),
     "bench_report": ({"formats"}, {"matplotlib", "rich"}),
+    "bench_convert": ({"bench", "formats", "console"}, set()),
     "console": (set(), {"rich"}),
     "ops": ({"formats", "console"}, {"torch", "triton", "numpy"}),
     "formats": (
