@@ -7,11 +7,11 @@ The logits of Qwen3's vocabulary are the largest tensor of a training step (4 x 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import Qwen3
 
+LOGITS_AT_ONCE = 1 << 25  # 128 MB in float32; fewer would read the head's matrix more often
 IGNORED = -100  # the target of a position that teaches nothing: padding, the prompt
 
 
@@ -43,16 +43,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(x), chunk):
                 rows, wanted = x[start : start + chunk].to(product), targets[start : start + chunk]
                 logits = (rows @ head.T).float()
-                total += F.cross_entropy(logits, wanted, reduction="sum")
+                normalizer = logits.logsumexp(-1, keepdim=True)
+                places = torch.arange(len(wanted), device=x.device)
+                total += (normalizer[:, 0] - logits[places, wanted]).sum()
                 if not (needs_x or needs_weight):
                     continue
-                error = logits.softmax(-1)  # d loss / d logits is softmax minus the one-hot target
-                error[torch.arange(len(wanted), device=x.device), wanted] -= 1
+                error = logits.sub_(normalizer).exp_()  # d loss / d logits is softmax minus the one-hot target
+                error[places, wanted] -= 1
                 error = error.to(product)
                 if needs_x:
                     grad_x[start : start + chunk] = (error @ head).to(x.dtype)
-                if needs_weight:
-                    grad_weight += (error.T @ rows).float()
+                if needs_weight and product == torch.float32:
+                    grad_weight.addmm_(error.T, rows)
+                elif needs_weight:
+                    grad_weight += error.T @ rows
         context.save_for_backward(grad_x, grad_weight)
         context.weight_dtype = weight.dtype
         return total
@@ -60,17 +64,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(context, grad: Tensor):
         grad_x, grad_weight = context.saved_tensors
-        grad_x = None if grad_x is None else grad_x * grad.to(grad_x.dtype)
-        grad_weight = None if grad_weight is None else (grad_weight * grad).to(context.weight_dtype)
+        if grad_x is not None:
+            grad_x = grad_x.mul_(grad.to(grad_x.dtype))
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad).to(context.weight_dtype)
         return grad_x, grad_weight, None, None
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
-    """The sum over positions of -log softmax(x·Wᵀ)[target], logits never whole in memory.
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 0) -> Tensor:
+    """The sum over positions of -log softmax(x·Wᵀ)[target], logits only for `chunk` positions at a time (0: as many
+    as LOGITS_AT_ONCE allows).
 
     x [N, C], weight [V, C], targets LongTensor [N] without IGNORED -> float32 []. Differentiable once in x and weight.
     """
-    return _LinearCrossEntropy.apply(x, weight, targets, chunk)
+    return _LinearCrossEntropy.apply(x, weight, targets, chunk or max(1, LOGITS_AT_ONCE // len(weight)))
 
 
 def next_token_loss(model: Qwen3, batch: Batch) -> Tensor:

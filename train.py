@@ -499,7 +499,7 @@ class Trainer:
         import wandb
 
         config, path = schema.resolved(self.settings), self.run.path
-        with wandb.init(project="nanoqwen", name=path.name, dir=path, mode=mode, config=config, resume="allow") as run:
+        with wandb.init(project="nanoqwen", name=path.name, dir=path, mode=mode, config=config) as run:
 
             def log(record: dict[str, Any]) -> None:
                 self.run.log(record)
