@@ -39,6 +39,8 @@ typedef uint32_t Unsigned __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef uint64_t Pairs __attribute__((vector_size(4 * LANES)));
+typedef uint32_t HalfUnsigned __attribute__((vector_size(2 * LANES)));
+typedef uint16_t Quarters __attribute__((vector_size(LANES)));
 typedef float Quad __attribute__((vector_size(16)));
 
 struct bfloat16 {
@@ -113,8 +115,8 @@ extern "C" {
 struct Linear {
     const void* weight;  // [rows, columns]; with scales as ops/quant.py packs them
     const void* bias;
-    const void* scale;  // [rows, columns / group_size] of bfloat16, or nullptr
-    int64_t rows, columns, row_bytes, bits, group_size;
+    const void* scale;  // [rows, groups] of bfloat16
+    int64_t rows, columns, row_bytes, bits, groups;
 };
 struct Attention {
     Linear q_proj, k_proj, v_proj, o_proj;
@@ -169,23 +171,29 @@ inline float dot(const T* w, const float* x, int64_t n) {
     return total;
 }
 
-// Weights of 4 bits: 8 to a 32-bit lane, lowest bits first, each its number + 8. Put into the top of the mantissa of 1.0,
-// the bits of a number q make 1.5 + q / 16, without a conversion. x must come as `arrange` leaves it.
+// Weights of 4 bits: 8 to a 32-bit lane, lowest bits first, each its number + 8. Where the mantissa of 1.0 begins, the bits
+// of a number q make 1.5 + q / 16 without a conversion, and those of its neighbour, four places lower, 1 + (q + 8) / 256.
+// x must come as `arrange` leaves it.
 constexpr int64_t CHUNK = 8 * LANES;
 
-// The scale of each lane's weights: groups of 32 are four lanes or two pairs of them.
+// The scale of each lane's weights. Groups of 32 or 16 are two pairs of lanes or one.
 inline Vector lane_scales(const bfloat16* scale, int64_t column, int64_t group_size) {
+    Pairs high;  // the scale of a pair of lanes in its highest bits
     if (group_size == 32) {
         uint64_t scales = 0;
         std::memcpy(&scales, scale + column / 32, LANES / 2);
         Pairs shift;
         for (int pair = 0; pair < LANES / 2; pair++) shift[pair] = 48 - 16 * (pair / 2);
-        Pairs high = (scales << shift) & 0xffff000000000000;
-        return (Vector)(high | high >> 32);
+        high = (scales << shift) & 0xffff000000000000;
+    } else if (group_size == 16) {
+        auto scales = __builtin_convertvector(read<Quarters>(scale + column / 16), HalfUnsigned);  // GCC 12 needs the step
+        high = __builtin_convertvector(scales, Pairs) << 48;
+    } else {
+        float lanes[LANES];
+        for (int lane = 0; lane < LANES; lane++) lanes[lane] = to_float(scale[(column + 8 * lane) / group_size]);
+        return load(lanes);
     }
-    float lanes[LANES];
-    for (int lane = 0; lane < LANES; lane++) lanes[lane] = to_float(scale[(column + 8 * lane) / group_size]);
-    return load(lanes);
+    return (Vector)(high | high >> 32);
 }
 
 inline float dot_int4(const uint8_t* w, const float* x, const bfloat16* scale, int64_t n, int64_t group_size) {
@@ -195,9 +203,10 @@ inline float dot_int4(const uint8_t* w, const float* x, const bfloat16* scale, i
         __builtin_prefetch(w + column / 2 + PREFETCH);
         auto bits = read<Unsigned>(w + column / 2);
         Vector sum = load(x);
-        for (int i = 0; i < 8; i++) {
-            Unsigned q = (i < 5 ? bits << (19 - 4 * i) : bits >> (4 * i - 19)) & 0x780000;
-            sum += (Vector)(q | 0x3f800000) * load(x + (1 + i) * LANES);
+        for (int i = 0; i < 8; i += 2) {
+            Unsigned two = i < 4 ? bits << (15 - 4 * i) : bits >> (4 * i - 15);
+            sum += (Vector)((two & 0x078000) | 0x3f800000) * load(x + (1 + i) * LANES);
+            sum += (Vector)((two & 0x780000) | 0x3f800000) * load(x + (2 + i) * LANES);
         }
         total += sum * lane_scales(scale, column, group_size);
     }
@@ -207,15 +216,18 @@ inline float dot_int4(const uint8_t* w, const float* x, const bfloat16* scale, i
     return rest;
 }
 
-// x [n] in the order of dot_int4: for each chunk -1.5 · the sum of what meets each lane, then what meets its first weight
-// in each lane, its second, ... What is left of x follows as it is.
+// x [n] as dot_int4 wants it: for each chunk what meets the first weight of each lane, the second, ..., and before them
+// what takes away the sums of all that is too much in the weights. What is left of x follows as it is.
 inline void arrange(const float* x, int64_t n, float* out) {
     int64_t column = 0;
     for (; column + CHUNK <= n; column += CHUNK, out += CHUNK + LANES)
         for (int lane = 0; lane < LANES; lane++) {
-            float total = 0;
-            for (int i = 0; i < 8; i++) total += out[(1 + i) * LANES + lane] = x[column + 8 * lane + i];
-            out[lane] = -1.5f * total;
+            float even = 0, odd = 0;
+            for (int i = 0; i < 8; i += 2) {
+                even += out[(1 + i) * LANES + lane] = 16 * x[column + 8 * lane + i];
+                odd += out[(2 + i) * LANES + lane] = x[column + 8 * lane + i + 1];
+            }
+            out[lane] = -1.5f * odd - (1 + 8 / 256.f) * even;
         }
     std::copy(x + column, x + n, out);
 }
@@ -405,13 +417,13 @@ struct Step {
     // One row of weight·x + bias.
     static float row(const Linear& w, int64_t row, const float* x) {
         const char* weight = (const char*)w.weight + row * w.row_bytes;
-        const bfloat16* scale = (const bfloat16*)w.scale + row * (w.columns / w.group_size);
+        const bfloat16* scale = (const bfloat16*)w.scale + row * w.groups;
         float y = 0;
         if (w.bits == 4)
-            y = dot_int4((const uint8_t*)weight, x, scale, w.columns, w.group_size);
+            y = dot_int4((const uint8_t*)weight, x, scale, w.columns, w.columns / w.groups);
         else if (w.bits == 8)
-            for (int64_t column = 0; column < w.columns; column += w.group_size)
-                y += to_float(*scale++) * dot((const int8*)weight + column, x + column, w.group_size);
+            for (int64_t group = 0, size = w.columns / w.groups; group < w.groups; group++)
+                y += to_float(scale[group]) * dot((const int8*)weight + group * size, x + group * size, size);
         else
             y = dot((const T*)weight, x, w.columns);
         return w.bias ? y + to_float(((const T*)w.bias)[row]) : y;
@@ -593,24 +605,25 @@ void step(const Qwen3& model, const KVCache& cache, int64_t id, T* logits, int t
 // Rows of weights in the form that ops/quant.py stores. For a head that a checkpoint keeps whole but nobody reads whole.
 template <class T>
 void quantize_rows(const T* weight, Linear w, int threads) {
-    const std::vector<float> ranges = w.bits == 4 ? std::vector<float>{0.86, 0.93, 1.0, 1.06, 1.13, 1.2} : std::vector<float>{1.0};
+    const std::vector<float> ranges = w.bits == 4 ? std::vector<float>{0.86, 0.93, 1, 1.06, 1.13, 1.2} : std::vector<float>{1};
     const float low = -(1 << (w.bits - 1));
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < w.rows; row++) {
         std::vector<float> x(w.columns);
         std::vector<int32_t> q(w.columns);
         for (int64_t i = 0; i < w.columns; i++) x[i] = to_float(weight[row * w.columns + i]);
-        for (int64_t i = 0; i < w.columns; i += w.group_size) {
-            auto larger = [](float a, float b) { return std::abs(a) < std::abs(b); };
-            float largest = *std::max_element(&x[i], &x[i] + w.group_size, larger), least = INFINITY;
+        for (int64_t group = 0, size = w.columns / w.groups; group < w.groups; group++) {
+            const float* part = &x[group * size];
+            auto smaller = [](float a, float b) { return std::abs(a) < std::abs(b); };
+            float largest = *std::max_element(part, part + size, smaller), least = INFINITY;
             bfloat16 scale, best = {};
             for (float range : ranges) {
                 assign(scale, largest / (low * range));
-                float error = quantize(&x[i], w.group_size, w.bits, to_float(scale), &q[i]);
+                float error = quantize(part, size, w.bits, to_float(scale), &q[group * size]);
                 if (error < least) least = error, best = scale;
             }
-            quantize(&x[i], w.group_size, w.bits, to_float(best), &q[i]);
-            ((bfloat16*)w.scale)[row * (w.columns / w.group_size) + i / w.group_size] = best;
+            quantize(part, size, w.bits, to_float(best), &q[group * size]);
+            ((bfloat16*)w.scale)[row * w.groups + group] = best;
         }
         uint8_t* packed = (uint8_t*)w.weight + row * w.row_bytes;
         for (int64_t i = 0; i < w.columns; i++)

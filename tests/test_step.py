@@ -270,12 +270,12 @@ def test_several_processes_build_at_once(tmp_path):
     assert [file.suffix for file in (tmp_path / "new").iterdir()] == [".so"]
 
 
-@pytest.mark.parametrize("scheme, group_size", [("int8", None), ("int8", 8), ("int4", None), ("int4", 8)])
+@pytest.mark.parametrize("scheme, group_size", [("int8", None), ("int8", 8), ("int4", None), ("int4", 16), ("int4", 8)])
 @pytest.mark.parametrize(
     "fields",
     [
         {"hidden_size": 320, "intermediate_size": 416, "head_dim": 32},  # chunks of 128 columns and what is left
-        {"hidden_size": 40, "intermediate_size": 72, "head_dim": 24},
+        {"hidden_size": 48, "intermediate_size": 80, "head_dim": 24},
         {**MOE, "moe_intermediate_size": 160, "hidden_size": 64, "head_dim": 16, "norm_topk_prob": True},
         {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "head_dim": 16},
     ],
@@ -289,7 +289,7 @@ def test_quantised_weights(scheme, group_size, fields, in_pytorch, monkeypatch):
     caches = [KVCache(model.config, 1, 8) for _ in range(2)]
     for token in (3, 1, 4):
         ids = torch.tensor([[token]])
-        assert error(model(ids, caches[0]), in_pytorch(model, ids, caches[1])) < 2e-5
+        assert error(model(ids, caches[0]), in_pytorch(model, ids, caches[1])) < 5e-5
 
 
 @pytest.mark.parametrize("tied", [True, False])
