@@ -23,7 +23,7 @@ test: $(VENV)/.test
 
 # Against llama.cpp itself: needs llama-cpp-python in the environment, which compiles for some minutes.
 interop: $(VENV)/.test
-	$(BIN)/python -c "import llama_cpp" 2>/dev/null || $(PIP) llama-cpp-python
+	$(BIN)/python -c "import llama_cpp" 2>/dev/null || $(PIP) llama-cpp-python==0.3.36
 	$(BIN)/python -m pytest tests/interop
 
 # The bundled model again, from its seed: corpus, tokenizer, training, evaluation.
