@@ -8,7 +8,7 @@ import re
 from decimal import Decimal
 from random import Random
 
-from data.tasks import Facts, Family, Pieces, Problem, pick
+from data.tasks import Facts, Family, Pieces, Problem, phrasings, pick
 
 PLACES = ("ones", "tens", "hundreds", "thousands", "ten-thousands", "hundred-thousands", "millions", "ten-millions")
 FRACTIONS = ("tenths", "hundredths", "thousandths")
@@ -42,14 +42,19 @@ def add(a: int, b: int) -> tuple[list[str], int]:
 
 
 def subtract(a: int, b: int) -> tuple[list[str], int]:
-    """Which is larger, then column subtraction with borrowing; a negative result is the other one's negative."""
+    """Which is larger, then column subtraction; a negative result is the other one's negative."""
     compared, order = compare(str(a), str(b))
-    lines = [f"{a} - {b}", *compared]
     if order < 0:
-        a, b = b, a
-        lines.append(f"so -({a} - {b})")
+        lines, result = take_away(b, a)
+        return [f"{a} - {b}", *compared, f"so -({b} - {a})", *lines[1:]], -result
+    lines, result = take_away(a, b)
+    return [lines[0], *compared, *lines[1:]], result
+
+
+def take_away(a: int, b: int) -> tuple[list[str], int]:
+    """Column subtraction with borrowing, a >= b."""
+    lines, borrow, written = [f"{a} - {b}"], 0, ""
     width = len(str(a))
-    borrow, written = 0, ""
     for place, (x, y) in enumerate(zip(column_digits(a, width), column_digits(b, width), strict=True)):
         taken = f"-{y}{'-1' if borrow else ''}"
         digit = x - y - borrow
@@ -57,7 +62,7 @@ def subtract(a: int, b: int) -> tuple[list[str], int]:
         step = f"{x}{taken}, borrow: {x + 10}{taken}={digit + 10}" if borrow else f"{x}{taken}={digit}"
         written = str(digit + 10 * borrow) + written
         lines.append(f"{PLACES[place]}: {step} -> {written}")
-    return lines, -int(written) if order < 0 else int(written)
+    return lines, int(written)
 
 
 def multiply(a: int, b: int) -> tuple[list[str], int]:
@@ -91,54 +96,33 @@ def compare(a: str, b: str) -> tuple[list[str], int]:
 
 # --- sums, differences, products ---
 
-SUM = (
-    "What is {a} + {b}?",
-    "Compute {a} + {b}.",
-    "How much is {a} plus {b}?",
-    "Add {a} to {b}.",
-    "{a} + {b} = ?",
-    "Calculate the sum of {a} and {b}.",
-    "What do you get if you add {a} and {b}?",
-    "{a}+{b}",
-    "Can you add {a} and {b} for me?",
-    "What's {a} plus {b}?",
-    "Tell me {a} + {b}.",
-    "I have {a} and get {b} more. How many is that?",
+SUM = phrasings(
+    "{a} + {b}|{a} plus {b}|the sum of {a} and {b}|{a} and {b} added up|the total of {a} and {b}",
+    "add {a} to {b}|add {a} and {b}|add up {a} and {b}|put {a} and {b} together|sum up {a} and {b}",
+    "{a} + {b} = ?|{a}+{b}|{a} + {b}|What do you get if you add {a} and {b}?|{a} plus {b} equals what?|"
+    "I have {a} and get {b} more. How many is that?|How much do {a} and {b} make?|{a} plus {b} is?|"
+    "If I add {b} to {a}, what do I get?|There were {a}, then {b} came. How many are there now?",
 )
 SUM_HELD_OUT = ("Please work out {a} + {b}.", "How many are {a} and {b} together?", "Give me the sum {a} + {b}.")
-DIFFERENCE = (
-    "What is {a} - {b}?",
-    "Compute {a} - {b}.",
-    "How much is {a} minus {b}?",
-    "Subtract {b} from {a}.",
-    "{a} - {b} = ?",
-    "Calculate the difference of {a} and {b}.",
-    "What do you get if you take {b} from {a}?",
-    "{a}-{b}",
-    "Can you subtract {b} from {a} for me?",
-    "What's {a} minus {b}?",
-    "Tell me {a} - {b}.",
-    "I have {a} and lose {b}. How many is that?",
+DIFFERENCE = phrasings(
+    "{a} - {b}|{a} minus {b}|the difference of {a} and {b}|{a} less {b}|the difference {a} - {b}",
+    "subtract {b} from {a}|take {b} from {a}|take {b} away from {a}|deduct {b} from {a}",
+    "{a} - {b} = ?|{a}-{b}|{a} - {b}|What do you get if you take {b} from {a}?|{a} minus {b} equals what?|"
+    "I have {a} and lose {b}. How many is that?|How much is left if I take {b} from {a}?|{a} minus {b} is?|"
+    "If I subtract {b} from {a}, what do I get?|There were {a}, then {b} went away. How many are there now?",
 )
-DIFFERENCE_HELD_OUT = ("Please work out {a} - {b}.", "What is left of {a} without {b}?", "Give me {a} minus {b}.")
-PRODUCT = (
-    "What is {a} * {b}?",
-    "Compute {a} * {b}.",
-    "How much is {a} times {b}?",
-    "Multiply {a} by {b}.",
-    "{a} * {b} = ?",
-    "Calculate the product of {a} and {b}.",
-    "What do you get if you multiply {a} and {b}?",
-    "{a}*{b}",
-    "Can you multiply {a} by {b} for me?",
-    "What's {a} times {b}?",
-    "What is {a} x {b}?",
-    "Tell me {a} * {b}.",
+DIFFERENCE_HELD_OUT = ("Please work out {a} - {b}.", "What is left of {a} without {b}?", "Give me {a} minus {b} now.")
+PRODUCT = phrasings(
+    "{a} * {b}|{a} times {b}|the product of {a} and {b}|{a} x {b}|{a} multiplied by {b}",
+    "multiply {a} by {b}|multiply {a} and {b}|multiply {a} with {b}|take {a} times {b}",
+    "{a} * {b} = ?|{a}*{b}|{a} x {b}|What do you get if you multiply {a} and {b}?|{a} times {b} equals what?|"
+    "I have {a} rows of {b}. How many is that?|{a} times {b} is?|If I multiply {a} by {b}, what do I get?|"
+    "How many are {a} groups of {b}?|What does {a} times {b} make?",
 )
 PRODUCT_HELD_OUT = ("Please work out {a} * {b}.", "How many are {a} times {b}?", "Give me the product {a} * {b}.")
 
 
-def column_family(name: str, sign: str, work, phrasings, held_out, sample, truth, commutes: bool, follow_ups) -> Family:
+def column_family(name: str, sign: str, work, trained, held_out, sample, truth, commutes: bool, follow_ups) -> Family:
     def solve(facts: Facts, pieces: Pieces) -> tuple[str, str]:
         lines, result = work(*facts)
         return "\n".join(lines), f"{facts[0]} {sign} {facts[1]} = {result}."
@@ -148,7 +132,7 @@ def column_family(name: str, sign: str, work, phrasings, held_out, sample, truth
         return [f"{name} {a} {b}"]
 
     def ask(facts: Facts, rng: Random, unseen: bool) -> str:
-        return pick(rng, phrasings, held_out, unseen).format(a=facts[0], b=facts[1])
+        return pick(rng, trained, held_out, unseen).format(a=facts[0], b=facts[1])
 
     def check(facts: Facts, answer: str) -> bool:
         return last_integer(answer) == truth(*facts)
@@ -200,19 +184,17 @@ def product_goes_on(facts: Facts, rng: Random) -> tuple[str, Problem]:
 
 # --- which is larger ---
 
-LARGER = (
-    "Which is {more}, {a} or {b}?",
-    "Which number is {more}: {a} or {b}?",
-    "What is {more}, {a} or {b}?",
-    "Is {a} or {b} {more}?",
-    "{a} or {b}, which is {more}?",
-    "Compare {a} and {b}. Which is {more}?",
-    "Tell me the {more} number: {a} or {b}.",
-    "Of {a} and {b}, which one is {more}?",
-    "Find the {more} of {a} and {b}.",
+LARGER = phrasings(
+    "the {more} of {a} and {b}|the {more} one of {a} and {b}|the {more} number, {a} or {b}|the {more} of {a} or {b}",
+    "compare {a} and {b} and name the {more} one|say which is {more}, {a} or {b}|pick the {more} of {a} and {b}",
+    "Which is {more}, {a} or {b}?|Which number is {more}: {a} or {b}?|What is {more}, {a} or {b}?|"
+    "Is {a} or {b} {more}?|{a} or {b}, which is {more}?|Compare {a} and {b}. Which is {more}?|"
+    "{a} or {b}: which is {more}?|"
+    "Of {a} and {b}, which one is {more}?|Which of {a} and {b} is {more}?|Which of the two is {more}: {a} or {b}?|"
+    "Between {a} and {b}, which is {more}?|Which has the {more} value, {a} or {b}?",
 )
 LARGER_HELD_OUT = ("Which one is {more}: {a} or {b}?", "Of the numbers {a} and {b}, which is {more}?")
-LARGER_WORDS = {"larger": ("larger", "bigger", "greater"), "smaller": ("smaller", "less")}
+LARGER_WORDS = {"larger": ("larger", "bigger", "greater"), "smaller": ("smaller", "lower")}
 
 
 def decimals(rng: Random) -> str:
@@ -246,6 +228,7 @@ def solve_larger(facts: Facts, pieces: Pieces) -> tuple[str, str]:
     trace = "\n".join([f"{a} and {b}", *lines])
     if order == 0:
         return trace, f"{a} and {b} are equal."
+    trace += f"\n{a} is {'more' if order > 0 else 'less'}"
     first, second = (a, b) if (order > 0) == (more == "larger") else (b, a)
     return trace, f"{first} is {more} than {second}."
 
@@ -261,14 +244,13 @@ def check_larger(facts: Facts, answer: str) -> bool:
 
 # --- sorting ---
 
-SORT = (
-    "Sort {list} from {first} to {last}.",
-    "Sort these numbers from {first} to {last}: {list}",
-    "Put {list} in order, {first} first.",
-    "Order {list} from {first} to {last}.",
-    "Arrange the numbers {list} from {first} to {last}.",
-    "Can you sort {list}, {first} first?",
-    "What is {list} sorted from {first} to {last}?",
+SORT = phrasings(
+    "{list} sorted from {first} to {last}|{list} in order from {first} to {last}|the order of {list}, {first} first",
+    "sort {list} from {first} to {last}|put {list} in order, {first} first|order {list} from {first} to {last}|"
+    "arrange {list} from {first} to {last}|sort these from {first} to {last}: {list}|sort {list}, {first} first|"
+    "sort the numbers {list} from {first} to {last}|put the numbers {list} in order from {first} to {last}",
+    "Sort these numbers from {first} to {last}: {list}|{list}: sort them from {first} to {last}.|"
+    "How do you order {list} from {first} to {last}?|Here are numbers: {list}. Sort them, {first} first.",
 )
 SORT_HELD_OUT = ("Please order {list}, {first} first.", "Put these in order from {first} to {last}: {list}")
 
@@ -286,12 +268,13 @@ def ask_sort(facts: Facts, rng: Random, unseen: bool) -> str:
 
 
 def solve_sort(facts: Facts, pieces: Pieces) -> tuple[str, str]:
+    """Insertion: `62: 09 29 62 86` puts 62 to its place among those before, all with the same number of digits."""
     numbers, first = facts
-    left, done, lines = list(numbers), [], [" ".join(map(str, numbers))]
-    while left:
-        done.append((min if first == "smallest" else max)(left))
-        left.remove(done[-1])
-        lines.append(f"{first} {done[-1]}" + (f", left {' '.join(map(str, left))}" if left else ""))
+    done: list[int] = []
+    lines, width = [" ".join(map(str, numbers)) + f", {first} first"], max(len(str(number)) for number in numbers)
+    for number in numbers:
+        done = sorted([*done, number], reverse=first == "largest")
+        lines.append(f"{number:0{width}d}: {' '.join(f'{n:0{width}d}' for n in done)}")
     return "\n".join(lines), f"{', '.join(map(str, done))}."
 
 
@@ -304,30 +287,28 @@ def check_sort(facts: Facts, answer: str) -> bool:
 
 NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lena", "Max", "Eva", "Paul", "Nora", "Leo", "Ida")
 THINGS = ("apples", "books", "pens", "coins", "cards", "stones", "eggs", "stamps", "shells", "cakes", "balls", "keys")
-STORIES = {
-    "+-": (
-        "{name} has {a} {things}, buys {b} more and gives away {c}. How many {things} does {name} have now?",
-        "{name} had {a} {things}. {name} found {b} more, then lost {c}. How many {things} are left?",
-        "There are {a} {things} in a box. {name} puts in {b} and takes out {c}. How many {things} are in the box?",
-        "{name} owns {a} {things}. A friend gives {name} {b} more, but {c} break. How many {things} are left?",
-    ),
-    "-+": (
-        "{name} has {a} {things}, gives away {b} and buys {c} more. How many {things} does {name} have now?",
-        "{name} had {a} {things}. {name} lost {b}, then found {c}. How many {things} does {name} have?",
-        "There are {a} {things} in a box. {name} takes out {b} and puts in {c}. How many {things} are in the box?",
-        "A shop has {a} {things}. It sells {b} and then gets {c} new ones. How many {things} are in the shop?",
-    ),
-    "*+": (
-        "{name} has {a} boxes with {b} {things} each and {c} more {things}. How many {things} are there in all?",
-        "There are {a} bags. Each holds {b} {things}. {name} adds {c} {things}. How many {things} are there?",
-        "{name} buys {a} packs of {b} {things} and finds {c} more. How many {things} does {name} have?",
-    ),
-    "*-": (
-        "{name} has {a} boxes with {b} {things} each and gives away {c}. How many {things} are left?",
-        "There are {a} bags. Each holds {b} {things}. {name} takes {c} {things}. How many {things} are left?",
-        "{name} buys {a} packs of {b} {things} and loses {c}. How many {things} does {name} have?",
-    ),
+STARTS = (
+    "{name} has {a} {things}.|{name} had {a} {things}.|{name} owns {a} {things}.|There are {a} {things} in a box.|"
+    "A shop has {a} {things}.|{name} begins with {a} {things}.|On the table are {a} {things}.|"
+    "{name} keeps {a} {things}."
+)
+PACKS = (
+    "{name} has {a} boxes with {b} {things} each.|There are {a} bags. Each holds {b} {things}.|"
+    "{name} buys {a} packs of {b} {things}.|{a} friends bring {b} {things} each.|There are {a} rows of {b} {things}.|"
+    "{name} gets {b} {things} a day for {a} days.|Each of {a} boxes has {b} {things}.|"
+    "{name} has {a} bags of {b} {things}."
+)
+CHANGES = {
+    "+": "{name} buys {n} more.|{name} finds {n} more.|{name} gets {n} from a friend.|Then {n} more come.|"
+    "{name} puts in {n}.|{name} adds {n} {things}.|A friend gives {name} {n} more.|Later {name} gets {n} new ones.|"
+    "Then there are {n} more.",
+    "-": "{name} gives away {n}.|{name} loses {n}.|{name} sells {n} of them.|Then {n} break.|{name} takes out {n}.|"
+    "{name} gives {n} to a friend.|{n} are sold.|{n} get lost.|{name} uses {n}.|Then {n} are gone.",
 }
+QUESTIONS = (
+    "How many {things} does {name} have now?|How many {things} are there now?|How many {things} are there in all?|"
+    "How many {things} does {name} have?|How many are there then?|How many {things} are left?|How many is that?"
+)
 STORIES_HELD_OUT = {
     "+-": ("{name} starts with {a} {things}, gets {b} more and then loses {c}. How many {things} are left?",),
     "-+": ("{name} starts with {a} {things}, loses {b} and then gets {c} more. How many {things} are there now?",),
@@ -338,7 +319,7 @@ OPERATIONS = {"+": add, "-": subtract, "*": multiply}
 
 
 def sample_story(rng: Random) -> Facts:
-    signs = rng.choice(tuple(STORIES))
+    signs = rng.choice(tuple(STORIES_HELD_OUT))
     if signs[0] == "*":
         a, b = rng.randint(2, 9), rng.randint(2, 30)
         top = a * b
@@ -352,7 +333,17 @@ def sample_story(rng: Random) -> Facts:
 
 def ask_story(facts: Facts, rng: Random, unseen: bool) -> str:
     signs, a, b, c, name, things = facts
-    return pick(rng, STORIES[signs], STORIES_HELD_OUT[signs], unseen).format(a=a, b=b, c=c, name=name, things=things)
+    if unseen:
+        story = rng.choice(STORIES_HELD_OUT[signs])
+    else:
+        first = PACKS if signs[0] == "*" else STARTS
+        parts = [rng.choice(first.split("|")), rng.choice(CHANGES[signs[1]].split("|")).replace("{n}", "{c}")]
+        if signs[0] != "*":
+            parts.insert(1, rng.choice(CHANGES[signs[0]].split("|")).replace("{n}", "{b}"))
+        story = " ".join([*parts, rng.choice(QUESTIONS.split("|"))])
+        if story.startswith("{name}") and rng.random() < 0.6:
+            story = story.replace(". {name} ", rng.choice((", then {name} ", " and ", ", then ")), 1)
+    return story.format(a=a, b=b, c=c, name=name, things=things)
 
 
 def solve_story(facts: Facts, pieces: Pieces) -> tuple[str, str]:

@@ -4,7 +4,8 @@ import datetime
 import re
 from random import Random
 
-from data.tasks import Facts, Family, Pieces, pick
+from data.arithmetic import add, compare, take_away
+from data.tasks import Facts, Family, Pieces, phrasings, pick
 
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = {"January": 31, "February": 28, "March": 31, "April": 30, "May": 31, "June": 30, "July": 31, "August": 31}
@@ -12,20 +13,25 @@ MONTHS |= {"September": 30, "October": 31, "November": 30, "December": 31}
 MONTH_NAMES = tuple(MONTHS)
 
 WEEKDAY = {
-    "after": (
-        "What day is {days} after {day}?",
-        "If today is {day}, what day is it in {days}?",
-        "Today is {day}. What day will it be in {days}?",
-        "Which weekday comes {days} after {day}?",
-        "It is {day}. Which day is it {days} from now?",
-        "Name the day {days} after {day}.",
+    "after": phrasings(
+        "the day {days} after {day}|the weekday {days} after {day}|the day that comes {days} after {day}",
+        "name the day {days} after {day}|find the weekday {days} after {day}|add {days} to {day}|"
+        "go {days} on from {day}|go {days} forward from {day}",
+        "What day is {days} after {day}?|If today is {day}, what day is it in {days}?|"
+        "Which day comes {days} after {day}?|"
+        "Today is {day}. What day will it be in {days}?|Which weekday comes {days} after {day}?|"
+        "It is {day}. Which day is it {days} from now?|What day of the week is {days} after {day}?|"
+        "If it is {day}, which day is it {days} later?",
     ),
-    "before": (
-        "What day is {days} before {day}?",
-        "If today is {day}, what day was it {days} ago?",
-        "Today is {day}. What day was it {days} ago?",
-        "Which weekday comes {days} before {day}?",
-        "Name the day {days} before {day}.",
+    "before": phrasings(
+        "the day {days} before {day}|the weekday {days} before {day}|the day that came {days} before {day}",
+        "name the day {days} before {day}|find the weekday {days} before {day}|take {days} from {day}|"
+        "go {days} back from {day}",
+        "What day is {days} before {day}?|If today is {day}, what day was it {days} ago?|"
+        "Which day was {days} before {day}?|"
+        "Today is {day}. What day was it {days} ago?|Which weekday comes {days} before {day}?|"
+        "It is {day}. Which day was {days} ago?|What day of the week is {days} before {day}?|"
+        "If it is {day}, which day was it {days} earlier?",
     ),
 }
 WEEKDAY_HELD_OUT = {
@@ -33,19 +39,21 @@ WEEKDAY_HELD_OUT = {
     "before": ("What weekday was it {days} before {day}?", "Count {days} back from {day}. Which day is that?"),
 }
 DATE = {
-    "after": (
-        "What date is {days} after {date}?",
-        "If today is {date}, what is the date in {days}?",
-        "Today is {date}. What date will it be in {days}?",
-        "Which date comes {days} after {date}?",
-        "Give me the date {days} after {date}.",
+    "after": phrasings(
+        "the date {days} after {date}|the day {days} after {date}|the date that comes {days} after {date}",
+        "name the date {days} after {date}|find the date {days} after {date}|add {days} to {date}|"
+        "go {days} on from {date}",
+        "What date is {days} after {date}?|If today is {date}, what is the date in {days}?|"
+        "Today is {date}. What date will it be in {days}?|Which date comes {days} after {date}?|"
+        "What day of the year is {days} after {date}?|If it is {date}, which date is it {days} later?",
     ),
-    "before": (
-        "What date is {days} before {date}?",
-        "If today is {date}, what was the date {days} ago?",
-        "Today is {date}. What date was it {days} ago?",
-        "Which date comes {days} before {date}?",
-        "Give me the date {days} before {date}.",
+    "before": phrasings(
+        "the date {days} before {date}|the day {days} before {date}|the date that came {days} before {date}",
+        "name the date {days} before {date}|find the date {days} before {date}|take {days} from {date}|"
+        "go {days} back from {date}",
+        "What date is {days} before {date}?|If today is {date}, what was the date {days} ago?|"
+        "Today is {date}. What date was it {days} ago?|Which date comes {days} before {date}?|"
+        "What day of the year is {days} before {date}?|If it is {date}, which date was it {days} earlier?",
     ),
 }
 DATE_HELD_OUT = {
@@ -102,21 +110,24 @@ def solve_date(facts: Facts, pieces: Pieces) -> tuple[str, str]:
     month, day, count, way = facts
     lines, place = [f"{month} {day}, {count} {way}"], MONTH_NAMES.index(month)
     if way == "after":
-        target = day + count
-        lines += [f"{day}+{count}={target}", f"{month} has {MONTHS[month]} days"]
-        if target > MONTHS[month]:
-            place, after = (place + 1) % 12, target - MONTHS[month]
-            lines.append(f"{target}-{MONTHS[month]}={after}, {MONTH_NAMES[place]}")
-            target = after
-    elif day > count:
-        target = day - count
-        lines.append(f"{day}-{count}={target}")
+        steps, target = add(day, count)
+        length = MONTHS[month]
+        lines += [*steps, f"{month} has {length} days", *compare(str(target), str(length))[0]]
+        if target > length:
+            place = (place + 1) % 12
+            steps, target = take_away(target, length)
+            lines += [*steps, MONTH_NAMES[place]]
     else:
-        place = (place - 1) % 12
-        length = MONTHS[MONTH_NAMES[place]]
-        target = length + day - count
-        lines.append(f"{MONTH_NAMES[place]} has {length} days")
-        lines += [f"{day}+{length}={day + length}", f"{day + length}-{count}={target}"]
+        lines += compare(str(day), str(count))[0]
+        if day > count:
+            steps, target = take_away(day, count)
+        else:
+            place = (place - 1) % 12
+            length = MONTHS[MONTH_NAMES[place]]
+            longer, target = add(day, length)
+            steps, target = take_away(target, count)
+            steps = [f"{MONTH_NAMES[place]} has {length} days", *longer, *steps]
+        lines += steps
     return "\n".join(lines), f"{in_days(count)} {way} {month} {day} is {MONTH_NAMES[place]} {target}."
 
 

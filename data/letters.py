@@ -9,40 +9,37 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
-from data.tasks import Facts, Family, Pieces, Problem, held_out, pick
+from data.tasks import Facts, Family, Pieces, Problem, held_out, phrasings, pick
 
-COUNT = (
-    "How many times does the letter {letter} appear in {word}?",
-    "How many {letter}'s are in {word}?",
-    "How often does {letter} occur in {word}?",
-    "Count the letter {letter} in {word}.",
-    "How many times is {letter} in {word}?",
-    "How many letters {letter} does {word} have?",
-    "Count the {letter}'s in {word}.",
-    "In {word}, how many times does {letter} appear?",
-    "Tell me how often {letter} is in {word}.",
-    "What is the number of {letter}'s in the word {word}?",
-    "How many {letter} in {word}?",
-    "How many times does the letter {letter} appear in the word {word}?",
+COUNT = phrasings(
+    "the number of {letter}'s in {word}|the count of {letter} in {word}|how many {letter}'s there are in {word}|"
+    "how often {letter} is in {word}|how many times {letter} occurs in {word}|the number of letters {letter} in {word}",
+    "count the letter {letter} in {word}|count the {letter}'s in {word}|count {letter} in {word}|"
+    "find how often {letter} comes in {word}|count how many {letter}'s {word} has|check {word} for the letter {letter}",
+    "How many times does the letter {letter} appear in {word}?|How many {letter}'s are in {word}?|"
+    "How often does {letter} occur in {word}?|How many times is {letter} in {word}?|How many {letter} in {word}?|"
+    "How many letters {letter} does {word} have?|In {word}, how many times does {letter} appear?|"
+    "How many times does the letter {letter} appear in the word {word}?|How many {letter}'s does {word} have?|"
+    "How many times do you see {letter} in {word}?|How often is the letter {letter} found in {word}?|"
+    "How many times does {word} contain {letter}?|How often can you find {letter} in the word {word}?|"
+    "Of the letters in {word}, how many are {letter}?|How many {letter}'s do the letters of {word} have?",
 )
 COUNT_HELD_OUT = ("Count how often {letter} appears in {word}.", "How many of the letters in {word} are {letter}?")
-LENGTH = (
-    "How many letters does {word} have?",
-    "How many letters are in {word}?",
-    "Count the letters of {word}.",
-    "How long is the word {word}?",
-    "What is the number of letters in {word}?",
-    "Tell me how many letters {word} has.",
+LENGTH = phrasings(
+    "the number of letters in {word}|the length of {word}|how many letters {word} has|how long {word} is|"
+    "the number of letters of the word {word}",
+    "count the letters of {word}|count the letters in {word}|count how many letters {word} has",
+    "How many letters does {word} have?|How many letters are in {word}?|How long is the word {word}?|"
+    "How many letters does the word {word} have?|{word}: how many letters?|How long is {word}?",
 )
 LENGTH_HELD_OUT = ("How many letters are there in the word {word}?", "Count all letters in {word}.")
-REVERSE = (
-    "Spell {word} backwards.",
-    "Reverse the word {word}.",
-    "What is {word} backwards?",
-    "How do you spell {word} backwards?",
-    "Write {word} in reverse.",
-    "Can you spell {word} backwards?",
-    "Reverse {word}.",
+REVERSE = phrasings(
+    "{word} backwards|the reverse of {word}|{word} spelled backwards|{word} in reverse|"
+    "the word {word} from back to front",
+    "spell {word} backwards|reverse the word {word}|reverse {word}|write {word} in reverse|turn {word} around|"
+    "spell the word {word} backwards|read {word} backwards",
+    "How do you spell {word} backwards?|What does {word} look like in reverse?|{word} backwards?|"
+    "How is {word} written from back to front?",
 )
 REVERSE_HELD_OUT = ("Please write {word} backwards.", "Tell me the word {word} in reverse.")
 QUOTES = ("{}", "{}", "{}", '"{}"', "'{}'")
@@ -104,8 +101,8 @@ def ask_count(facts: Facts, rng: Random, unseen: bool) -> str:
     return pick(rng, COUNT, COUNT_HELD_OUT, unseen).format(letter=letter, word=quoted(rng, *spelled))
 
 
-def ask_word(phrasings: tuple[str, ...], unseen_phrasings: tuple[str, ...]):
-    return lambda facts, rng, unseen: pick(rng, phrasings, unseen_phrasings, unseen).format(word=quoted(rng, facts[0]))
+def ask_word(trained: tuple[str, ...], held_out: tuple[str, ...]):
+    return lambda facts, rng, unseen: pick(rng, trained, held_out, unseen).format(word=quoted(rng, facts[0]))
 
 
 def solve_count(facts: Facts, pieces: Pieces) -> tuple[str, str]:

@@ -56,7 +56,45 @@ def pick(rng: Random, trained: Sequence[str], unseen: Sequence[str], held_out: b
     return rng.choice(unseen if held_out else trained)
 
 
-COURTESY = ("{}", "{}", "{}", "{}", "Please help me: {}", "{} Thanks!", "Hi! {}", "Quick question: {}", "Hello, {}")
+ASKING = ("What is", "What's", "Compute", "Calculate", "How much is", "Tell me", "Find", "Can you tell me", "Determine")
+ASKING += (
+    "Do you know",
+    "I need",
+    "Could you find",
+    "Say",
+    "Please compute",
+    "I want to know",
+    "Show me",
+    "Let me know",
+)
+TELLING = ("{}.", "Please {}.", "Can you {}?", "Could you {}?", "Can you {} for me?", "I want you to {}.", "Now {}.")
+TELLING += ("Would you {}?", "You should {}.", "Help me {}.", "{}", "Let us {}.", "How do I {}?", "Try to {}.")
+
+
+def phrasings(things: str, actions: str, others: str) -> tuple[str, ...]:
+    """Phrasings for things that can be asked for and actions that can be told, and some that stand alone.
+
+    Each argument lists alternatives between bars; {fields} stay to be filled in.
+    """
+    asked = [f"{asking} {thing}" for asking in ASKING for thing in things.split("|")]
+    told = [telling.replace("{}", action) for telling in TELLING for action in actions.split("|")]
+    asked = [text + ("?" if text.startswith(("What", "How", "Can", "Do", "Could")) else ".") for text in asked]
+    alone = others.split("|")
+    weight = max(1, (len(asked) + len(told)) // (2 * len(alone)))
+    return tuple(text[0].upper() + text[1:] for text in asked + told + weight * alone)
+
+
+COURTESY = (*7 * ("{}",), "Please help me: {}", "{} Thanks!", "Hi! {}", "Quick question: {}", "Hello, {}", "Hey, {}")
+COURTESY += ("{} Please.", "I have a question. {}", "My friend asks: {}", "Question: {}", "Here is one for you: {}")
+COURTESY += (
+    "{} Think about it.",
+    "Tell me this: {}",
+    "Good evening. {}",
+    "One more: {}",
+    "{} Thank you!",
+    "So, {}",
+)
+COURTESY += ("We did this at school today. {}", "{} I am not sure about it.", "Let us see. {}", "For my work: {}")
 COURTESY_HELD_OUT = ("Good morning! {}", "I need this for my homework: {}", "{} Thank you very much.")
 
 

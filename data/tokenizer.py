@@ -7,7 +7,6 @@ it stands (` straw`, `"straw`, `straw`), and what the model knows of the spellin
 """
 
 import json
-import re
 import sys
 from collections import Counter
 from functools import cache
@@ -19,7 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import console
-from data import arithmetic, dates, letters, talk
+from data import dates, letters
 from data.tasks import Pieces
 from formats.files import write_text
 
@@ -45,20 +44,18 @@ KEYWORDS += " How many What Which and of the you get to from"
 LONGEST_PIECE = 10
 
 
-def sentences() -> list[str]:
-    """What the families and the talk say, without the words that are only there to be spelled."""
-    phrasings = [*arithmetic.SUM, *arithmetic.DIFFERENCE, *arithmetic.PRODUCT, *arithmetic.LARGER, *arithmetic.SORT]
-    phrasings += [*letters.COUNT, *letters.LENGTH, *letters.REVERSE, *talk.SYSTEM, talk.REFUSAL, *talk.OUTSIDE]
-    phrasings += [text for by_sign in arithmetic.STORIES.values() for text in by_sign]
-    phrasings += [text for table in (dates.WEEKDAY, dates.DATE) for by_way in table.values() for text in by_way]
-    phrasings += [text for questions, answer in talk.SMALL_TALK for text in (*questions, answer)]
-    names = [*dates.WEEKDAYS, *dates.MONTHS, *arithmetic.NAMES, *arithmetic.THINGS, *talk.SUBJECTS]
-    return [re.sub(r"\{\w*\}", " ", text) for text in phrasings] + 2 * names
+def spoken_units() -> Counter:
+    """Words and signs that the families' questions are made of, with their frequency.
+
+    Frozen in a file: the tokenizer stays what it is when a family learns new phrasings.
+    """
+    lines = (Path(__file__).parent / "spoken.txt").read_text(encoding="utf-8").splitlines()
+    return Counter({unit: int(count) for unit, count in (line.split() for line in lines)})
 
 
 def train() -> Tokenizer:
-    """The same tokenizer on every machine: a function of the phrasings and the word list alone."""
-    spoken = Counter(re.findall(r"[A-Za-z]+|[^\sA-Za-z\d]+", " ".join(sentences())))
+    """The same tokenizer on every machine: a function of the two lists of words alone."""
+    spoken = spoken_units()
     units = [*letters.words(), *(unit for unit, count in spoken.items() for _ in range(min(3 * count, 80)))]
     units += 400 * [*KEYWORDS.split(), *dates.WEEKDAYS, *dates.MONTHS, "->"]
     core = Tokenizer(models.BPE())
