@@ -92,9 +92,10 @@ inline float sum(Vector x) {
     return (total[0] + total[2]) + (total[1] + total[3]);
 }
 
-// exp(x) = 2^n · exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where a Taylor polynomial is exact to the last bit or two.
+constexpr float ROUND = 12582912;  // 1.5 · 2^23: what is added to it is rounded to a whole number, in its low bits
+
+// exp(x) = 2^n · exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where a Taylor polynomial is exact to a bit or two.
 inline Vector exp(Vector x) {
-    constexpr float ROUND = 12582912;  // 1.5 · 2^23: what is added to it is rounded to a whole number in its low bits
     x = x < -87.f ? Vector{} - 87.f : x;
     x = x > 88.f ? Vector{} + 88.f : x;
     Vector rounded = x * 1.44269504f + ROUND, n = rounded - ROUND;
@@ -171,9 +172,9 @@ inline float dot(const T* w, const float* x, int64_t n) {
     return total;
 }
 
-// Weights of 4 bits: 8 to a 32-bit lane, lowest bits first, each its number + 8. Where the mantissa of 1.0 begins, the bits
-// of a number q make 1.5 + q / 16 without a conversion, and those of its neighbour, four places lower, 1 + (q + 8) / 256.
-// x must come as `arrange` leaves it.
+// Weights of 4 bits: 8 to a 32-bit lane, lowest bits first, each its number + 8. Where the mantissa of 1.0 begins, the
+// bits of a number q make 1.5 + q / 16 without a conversion, and those of its neighbour, four places lower,
+// 1 + (q + 8) / 256. x must come as `arrange` leaves it.
 constexpr int64_t CHUNK = 8 * LANES;
 
 // The scale of each lane's weights. Groups of 32 or 16 are two pairs of lanes or one.
@@ -186,7 +187,8 @@ inline Vector lane_scales(const bfloat16* scale, int64_t column, int64_t group_s
         for (int pair = 0; pair < LANES / 2; pair++) shift[pair] = 48 - 16 * (pair / 2);
         high = (scales << shift) & 0xffff000000000000;
     } else if (group_size == 16) {
-        auto scales = __builtin_convertvector(read<Quarters>(scale + column / 16), HalfUnsigned);  // GCC 12 needs the step
+        // By way of 32 bits, or GCC 12 converts one number at a time.
+        auto scales = __builtin_convertvector(read<Quarters>(scale + column / 16), HalfUnsigned);
         high = __builtin_convertvector(scales, Pairs) << 48;
     } else {
         float lanes[LANES];
@@ -234,7 +236,6 @@ inline void arrange(const float* x, int64_t n, float* out) {
 
 // Weights x [n] as whole numbers q of so many bits, x ≈ q · scale: see ops/quant.py. Returns the squared error.
 inline float quantize(const float* x, int64_t n, int bits, float scale, int32_t* q) {
-    constexpr float ROUND = 12582912;  // as in exp
     const float low = -(1 << (bits - 1)), high = -low - 1, inverse = scale == 0 ? 0 : 1 / scale;
     float error = 0;
 #pragma omp simd reduction(+ : error)
@@ -310,7 +311,8 @@ inline void add_weighted(const float* weights, const T* values, int64_t D, float
     }
     for (; d < D; d++)
         for (int g = 0; g < N; g++)
-            for (int row = 0; row < ROWS; row++) out[g * D + d] += weights[g * BLOCK + row] * to_float(values[row * D + d]);
+            for (int row = 0; row < ROWS; row++)
+                out[g * D + d] += weights[g * BLOCK + row] * to_float(values[row * D + d]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -324,8 +326,8 @@ inline void relax() {
 #endif
 }
 
-// Waits until all threads are here. Spins only briefly: where the cores are shared with other programs, the thread that is
-// waited for may need this very core to get here.
+// Waits until all threads are here. Spins only briefly: where other programs share the cores, the thread that is waited
+// for may need this very core to get here, and OpenMP's own barrier, which spins on, made a token take five times as long.
 class Barrier {
     alignas(64) std::atomic<int> arrived{0};
     alignas(64) std::atomic<int> round{0};
@@ -391,9 +393,9 @@ struct Step {
 
     void wait_for_all() { shared.barrier.wait(threads); }
 
-    // Splits n equal pieces of work, each of so many bytes to read, between the threads: calls work(begin, end) for ranges.
-    // They are long at first, to be one sequential stream, and shorter towards the end, so that all threads end together
-    // however fast each of them is.
+    // Splits n equal pieces of work, each of so many bytes to read, between the threads: calls work(begin, end) for
+    // ranges. They are long at first, to be one sequential stream, and shorter towards the end, so that all threads end
+    // together however fast each of them is.
     template <class Work>
     void share(int64_t n, int64_t bytes, Work work) {
         std::atomic<int64_t>& taken = shared.taken[works++];
@@ -496,8 +498,8 @@ struct Step {
                 for (int64_t g = 0; g < G; g++)
                     norm_and_rotate(&shared.q[(head * G + g) * D], attn.q_norm, &queries[g * D]);
                 for (float& q : queries) q /= std::sqrt(float(D));
-                int64_t start = block * BLOCK;
-                attend(head_keys + start * D, head_values + start * D, std::min(BLOCK, S - start), partial(head, block));
+                int64_t start = block * BLOCK, n = std::min(BLOCK, S - start);
+                attend(head_keys + start * D, head_values + start * D, n, partial(head, block));
             }
         });
         wait_for_all();
@@ -531,7 +533,8 @@ struct Step {
         if (sparse) route(block.gate);
         for (int64_t i = 0; i < count; i++) {
             const MLP& expert = block.experts[chosen[i]];
-            const float *to_gate = prepare(expert.gate_proj, normed.data(), 0), *to_up = prepare(expert.up_proj, normed.data(), 1);
+            const float* to_gate = prepare(expert.gate_proj, normed.data(), 0);
+            const float* to_up = prepare(expert.up_proj, normed.data(), 1);
             float *gate = &shared.gate[i * width], *up = &shared.up[i * width];
             share(expert.up_proj.rows, 2 * expert.up_proj.row_bytes, [&](int64_t begin, int64_t end) {
                 for (int64_t j = begin; j < end; j++) gate[j] = row(expert.gate_proj, j, to_gate);
@@ -602,10 +605,11 @@ void step(const Qwen3& model, const KVCache& cache, int64_t id, T* logits, int t
     Step<T>{model, cache, shared, omp_get_num_threads()}.step(logits);
 }
 
-// Rows of weights in the form that ops/quant.py stores. For a head that a checkpoint keeps whole but nobody reads whole.
+// Rows of weights in the form that ops/quant.py stores: for the head, which a quantised checkpoint keeps as it was.
 template <class T>
 void quantize_rows(const T* weight, Linear w, int threads) {
-    const std::vector<float> ranges = w.bits == 4 ? std::vector<float>{0.86, 0.93, 1, 1.06, 1.13, 1.2} : std::vector<float>{1};
+    std::vector<float> ranges = {1};
+    if (w.bits == 4) ranges = {0.86, 0.93, 1, 1.06, 1.13, 1.2};
     const float low = -(1 << (w.bits - 1));
 #pragma omp parallel for num_threads(threads)
     for (int64_t row = 0; row < w.rows; row++) {
