@@ -310,6 +310,7 @@ def test_a_closed_pipe_and_an_interrupt_end_quietly(tiny_checkpoint):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (a background job ignores it)
     )
     time.sleep(4)
     waiting.send_signal(signal.SIGINT)
