@@ -26,9 +26,11 @@ interop: $(VENV)/.test
 	$(BIN)/python -c "import llama_cpp" 2>/dev/null || $(PIP) llama-cpp-python==0.3.36
 	$(BIN)/python -m pytest tests/interop
 
-# The bundled model again, from its seed: corpus, tokenizer, training, evaluation.
+# The bundled model again, from its seed: corpus, training, export, evaluation.
 tiny: $(VENV)/.run
 	$(BIN)/python train.py configs/tiny.yaml --resume
+	$(BIN)/python convert.py --model runs/tiny/latest --to bf16 --out runs/tiny/bf16 --force
+	$(BIN)/python evaluate.py --model runs/tiny/bf16 --count 1100 --threads 1
 
 $(VENV)/.torch: requirements.lock
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 run" >&2; exit 2; }

@@ -437,6 +437,7 @@ def load_session(options) -> Session:
     """The model, its chat and the settings that the options ask for."""
     path = resolve_default(options.model)
     device = pick_device(options.device)
+    bandwidth = read_bandwidth(device) if options.stats else None  # its 256 MB are gone before the weights come
     chat = Chat.from_pretrained(path)
     release_freed_memory()
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -458,8 +459,7 @@ def load_session(options) -> Session:
         raw=options.raw,
         logprobs=options.logprobs or 0,
     )
-    if options.stats:
-        session.bandwidth = read_bandwidth(device)
+    session.bandwidth = bandwidth
     return session
 
 
