@@ -67,7 +67,7 @@ def test_every_flag_it_names_exists(command, tmp_path):
         flag
         for line in README.splitlines()
         if re.search(rf"\b{command}\.py", line)
-        for flag in re.findall(r" (--[a-z-]+)", line)
+        for flag in re.findall(r"[ (`](--[a-z-]+)", line.partition(f"{command}.py")[2])
     }
     assert known and used <= known | {"--help"}, used - known
 
