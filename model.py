@@ -553,8 +553,12 @@ class Qwen3(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, last: bool = False) -> Tensor:
-        """With a cache the T positions are appended to it. `last` computes the logits of the last position alone."""
-        if cache is not None and ids.shape == (1, 1) and ids.is_cpu and not torch.is_grad_enabled():
+        """With a cache the T positions are appended to it, and no gradients are recorded: a graph through the cache
+        would grow with every token. `last` computes the logits of the last position alone."""
+        if cache is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(ids, cache, last)
+        if cache is not None and ids.shape == (1, 1) and ids.is_cpu:
             from ops.step import step  # this very computation in C++
 
             if (logits := step(self, ids, cache)) is not None:

@@ -218,7 +218,9 @@ def test_what_is_not_served_goes_to_pytorch():
     model(ids, KVCache(model.config))
     assert seen == [1] and is_served(model)
     with torch.enable_grad():
-        assert model.requires_grad_()(ids, KVCache(model.config)).requires_grad
+        cache = KVCache(model.config)
+        assert not model.requires_grad_()(ids, cache).requires_grad, "a graph through the cache would grow for ever"
+        assert not cache.keys[0].requires_grad and model(ids).requires_grad
 
     assert not is_served(random_model().to(torch.float64))
     mixed = random_model()
