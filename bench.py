@@ -135,7 +135,7 @@ def measure(engine_class: type, job: Job) -> dict[str, float]:
         _prefill(engine, job.prefill)  # warms up
         run["prefill"] = job.prefill / _prefill(engine, job.prefill)
         run["decode"] = _decode(engine, 1, SHORT, job.tokens)
-        run["peak_bytes"] = peak_bytes(resource.RUSAGE_SELF)
+        run["peak_bytes"] = peak_bytes(resource.getrusage(resource.RUSAGE_SELF))
         run |= {f"decode_batch_{rows}": _decode(engine, rows, SHORT, job.tokens) for rows in job.batches}
         if job.deep:
             run["decode_deep"] = _decode(engine, 1, job.deep, job.tokens)
@@ -244,9 +244,9 @@ def run_script(script: Path, *arguments: str) -> str:
     return result.stdout
 
 
-def peak_bytes(who: int) -> int:
-    """Peak resident memory of this process (RUSAGE_SELF) or its largest child (RUSAGE_CHILDREN), shared pages too."""
-    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
+def peak_bytes(usage: resource.struct_rusage) -> int:
+    """Peak resident memory of a process, or the largest of several, shared pages too."""
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
 
 
 def llama_program(name: str) -> str | None:

@@ -7,7 +7,6 @@ system's own figures of each whole process, and the two results are compared byt
 
 import filecmp
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import console
-from bench import ROOT, cache_directory, llama_program
+from bench import ROOT, cache_directory, llama_program, peak_bytes
 from formats.source import resolve_default
 
 CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -42,11 +41,7 @@ def run(command: list[str | Path]) -> Run:
             output.seek(0)
             lines = output.read().decode(errors="replace").strip().splitlines() or ["no message"]
             raise ValueError(f"{Path(command[0]).name} ended with status {process.returncode}: {lines[-1]}")
-    return Run(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, peak(usage))
-
-
-def peak(usage: resource.struct_rusage) -> int:
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
+    return Run(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, peak_bytes(usage))
 
 
 def commands(model: Path, type: str, folder: Path) -> dict[str, list]:

@@ -35,7 +35,7 @@ from formats.gguf import GGUF
 from formats.kquants import map_in_threads
 from formats.safetensors_write import SafetensorsWriter, Shard, plan_shards
 from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, resolve_default
-from model import EMBEDDING, HEAD, refuse, skeleton
+from model import EMBEDDING, HEAD, all_finite, refuse, skeleton
 from ops.encode import Cast, Errors, Quantize, lossless
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -111,7 +111,7 @@ class Source:
         for start in range(0, values.shape[0], step):
             piece = values[start : start + step].clone()
             self.checkpoint.release(name)
-            if not torch.isfinite(torch.stack(torch.aminmax(piece))).all():  # damage must not travel on
+            if not all_finite(piece):  # damage must not travel on
                 raise ValueError(f"{self.path}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
             yield piece
 

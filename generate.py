@@ -22,7 +22,7 @@ from chat import EARLY_STOP_TEXT, Chat, ReplyStream, assistant_message
 from formats.checkpoint import open_checkpoint
 from formats.source import resolve_default
 from model import KVCache, Qwen3, load
-from ops.machine import read_bandwidth, release_freed_memory
+from ops.machine import pick_device, read_bandwidth, release_freed_memory
 from sampling import SamplingParams, recommended, sample
 
 PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once; bounds the memory of a long prompt
@@ -436,7 +436,7 @@ def expand_switches(arguments: list[str]) -> list[str]:
 def load_session(options) -> Session:
     """The model, its chat and the settings that the options ask for."""
     path = resolve_default(options.model)
-    device = pick_device(options.device)
+    device = pick_device(options.device, "--device")
     bandwidth = read_bandwidth(device) if options.stats else None  # its 256 MB are gone before the weights come
     chat = Chat.from_pretrained(path)
     release_freed_memory()
@@ -461,16 +461,6 @@ def load_session(options) -> Session:
     )
     session.bandwidth = bandwidth
     return session
-
-
-def pick_device(name: str) -> str:
-    """`auto` is the first of CUDA, Apple's GPU and the CPU that is there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device, is_there in there.items() if is_there)
-    if not there[name]:
-        raise ValueError(f"--device {name}: PyTorch finds no such device here; use --device auto")
-    return name
 
 
 class Printer:

@@ -46,6 +46,7 @@ from formats.source import resolve
 from generate import generate
 from model import Config, Qwen3
 from objectives import IGNORED, Batch, Objective
+from ops.machine import pick_device
 from sampling import SamplingParams
 
 END_OF_TEXT = "<|endoftext|>"
@@ -54,15 +55,6 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 
 
 # --- what is trained, and how its weights move ---
-
-
-def device_of(name: str) -> torch.device:
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, available in there.items() if available)
-    elif not there[name]:
-        raise ValueError(f"train.device is {name}, which this machine has not; use auto")
-    return torch.device(name)
 
 
 def build_model(settings: Settings, chat: Chat, device: torch.device) -> Qwen3:
@@ -259,7 +251,7 @@ class Processes:
             raise ValueError(f"torchrun started {self.count} processes, but train.parallel is none; set ddp or fsdp")
         if parallel != "none" and "RANK" not in os.environ:
             raise ValueError(f"train.parallel is {parallel}: start with torchrun --nproc-per-node N train.py …")
-        self.device = device_of(device)
+        self.device = torch.device(pick_device(device, "train.device"))
         if self.device.type == "cuda" and self.count > 1:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)

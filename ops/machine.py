@@ -15,6 +15,16 @@ import torch.nn.functional as F
 MEASURED_BYTES = 1 << 28  # far above the caches of all but the largest servers, small enough for a laptop
 
 
+def pick_device(name: str, place: str) -> str:
+    """`auto` is the first of CUDA, Apple's GPU and the CPU that is there. `place` is where the name came from."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device, is_there in there.items() if is_there)
+    if not there[name]:
+        raise ValueError(f"{place} {name}: PyTorch finds no such device here; use auto")
+    return name
+
+
 def read_bandwidth(device: str | torch.device = "cpu", seconds: float = 0.1) -> float:
     """Bytes per second that this machine reads from memory with torch's threads: the best of some sums of 256 MB.
 

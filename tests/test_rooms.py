@@ -16,7 +16,7 @@ ROOMS = {
     "generate": ({"model", "chat", "sampling", "ops", "formats", "console"}, {"torch"}),
     "convert": ({"model", "formats", "ops", "chat", "console"}, {"torch", "safetensors"}),
     "train": (
-        {"model", "data", "objectives", "configs", "chat", "generate", "sampling", "formats", "console"},
+        {"model", "ops", "data", "objectives", "configs", "chat", "generate", "sampling", "formats", "console"},
         {"torch", "safetensors", "yaml", "matplotlib", "rich", "wandb"},
     ),
     "objectives": ({"model", "chat", "generate", "sampling", "data"}, {"torch"}),

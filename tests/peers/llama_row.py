@@ -33,7 +33,7 @@ def measure(job: Job) -> dict[str, float]:
     prefill = speed(job, "-p", job.prefill, "-n", 0)
     measured["prefill"] = prefill["avg_ts"]
     measured["decode"] = speed(job, "-p", 0, "-n", job.tokens, "-d", SHORT)["avg_ts"]
-    measured["peak_bytes"] = peak_bytes(resource.RUSAGE_CHILDREN)
+    measured["peak_bytes"] = peak_bytes(resource.getrusage(resource.RUSAGE_CHILDREN))
     if job.deep:
         measured["decode_deep"] = speed(job, "-p", 0, "-n", job.tokens, "-d", job.deep)["avg_ts"]
     return measured | {"bytes_per_weight": prefill["model_size"] / prefill["model_n_params"]}
