@@ -3,7 +3,6 @@ strangers' templates and files that end in one line."""
 
 import json
 import os
-import signal
 import warnings
 from pathlib import Path
 
