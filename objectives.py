@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from model import Qwen3
 
-LOGITS_AT_ONCE = 1 << 25  # 128 MB in float32; fewer would read the head's matrix more often
+# Bytes of a chunk of logits: fewer would read the head's matrix, and write its gradient, more often.
+CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+CACHED = 1 << 20  # numbers that are worked on at once on a CPU, so that they stay in its caches
 IGNORED = -100  # the target of a position that teaches nothing: padding, the prompt
 
 
@@ -27,36 +29,56 @@ class Batch(NamedTuple):
         return int((self.targets != IGNORED).sum())
 
 
+def _softmax_errors(logits: Tensor, targets: Tensor) -> Tensor:
+    """Makes logits [N, V] the gradient of their cross-entropies: softmax minus the one-hot target. Returns the sum of
+    the cross-entropies, float32 []. `torch.logsumexp` would take five times as long on a CPU as all of this."""
+    total = torch.zeros((), device=logits.device)
+    for piece, wanted in zip(*_pieces(logits, targets), strict=True):
+        scores, places = piece.float(), torch.arange(len(wanted), device=logits.device)
+        shares = scores.softmax(-1)
+        normalizer = scores.amax(-1) - shares.amax(-1).log()
+        total += (normalizer - scores[places, wanted]).sum()
+        shares[places, wanted] -= 1
+        piece.copy_(shares)
+    return total
+
+
+def _pieces(wide: Tensor, other: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Two tensors cut alike into groups of rows that fit the caches of a CPU; one group elsewhere."""
+    rows = max(1, CACHED // wide.shape[-1]) if wide.is_cpu else len(wide)
+    return wide.split(rows), other.split(rows)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies of x·Wᵀ, with both gradients computed chunk by chunk on the way forward."""
 
     @staticmethod
     def forward(context, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         """x [N, C], weight [V, C], targets [N] -> float32 []"""
-        product = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
+        device = x.device.type
+        product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        chunk = chunk or max(1, CHUNK_BYTES.get(device, 1 << 28) // (len(weight) * product.itemsize))
         needs_x, needs_weight = context.needs_input_grad[:2]
         grad_x = torch.empty_like(x) if needs_x else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         total = torch.zeros((), device=x.device)
         head = weight.to(product)
-        with torch.autocast(x.device.type, enabled=False):
+        # The chunks share their memory: on a CPU new pages cost as much time as the arithmetic on them.
+        logits = torch.empty(min(chunk, len(x)), len(weight), dtype=product, device=x.device)
+        share = torch.empty_like(head) if needs_weight and product != torch.float32 else None
+        with torch.autocast(device, enabled=False):
             for start in range(0, len(x), chunk):
                 rows, wanted = x[start : start + chunk].to(product), targets[start : start + chunk]
-                logits = (rows @ head.T).float()
-                normalizer = logits.logsumexp(-1, keepdim=True)
-                places = torch.arange(len(wanted), device=x.device)
-                total += (normalizer[:, 0] - logits[places, wanted]).sum()
-                if not (needs_x or needs_weight):
-                    continue
-                error = logits.sub_(normalizer).exp_()  # d loss / d logits is softmax minus the one-hot target
-                error[places, wanted] -= 1
-                error = error.to(product)
+                error = torch.mm(rows, head.T, out=logits[: len(rows)])
+                total += _softmax_errors(error, wanted)
                 if needs_x:
-                    grad_x[start : start + chunk] = (error @ head).to(x.dtype)
-                if needs_weight and product == torch.float32:
-                    grad_weight.addmm_(error.T, rows)
+                    grad_x[start : start + chunk] = error @ head
+                if share is not None:
+                    torch.mm(error.T, rows, out=share)
+                    for place, part in zip(*_pieces(grad_weight, share), strict=True):
+                        place.add_(part.float())
                 elif needs_weight:
-                    grad_weight += error.T @ rows
+                    grad_weight.addmm_(error.T, rows)
         context.save_for_backward(grad_x, grad_weight)
         context.weight_dtype = weight.dtype
         return total
@@ -73,11 +95,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 0) -> Tensor:
     """The sum over positions of -log softmax(x·Wᵀ)[target], logits only for `chunk` positions at a time (0: as many
-    as LOGITS_AT_ONCE allows).
+    as CHUNK_BYTES allows).
 
     x [N, C], weight [V, C], targets LongTensor [N] without IGNORED -> float32 []. Differentiable once in x and weight.
     """
-    return _LinearCrossEntropy.apply(x, weight, targets, chunk or max(1, LOGITS_AT_ONCE // len(weight)))
+    return _LinearCrossEntropy.apply(x, weight, targets, chunk)
 
 
 def next_token_loss(model: Qwen3, batch: Batch) -> Tensor:
