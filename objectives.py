@@ -1,19 +1,25 @@
 """From a batch to a loss: what each stage of training minimises.
 
+    pretrain, sft   Objective   -log p of each target                      sum over targets
+    dpo             DPO         -log sigmoid of the margin of each pair    sum over pairs
+    grpo            GRPO        clipped ratio times advantage, and KL      sum over tokens, each with its share
+
+A batch's `count` is what its loss is divided by, so that a step's gradient does not depend on how it is cut in parts.
+
 The logits of Qwen3's vocabulary are the largest tensor of a training step (4 x 512 tokens x 151,936 x 4 bytes =
 1.2 GB, and as much again for their gradient). `linear_cross_entropy` never holds more than a chunk of them.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import Qwen3
 
-# Bytes of a chunk of logits: fewer would read the head's matrix, and write its gradient, more often.
-CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
-CACHED = 1 << 20  # numbers that are worked on at once on a CPU, so that they stay in its caches
+LOGITS_AT_ONCE = 1 << 25  # 128 MB in float32; fewer would read the head's matrix more often
 IGNORED = -100  # the target of a position that teaches nothing: padding, the prompt
 
 
@@ -25,97 +31,238 @@ class Batch(NamedTuple):
     mask: Tensor | None = None
 
     @property
-    def target_count(self) -> int:
+    def count(self) -> int:
+        """Targets."""
         return int((self.targets != IGNORED).sum())
 
 
-def _softmax_errors(logits: Tensor, targets: Tensor) -> Tensor:
-    """Makes logits [N, V] the gradient of their cross-entropies: softmax minus the one-hot target. Returns the sum of
-    the cross-entropies, float32 []. `torch.logsumexp` would take five times as long on a CPU as all of this."""
-    total = torch.zeros((), device=logits.device)
-    for piece, wanted in zip(*_pieces(logits, targets), strict=True):
-        scores, places = piece.float(), torch.arange(len(wanted), device=logits.device)
-        shares = scores.softmax(-1)
-        normalizer = scores.amax(-1) - shares.amax(-1).log()
-        total += (normalizer - scores[places, wanted]).sum()
-        shares[places, wanted] -= 1
-        piece.copy_(shares)
-    return total
+class Pairs(NamedTuple):
+    """Rows 2i and 2i + 1 are the chosen and the rejected answer to one prompt; targets are those of the answers."""
+
+    ids: Tensor
+    targets: Tensor
+    reference: Tensor
+    """float32 [B]: log-probability of each answer under the weights that training began with."""
+    mask: None = None
+
+    @property
+    def count(self) -> int:
+        """Pairs."""
+        return len(self.ids) // 2
 
 
-def _pieces(wide: Tensor, other: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Two tensors cut alike into groups of rows that fit the caches of a CPU; one group elsewhere."""
-    rows = max(1, CACHED // wide.shape[-1]) if wide.is_cpu else len(wide)
-    return wide.split(rows), other.split(rows)
+class Rollouts(NamedTuple):
+    """Replies that the model wrote itself; targets are the replies' tokens, N of them in row-major order."""
+
+    ids: Tensor
+    targets: Tensor
+    advantages: Tensor
+    """float32 [B]"""
+    shares: Tensor
+    """float32 [B]: the weight of each token of a reply."""
+    count: float
+    """What the sum over all parts is divided by, as the share of this part."""
+    old: Tensor | None = None
+    """float32 [N]: log-probabilities when the replies were written; None: those of now."""
+    reference: Tensor | None = None
+    """float32 [N]: log-probabilities under the weights that training began with; None: no KL."""
+    mask: None = None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies of x·Wᵀ, with both gradients computed chunk by chunk on the way forward."""
+    """Cross-entropies of x·Wᵀ, chunk by chunk.
+
+    Their sum has the gradients of every position computed on the way forward, where the logits are at hand. For single
+    ones the weight of each in the loss is known only on the way back, and the logits are computed a second time.
+    """
 
     @staticmethod
-    def forward(context, x: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        """x [N, C], weight [V, C], targets [N] -> float32 []"""
-        device = x.device.type
-        product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        chunk = chunk or max(1, CHUNK_BYTES.get(device, 1 << 28) // (len(weight) * product.itemsize))
-        needs_x, needs_weight = context.needs_input_grad[:2]
-        grad_x = torch.empty_like(x) if needs_x else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        total = torch.zeros((), device=x.device)
-        head = weight.to(product)
-        # The chunks share their memory: on a CPU new pages cost as much time as the arithmetic on them.
-        logits = torch.empty(min(chunk, len(x)), len(weight), dtype=product, device=x.device)
-        share = torch.empty_like(head) if needs_weight and product != torch.float32 else None
-        with torch.autocast(device, enabled=False):
-            for start in range(0, len(x), chunk):
-                rows, wanted = x[start : start + chunk].to(product), targets[start : start + chunk]
-                error = torch.mm(rows, head.T, out=logits[: len(rows)])
-                total += _softmax_errors(error, wanted)
-                if needs_x:
-                    grad_x[start : start + chunk] = error @ head
-                if share is not None:
-                    torch.mm(error.T, rows, out=share)
-                    for place, part in zip(*_pieces(grad_weight, share), strict=True):
-                        place.add_(part.float())
-                elif needs_weight:
-                    grad_weight.addmm_(error.T, rows)
-        context.save_for_backward(grad_x, grad_weight)
+    def forward(context, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, summed: bool) -> Tensor:
+        """x [N, C], weight [V, C], targets [N] -> float32 [] or [N]"""
+        kind = x.device.type
+        product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        context.chunk, context.product, context.summed = chunk, product, summed
+        needed = context.needs_input_grad[:2] if summed else (False, False)
+        losses, grad_x, grad_weight = _in_chunks(x, weight, targets, None, needed, chunk, product)
         context.weight_dtype = weight.dtype
-        return total
+        context.save_for_backward(*((grad_x, grad_weight) if summed else (x, weight, targets)))
+        return losses.sum() if summed else losses
 
     @staticmethod
     def backward(context, grad: Tensor):
-        grad_x, grad_weight = context.saved_tensors
-        if grad_x is not None:
-            grad_x = grad_x.mul_(grad.to(grad_x.dtype))
-        if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad).to(context.weight_dtype)
-        return grad_x, grad_weight, None, None
+        if context.summed:
+            grad_x, grad_weight = context.saved_tensors
+            grad_x = grad_x if grad_x is None else grad_x.mul_(grad.to(grad_x.dtype))
+            grad_weight = grad_weight if grad_weight is None else grad_weight.mul_(grad)
+        else:
+            needed = context.needs_input_grad[:2]
+            _, grad_x, grad_weight = _in_chunks(*context.saved_tensors, grad, needed, context.chunk, context.product)
+        grad_weight = grad_weight if grad_weight is None else grad_weight.to(context.weight_dtype)
+        return grad_x, grad_weight, None, None, None
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 0) -> Tensor:
-    """The sum over positions of -log softmax(x·Wᵀ)[target], logits only for `chunk` positions at a time (0: as many
-    as CHUNK_BYTES allows).
+def _in_chunks(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    shares: Tensor | None,
+    needed: tuple[bool, bool],
+    chunk: int,
+    product: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Cross-entropies float32 [N], and where `needed` the gradients in x and weight of their sum, each times its share
+    (float32 [N]; None: 1)."""
+    needs_x, needs_weight = needed
+    losses = torch.empty(len(x), device=x.device)
+    grad_x = torch.empty_like(x) if needs_x else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+    head = weight.to(product)
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, len(x), chunk):
+            part = slice(start, start + chunk)
+            rows, wanted = x[part].to(product), targets[part]
+            logits = (rows @ head.T).float()
+            normalizer = logits.logsumexp(-1, keepdim=True)
+            places = torch.arange(len(wanted), device=x.device)
+            losses[part] = normalizer[:, 0] - logits[places, wanted]
+            if not (needs_x or needs_weight):
+                continue
+            error = logits.sub_(normalizer).exp_()  # d loss / d logits is softmax minus the one-hot target
+            error[places, wanted] -= 1
+            error = (error if shares is None else error.mul_(shares[part, None])).to(product)
+            if needs_x:
+                grad_x[part] = (error @ head).to(x.dtype)
+            if needs_weight and product == torch.float32:
+                grad_weight.addmm_(error.T, rows)
+            elif needs_weight:
+                grad_weight += error.T @ rows
+    return losses, grad_x, grad_weight
 
-    x [N, C], weight [V, C], targets LongTensor [N] without IGNORED -> float32 []. Differentiable once in x and weight.
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 0, reduction: str = "sum") -> Tensor:
+    """-log softmax(x·Wᵀ)[target] of each position ("none") or their sum, logits only for `chunk` positions at a time
+    (0: as many as LOGITS_AT_ONCE allows).
+
+    x [N, C], weight [V, C], targets LongTensor [N] without IGNORED -> float32 [] or [N]. Differentiable once in x and
+    weight.
     """
-    return _LinearCrossEntropy.apply(x, weight, targets, chunk)
+    assert reduction in ("sum", "none")
+    chunk = chunk or max(1, LOGITS_AT_ONCE // len(weight))
+    return _LinearCrossEntropy.apply(x, weight, targets, chunk, reduction == "sum")
+
+
+def target_losses(model: Qwen3, batch: Batch | Pairs | Rollouts, reduction: str, temperature: float = 1.0) -> Tensor:
+    """-log p of the batch's targets in row-major order, or their sum; `temperature` divides logits as in sampling."""
+    x = model.model(batch.ids, mask=batch.mask)
+    taught = batch.targets != IGNORED
+    head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    x = x[taught] if temperature == 1.0 else x[taught] / temperature
+    return linear_cross_entropy(x, head.weight, batch.targets[taught], reduction=reduction)
 
 
 def next_token_loss(model: Qwen3, batch: Batch) -> Tensor:
     """The sum of the losses over the batch's targets, float32 []. Pretraining and SFT."""
-    x = model.model(batch.ids, mask=batch.mask)
-    taught = batch.targets != IGNORED
-    head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
-    return linear_cross_entropy(x[taught], head.weight, batch.targets[taught])
+    return target_losses(model, batch, "sum")
+
+
+def rows_of(batch: Batch | Pairs | Rollouts) -> Tensor:
+    """LongTensor [N]: the row that each target lies in."""
+    return (batch.targets != IGNORED).nonzero()[:, 0]
+
+
+def answer_logprobs(model: Qwen3, batch: Pairs) -> Tensor:
+    """log p of each row's answer, the sum over its tokens: float32 [B]."""
+    losses = target_losses(model, batch, "none")
+    return losses.new_zeros(len(batch.ids)).index_add(0, rows_of(batch), -losses)
 
 
 class Objective(nn.Module):
-    """A model together with its loss, Batch -> float32 []: what is trained in one or in many processes."""
+    """A model together with its loss, a batch -> float32 []: what is trained in one or in many processes.
+
+    `measured` gathers what else is worth knowing of the batches since it was last taken: name -> [sum, number].
+    """
 
     def __init__(self, model: Qwen3):
         super().__init__()
         self.model = model
+        self.measured: dict[str, list[float]] = {}
 
     def forward(self, batch: Batch) -> Tensor:
         return next_token_loss(self.model, batch)
+
+    def measure(self, **values: Iterable) -> None:
+        for name, given in values.items():
+            tensor, held = torch.as_tensor(given).float(), self.measured.setdefault(name, [0.0, 0.0])
+            held[0], held[1] = held[0] + float(tensor.sum()), held[1] + tensor.numel()
+
+    def take_measured(self) -> dict[str, list[float]]:
+        taken, self.measured = self.measured, {}
+        return taken
+
+
+class DPO(Objective):
+    """Direct preference optimisation (https://arxiv.org/abs/2305.18290, equation 7).
+
+    margin = beta · [(log π(chosen) - log π_ref(chosen)) - (log π(rejected) - log π_ref(rejected))]
+    loss   = -log sigmoid(margin) + nll · (-log π(chosen) / tokens of chosen)
+
+    The second term keeps the chosen answers likely (https://arxiv.org/abs/2404.19733, equation 2).
+    """
+
+    def __init__(self, model: Qwen3, beta: float, nll: float = 0.0):
+        super().__init__(model)
+        self.beta, self.nll = beta, nll
+
+    def forward(self, batch: Pairs) -> Tensor:
+        logprobs = answer_logprobs(self.model, batch)
+        ratios = logprobs - batch.reference
+        margins = self.beta * (ratios[0::2] - ratios[1::2])
+        loss = -F.logsigmoid(margins).sum()
+        if self.nll:
+            loss = loss - self.nll * (logprobs / (batch.targets != IGNORED).sum(1))[0::2].sum()
+        self.measure(margin=margins.detach(), accuracy=margins.detach() > 0)
+        return loss
+
+
+class GRPO(Objective):
+    """Group relative policy optimisation (https://arxiv.org/abs/2402.03300, equations 3 and 4).
+
+    For each token, with r = π/π_old and A the advantage of its reply:
+    loss = -min(r·A, clip(r, 1 - clip, 1 + clip_high)·A) + kl · (π_ref/π - log(π_ref/π) - 1)
+
+    An upper limit of its own is DAPO's (https://arxiv.org/abs/2503.14476, section 3.1). Every probability is that of
+    sampling at `temperature`.
+    """
+
+    def __init__(self, model: Qwen3, clip: float, clip_high: float, kl: float, temperature: float = 1.0):
+        super().__init__(model)
+        self.clip, self.clip_high, self.kl, self.temperature = clip, clip_high, kl, temperature
+
+    def logprobs(self, batch: Rollouts, model: Qwen3 | None = None) -> Tensor:
+        """float32 [N], of the trained model or another."""
+        return -target_losses(model or self.model, batch, "none", self.temperature)
+
+    def forward(self, batch: Rollouts) -> Tensor:
+        logprobs, rows = self.logprobs(batch), rows_of(batch)
+        advantages = batch.advantages[rows]
+        ratio = (logprobs - (logprobs.detach() if batch.old is None else batch.old)).exp()
+        clipped = ratio.clamp(1 - self.clip, 1 + self.clip_high)
+        losses = -torch.minimum(ratio * advantages, clipped * advantages)
+        self.measure(clip_fraction=(clipped * advantages < ratio * advantages).detach())
+        if batch.reference is not None:
+            further = batch.reference - logprobs
+            kl = further.exp() - further - 1  # unbiased and never negative (http://joschu.net/blog/kl-approx.html)
+            losses = losses + self.kl * kl
+            self.measure(kl=kl.detach())
+        return (losses * batch.shares[rows]).sum()
+
+
+def advantages(rewards: Tensor, group: int, divide_by_std: bool) -> Tensor:
+    """Each reply's reward above the mean of its group's, over their standard deviation (GRPO, section 4.1.2).
+
+    rewards float32 [B], the replies to one prompt side by side -> float32 [B]. Without the division hard and easy
+    questions count by how far their rewards lie apart (Dr. GRPO, https://arxiv.org/abs/2503.20783, section 3.1).
+    """
+    groups = rewards.view(-1, group)
+    above = groups - groups.mean(1, keepdim=True)
+    return (above / (groups.std(1, keepdim=True) + 1e-4) if divide_by_std else above).flatten()

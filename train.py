@@ -385,7 +385,7 @@ class Trainer:
         """One optimizer step over the rows of all processes; the record of it."""
         train, start = self.settings.train, time.perf_counter()
         parts = batches(self.source.rows(step - 1), train.accumulate, self.device, self.end_of_text)
-        targets = sum(batch.target_count for batch in parts)
+        targets = sum(batch.count for batch in parts)
         if not targets:
             raise ValueError(f"step {step}: no row is within train.sequence {train.sequence}; raise it")
         with self.processes.together(self.run):
@@ -438,7 +438,7 @@ class Trainer:
             rows = self.source.validation_rows(index)
             for batch in batches(rows, self.settings.train.accumulate, self.device, self.end_of_text):
                 with self.autocast():
-                    total, count = total + float(self.objective(batch)), count + batch.target_count
+                    total, count = total + float(self.objective(batch)), count + batch.count
         return total / count if count else None
 
     def print_samples(self, model: Qwen3) -> None:

@@ -1,4 +1,4 @@
-"""The documents of text files, JSON lines, Parquet files and streamed data sets, one at a time.
+"""The documents of text files, and the records of JSON, Parquet files and streamed data sets, one at a time.
 
 Each file is a stranger's: what can't be read is refused with the file and the line or row.
 """
@@ -6,37 +6,56 @@ Each file is a stranger's: what can't be read is refused with the file and the l
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from formats.download import reach
 
 Documents = Callable[[], Iterator[str]]
+Records = Iterator[tuple[str, Any]]
+"""Where a record stands, for messages, and what it is."""
 
 
 def read_documents(source: str, field: str, split: str, config: str | None) -> Iterator[str]:
     """The documents of one source, in its order. ValueError names the file, and the line or row."""
+    if Path(source).suffix == ".txt" and Path(source).is_file():
+        return _text(_filled(Path(source)))
+    return (_field(record, field, place) for place, record in read_records(source, split, config, field))
+
+
+def read_records(source: str, split: str, config: str | None, field: str | None = None) -> Records:
+    """The records of one source; of a Parquet file only the column `field`, where that is given."""
     path = Path(source)
-    readers = {".txt": _text, ".jsonl": _json_lines, ".parquet": _parquet}
+    readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": partial(_parquet, field=field)}
     if path.is_file():
         if path.suffix not in readers:
-            raise ValueError(f"{path}: the kinds of files are {', '.join(readers)}; rename it to what it is")
-        if path.stat().st_size == 0:
-            raise ValueError(f"{path}: is empty; leave it out")
-        return readers[path.suffix](path, field)
-    if not path.is_dir() and (path.suffix in readers or source.count("/") != 1 or source.startswith((".", "/"))):
+            raise ValueError(f"{path}: the kinds of files are .txt, {', '.join(readers)}; rename it to what it is")
+        return readers[path.suffix](_filled(path))
+    if not path.is_dir() and (path.suffix in (".txt", *readers) or not is_data_set(source)):
         raise ValueError(f"{source}: neither a file, nor a folder, nor the id of a data set (owner/name)")
-    return _data_set(source, field, split, config)
+    return _data_set(source, split, config)
 
 
-def _text(path: Path, field: str) -> Iterator[str]:
+def is_data_set(source: str) -> bool:
+    """Whether this looks like an id on the hub."""
+    return source.count("/") == 1 and not source.startswith((".", "/"))
+
+
+def _filled(path: Path) -> Path:
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: is empty; leave it out")
+    return path
+
+
+def _text(path: Path) -> Iterator[str]:
     try:
         yield path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start:,}; convert it first") from None
 
 
-def _json_lines(path: Path, field: str) -> Iterator[str]:
+def _json_lines(path: Path) -> Records:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -44,27 +63,37 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
                     record = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}: line {number:,} is not JSON ({error})") from None
-                yield _field(record, field, f"{path}: line {number:,}")
+                yield f"{path}: line {number:,}", record
 
 
-def _parquet(path: Path, field: str) -> Iterator[str]:
+def _json_list(path: Path) -> Records:
+    try:
+        records = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); one record a line is .jsonl") from None
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: a JSON {type(records).__name__} where a list of records is expected")
+    for number, record in enumerate(records, 1):
+        yield f"{path}: item {number:,}", record
+
+
+def _parquet(path: Path, field: str | None) -> Records:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
+            if field is not None and field not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names[:8])
                 raise ValueError(f"{path}: has no column {field} but {names}; name one with --field")
-            batches = file.iter_batches(batch_size=1024, columns=[field])
-            rows = (value for batch in batches for value in batch.column(0).to_pylist())
-            for number, value in enumerate(rows, 1):
-                yield _field({field: value}, field, f"{path}: row {number:,}")
+            batches = file.iter_batches(batch_size=1024, columns=None if field is None else [field])
+            for number, record in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield f"{path}: row {number:,}", record
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: can't be read as Parquet ({error}); download it again") from None
 
 
-def _data_set(name: str, field: str, split: str, config: str | None) -> Iterator[str]:
+def _data_set(name: str, split: str, config: str | None) -> Records:
     import datasets
 
     if not Path(name).is_dir():
@@ -80,7 +109,7 @@ def _data_set(name: str, field: str, split: str, config: str | None) -> Iterator
             return
         except Exception as error:
             raise ValueError(f"{name}: the stream ended at row {number:,} ({error}); run the command again") from None
-        yield _field(row, field, f"{name}: row {number:,}")
+        yield f"{name}: row {number:,}", row
 
 
 def _reach_hub(name: str) -> None:

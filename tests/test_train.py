@@ -203,7 +203,7 @@ def test_the_loss_is_taken_at_the_targets_alone(tied):
     loss = next_token_loss(model, batch)
     logits = model(ids)
     expected = F.cross_entropy(logits[0, 3:4], targets[0, 3:4]) + F.cross_entropy(logits[1, 5:6], targets[1, 5:6])
-    assert batch.target_count == 2
+    assert batch.count == 2
     torch.testing.assert_close(loss, expected)
 
 
