@@ -6,8 +6,8 @@
 
 A batch's `count` is what its loss is divided by, so that a step's gradient does not depend on how it is cut in parts.
 
-The logits of Qwen3's vocabulary are the largest tensor of a training step (4 x 512 tokens x 151,936 x 4 bytes =
-1.2 GB, and as much again for their gradient). `linear_cross_entropy` never holds more than a chunk of them.
+The logits of Qwen3's vocabulary would be the largest tensor of a training step (4 x 512 tokens x 151,936 x 4 bytes =
+1.2 GB, and as much again for their gradient). ops/cross_entropy.py never holds more than a chunk of them.
 """
 
 from collections.abc import Iterable
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import Qwen3
+from ops.cross_entropy import linear_cross_entropy
 
-LOGITS_AT_ONCE = 1 << 25  # 128 MB in float32; fewer would read the head's matrix more often
 IGNORED = -100  # the target of a position that teaches nothing: padding, the prompt
 
 
@@ -67,88 +67,6 @@ class Rollouts(NamedTuple):
     reference: Tensor | None = None
     """float32 [N]: log-probabilities under the weights that training began with; None: no KL."""
     mask: None = None
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropies of x·Wᵀ, chunk by chunk.
-
-    Their sum has the gradients of every position computed on the way forward, where the logits are at hand. For single
-    ones the weight of each in the loss is known only on the way back, and the logits are computed a second time.
-    """
-
-    @staticmethod
-    def forward(context, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, summed: bool) -> Tensor:
-        """x [N, C], weight [V, C], targets [N] -> float32 [] or [N]"""
-        kind = x.device.type
-        product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        context.chunk, context.product, context.summed = chunk, product, summed
-        needed = context.needs_input_grad[:2] if summed else (False, False)
-        losses, grad_x, grad_weight = _in_chunks(x, weight, targets, None, needed, chunk, product)
-        context.weight_dtype = weight.dtype
-        context.save_for_backward(*((grad_x, grad_weight) if summed else (x, weight, targets)))
-        return losses.sum() if summed else losses
-
-    @staticmethod
-    def backward(context, grad: Tensor):
-        if context.summed:
-            grad_x, grad_weight = context.saved_tensors
-            grad_x = grad_x if grad_x is None else grad_x.mul_(grad.to(grad_x.dtype))
-            grad_weight = grad_weight if grad_weight is None else grad_weight.mul_(grad)
-        else:
-            needed = context.needs_input_grad[:2]
-            _, grad_x, grad_weight = _in_chunks(*context.saved_tensors, grad, needed, context.chunk, context.product)
-        grad_weight = grad_weight if grad_weight is None else grad_weight.to(context.weight_dtype)
-        return grad_x, grad_weight, None, None, None
-
-
-def _in_chunks(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    shares: Tensor | None,
-    needed: tuple[bool, bool],
-    chunk: int,
-    product: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Cross-entropies float32 [N], and where `needed` the gradients in x and weight of their sum, each times its share
-    (float32 [N]; None: 1)."""
-    needs_x, needs_weight = needed
-    losses = torch.empty(len(x), device=x.device)
-    grad_x = torch.empty_like(x) if needs_x else None
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-    head = weight.to(product)
-    with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, len(x), chunk):
-            part = slice(start, start + chunk)
-            rows, wanted = x[part].to(product), targets[part]
-            logits = (rows @ head.T).float()
-            normalizer = logits.logsumexp(-1, keepdim=True)
-            places = torch.arange(len(wanted), device=x.device)
-            losses[part] = normalizer[:, 0] - logits[places, wanted]
-            if not (needs_x or needs_weight):
-                continue
-            error = logits.sub_(normalizer).exp_()  # d loss / d logits is softmax minus the one-hot target
-            error[places, wanted] -= 1
-            error = (error if shares is None else error.mul_(shares[part, None])).to(product)
-            if needs_x:
-                grad_x[part] = (error @ head).to(x.dtype)
-            if needs_weight and product == torch.float32:
-                grad_weight.addmm_(error.T, rows)
-            elif needs_weight:
-                grad_weight += error.T @ rows
-    return losses, grad_x, grad_weight
-
-
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 0, reduction: str = "sum") -> Tensor:
-    """-log softmax(x·Wᵀ)[target] of each position ("none") or their sum, logits only for `chunk` positions at a time
-    (0: as many as LOGITS_AT_ONCE allows).
-
-    x [N, C], weight [V, C], targets LongTensor [N] without IGNORED -> float32 [] or [N]. Differentiable once in x and
-    weight.
-    """
-    assert reduction in ("sum", "none")
-    chunk = chunk or max(1, LOGITS_AT_ONCE // len(weight))
-    return _LinearCrossEntropy.apply(x, weight, targets, chunk, reduction == "sum")
 
 
 def target_losses(model: Qwen3, batch: Batch | Pairs | Rollouts, reduction: str, temperature: float = 1.0) -> Tensor:

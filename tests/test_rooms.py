@@ -19,7 +19,7 @@ ROOMS = {
         {"model", "ops", "data", "objectives", "configs", "chat", "generate", "sampling", "formats", "console"},
         {"torch", "safetensors", "yaml", "matplotlib", "rich", "wandb"},
     ),
-    "objectives": ({"model", "chat", "generate", "sampling", "data"}, {"torch"}),
+    "objectives": ({"model", "ops", "chat", "generate", "sampling", "data"}, {"torch"}),
     "evaluate": ({"generate", "model", "chat", "sampling", "objectives", "data", "formats", "console"}, {"torch"}),
     "bench": ({"generate", "model", "chat", "ops", "formats", "console", "bench_report"}, {"torch"}),
     "bench_report": ({"formats"}, {"matplotlib", "rich"}),

@@ -1,0 +1,113 @@
+"""The loss of a language model's head without its logits: only a chunk of them is ever in memory.
+
+Cut after "Cut Your Losses in Large-Vocabulary Language Models" (https://arxiv.org/abs/2411.09009), with PyTorch's own
+matrix products and over positions instead of the vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Bytes of a chunk of logits: in smaller ones the head's matrix is read, and its gradient written, more often.
+CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+CACHED = 1 << 20  # numbers that a CPU works on at once, so that they stay in its caches
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 0, reduction: str = "sum") -> Tensor:
+    """-log softmax(x·Wᵀ)[target] of each position ("none") or their sum, logits only for `chunk` positions at a time
+    (0: as many as CHUNK_BYTES allows). Under autocast the products are in its dtype; the rest is float32.
+
+    x [N, C], weight [V, C], targets LongTensor [N] -> float32 [] or [N]. Differentiable once in x and weight.
+    """
+    assert reduction in ("sum", "none")
+    return _LinearCrossEntropy.apply(x, weight, targets, chunk, reduction == "sum")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropies of x·Wᵀ, chunk by chunk.
+
+    Their sum has the gradients of every position computed on the way forward, where the logits are at hand. For single
+    ones the weight of each in the loss is known only on the way back, and the logits are computed a second time.
+    """
+
+    @staticmethod
+    def forward(context, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, summed: bool) -> Tensor:
+        """x [N, C], weight [V, C], targets [N] -> float32 [] or [N]"""
+        kind = x.device.type
+        product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        chunk = chunk or max(1, CHUNK_BYTES.get(kind, 1 << 28) // (len(weight) * product.itemsize))
+        context.chunk, context.product, context.summed = chunk, product, summed
+        needed = context.needs_input_grad[:2] if summed else (False, False)
+        losses, grad_x, grad_weight = _in_chunks(x, weight, targets, None, needed, chunk, product)
+        context.weight_dtype = weight.dtype
+        context.save_for_backward(*((grad_x, grad_weight) if summed else (x, weight, targets)))
+        return losses.sum() if summed else losses
+
+    @staticmethod
+    def backward(context, grad: Tensor):
+        if context.summed:
+            grad_x, grad_weight = context.saved_tensors
+            grad_x = grad_x if grad_x is None else grad_x.mul_(grad.to(grad_x.dtype))
+            grad_weight = grad_weight if grad_weight is None else grad_weight.mul_(grad)
+        else:
+            needed = context.needs_input_grad[:2]
+            _, grad_x, grad_weight = _in_chunks(*context.saved_tensors, grad, needed, context.chunk, context.product)
+        grad_weight = grad_weight if grad_weight is None else grad_weight.to(context.weight_dtype)
+        return grad_x, grad_weight, None, None, None
+
+
+def _in_chunks(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    shares: Tensor | None,
+    needed: tuple[bool, bool],
+    chunk: int,
+    product: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Cross-entropies float32 [N], and where `needed` the gradients in x and weight of their sum, each times its share
+    (float32 [N]; None: 1)."""
+    needs_x, needs_weight = needed
+    losses = torch.empty(len(x), device=x.device)
+    grad_x = torch.empty_like(x) if needs_x else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+    head = weight.to(product)
+    # One allocation for all chunks: on a CPU new pages of memory cost as much time as the arithmetic on them.
+    logits = torch.empty(min(chunk, len(x)), len(weight), dtype=product, device=x.device)
+    partial = torch.empty_like(head) if needs_weight and product != torch.float32 else None
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, len(x), chunk):
+            part = slice(start, start + chunk)
+            rows = x[part].to(product)
+            error = torch.mm(rows, head.T, out=logits[: len(rows)])
+            losses[part] = _errors(error, targets[part], None if shares is None else shares[part])
+            if needs_x:
+                grad_x[part] = error @ head
+            if partial is not None:
+                torch.mm(error.T, rows, out=partial)
+                for rows in _cached_rows(head):
+                    grad_weight[rows] += partial[rows].float()
+            elif needs_weight:
+                grad_weight.addmm_(error.T, rows)
+    return losses, grad_x, grad_weight
+
+
+def _errors(logits: Tensor, targets: Tensor, shares: Tensor | None) -> Tensor:
+    """The cross-entropies of logits [N, V], float32 [N]. The logits become their gradients, each row times its share:
+    softmax minus the one-hot target. (`torch.logsumexp` alone takes five times as long on a CPU as all of this.)"""
+    losses = torch.empty(len(logits), device=logits.device)
+    for part in _cached_rows(logits):
+        scores, wanted = logits[part].float(), targets[part, None]
+        probabilities = scores.softmax(-1)
+        normalizer = scores.amax(-1) - probabilities.amax(-1).log()
+        losses[part] = normalizer - scores.gather(-1, wanted)[:, 0]
+        probabilities.scatter_add_(-1, wanted, probabilities.new_full((), -1.0).expand_as(wanted))
+        logits[part] = probabilities if shares is None else probabilities.mul_(shares[part, None])
+    return losses
+
+
+def _cached_rows(matrix: Tensor) -> Iterator[slice]:
+    """Rows that are worked on together: on a CPU as many as its caches hold, else all."""
+    count = max(1, CACHED // matrix.shape[-1]) if matrix.is_cpu else len(matrix)
+    return (slice(start, start + count) for start in range(0, len(matrix), count))
