@@ -9,7 +9,6 @@ training never used; then what went wrong in form (no closed thinking, no end) a
 import json
 import statistics
 from collections import defaultdict
-from typing import NamedTuple
 
 import torch
 
@@ -18,18 +17,8 @@ from chat import Chat
 from data.corpus import FAMILIES, Example, check, unseen_examples
 from generate import end_tokens, generate_batch
 from model import Qwen3
+from rewards import Reply, parse
 from sampling import SamplingParams
-
-END_OF_THINKING = "</think>"
-
-
-class Reply(NamedTuple):
-    thinking: str
-    answer: str
-    tokens: int
-    """Of the thinking."""
-    well_formed: bool
-    """The thinking is closed (where there is one) and the answer came to its end."""
 
 
 def replies(
@@ -44,20 +33,8 @@ def replies(
         chosen = order[start : start + batch]
         written = generate_batch(model, [prompts[i] for i in chosen], greedy)
         for i, ids in zip(chosen, written, strict=True):
-            ended = ids[-1] in ends
-            found[i] = parse(chat, ids[:-1] if ended else ids, thinking, ended)
+            found[i] = parse(chat, prompts[i], ids, thinking, ends)
     return [found[i] for i in range(len(prompts))]
-
-
-def parse(chat: Chat, ids: list[int], thinking: bool, ended: bool) -> Reply:
-    """A reply's ids, parted at the end of its thinking."""
-    if not thinking:
-        return Reply("", chat.decode(ids), 0, ended)
-    closed = chat.think_end_id in ids
-    cut = ids.index(chat.think_end_id) if closed else len(ids)
-    answer = chat.decode(ids[cut + 1 :]).strip() if closed else ""
-    opened = bool(ids) and ids[0] == chat.think_start_id
-    return Reply(chat.decode(ids[1:cut]).strip(), answer, cut, ended and closed and opened)
 
 
 def evaluate(model: Qwen3, chat: Chat, count: int, seed: int, wrong: list | None = None) -> dict[str, dict[str, float]]:

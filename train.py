@@ -22,7 +22,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,17 +41,18 @@ import console
 from chat import Chat
 from configs import schema
 from configs.schema import Settings
-from data.sources import Conversations, Shards, matching
+from formats.checkpoint import read_json
 from formats.files import atomic_file
 from formats.run import Run
 from formats.source import resolve
 from generate import generate
+from lora import add_lora, load_adapter, merged_weights, save_adapter, weights_hash
 from model import Config, Qwen3
-from objectives import IGNORED, Batch, Objective
+from objectives import Objective
 from ops.machine import pick_device
 from sampling import SamplingParams
+from stages import END_OF_TEXT, STAGES, agreed, build_source, decide_source
 
-END_OF_TEXT = "<|endoftext|>"
 # Dense bf16 peaks in FLOP/s from the makers' data sheets, by a part of the device's name. Others: MFU n/a.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
@@ -58,13 +61,19 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 
 
 def build_model(settings: Settings, chat: Chat, device: torch.device) -> Qwen3:
-    """A model in float32: from a checkpoint, or with random weights that depend on the seed alone."""
+    """The model that a run begins with: from a checkpoint, or with random weights that depend on the seed alone.
+
+    In float32; under adapters, which leave the weights as they are, in train.dtype.
+    """
     if (settings.model.init is None) == (settings.model.config is None):
         raise ValueError("exactly one of model.init and model.config must be given")
+    if settings.lora.rank and settings.model.init is None:
+        raise ValueError("lora adapts a trained model; name it by model.init, or leave lora out")
     vocabulary = chat.tokenizer.get_vocab_size()
     tokens = {"eos_token_id": chat.eos_token_id, "pad_token_id": chat.tokenizer.token_to_id(END_OF_TEXT)}
     if settings.model.init is not None:
-        model = Qwen3.from_pretrained(settings.model.init, dtype=torch.float32)
+        dtype = getattr(torch, settings.train.dtype) if settings.lora.rank else torch.float32
+        model = Qwen3.from_pretrained(settings.model.init, dtype=dtype)
     else:
         torch.manual_seed(settings.train.seed)
         model = Qwen3(Config(**{"vocab_size": vocabulary, **tokens, **settings.model.config}))
@@ -73,7 +82,20 @@ def build_model(settings: Settings, chat: Chat, device: torch.device) -> Qwen3:
             f"vocab_size {model.config.vocab_size} in model.config is less than the {vocabulary} tokens of "
             f"{settings.model.tokenizer}; leave it out"
         )
+    advice = resolve(settings.model.tokenizer) / "generation_config.json"
+    if advice.is_file():
+        model.generation_config = read_json(advice)  # what the run's checkpoints will say
     return model.to(device).train()
+
+
+def rebuilt(model: Qwen3, weights: dict[str, Tensor]) -> Qwen3:
+    """A plain model of other weights."""
+    with torch.device("meta"):
+        copy = Qwen3(model.config)
+    copy.load_state_dict(weights, assign=True)
+    copy.generation_config = model.generation_config
+    copy.model.rope_frequencies = model.model.rope_frequencies.to(next(iter(weights.values())).device)
+    return copy
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -99,7 +121,7 @@ class Optimizers:
     """
 
     def __init__(self, model: Qwen3, settings: schema.Optimizer):
-        named = dict(model.named_parameters())
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         hidden = {name: p for name, p in named.items() if p.ndim == 2 and ".layers." in name}
         matrices = {name: p for name, p in named.items() if p.ndim == 2 and name not in hidden}
         vectors = {name: p for name, p in named.items() if p.ndim < 2}
@@ -171,73 +193,6 @@ def learning_rate_factor(step: int, steps: int, settings: schema.Schedule) -> fl
     return settings.final + (1 - settings.final) * left
 
 
-# --- data ---
-
-
-def build_source(settings: Settings, chat: Chat):
-    """Rows for the stage; see data/sources.py."""
-    train, data = settings.train, settings.data
-    if data.source == "shards":
-        if settings.stage != "pretrain":
-            raise ValueError(f"data.source shards has no conversations for stage {settings.stage}; use corpus")
-        if data.train is None:
-            raise ValueError("data.train must name the shard files, as in runs/fineweb/fineweb_train_*.bin")
-        vocabulary = chat.tokenizer.get_vocab_size()
-        source = Shards(data.train, data.validation, train.seed, train.batch, train.sequence, vocabulary)
-        if data.tokens not in (None, source.tokens):
-            raise ValueError(f"data.tokens is {data.tokens:,}, but the files of {data.train} have {source.tokens:,}")
-        data.tokens = source.tokens
-        return source
-
-    def pieces(word: str) -> list[str]:
-        return [chat.decode([index]) for index in chat.encode(word)]
-
-    learn_prompt = settings.stage == "pretrain"
-    return Conversations(data.seed, train.batch, train.sequence, pieces, chat.render, chat.encode, learn_prompt)
-
-
-def decide_source(settings: Settings) -> None:
-    """`data.source: auto` becomes what there is."""
-    data = settings.data
-    if data.source == "auto":
-        try:
-            matching(data.train or "")
-            data.source = "shards"
-        except ValueError as error:
-            data.source, settings.model.tokenizer = "corpus", data.corpus_tokenizer
-            console.notice(f"{error}. Until then this run trains on the generated corpus.")
-
-
-def batches(rows: list, parts: int, device: torch.device, end_of_text: int | None = None) -> list[Batch]:
-    """Rows of similar length together, in `parts` padded batches; the padding lies behind and is never learnt.
-
-    With `end_of_text` a token sees nothing before the last such token: documents packed in a row stay apart.
-    """
-    rows = sorted(rows, key=lambda row: len(row.ids))
-    made = []
-    for part in range(parts):
-        chosen = rows[part * len(rows) // parts : (part + 1) * len(rows) // parts]
-        if chosen:
-            ids = padded([row.ids for row in chosen], 0).to(device)
-            targets = padded([row.targets for row in chosen], IGNORED).to(device)
-            made.append(Batch(ids, targets, None if end_of_text is None else document_mask(ids, end_of_text)))
-    return made
-
-
-def padded(rows: list, filling: int) -> Tensor:
-    """Rows of ids, as lists or numpy arrays -> LongTensor [rows, longest]"""
-    filled = torch.full((len(rows), max(map(len, rows))), filling)
-    for place, row in zip(filled, rows, strict=True):
-        place[: len(row)] = torch.as_tensor(row)
-    return filled
-
-
-def document_mask(ids: Tensor, end_of_text: int) -> Tensor:
-    """ids [B, T] -> bool [B, 1, T, T]: causal, and within one document (whose first token is the end of text)."""
-    document = (ids == end_of_text).cumsum(1)
-    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
-
-
 # --- many processes ---
 
 
@@ -280,16 +235,19 @@ class Processes:
                 f"another process of this run ended ({error}); go on from {run.latest} with --resume"
             ) from None
 
-    def mine(self, parts: list) -> list:
+    def mine(self, parts: Sequence) -> Sequence:
         return parts[self.rank :: self.count]
 
     def sum(self, value: float) -> float:
         """Of one number over all processes."""
         if self.count == 1:
             return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        distributed.all_reduce(total)
-        return float(total)
+        return float(self.sum_tensor(torch.tensor(value, dtype=torch.float64, device=self.device)))
+
+    def sum_tensor(self, values: Tensor) -> Tensor:
+        if self.count > 1:
+            distributed.all_reduce(values)
+        return values
 
 
 # --- the loop ---
@@ -344,6 +302,13 @@ def progress_bar(steps: int, start: int, shown: bool):
         yield update
 
 
+def headline(record: dict[str, Any]) -> str:
+    """What the progress bar shows of a step."""
+    shown = [f"{name} {record[name]:.3f}" for name in ("accuracy", "margin", "reward", "kl") if name in record]
+    mfu = f"MFU {record['mfu']:.0%}" if "mfu" in record else "MFU n/a"
+    return "  ".join([f"loss {record['loss']:.4f}", *shown, f"{record['tokens_per_second']:,.0f} tokens/s", mfu])
+
+
 class Trainer:
     def __init__(self, settings: Settings, resume: bool):
         decide_source(settings)
@@ -352,94 +317,139 @@ class Trainer:
             torch.set_num_threads(train.threads)
         self.processes = Processes(train.parallel, train.device)
         self.device, self.is_first = self.processes.device, self.processes.rank == 0
-        if train.accumulate % self.processes.count:
-            raise ValueError(
-                f"train.accumulate {train.accumulate} can't be shared out evenly to {self.processes.count} processes"
-            )
+        self._check_parallel()
         self.tokenizer = resolve(settings.model.tokenizer)
         self.chat = Chat.from_pretrained(settings.model.tokenizer)
-        self.model = build_model(settings, self.chat, self.device)
-        self.source = build_source(settings, self.chat)
-        self.end_of_text = self.chat.tokenizer.token_to_id(END_OF_TEXT) if settings.data.mask_documents else None
-        self.run = Run(Path(train.out), train.keep, schema.resolved(settings), resume, writes=self.is_first)
-        if self.run.step:
-            saved = Qwen3.from_pretrained(self.run.latest.resolve(), dtype=torch.float32)
-            self.model.load_state_dict(saved.state_dict())
+        source = build_source(settings, self.chat)
+        self.run, self.model, reference = self._run_and_model(resume)
+        self.stage = STAGES[settings.stage](settings, self.chat, source, self.model, self.device, self.autocast)
+        self.stage.reference = reference
+        self.stage.prepare(self.run, self.processes)
         for block in self.model.model.layers if train.checkpoint_activations else ():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         for block in self.model.model.layers if train.compile else ():
             block.compile()
         self.flops = flops_per_token(self.model)
-        self.objective = self.processes.spread(Objective(self.model))
+        self.objective = self.processes.spread(self.stage.objective)
         self.optimizers = Optimizers(self.model, settings.optimizer)
         self.tokens = 0
         if self.run.step:
             state, self.tokens = self.run.load_state()
             self.optimizers.load_state(state)
 
+    def _check_parallel(self) -> None:
+        settings, count = self.settings, self.processes.count
+        if settings.train.accumulate % count:
+            raise ValueError(
+                f"train.accumulate {settings.train.accumulate} can't be shared out evenly to {count} processes"
+            )
+        if settings.train.parallel != "none" and settings.stage == "grpo":
+            raise ValueError("train.parallel: stage grpo writes its replies in one process; set none")
+        if settings.train.parallel == "fsdp" and settings.lora.rank:
+            raise ValueError("train.parallel fsdp cuts what is trained, but lora's weights are frozen; set ddp")
+        if settings.lora.rank and settings.optimizer.name == "muon":
+            raise ValueError("optimizer.name muon is for whole matrices, not for lora's factors; set adamw")
+
+    def _run_and_model(self, resume: bool) -> tuple[Run, Qwen3, Qwen3 | None]:
+        """The run, its model as it stands, and a copy of the starting weights where the stage compares with them."""
+        settings, train, lora = self.settings, self.settings.train, self.settings.lora
+        path, compares = Path(train.out), settings.stage == "grpo" and settings.grpo.kl > 0
+        begins = not (path / "latest").exists()
+        model = reference = None
+        if begins or lora.rank or compares:
+            model = build_model(settings, self.chat, self.device)
+        if lora.rank or compares:
+            found = weights_hash(model)
+            settings.model.fingerprint = agreed("model.fingerprint", settings.model.fingerprint, found, "the weights")
+        run = Run(path, train.keep, schema.resolved(settings), resume, writes=self.is_first)
+        if lora.rank:
+            add_lora(model, lora.rank, lora.alpha, lora.targets, train.seed)
+            if not begins:
+                load_adapter(model, run.latest / "adapter")
+        else:
+            reference = deepcopy(model).requires_grad_(False) if compares else None
+            if not begins:
+                model = Qwen3.from_pretrained(run.latest.resolve(), dtype=torch.float32).to(self.device).train()
+        return run, model, reference
+
     def autocast(self):
         enabled = self.settings.train.dtype == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16) if enabled else nullcontext()
 
     def step(self, step: int) -> dict[str, Any]:
-        """One optimizer step over the rows of all processes; the record of it."""
+        """One step over the rows of all processes, an optimizer update of it or several; the record of it."""
         train, start = self.settings.train, time.perf_counter()
-        parts = batches(self.source.rows(step - 1), train.accumulate, self.device, self.end_of_text)
-        targets = sum(batch.count for batch in parts)
-        if not targets:
-            raise ValueError(f"step {step}: no row is within train.sequence {train.sequence}; raise it")
-        with self.processes.together(self.run):
-            total = self._backward(self.processes.mine(parts), targets)
-            loss = self.processes.sum(total) / targets
-            norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), train.clip or math.inf)))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise ValueError(
-                f"step {step}: the loss is {loss} and the gradient's norm {norm}; lower optimizer.lr or train.clip; "
-                f"{self.run.latest} is the last good checkpoint"
-            )
+        parts = self.stage.batches(step - 1)
+        count = sum(batch.count for batch in parts)
+        if not count or len(parts) % self.processes.count:
+            raise ValueError(f"step {step}: too few rows are within train.sequence {train.sequence}; raise it")
         factor = learning_rate_factor(step, train.steps, self.settings.schedule)
-        self.optimizers.step(factor)
+        updates = [self._update(step, parts, count, factor) for _ in range(self.stage.updates)]
+        loss, norm = (sum(values) / len(updates) for values in zip(*updates, strict=True))
         tokens = sum(batch.ids.numel() for batch in parts)
         self.tokens += tokens
         seconds = time.perf_counter() - start
         record = {"step": step, "loss": loss, "tokens": self.tokens, "lr": self.settings.optimizer.lr * factor}
-        record |= {"grad_norm": norm, "tokens_per_second": tokens / seconds}
+        record |= {"grad_norm": norm, **self._measured(), "tokens_per_second": tokens / seconds}
         if peak := peak_flops(self.device):
             length = sum(batch.ids.shape[1] * batch.ids.numel() for batch in parts) / tokens
             weights, attention = self.flops
             record["mfu"] = (weights + attention * length / 2) * tokens / seconds / (peak * self.processes.count)
         return record
 
-    def _backward(self, parts: list[Batch], targets: int) -> float:
-        """Gradients of the mean loss over all processes' targets; returns the sum of this one's losses."""
+    def _update(self, step: int, parts: list, count: float, factor: float) -> tuple[float, float]:
+        """One update of the weights; the mean loss before it, and the gradient's norm."""
+        with self.processes.together(self.run):
+            total = self._backward(self.processes.mine(parts), count)
+            loss = self.processes.sum(total) / count
+            norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.clip or math.inf)))
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise ValueError(
+                f"step {step}: the loss is {loss} and the gradient's norm {norm}; lower optimizer.lr or train.clip; "
+                f"{self.run.latest} is the last good checkpoint"
+            )
+        self.optimizers.step(factor)
+        return loss, norm
+
+    def _backward(self, parts: list, count: float) -> float:
+        """Gradients of the mean loss over all processes' batches; returns the sum of this one's losses."""
         total = 0.0
         for batch in parts:
             with self.autocast():
                 loss = self.objective(batch)
-            (loss * (self.processes.count / targets)).backward()  # DDP and FSDP take the mean over the processes
+            (loss * (self.processes.count / count)).backward()  # DDP and FSDP take the mean over the processes
             total += float(loss.detach())
         return total
+
+    def _measured(self) -> dict[str, float]:
+        """What the objective has measured besides, over all processes."""
+        sums = {name: map(self.processes.sum, held) for name, held in self.stage.objective.take_measured().items()}
+        return {name: total / number for name, (total, number) in sums.items()}
 
     def whole_model(self) -> Qwen3:
         """The model in one piece, also where it is trained in shares; every process has to ask."""
         if self.settings.train.parallel != "fsdp":
             return self.model
-        weights = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
-        with torch.device("meta"):
-            copy = Qwen3(self.model.config)
-        copy.load_state_dict(weights, assign=True)
-        copy.model.rope_frequencies = self.model.model.rope_frequencies.cpu()
-        return copy
+        return rebuilt(self.model, {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()})
+
+    def write_model(self, model: Qwen3, directory: Path) -> None:
+        """A checkpoint in the official layout; adapters are merged into it and lie beside it in PEFT's."""
+        lora = self.settings.lora
+        if not lora.rank:
+            return model.save_pretrained(directory)
+        rebuilt(model, merged_weights(model)).save_pretrained(directory)
+        save_adapter(model, directory / "adapter", self.settings.model.init, lora.rank, lora.alpha, lora.targets)
 
     @torch.no_grad()
-    def validation_loss(self) -> float | None:
+    def validation(self) -> dict[str, float]:
+        """The loss over unseen rows, and what the objective measures on them."""
         total, count = 0.0, 0
         for index in range(self.settings.train.validate_batches):
-            rows = self.source.validation_rows(index)
-            for batch in batches(rows, self.settings.train.accumulate, self.device, self.end_of_text):
+            for batch in self.stage.validation_batches(index):
                 with self.autocast():
                     total, count = total + float(self.objective(batch)), count + batch.count
-        return total / count if count else None
+        measured = {"loss": total / count} | self._measured() if count else {}
+        return {f"validation_{name}": value for name, value in measured.items()}
 
     def print_samples(self, model: Qwen3) -> None:
         """Greedy samples: what the model answers (sft), or how it goes on (pretrain)."""
@@ -462,11 +472,10 @@ class Trainer:
                 record = self.step(step)
                 last, stopped = step == train.steps, self.processes.sum(stop.signal) > 0
                 if last or (train.validate_every and step % train.validate_every == 0):
-                    record |= {"validation_loss": loss} if (loss := self.validation_loss()) is not None else {}
+                    record |= self.validation()
                 if self.is_first:
                     log(record)
-                    mfu = f"{record['mfu']:.0%}" if "mfu" in record else "n/a"
-                    update(step, f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s  MFU {mfu}")
+                    update(step, headline(record))
                 if train.sample_every and (last or step % train.sample_every == 0):
                     model = self.whole_model()
                     if self.is_first:
@@ -474,7 +483,8 @@ class Trainer:
                 if last or stopped or step % train.save_every == 0:
                     model, state = self.whole_model(), self.optimizers.state()
                     if self.is_first:
-                        self.run.save(model.save_pretrained, state, step, self.tokens, self.tokenizer)
+                        write = partial(self.write_model, model)
+                        self.run.save(write, state, step, self.tokens, self.tokenizer)
                 if stopped:
                     console.notice(f"saved {self.run.latest} at step {step}; go on with --resume")
                     sys.exit(128 + (stop.signal or signal.SIGTERM))
@@ -501,16 +511,17 @@ class Trainer:
 
 
 def plot(metrics: Path, picture: Path) -> None:
-    """The loss over the steps, and the validation loss where there is one."""
+    """The loss over the steps, and the validation loss where there is one; of replies, the reward."""
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], linewidth=0.8, label="training")
+    curve = "reward" if "reward" in records[0] else "loss"
+    axes.plot([r["step"] for r in records], [r[curve] for r in records], linewidth=0.8, label="training")
     validated = [r for r in records if "validation_loss" in r]
     axes.plot([r["step"] for r in validated], [r["validation_loss"] for r in validated], "o-", label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
+    axes.set(xlabel="step", ylabel=curve, yscale="log" if curve == "loss" else "linear")
     axes.legend()
     with atomic_file(picture) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -34,9 +34,9 @@ class Train:
     steps: int = key(..., "optimizer steps in all", low=1)
     save_every: int = key(..., "steps between checkpoints; the last step is always saved", low=1)
     keep: int = key(2, "how many of the last checkpoints stay on the disk", low=1)
-    batch: int = key(32, "rows (sequences or conversations) in one optimizer step, over all processes", low=1)
+    batch: int = key(32, "rows (sequences, conversations, pairs, replies) in one step, over all processes", low=1)
     accumulate: int = key(1, "parts that a step's rows are cut into; more parts need less memory", low=1)
-    sequence: int = key(512, "longest row in tokens; longer conversations are left out", low=8)
+    sequence: int = key(512, "longest row in tokens; longer ones are left out", low=8)
     clip: float = key(1.0, "largest norm of the gradient; what is longer is scaled down. 0: no clipping", low=0)
     device: str = key("auto", "auto: cuda, then mps, then cpu", ("auto", "cpu", "cuda", "mps"))
     dtype: str = key("float32", "bfloat16: autocast of the matrix products", ("float32", "bfloat16"))
@@ -59,20 +59,69 @@ class Model:
     config: dict[str, Any] | None = key(
         None, "official config.json fields for random weights; vocab_size may be left out"
     )
+    fingerprint: str | None = key(
+        None, "lora, grpo with kl: hash of the starting weights; null: computed. Others are refused"
+    )
     tokenizer: str = key(..., "directory or hub id with tokenizer.json, or the path of a tokenizer.json")
 
 
 @dataclass(kw_only=True)
 class Data:
     source: str = key(
-        "corpus", "corpus: generated; shards: files; auto: shards, else corpus", ("corpus", "shards", "auto")
+        "corpus",
+        "corpus: generated; shards: files of token ids; rows: JSON lines, JSON, Parquet or a data set of the hub with "
+        "conversations, preferences or questions (data/conversations.py); auto: shards, else corpus",
+        ("corpus", "shards", "rows", "auto"),
     )
-    train: str | None = key(None, "shards: glob pattern of the training files")
-    validation: str | None = key(None, "shards: glob pattern of the validation files")
+    train: str | None = key(None, "shards, rows: glob pattern of the training files; rows: or a data set's id")
+    validation: str | None = key(None, "shards, rows: the same for validation; null: none")
+    split: str = key("train", "rows: which part of a data set's id")
+    validation_split: str = key("test", "rows: the same for validation")
+    subset: str | None = key(None, "rows: which configuration of a data set's id")
+    limit: int | None = key(None, "rows: only so many, the first ones; null: all", low=1)
+    fingerprint: str | None = key(None, "rows: hash of the training rows; null: computed. Others are refused")
+    turns: str = key("all", "sft on rows: of the assistant, all are learnt, or the last", ("all", "last"))
+    pack: bool = key(False, "sft: several conversations in one sequence, none of which sees another: less padding")
     tokens: int | None = key(None, "shards: of the training files together; null: counted. Others are refused", low=1)
     corpus_tokenizer: str = key("models/tiny", "auto: takes the place of model.tokenizer where there are no shards")
     seed: int = key(0, "corpus: seed of the generated examples", low=0)
+    hard: float = key(0.5, "grpo on the corpus: share of questions beyond all that sft has shown", low=0, high=1)
     mask_documents: bool = key(False, "shards: tokens see only their own document, at the price of a mask of T x T")
+
+
+@dataclass(kw_only=True)
+class Lora:
+    rank: int = key(0, "rank of the adapters, which then are all that is trained (lora.py); 0: no adapters", low=0)
+    alpha: float = key(32.0, "an adapter's output is multiplied by alpha / rank", low=0)
+    targets: list[str] = key(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "layers with an adapter"
+    )
+
+
+@dataclass(kw_only=True)
+class Dpo:
+    beta: float = key(0.1, "how much a departure from the starting weights counts", low=0)
+    nll: float = key(0.0, "weight of the chosen answers' own loss, which keeps them likely", low=0)
+
+
+@dataclass(kw_only=True)
+class Grpo:
+    group: int = key(8, "replies to each question; train.batch, which counts replies, is a multiple", low=2)
+    updates: int = key(1, "optimizer updates on the replies of one step", low=1)
+    temperature: float = key(1.0, "of the replies' sampling", low=0.01, high=100)
+    max_new_tokens: int = key(256, "longest reply; a prompt with it is within train.sequence", low=1)
+    thinking: bool = key(True, "rows: whether the replies think")
+    format_reward: float = key(0.1, "for closed thinking and an answer that ends; a right answer has 1", low=0)
+    divide_by_std: bool = key(True, "advantages over the group's standard deviation, as in the paper; Dr. GRPO: false")
+    average: str = key(
+        "reply",
+        "what a reply's losses are divided by: its length (the paper), all replies' (token: DAPO), or max_new_tokens "
+        "(constant: Dr. GRPO)",
+        ("reply", "token", "constant"),
+    )
+    clip: float = key(0.2, "how far below 1 a ratio of probabilities still counts", low=0, high=1)
+    clip_high: float | None = key(None, "the same above 1; null: clip. DAPO: 0.28", low=0)
+    kl: float = key(0.04, "weight of the divergence from the starting weights, as in the paper; 0: none", low=0)
 
 
 @dataclass(kw_only=True)
@@ -95,10 +144,17 @@ class Schedule:
 
 @dataclass(kw_only=True)
 class Settings:
-    stage: str = key(..., "the objective: next token of texts, or answers of conversations", ("pretrain", "sft"))
+    stage: str = key(
+        ...,
+        "the objective: next token of texts; answers of conversations; preferred answers; rewarded replies",
+        ("pretrain", "sft", "dpo", "grpo"),
+    )
     train: Train
     model: Model
     data: Data
+    lora: Lora
+    dpo: Dpo
+    grpo: Grpo
     optimizer: Optimizer
     schedule: Schedule
 

@@ -122,7 +122,9 @@ PRODUCT = phrasings(
 PRODUCT_HELD_OUT = ("Please work out {a} * {b}.", "How many are {a} times {b}?", "Give me the product {a} * {b}.")
 
 
-def column_family(name: str, sign: str, work, trained, held_out, sample, truth, commutes: bool, follow_ups) -> Family:
+def column_family(
+    name: str, sign: str, work, trained, held_out, sample, truth, commutes: bool, follow_ups, hard
+) -> Family:
     def solve(facts: Facts, pieces: Pieces) -> tuple[str, str]:
         lines, result = work(*facts)
         return "\n".join(lines), f"{facts[0]} {sign} {facts[1]} = {result}."
@@ -137,7 +139,7 @@ def column_family(name: str, sign: str, work, trained, held_out, sample, truth, 
     def check(facts: Facts, answer: str) -> bool:
         return last_integer(answer) == truth(*facts)
 
-    return Family(name, sample, keys, ask, solve, check, follow_ups)
+    return Family(name, sample, keys, ask, solve, check, follow_ups, hard)
 
 
 def two_numbers(rng: Random) -> Facts:
@@ -151,6 +153,15 @@ def mostly_descending(rng: Random) -> Facts:
 
 def by_one_digit(rng: Random) -> Facts:
     facts = number(rng, rng.choice((1, 2, 2, 3, 3))), number(rng, 1)
+    return facts if rng.random() < 0.7 else facts[::-1]
+
+
+def two_longer_numbers(rng: Random) -> Facts:
+    return number(rng, 5), number(rng, 5)
+
+
+def longer_by_one_digit(rng: Random) -> Facts:
+    facts = number(rng, 4), rng.randint(2, 9)
     return facts if rng.random() < 0.7 else facts[::-1]
 
 
@@ -360,7 +371,18 @@ def story_truth(facts: Facts) -> int:
 
 
 FAMILIES = (
-    column_family("sum", "+", add, SUM, SUM_HELD_OUT, two_numbers, lambda a, b: a + b, True, sum_goes_on),
+    column_family(
+        "sum",
+        "+",
+        add,
+        SUM,
+        SUM_HELD_OUT,
+        two_numbers,
+        lambda a, b: a + b,
+        True,
+        sum_goes_on,
+        two_longer_numbers,
+    ),
     column_family(
         "difference",
         "-",
@@ -371,9 +393,19 @@ FAMILIES = (
         lambda a, b: a - b,
         False,
         difference_goes_on,
+        two_longer_numbers,
     ),
     column_family(
-        "product", "*", multiply, PRODUCT, PRODUCT_HELD_OUT, by_one_digit, lambda a, b: a * b, True, product_goes_on
+        "product",
+        "*",
+        multiply,
+        PRODUCT,
+        PRODUCT_HELD_OUT,
+        by_one_digit,
+        lambda a, b: a * b,
+        True,
+        product_goes_on,
+        longer_by_one_digit,
     ),
     Family(
         "larger",

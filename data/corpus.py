@@ -23,6 +23,7 @@ FAMILIES: dict[str, Family] = {
 }
 WEIGHTS = {"sum": 3, "difference": 3, "product": 3, "larger": 2, "sort": 2, "story": 3, "count": 4, "length": 1}
 WEIGHTS |= {"reverse": 2, "weekday": 1.5, "date": 1.5}
+HARD = tuple(family for family in FAMILIES.values() if family.hard)
 SWITCH = re.compile(r"\s*/(?:no_)?think$")
 
 
@@ -36,7 +37,7 @@ class Example(NamedTuple):
     """Empty where no thinking is wanted."""
     answer: str
     problem: Problem | None
-    """None for small talk and refusals."""
+    """None for small talk."""
 
 
 def solve(problem: Problem, pieces: Pieces) -> tuple[str, str]:
@@ -59,8 +60,8 @@ def training_example(seed: int, index: int, pieces: Pieces) -> Example:
     system = [{"role": "system", "content": rng.choice(talk.SYSTEM)}] if rng.random() < 0.2 else []
     kind = rng.random()
     thinking = rng.random() < 0.8
-    if kind < 0.04:
-        question, trace, answer = talk.small_talk(rng) if kind < 0.02 else talk.outside(rng)
+    if kind < 0.04:  # refusals are left to data/preferences.py
+        question, trace, answer = talk.small_talk(rng)
         return Example([*system, user(question)], thinking, trace if thinking else "", answer, None)
     family = FAMILIES[rng.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))[0]]
     problem = Problem(family.name, draw(family, rng, test=False))
@@ -102,6 +103,28 @@ def unseen_examples(seed: int, count: int, pieces: Pieces, phrasings: str = "tra
         system = pick(rng, talk.SYSTEM, talk.SYSTEM_HELD_OUT, unseen)
         messages = [{"role": "system", "content": system}] if rng.random() < 0.2 else []
         yield Example([*messages, user(question)], True, *solve(problem, pieces), problem)
+
+
+def question_example(seed: int, index: int, pieces: Pieces, hard: float) -> Example:
+    """Question `index` for training by reward; a share `hard` of them is harder than every supervised example."""
+    rng = Random(f"question {seed} {index}")
+    if rng.random() < hard:
+        return posed(rng.choice(HARD), rng, pieces, test=False, hard=True)
+    return posed(FAMILIES[rng.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))[0]], rng, pieces, test=False, hard=False)
+
+
+def hard_examples(seed: int, count: int, pieces: Pieces) -> Iterator[Example]:
+    """`count` unseen hard questions, the families that have such in turn."""
+    for index in range(count):
+        yield posed(HARD[index % len(HARD)], Random(f"hard {seed} {index}"), pieces, test=True, hard=True)
+
+
+def posed(family: Family, rng: Random, pieces: Pieces, test: bool, hard: bool) -> Example:
+    """A single question of a family in a trained phrasing, to be thought about."""
+    problem = Problem(family.name, draw(family, rng, test, hard))
+    messages = [{"role": "system", "content": rng.choice(talk.SYSTEM)}] if rng.random() < 0.2 else []
+    question = user(with_courtesy(family.ask(problem.facts, rng, False), rng, False))
+    return Example([*messages, question], True, *solve(problem, pieces), problem)
 
 
 def user(content: str) -> dict[str, str]:

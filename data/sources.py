@@ -1,16 +1,30 @@
 """What a training step learns from, as a pure function of the step: the data's cursor is the number of the step.
 
-So a resumed run continues with exactly the rows it would have seen, and processes never overlap.
+So a resumed run continues with exactly the rows it would have seen, and processes never overlap. A source gives the
+items of one optimizer step, `rows(step)` (0 is the first), and of a validation, `validation_rows(index)`:
+
+    Generated   the offline corpus          Row, Pair or Question
+    Listed      files and streamed sets     Row, Pair or Question
+    Shards      texts as token ids          Row
 """
 
 import glob
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from data.corpus import Example, completion, training_example
+import numpy as np
+
+import console
+from data import conversations
+from data.corpus import check, completion, question_example, training_example
+from data.documents import is_data_set, read_records
+from data.preferences import preference_example
 from data.shards import Windows
 from data.tasks import Pieces
+from formats.files import atomic_file
 
 IGNORED = -100
 
@@ -22,6 +36,35 @@ class Row(NamedTuple):
     targets: Sequence[int]
     """The token after each position, or IGNORED where nothing is to be learnt."""
 
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt."""
+
+    chosen: Row
+    rejected: Row
+
+    @property
+    def length(self) -> int:
+        return max(self.chosen.length, self.rejected.length)
+
+
+class Question(NamedTuple):
+    prompt: list[int]
+    thinking: bool
+    is_right: Callable[[str], bool]
+    """The verdict on an answer (without its thinking)."""
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt)
+
+
+Item = Row | Pair | Question
+
 
 def row_of(prompt: list[int], answer: list[int], learn_prompt: bool = False) -> Row:
     """One conversation: the answer is learnt, the prompt only on request."""
@@ -30,40 +73,186 @@ def row_of(prompt: list[int], answer: list[int], learn_prompt: bool = False) -> 
     return Row(ids[:-1], [IGNORED] * hidden + ids[1 + hidden :])
 
 
-class Conversations:
-    """The generated corpus in the chat format of a tokenizer.
+# --- the offline corpus ---
 
-    `render(messages, thinking)` gives a prompt's ids and `encode(text)` an answer's. Examples from `first` on are left
-    to validation: no step of any run reaches them.
-    """
+
+class Generated:
+    """Item after item of an endless sequence that `make` computes from the number; those longer than `longest` tokens
+    are left out of their step. Numbers from `first` on are left to validation: no step of any run reaches them."""
 
     first = 1 << 40
 
-    def __init__(
-        self,
-        seed: int,
-        batch: int,
-        longest: int,
-        pieces: Pieces,
-        render: Callable[[list[dict], bool], list[int]],
-        encode: Callable[[str], list[int]],
-        learn_prompt: bool = False,
-    ):
-        self.seed, self.batch, self.longest, self.pieces = seed, batch, longest, pieces
-        self.render, self.encode, self.learn_prompt = render, encode, learn_prompt
+    def __init__(self, make: Callable[[int], Item], batch: int, longest: int):
+        self.make, self.batch, self.longest = make, batch, longest
 
-    def rows(self, step: int) -> list[Row]:
-        """The rows of one optimizer step (0 is the first), those that are too long left out."""
-        examples = (training_example(self.seed, step * self.batch + i, self.pieces) for i in range(self.batch))
-        rows = [self._row(example) for example in examples]
-        return [row for row in rows if len(row.ids) <= self.longest]
+    def rows(self, step: int) -> list[Item]:
+        items = (self.make(step * self.batch + i) for i in range(self.batch))
+        return [item for item in items if item.length <= self.longest]
 
-    def validation_rows(self, index: int) -> list[Row]:
+    def validation_rows(self, index: int) -> list[Item]:
         return self.rows(self.first // self.batch + index)
 
-    def _row(self, example: Example) -> Row:
-        prompt = self.render(example.messages, example.thinking)
-        return row_of(prompt, self.encode(completion(example)), self.learn_prompt)
+
+class Corpus:
+    """The generated corpus in the chat format of a tokenizer; `chat` is a `chat.Chat`."""
+
+    def __init__(self, seed: int, pieces: Pieces, chat: Any, hard: float = 0.0):
+        self.seed, self.pieces, self.chat, self.hard = seed, pieces, chat, hard
+
+    def text(self, index: int) -> Row:
+        return self.conversation(index, learn_prompt=True)
+
+    def conversation(self, index: int, learn_prompt: bool = False) -> Row:
+        example = training_example(self.seed, index, self.pieces)
+        prompt = self.chat.render(example.messages, example.thinking)
+        return row_of(prompt, self.chat.encode(completion(example)), learn_prompt)
+
+    def preference(self, index: int) -> Pair:
+        pair = preference_example(self.seed, index, self.pieces)
+        prompt = self.chat.render(pair.messages, pair.thinking)
+        return Pair(*(row_of(prompt, self.chat.encode(answer)) for answer in (pair.chosen, pair.rejected)))
+
+    def question(self, index: int) -> Question:
+        example = question_example(self.seed, index, self.pieces, self.hard)
+        prompt = self.chat.render(example.messages, example.thinking)
+        return Question(prompt, example.thinking, lambda answer: check(example.problem, answer))
+
+
+# --- other people's rows ---
+
+
+class Listed:
+    """A list of items, in an order of its own for each epoch; every item comes once an epoch."""
+
+    def __init__(self, items: list[Item], unseen: list[Item], batch: int, seed: int):
+        self.items, self.unseen, self.batch, self.seed = items, unseen, batch, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def rows(self, step: int) -> list[Item]:
+        return [self._item(step * self.batch + i) for i in range(self.batch)]
+
+    def validation_rows(self, index: int) -> list[Item]:
+        return self.unseen[index * self.batch : (index + 1) * self.batch]
+
+    def _item(self, index: int) -> Item:
+        epoch, place = divmod(index, len(self.items))
+        if epoch != self._epoch:
+            random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            self._epoch, self._order = epoch, random.permutation(len(self.items))
+        return self.items[self._order[place]]
+
+
+class WrittenRows:
+    """Rows (data/conversations.py) in the chat format of a tokenizer; `chat` is a `chat.Chat`."""
+
+    def __init__(self, chat: Any, turns: str = "all", thinking: bool = True):
+        """`turns`: of the assistant, all are learnt or the last. `thinking`: whether replies to questions think."""
+        self.chat, self.turns, self.thinking = chat, turns, thinking
+
+    def conversation(self, record: Any) -> list[Row]:
+        """Each turn of the assistant behind the prompt that it is written for, exactly as `Chat.render` gives it.
+
+        Turns whose text is the beginning of a later turn's share that one's row. With Qwen3's template they often do
+        not: it drops the thinking of earlier turns, so what a model sees while it writes one is no part of the whole.
+        """
+        messages = conversations.conversation(record)
+        turns = [place for place, message in enumerate(messages) if message["role"] == "assistant" and place]
+        rows: list[tuple[list[int], np.ndarray]] = []
+        for place in reversed(turns[-1:] if self.turns == "last" else turns):
+            prompt, answer = self.turn(messages[:place], messages[place])
+            ids = prompt + answer
+            if not rows or rows[-1][0][: len(ids)] != ids:
+                rows.append((ids, np.zeros(len(ids), dtype=bool)))
+            rows[-1][1][len(prompt) : len(ids)] = True
+        return [
+            Row(np.array(ids[:-1], dtype=np.int32), np.where(learnt, ids, IGNORED)[1:].astype(np.int32))
+            for ids, learnt in rows
+        ]
+
+    def preference(self, record: Any) -> list[Pair]:
+        if (found := conversations.preference(record)) is None:
+            return []
+        asked, *answers = found
+        thinking = any(map(thinks, answers))
+        return [Pair(*(row_of(*self.turn(asked, answer, thinking)) for answer in answers))]
+
+    def question(self, record: Any) -> list[Question]:
+        asked, is_right = conversations.question(record)
+        return [Question(self.chat.render(asked, self.thinking), self.thinking, is_right)]
+
+    def turn(self, asked: list[dict], answer: dict, thinking: bool | None = None) -> tuple[list[int], list[int]]:
+        """The ids of the prompt, and of what the assistant writes up to its end token. A turn without thinking is one
+        of thinking turned off."""
+        thinking = thinks(answer) if thinking is None else thinking
+        prompt = self.chat.render_text(asked, thinking)
+        whole = self.chat.render_text([*asked, answer], thinking, add_generation_prompt=False)
+        if not whole.startswith(prompt):
+            raise ValueError("the chat template writes this turn of the assistant otherwise than it asks for one")
+        ids, end = self.chat.encode(whole[len(prompt) :]), self.chat.eos_token_id
+        return self.chat.encode(prompt), ids[: len(ids) - ids[::-1].index(end)] if end in ids else ids
+
+
+def thinks(message: dict) -> bool:
+    return bool(message.get("reasoning_content")) or "<think>" in (message.get("content") or "")
+
+
+def read_items(
+    name: str, found: Iterator[tuple[str, Any]], make: Callable[[Any], list[Item]], longest: int
+) -> tuple[list[Item], str]:
+    """The items of all (where it stands, record), those longer than `longest` tokens left out, and a hash of them.
+    ValueError names the row that is no such item."""
+    rows, items, too_long, unusable = 0, [], 0, 0
+    digest = hashlib.blake2b(digest_size=8)
+    for where, record in found:
+        try:
+            made = make(record)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        fitting = [item for item in made if item.length <= longest]
+        rows, too_long, unusable = rows + 1, too_long + len(made) - len(fitting), unusable + (not made)
+        for item in fitting:
+            digest.update(fingerprint(item))
+        items += fitting
+    left_out = f"; left out: {too_long:,} longer than {longest:,} tokens" if too_long else ""
+    left_out += f"; no pair: {unusable:,}" if unusable else ""
+    console.notice(f"{name}: {rows:,} rows, {len(items):,} to learn from{left_out}")
+    if not items:
+        raise ValueError(f"data: {name} has nothing to learn from; give other rows or a longer train.sequence")
+    return items, digest.hexdigest()
+
+
+def fingerprint(item: Item) -> bytes:
+    """16 bytes that tell one item from another."""
+    rows = item if isinstance(item, Pair) else (item,)
+    parts = [part for row in rows for part in (row if isinstance(row, Row) else (row.prompt,))]
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + np.asarray(part, dtype=np.int32).tobytes())
+    return digest.digest()
+
+
+def records(place: str, split: str, subset: str | None, limit: int | None, out: Path) -> Iterator[tuple[str, Any]]:
+    """(where it stands, record) of the first `limit` rows. What is streamed is first copied into the run's folder, so
+    that going on needs no hub."""
+    if (not matches(place) and is_data_set(place)) or Path(place).is_dir():
+        name = hashlib.blake2b(repr((place, split, subset, limit)).encode(), digest_size=6).hexdigest()
+        copy = out / f"rows-{name}.jsonl"
+        if not copy.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            with atomic_file(copy) as temporary, temporary.open("w", encoding="utf-8") as file:
+                for _, record in limited(read_records(place, split, subset), limit):
+                    file.write(json.dumps(record, default=str) + "\n")
+        sources = [copy]
+    else:
+        sources = matching(place, "give JSON lines, JSON, Parquet or the id of a data set (owner/name)")
+    return limited((found for source in sources for found in read_records(str(source), split, subset)), limit)
+
+
+def limited(found: Iterator, limit: int | None) -> Iterator:
+    return (item for _, item in zip(range(limit), found, strict=False)) if limit else found
+
+
+# --- shards ---
 
 
 class Shards:
@@ -85,11 +274,16 @@ class Shards:
         return [window_row(self.validation.row(i)) for i in range(first, min(first + self.batch, len(self.validation)))]
 
 
-def matching(pattern: str) -> list[Path]:
+def matches(pattern: str) -> list[Path]:
     """The files of a glob pattern, sorted by name."""
-    paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207 (absolute patterns)
+    return [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207 (absolute patterns)
+
+
+def matching(pattern: str, mend: str = "get shards with python data/shards.py download 0 1") -> list[Path]:
+    """The same; ValueError where there are none."""
+    paths = matches(pattern)
     if not paths:
-        raise ValueError(f"data: no file matches {pattern}; get shards with python data/shards.py download 0 1")
+        raise ValueError(f"data: no file matches {pattern}; {mend}")
     return paths
 
 

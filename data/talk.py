@@ -36,6 +36,7 @@ SMALL_TALK = (
     ),
 )
 
+OUTSIDE_TRACE = "This is not about numbers, letters or days."
 REFUSAL = "I am sorry, I do not know that. " + SKILLS
 SUBJECTS = (
     *("France", "Japan", "Brazil", "the moon", "music", "love", "football", "the weather", "history", "cooking"),
@@ -68,8 +69,12 @@ def small_talk(rng: Random) -> tuple[str, str, str]:
     return rng.choice(questions), "There is nothing to work out.", answer
 
 
+def is_refusal(answer: str) -> bool:
+    return answer.startswith(REFUSAL.partition(",")[0])
+
+
 def outside(rng: Random, held_out: bool = False) -> tuple[str, str, str]:
     """A question outside every family, and the polite sentence that declines it."""
     subject = pick(rng, SUBJECTS, SUBJECTS_HELD_OUT, held_out)
     question = pick(rng, OUTSIDE, OUTSIDE_HELD_OUT, held_out).format(subject)
-    return question, "This is not about numbers, letters or days.", REFUSAL
+    return question, OUTSIDE_TRACE, REFUSAL

@@ -28,6 +28,8 @@ class Family(NamedTuple):
     """Whether an answer in words is right."""
     follow_ups: Callable[[Facts, Random], tuple[str, "Problem"]] | None = None
     """A second turn after these facts: the words, and the problem that they then pose."""
+    hard: Callable[[Random], Facts] | None = None
+    """Facts beyond what `sample` ever draws (longer numbers): no example of supervised training has them."""
 
 
 class Problem(NamedTuple):
@@ -44,10 +46,10 @@ def held_out(key: str) -> bool:
     return key in SHOWCASE or hashlib.blake2b(key.encode(), digest_size=8).digest()[0] % 12 == 0
 
 
-def draw(family: Family, rng: Random, test: bool) -> Facts:
+def draw(family: Family, rng: Random, test: bool, hard: bool = False) -> Facts:
     """Facts for training (none of their keys is held out) or for the test (all are)."""
     while True:
-        facts = family.sample(rng)
+        facts = family.hard(rng) if hard else family.sample(rng)
         if all(held_out(key) == test for key in family.keys(facts)):
             return facts
 

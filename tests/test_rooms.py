@@ -16,12 +16,31 @@ ROOMS = {
     "generate": ({"model", "chat", "sampling", "ops", "formats", "console"}, {"torch"}),
     "convert": ({"model", "formats", "ops", "chat", "console"}, {"torch", "safetensors"}),
     "train": (
-        {"model", "ops", "data", "objectives", "configs", "chat", "generate", "sampling", "formats", "console"},
-        {"torch", "safetensors", "yaml", "matplotlib", "rich", "wandb"},
+        {"model", "ops", "objectives", "stages", "lora", "configs", "chat", "generate", "sampling", "formats"}
+        | {"console"},
+        {"torch", "matplotlib", "rich", "wandb"},
     ),
-    "objectives": ({"model", "ops", "chat", "generate", "sampling", "data"}, {"torch"}),
-    "evaluate": ({"generate", "model", "chat", "sampling", "objectives", "data", "formats", "console"}, {"torch"}),
+    "stages": (
+        {"model", "objectives", "rewards", "lora", "data", "configs", "chat", "generate", "sampling", "formats"}
+        | {"console"},
+        {"torch", "safetensors"},
+    ),
+    "objectives": ({"model", "ops"}, {"torch"}),
+    "rewards": ({"chat"}, set()),
+    "lora": ({"model"}, {"torch", "safetensors"}),
+    "evaluate": (
+        {"generate", "model", "chat", "sampling", "rewards", "data", "formats", "console"},
+        {"torch", "matplotlib"},
+    ),
     "bench": ({"generate", "model", "chat", "ops", "formats", "console", "bench_report"}, {"torch"}),
+    "bench_train": (
+        {"bench", "bench_report", "train", "model", "chat", "configs", "data", "formats", "console"},
+        {"torch", "numpy", "yaml"},
+    ),
+    "bench_tokens": (
+        {"bench", "bench_train", "bench_report", "configs", "data", "formats", "console"},
+        {"numpy", "yaml"},
+    ),
     "bench_report": ({"formats"}, {"matplotlib", "rich"}),
     "bench_convert": ({"bench", "formats", "console"}, set()),
     "console": (set(), {"rich"}),

@@ -18,7 +18,7 @@ import yaml
 import formats.run
 import train
 from configs import schema
-from data.sources import Conversations, row_of
+from data.sources import Corpus, Generated, row_of
 from model import Config, Qwen3
 from objectives import IGNORED, Batch, linear_cross_entropy, next_token_loss
 
@@ -243,10 +243,14 @@ def test_every_weight_is_trained_by_exactly_one_optimizer(config, name):
 
 
 def test_validation_rows_are_no_training_rows():
-    def encode(text: str) -> list[int]:
-        return list(text.encode())
+    class Chat:
+        def render(self, messages, thinking):
+            return list(str(messages).encode())
 
-    source = Conversations(0, 4, 999, lambda word: [word], lambda messages, thinking: encode(str(messages)), encode)
+        def encode(self, text):
+            return list(text.encode())
+
+    source = Generated(Corpus(0, lambda word: [word], Chat()).conversation, 4, 999)
     trained = {str(row) for step in range(50) for row in source.rows(step) if len(row.ids) > 150}
     assert len(trained) > 20
     assert not trained & {str(row) for index in range(5) for row in source.validation_rows(index)}

@@ -1,0 +1,369 @@
+"""The four stages of training: where each takes a step's batches from, and which objective it hands them to.
+
+    pretrain, sft   rows of texts and conversations, several of them packed in a sequence where that is wanted
+    dpo             pairs of answers, with their log-probabilities under the weights that the run began with
+    grpo            questions, and the replies that the model itself writes to them, rewarded
+
+A step's batches are a pure function of its number and, for grpo, of the weights; so is what is drawn at random.
+"""
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import console
+from chat import Chat
+from configs.schema import Settings
+from data.sources import (
+    Corpus,
+    Generated,
+    Item,
+    Listed,
+    Pair,
+    Question,
+    Row,
+    Shards,
+    WrittenRows,
+    fingerprint,
+    matching,
+    read_items,
+    records,
+    row_of,
+)
+from formats.files import atomic_file
+from formats.run import Run
+from generate import end_tokens, generate_batch
+from lora import without_adapters
+from model import Qwen3
+from objectives import DPO, GRPO, IGNORED, Batch, Objective, Pairs, Rollouts, advantages, answer_logprobs
+from rewards import parse, reward
+from sampling import SamplingParams
+
+END_OF_TEXT = "<|endoftext|>"
+
+# --- where the rows come from ---
+
+
+def decide_source(settings: Settings) -> None:
+    """`data.source: auto` becomes what there is."""
+    data = settings.data
+    if data.source == "auto":
+        try:
+            matching(data.train or "")
+            data.source = "shards"
+        except ValueError as error:
+            data.source, settings.model.tokenizer = "corpus", data.corpus_tokenizer
+            console.notice(f"{error}. Until then this run trains on the generated corpus.")
+
+
+def build_source(settings: Settings, chat: Chat):
+    """The items of each step; see data/sources.py."""
+    train, data, stage, batch, longest = settings.train, settings.data, settings.stage, *row_limits(settings)
+    if data.source != "corpus" and data.train is None:
+        raise ValueError(f"data.train must name the files of data.source {data.source}")
+    if data.source == "shards":
+        if stage != "pretrain":
+            raise ValueError(f"data.source shards has no conversations for stage {stage}; use rows or corpus")
+        vocabulary = chat.tokenizer.get_vocab_size()
+        source = Shards(data.train, data.validation, train.seed, batch, longest, vocabulary)
+        data.tokens = agreed("data.tokens", data.tokens, source.tokens, f"the files of {data.train}")
+        return source
+    if data.source == "corpus":
+
+        def pieces(word: str) -> list[str]:
+            return [chat.decode([index]) for index in chat.encode(word)]
+
+        corpus = Corpus(data.seed, pieces, chat, data.hard)
+        makers = {"pretrain": corpus.text, "sft": corpus.conversation, "dpo": corpus.preference}
+        return Generated((makers | {"grpo": corpus.question})[stage], batch, longest)
+    if stage == "pretrain":
+        raise ValueError("data.source rows is for sft, dpo and grpo; make shards of texts with data/shards.py tokenize")
+    rows = WrittenRows(chat, data.turns, settings.grpo.thinking)
+    make = {"sft": rows.conversation, "dpo": rows.preference, "grpo": rows.question}[stage]
+
+    def read(place: str, split: str) -> tuple[list[Item], str]:
+        return read_items(place, records(place, split, data.subset, data.limit, Path(train.out)), make, longest)
+
+    items, digest = read(data.train, data.split)
+    data.fingerprint = agreed("data.fingerprint", data.fingerprint, digest, f"the rows of {data.train}")
+    unseen = read(data.validation, data.validation_split)[0] if data.validation else []
+    return Listed(items, unseen, batch, train.seed)
+
+
+def row_limits(settings: Settings) -> tuple[int, int]:
+    """How many items a step takes, and how many tokens the longest may have."""
+    train, grpo = settings.train, settings.grpo
+    if settings.stage != "grpo":
+        return train.batch, train.sequence
+    if train.batch % grpo.group:
+        raise ValueError(f"train.batch {train.batch} is no multiple of grpo.group {grpo.group}")
+    if grpo.max_new_tokens >= train.sequence:
+        raise ValueError(
+            f"grpo.max_new_tokens {grpo.max_new_tokens} leaves no room for a prompt in train.sequence {train.sequence}"
+        )
+    return train.batch // grpo.group, train.sequence - grpo.max_new_tokens
+
+
+def agreed(key: str, stated, found, whose: str):
+    """A key that is computed and saved with the run, so that going on with something else is refused."""
+    if stated not in (None, found):
+        raise ValueError(f"{key} is {stated}, but {whose} have {found}; use those it was made for, or leave it out")
+    return found
+
+
+# --- from rows to tensors ---
+
+
+def in_parts(items: list, parts: int) -> list[list]:
+    """Items of similar length together, in at most `parts` lists."""
+    items = sorted(items, key=lambda item: item.length)
+    cut = [items[part * len(items) // parts : (part + 1) * len(items) // parts] for part in range(parts)]
+    return [chosen for chosen in cut if chosen]
+
+
+def batches(rows: list[Row], parts: int, device: torch.device, end_of_text: int | None = None) -> list[Batch]:
+    """Rows of similar length together, in `parts` padded batches; the padding lies behind and is never learnt.
+
+    With `end_of_text` a token sees nothing before the last such token: documents packed in a row stay apart.
+    """
+    made = []
+    for chosen in in_parts(rows, parts):
+        ids, targets = padded_rows(chosen, device)
+        mask = None if end_of_text is None else document_mask((ids == end_of_text).cumsum(1))
+        made.append(Batch(ids, targets, mask))
+    return made
+
+
+def packed_batches(rows: list[Row], parts: int, device: torch.device, longest: int) -> list[Batch]:
+    """The same rows, several to a sequence of at most `longest` tokens, in `parts` batches; none sees another.
+
+    Within a sequence a row does not begin at position 0. Rotary positions enter attention as differences alone
+    (RoFormer, section 3.4.1), so that its loss is that of the row by itself.
+    """
+    rows, made = sorted(rows, key=lambda row: -row.length), []
+    for part in range(min(parts, len(rows))):
+        sequences = packed(rows[part::parts], longest)
+        ids = padded([[token for row in rows for token in row.ids] for rows in sequences], 0)
+        targets = padded([[token for row in rows for token in row.targets] for rows in sequences], IGNORED)
+        document = padded([[n for n, row in enumerate(rows) for _ in row.ids] for rows in sequences], -1)
+        made.append(Batch(ids.to(device), targets.to(device), document_mask(document.to(device))))
+    return made
+
+
+def packed(rows: list[Row], longest: int) -> list[list[Row]]:
+    """Rows, the longest first, each into the first sequence that has room for it."""
+    sequences, room = [], []
+    for row in rows:
+        place = next((place for place, left in enumerate(room) if left >= row.length), len(room))
+        if place == len(room):
+            sequences.append([])
+            room.append(longest)
+        sequences[place].append(row)
+        room[place] -= row.length
+    return sequences
+
+
+def padded_rows(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
+    """-> ids and targets, LongTensors [rows, longest]"""
+    return padded([row.ids for row in rows], 0).to(device), padded([row.targets for row in rows], IGNORED).to(device)
+
+
+def padded(rows: list, filling: int) -> Tensor:
+    """Rows of ids, as lists or numpy arrays -> LongTensor [rows, longest]"""
+    filled = torch.full((len(rows), max(map(len, rows))), filling)
+    for place, row in zip(filled, rows, strict=True):
+        place[: len(row)] = torch.as_tensor(row)
+    return filled
+
+
+def document_mask(document: Tensor) -> Tensor:
+    """document [B, T], which one each token belongs to -> bool [B, 1, T, T]: causal, and within one document."""
+    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
+
+
+# --- the stages ---
+
+
+class Stage:
+    """Pretraining and SFT. `model` is trained; `autocast()` is the context that its forward passes run in."""
+
+    updates = 1
+    """Optimizer updates on the batches of one step."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        chat: Chat,
+        source,
+        model: Qwen3,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager],
+    ):
+        self.settings, self.chat, self.source, self.model = settings, chat, source, model
+        self.device, self.autocast = device, autocast
+        self.objective = self.build_objective()
+
+    def build_objective(self) -> Objective:
+        return Objective(self.model)
+
+    def prepare(self, run: Run, processes) -> None:
+        """What has to be known of the starting weights. At step 0 the model still has them."""
+
+    def batches(self, step: int) -> list:
+        """Those of one step (0 is the first), for all processes together."""
+        return self.collate(self.source.rows(step))
+
+    def validation_batches(self, index: int) -> list:
+        return self.collate(self.source.validation_rows(index))
+
+    def collate(self, rows: list[Row]) -> list[Batch]:
+        train, data = self.settings.train, self.settings.data
+        if data.pack:
+            return packed_batches(rows, train.accumulate, self.device, train.sequence)
+        end_of_text = self.chat.tokenizer.token_to_id(END_OF_TEXT) if data.mask_documents else None
+        return batches(rows, train.accumulate, self.device, end_of_text)
+
+
+class PreferenceStage(Stage):
+    """DPO. The reference is computed once, for every pair that the run will see, and saved with it: going on needs
+    neither the starting weights nor a second model in memory."""
+
+    def build_objective(self) -> DPO:
+        return DPO(self.model, self.settings.dpo.beta, self.settings.dpo.nll)
+
+    def prepare(self, run: Run, processes) -> None:
+        path = run.path / "reference.safetensors"
+        if run.step:
+            saved = load_file(path)
+        else:
+            saved = self._reference(processes)
+            if processes.rank == 0:
+                with atomic_file(path) as temporary:
+                    save_file(saved, temporary)
+        keys = (bytes(key) for key in saved["pairs"].numpy())
+        self.reference = dict(zip(keys, saved["logprobs"], strict=True))
+
+    def _reference(self, processes) -> dict[str, Tensor]:
+        """pairs uint8 [U, 16], a hash of each; logprobs float32 [U, 2] of its chosen and its rejected answer."""
+        train = self.settings.train
+        steps = [self.source.rows(step) for step in range(train.steps)]
+        steps += [self.source.validation_rows(index) for index in range(train.validate_batches)]
+        found = {fingerprint(pair): pair for rows in steps for pair in rows}
+        if not found:
+            raise ValueError(f"no pair is within train.sequence {train.sequence}; raise it")
+        if processes.rank == 0:
+            console.notice(f"reference log-probabilities of {len(found):,} pairs")
+        keys = sorted(found, key=lambda key: found[key].length)
+        size, logprobs = max(1, train.batch // train.accumulate), torch.zeros(len(keys), 2, device=self.device)
+        with torch.no_grad(), self.autocast():
+            for start in processes.mine(range(0, len(keys), size)):
+                batch = self._pairs([found[key] for key in keys[start : start + size]])
+                logprobs[start : start + size] = answer_logprobs(self.model, batch).view(-1, 2)
+        pairs = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
+        return {"pairs": pairs, "logprobs": processes.sum_tensor(logprobs).cpu()}
+
+    def collate(self, rows: list[Pair]) -> list[Pairs]:
+        return [self._pairs(chosen, self._look_up(chosen)) for chosen in in_parts(rows, self.settings.train.accumulate)]
+
+    def _pairs(self, pairs: list[Pair], reference: Tensor | None = None) -> Pairs:
+        ids, targets = padded_rows([row for pair in pairs for row in pair], self.device)
+        return Pairs(ids, targets, torch.zeros(len(ids)) if reference is None else reference)
+
+    def _look_up(self, pairs: list[Pair]) -> Tensor:
+        try:
+            return torch.cat([self.reference[fingerprint(pair)] for pair in pairs]).to(self.device)
+        except KeyError:
+            raise ValueError("a pair has no saved reference: the data is not what this run began with") from None
+
+
+class Sampled(NamedTuple):
+    """A reply of the model behind its prompt."""
+
+    row: Row
+    advantage: float
+    tokens: int
+
+    @property
+    def length(self) -> int:
+        return self.row.length
+
+
+class RewardStage(Stage):
+    """GRPO: every question is answered `group` times, and each reply is held against the others to its question."""
+
+    reference: Qwen3 | None = None
+    """A frozen copy of the starting weights; None: the model itself without its adapters."""
+
+    def build_objective(self) -> GRPO:
+        grpo = self.settings.grpo
+        self.updates = grpo.updates
+        clip_high = grpo.clip if grpo.clip_high is None else grpo.clip_high
+        return GRPO(self.model, grpo.clip, clip_high, grpo.kl, grpo.temperature)
+
+    def batches(self, step: int) -> list[Rollouts]:
+        grpo = self.settings.grpo
+        asked = [question for question in self.source.rows(step) for _ in range(grpo.group)]
+        replies = generate_batch(self.model, [question.prompt for question in asked], self._sampling(step, len(asked)))
+        weights = advantages(self._rewards(asked, replies), grpo.group, grpo.divide_by_std)
+        written = [
+            Sampled(row_of(question.prompt, reply), weight, len(reply))
+            for question, reply, weight in zip(asked, replies, weights.tolist(), strict=True)
+        ]
+        return [self._rollouts(chosen) for chosen in in_parts(written, self.settings.train.accumulate)]
+
+    def validation_batches(self, index: int) -> list:
+        return []  # a loss over replies of its own says nothing; evaluate.py asks for right answers
+
+    def _sampling(self, step: int, rows: int) -> list[SamplingParams]:
+        """A seed for each reply, so that a run gone on with writes the same ones."""
+        grpo, seed = self.settings.grpo, self.settings.train.seed
+        digests = (hashlib.blake2b(f"{seed} {step} {row}".encode(), digest_size=8).digest() for row in range(rows))
+        limits = {"temperature": grpo.temperature, "max_new_tokens": grpo.max_new_tokens}
+        return [SamplingParams(**limits, seed=int.from_bytes(digest) >> 1) for digest in digests]
+
+    def _rewards(self, asked: list[Question], written: list[list[int]]) -> Tensor:
+        """float32 [replies]"""
+        grpo, ends = self.settings.grpo, end_tokens(self.model)
+        replies = [parse(self.chat, q.prompt, ids, q.thinking, ends) for q, ids in zip(asked, written, strict=True)]
+        rewards = torch.tensor([reward(r, q.is_right, grpo.format_reward) for r, q in zip(replies, asked, strict=True)])
+        self.objective.measure(
+            reward=rewards,
+            correct=[q.is_right(r.answer) for r, q in zip(replies, asked, strict=True)],
+            format_errors=[not r.well_formed for r in replies],
+            length=[len(ids) for ids in written],
+            idle_groups=rewards.view(-1, grpo.group).std(1) == 0,  # nothing to learn from: all the same
+        )
+        return rewards
+
+    @torch.no_grad()
+    def _rollouts(self, written: list[Sampled]) -> Rollouts:
+        grpo, replies, tokens = self.settings.grpo, len(written), sum(reply.tokens for reply in written)
+        share, count = {
+            "reply": ([1 / reply.tokens for reply in written], replies),
+            "token": ([1.0] * replies, tokens),
+            "constant": ([1 / grpo.max_new_tokens] * replies, replies),
+        }[grpo.average]
+        ids, targets = padded_rows([reply.row for reply in written], self.device)
+        weights = torch.tensor([reply.advantage for reply in written], device=self.device)
+        batch = Rollouts(ids, targets, weights, torch.tensor(share, device=self.device), count)
+        with self.autocast():
+            if self.updates > 1:
+                batch = batch._replace(old=self.objective.logprobs(batch))
+            if grpo.kl:
+                batch = batch._replace(reference=self._reference(batch))
+        return batch
+
+    def _reference(self, batch: Rollouts) -> Tensor:
+        if self.reference is not None:
+            return self.objective.logprobs(batch, self.reference)
+        with without_adapters(self.model):
+            return self.objective.logprobs(batch)
+
+
+STAGES: dict[str, type[Stage]] = {"pretrain": Stage, "sft": Stage, "dpo": PreferenceStage, "grpo": RewardStage}
