@@ -418,14 +418,18 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: "Step") -> Tensor:
         """x [B, T, C] → [B, T, C]."""
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, K, T, D]
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        q, k, v = (project(x).view(B, T, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.norm_rotate(q, k, step)
+        v = v.transpose(1, 2)  # [B, K, T, D]
         if step.cache is not None:
             k, v = step.cache.write(self.layer, k, v, step.positions)
         out = attention(q, k, v, step.mask, step.causal)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+
+    def norm_rotate(self, q: Tensor, k: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
+        """q [B, T, H, D], k [B, T, K, D] → [B, H, T, D] and [B, K, T, D], normed and turned to their positions."""
+        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
+        return rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
 
 
 class MLP(nn.Module):
@@ -537,6 +541,8 @@ class Qwen3(nn.Module):
     `Qwen3(config)` has random initial weights; `Qwen3.from_pretrained(src)` those of a checkpoint.
     """
 
+    kernels = "auto"  # of the token step on a GPU: torch, triton, or auto (ops/machine.py: pick_kernels)
+
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
@@ -560,6 +566,11 @@ class Qwen3(nn.Module):
                 return self.forward(ids, cache, last)
         if cache is not None and ids.shape == (1, 1) and ids.is_cpu:
             from ops.step import step  # this very computation in C++
+
+            if (logits := step(self, ids, cache)) is not None:
+                return logits
+        if cache is not None and ids.is_cuda and ids.shape[1] == 1:
+            from ops.graphs import step  # the same for one token on a GPU, its launches recorded once
 
             if (logits := step(self, ids, cache)) is not None:
                 return logits

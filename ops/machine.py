@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ def pick_device(name: str, place: str) -> str:
         return next(device for device, is_there in there.items() if is_there)
     if not there[name]:
         raise ValueError(f"{place} {name}: PyTorch finds no such device here; use auto")
+    return name
+
+
+def pick_kernels(name: str, device: str | torch.device, place: str) -> str:
+    """`auto` is triton on CUDA where Triton is installed, else torch. `place` is where the name came from."""
+    installed, cuda = find_spec("triton") is not None, torch.device(device).type == "cuda"
+    if name == "auto":
+        return "triton" if cuda and installed else "torch"
+    if name == "triton" and not installed:
+        raise ValueError(f"{place} triton: Triton is not installed (PyTorch for CUDA on Linux brings it); use auto")
+    if name == "triton" and not cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"{place} triton: Triton's kernels run on CUDA, but the device is {device}; use auto")
     return name
 
 

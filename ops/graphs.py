@@ -1,0 +1,255 @@
+"""One token under a CUDA graph: the launches of all layers are recorded once and sent to the GPU as one.
+
+At batch 1 a token of Qwen3-0.6B takes a fast GPU less time than Python needs to ask for it, kernel by kernel. A graph
+(https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/) repeats the same launches with the same addresses, so
+nothing in it may depend on where the token stands: positions are a tensor on the device, and attention looks at a
+window of the cache that is wide enough for now. There is a graph for each width, a power of two.
+
+`model.py` asks here first when one token for each row meets a cache on the GPU, as it asks ops/step.py on the CPU. What
+is not served here (a mixture of experts, hooks, mixed dtypes) goes on in PyTorch as before. `linear` and `attend` are
+the twins of those in ops/token_kernels.py and take their place where `model.kernels` says "torch". NANOQWEN_STEP=off
+turns the graphs off. Nothing is copied but the head of a quantised model, as on the CPU.
+"""
+
+import os
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from formats.compressed_tensors import Scheme
+from ops.machine import pick_kernels
+from ops.quant import QuantizedLinear
+
+WINDOW = 128  # the narrowest
+HEAD_GROUP = 16  # columns that share a scale in a head of 4 bits, as in ops/step.py
+
+
+def linear(
+    x: Tensor,
+    modules: tuple[nn.Module, ...],
+    norm: nn.Module | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """x [B, in] → [B, the modules' out_features side by side]; normed before, gated and added to afterwards."""
+    x = x if norm is None else norm(x)
+    parts = [F.linear(x, m.weight) if isinstance(m, nn.Embedding) else m(x) for m in modules]
+    out = F.silu(parts[0]) * parts[1] if gated else torch.cat(parts, -1)
+    return out if residual is None else residual + out
+
+
+def attend(
+    qkv: Tensor,
+    attention: Any,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    window: int,
+) -> Tensor:
+    """qkv [B, (H + 2K)·D] of a new token for each row → attention's output [B, H·D].
+
+    Row b's token stands at positions[b] (on the device); its key and value are stored there. cos, sin [max_len, D];
+    keys, values [B, K, max_len, D], without NaN; attention looks at the first `window` positions and masks the later.
+    """
+    B, K, _, D = keys.shape
+    q, k, v = qkv.view(B, 1, -1, D).split((qkv.shape[1] // D - 2 * K, K, K), 2)
+    step = SimpleNamespace(cos=cos[positions][:, None, None], sin=sin[positions][:, None, None])
+    q, k = attention.norm_rotate(q, k, step)
+    rows = torch.arange(B, device=keys.device)
+    keys[rows, :, positions], values[rows, :, positions] = k[:, :, 0], v[:, 0]
+    mask = (torch.arange(window, device=keys.device) <= positions[:, None])[:, None, None]
+    q, keys, values = q.reshape(B, K, -1, D), keys[:, :, :window], values[:, :, :window]
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).reshape(B, -1)
+
+
+class TokenStep:
+    """The step of one model with one cache. Its tensors stay where they are: that is what a graph is recorded with."""
+
+    def __init__(self, model: nn.Module, cache: Any, kernels: str):
+        decoder = model.model
+        rows, device, dtype = len(cache.lengths), decoder.embed_tokens.weight.device, decoder.embed_tokens.weight.dtype
+        self.model, self.kernels, self.rows, self.window = weakref.ref(model), model.kernels, rows, 0
+        self.keys, self.values = list(cache.keys), list(cache.values)
+        self.seen = _Look(model)
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.lengths: list[int] | None = None  # what `positions` holds on the device
+        self.is_served = _is_served(model, cache) and not self.seen.hooked
+        if not self.is_served:
+            return
+        self.linear, self.attend = linear, attend
+        if kernels == "triton":
+            from ops import token_kernels
+
+            if rows <= token_kernels.MOST_ROWS:
+                self.linear, self.attend = token_kernels.linear, token_kernels.attend
+        with torch.inference_mode(False), torch.no_grad():
+            self.ids = torch.zeros(rows, dtype=torch.long, device=device)
+            self.positions = torch.zeros(rows, dtype=torch.long, device=device)
+            table = decoder._step(torch.empty(0, dtype=dtype, device=device), cache.max_len, None, None)
+            self.cos, self.sin = (t.to(dtype).view(cache.max_len, -1).contiguous() for t in (table.cos, table.sin))
+            self.head = _head(model)
+        self.source = decoder.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+        self.version = None if self.head is self.source else _version(self.source.weight)
+        if self.attend is attend:  # masked slots have weight 0, and 0 · NaN would be NaN
+            for tensor in (*self.keys, *self.values):
+                tensor[:, :, max(cache.lengths) :].zero_()
+
+    def run(self, model: nn.Module, window: int) -> Tensor:
+        """The launches of one token: logits [B, V] for `ids` at `positions`, which are one further afterwards."""
+        x = F.embedding(self.ids, model.model.embed_tokens.weight)
+        for layer, keys, values in zip(model.model.layers, self.keys, self.values, strict=True):
+            attention, mlp = layer.self_attn, layer.mlp
+            qkv = self.linear(x, (attention.q_proj, attention.k_proj, attention.v_proj), layer.input_layernorm)
+            y = self.attend(qkv, attention, self.cos, self.sin, self.positions, keys, values, window)
+            x = self.linear(y, (attention.o_proj,), residual=x)
+            y = self.linear(x, (mlp.gate_proj, mlp.up_proj), layer.post_attention_layernorm, gated=True)
+            x = self.linear(y, (mlp.down_proj,), residual=x)
+        logits = self.linear(x, (self.head,), model.model.norm)
+        self.positions += 1
+        return logits
+
+    def __call__(self, model: nn.Module, ids: Tensor, cache: Any) -> Tensor | None:
+        """Logits [B, 1, V], the cache one position longer; None where the model is no longer what was recorded."""
+        window = min(cache.max_len, max(WINDOW, 1 << max(cache.lengths).bit_length()))
+        self.ids.copy_(ids[:, 0])
+        if self.lengths != cache.lengths:
+            self.positions.copy_(torch.tensor(cache.lengths))
+        recorded = self.graphs.get(window)
+        if recorded is not None:
+            recorded[0].replay()
+        # The GPU is at work meanwhile. The old tensors are held here, so that a stale graph reads nobody else's memory.
+        moved = any(map(_differs, cache.keys + cache.values, self.keys + self.values)) or not self.seen.is_current()
+        if moved or (self.head is not self.source and self.version != _version(self.source.weight)):
+            return None
+        if recorded is not None:
+            logits = recorded[1].clone()
+        elif self.window != window or not ids.is_cuda:  # the first token compiles and warms up what the second records
+            logits, self.window = self.run(model, window), window
+        else:
+            self.graphs[window] = graph, logits = self._record(model, window)
+            graph.replay()
+            logits = logits.clone()
+        cache.advance(1)
+        self.lengths = list(cache.lengths)
+        return logits[:, None]
+
+    def _record(self, model: nn.Module, window: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.run(model, window)
+        return graph, logits
+
+
+class _Look:
+    """What a model's modules and tensors are, and whether they still are it."""
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self.children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        places = [(part, name) for m in modules for part in (m._parameters, m._buffers) for name in part]
+        self.tensors = [(part, name, part[name].detach()) for part, name in places if part[name] is not None]
+        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.forwards = [(m.__dict__, m.__dict__.get("forward")) for m in modules]
+        ours = {"ops.kernels", None}
+        self.hooked = any(self.hooks) or not {getattr(f, "__module__", None) for _, f in self.forwards} <= ours
+
+    def is_current(self) -> bool:
+        return (
+            all(owner.get(name) is child for owner, name, child in self.children)
+            and not any(_differs(owner.get(name), tensor) for owner, name, tensor in self.tensors)
+            and not any(self.hooks)
+            and all(owner.get("forward") is forward for owner, forward in self.forwards)
+        )
+
+
+def _differs(tensor: Tensor | None, other: Tensor) -> bool:
+    return tensor is None or tensor.data_ptr() != other.data_ptr() or tensor.dtype != other.dtype
+
+
+def _is_served(model: nn.Module, cache: Any) -> bool:
+    """Whether `run` covers this model: dense, each group of layers of one kind, one dtype, one device."""
+    config, embedding = model.config, model.model.embed_tokens.weight
+    if any(config.is_sparse(layer) for layer in range(config.num_hidden_layers)):
+        return False
+    shape = (len(cache.lengths), config.num_key_value_heads, cache.max_len, config.head_dim)
+    tensors = [*cache.keys, *cache.values]
+    if len(tensors) != 2 * config.num_hidden_layers or any(t.shape != shape or not t.is_contiguous() for t in tensors):
+        return False
+    floats = [t for t in model.parameters() if t.is_floating_point()]
+    if {t.dtype for t in (*floats, *tensors)} != {embedding.dtype}:
+        return False
+    if {t.device for t in (*model.parameters(), *model.buffers(), *tensors)} != {embedding.device}:
+        return False
+    groups = [
+        group
+        for layer in model.model.layers
+        for attention, mlp in ((layer.self_attn, layer.mlp),)
+        for group in (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        )
+    ]
+    return all(len(set(map(_kind, group))) == 1 and None not in map(_kind, group) for group in groups)
+
+
+def _kind(module: nn.Module) -> tuple | None:
+    """What has to be the same of matrices that are read by one kernel; None for a layer of another class."""
+    if isinstance(module, QuantizedLinear):
+        groups = module.weight_scale.shape[1]
+        plain = module.in_features % groups == 0 and module.weight_packed.is_contiguous()
+        return (module.bits, groups, module.bias is None) if plain else None
+    if isinstance(module, nn.Linear) and module.weight.is_contiguous():
+        return (module.weight.dtype, module.bias is None)
+    return None
+
+
+def _head(model: nn.Module) -> nn.Module:
+    """The output head; of a quantised model a copy in as many bits, or it would be half of what a token reads."""
+    head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    bits = min((m.bits for m in model.modules() if isinstance(m, QuantizedLinear)), default=None)
+    if bits is None or isinstance(head, QuantizedLinear):
+        return head
+    known = _heads.get(model)
+    if known is None or known[0] is not head.weight or known[1] != _version(head.weight):
+        bits = 8 if head.weight.shape[1] % HEAD_GROUP else bits
+        layer = nn.Linear(head.weight.shape[1], head.weight.shape[0], bias=False, device="meta")
+        layer.weight = head.weight
+        scheme = Scheme(bits, HEAD_GROUP if bits == 4 else None)
+        known = _heads[model] = (head.weight, _version(head.weight), QuantizedLinear.from_linear(layer, scheme))
+    return known[2]
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to in place; those made in inference mode do not count it."""
+    return None if tensor.is_inference() else tensor._version
+
+
+_steps: weakref.WeakKeyDictionary[Any, TokenStep] = weakref.WeakKeyDictionary()  # by cache
+_heads: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+
+
+def step(model: nn.Module, ids: Tensor, cache: Any) -> Tensor | None:
+    """`model(ids, cache)` for ids [B, 1] on the GPU → logits [B, 1, V] in the model's dtype.
+
+    None where the model, the cache or the machine is not served here: then model.py goes on in PyTorch.
+    """
+    off = os.environ.get("NANOQWEN_STEP") == "off" or torch.compiler.is_compiling()
+    if off or torch.is_autocast_enabled(ids.device.type) or len(ids) != len(cache.lengths):
+        return None
+    if max(cache.lengths) >= cache.max_len or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    known = _steps.get(cache)
+    if known is None or known.model() is not model or known.rows != len(ids) or known.kernels != model.kernels:
+        known = _steps[cache] = TokenStep(model, cache, pick_kernels(model.kernels, ids.device, "kernels"))
+    logits = known(model, ids, cache) if known.is_served else None
+    if logits is None and known.is_served:
+        del _steps[cache]  # something moved: this token goes through PyTorch, the next one is bound anew
+    return logits
