@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import console
-from bench_report import draw, markdown, number, ratios, show, summary, title
+from bench_report import draw, markdown, number, ratios, show, summary, tables, title
 from formats.files import atomic_directory, sha256, write_text
 from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, HubUnreachable, resolve
 
@@ -423,7 +423,7 @@ def main() -> None:
     write_text(options.out / "report.json", json.dumps(report, indent=1) + "\n")
     write_text(options.out / "report.md", markdown(report))
     draw(report, options.out / "roofline.png")
-    show(report)
+    show(tables(report))
     console.notice(f"written: report.json, report.md and roofline.png in {options.out}")
 
 

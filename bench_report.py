@@ -80,37 +80,46 @@ def tables(report: Report) -> dict[str, list[list[str]]]:
         rates = ("" if rate is None else number(rate / 1e9) for rate in rates)
         found["Limits of the machine"].append([name, number(limit["read_bandwidth"] / 1e9), *rates])
     measured = [(title(row), row["summary"]) for row in report["rows"] if row["runs"]]
-    found["Speed"] = _table(measured, HEADINGS, report["settings"])
+    found["Speed"] = table(measured, HEADINGS, report["settings"])
     if report["ratios"]:
         compared = [(f"{ratio['ours']} / {ratio['peer']}", ratio["summary"]) for ratio in report["ratios"]]
         headings = {name: heading.removesuffix(", s") for name, heading in HEADINGS.items()}
-        found["Times as fast"] = _table(compared, headings, report["settings"])
+        found["Times as fast"] = table(compared, headings, report["settings"])
     return found
 
 
-def _table(rows: list[tuple[str, Report]], headings: dict[str, str], settings: Report) -> list[list[str]]:
+def table(rows: list[tuple[str, Report]], headings: dict[str, str], settings: Report) -> list[list[str]]:
+    """(title, summary) of each row, in those columns of `headings` that any row has; the first line is the headings."""
     present = [name for name in headings if any(name in found for _, found in rows)]
     head = ["", *(headings[name].format(**settings) for name in present)]
     return [head, *([name, *(cell(column, found.get(column)) for column in present)] for name, found in rows)]
 
 
+def markdown_table(head: list[str], body: list[list[str]]) -> list[str]:
+    rule = "|---" + "|--:" * (len(head) - 1) + "|"
+    return [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(cells)} |" for cells in body)]
+
+
+def hardware(machine: Report) -> str:
+    """What ops.machine.describe found and how busy it was, in words."""
+    words = (
+        f"{machine['cpu']} ({machine['instructions']}, {machine['cores']} cores), {machine['memory'] / 2**30:.0f} GiB"
+    )
+    gpu = f", {machine['gpu']}" if machine["gpu"] else ""
+    return f"{words}{gpu}, {machine['system']}, load average {machine['load_average']:.1f} before the start"
+
+
 def markdown(report: Report) -> str:
     machine, settings, versions = report["machine"], report["settings"], report["versions"]
     programs = ", ".join(f"{name} {version}" for name, version in versions.items())
-    hardware = (
-        f"{machine['cpu']} ({machine['instructions']}, {machine['cores']} cores), {machine['memory'] / 2**30:.0f} GiB"
-    )
-    if machine["gpu"]:
-        hardware += f", {machine['gpu']}"
     lines = [
         f"# Speed of {report['model']['name']}",
         "",
         f"`{report['command']}`, {report['date']}, commit {report['commit']}.",
-        f"{hardware}, {machine['system']}, load average {machine['load_average']:.1f} before the start; {programs}.",
+        f"{hardware(machine)}; {programs}.",
     ]
     for name, (head, *body) in tables(report).items():
-        lines += ["", f"## {name}", "", f"| {' | '.join(head)} |", "|---" + "|--:" * (len(head) - 1) + "|"]
-        lines += [f"| {' | '.join(cells)} |" for cells in body]
+        lines += ["", f"## {name}", "", *markdown_table(head, body)]
     lines += [
         "",
         f"Median (least and greatest) of {settings['repeats']} alternated runs, each in a process of its own with "
@@ -122,18 +131,18 @@ def markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def show(report: Report) -> None:
-    """The tables on standard output, medians alone."""
+def show(tables: dict[str, list[list[str]]]) -> None:
+    """Tables on standard output, medians alone."""
     from rich.console import Console
     from rich.table import Table
 
-    for name, (head, *body) in tables(report).items():
-        table = Table(title=name, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name, (head, *body) in tables.items():
+        shown = Table(title=name, title_justify="left", title_style="bold", box=None, pad_edge=False)
         for index, heading in enumerate(head):
-            table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
+            shown.add_column(heading, justify="right" if index else "left", no_wrap=not index)
         for cells in body:
-            table.add_row(*(text.partition(" (")[0] for text in cells))
-        Console(highlight=False).print(table, "")
+            shown.add_row(*(text.partition(" (")[0] for text in cells))
+        Console(highlight=False).print(shown, "")
 
 
 def draw(report: Report, path: Path) -> None:

@@ -1,0 +1,378 @@
+"""How fast train.py trains beside the usual loops, and how much memory it takes: `python bench_train.py`.
+
+    the machine's limits -> rows, alternated A B C A B C -> speed.json and speed.md
+
+A row is a shape with an engine and a precision. Every run is a fresh process, on the same rows of the same shard, from
+the same weights where the model is the same: then the losses have to agree as well. Peers are scripts under tests/peers
+(transformers' Qwen3, nanoGPT's model), so that the product never imports transformers. bench_tokens.py measures from
+how few tokens a model learns.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shlex
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+import console
+from bench import PEERS, ROOT, cache_directory, commit, describe_machine, peak_bytes, run_script, versions
+from bench_report import hardware, markdown_table, show, summary, table
+from formats.files import write_text
+from formats.source import BUNDLED_MODEL
+
+SCRIPTS = {
+    "nanoqwen": ROOT / "bench_train.py",
+    "transformers": PEERS / "train_transformers.py",
+    "nanogpt": PEERS / "train_nanogpt.py",
+}
+DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+# Qwen3 of width 256; nanoGPT's has the same width, layers and heads, and an MLP of 4 x 256.
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+WARM_UP = 2  # steps that are not counted
+AGREEMENT = 20  # steps whose losses are compared
+
+
+class Shape(NamedTuple):
+    vocabulary: int
+    batch: int
+    sequence: int
+
+
+SHAPES = {"qwen3": Shape(151_936, 4, 512), "gpt2": Shape(50_304, 8, 256)}
+
+
+class Row(NamedTuple):
+    shape: str
+    engine: str
+    precision: str
+
+    def __str__(self) -> str:
+        return "/".join(self)
+
+
+ROWS = [Row(s, e, p) for s in SHAPES for e in SCRIPTS for p in DTYPES if (s, e) != ("qwen3", "nanogpt")]
+
+
+@dataclass
+class Job:
+    """What one run of a row measures: given to a child process as JSON."""
+
+    config: str  # of train.py
+    precision: str
+    threads: int
+    steps: int
+    tokens: int  # in a step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the child: the same measurement for every engine. An engine is called with the Job and has step(number) -> loss.
+
+
+class Nanoqwen:
+    """train.py's own steps."""
+
+    def __init__(self, job: Job):
+        from configs import schema
+        from train import Trainer
+
+        out = Path(job.config).with_suffix(f".{os.getpid()}")
+        settings = schema.load(job.config, [f"train.dtype={DTYPES[job.precision]}", f"train.out={out}"])
+        self.trainer = Trainer(settings, resume=False)
+
+    def step(self, number: int) -> float:
+        return self.trainer.step(number)["loss"]
+
+
+class PeerRows:
+    """The rows that train.py would have for a config, for the peers: LongTensors ids, targets [B, T]."""
+
+    def __init__(self, config: str, seed: int | None = None):
+        from configs import schema
+        from data.sources import Shards
+
+        self.settings = schema.load(config)
+        train, data = self.settings.train, self.settings.data
+        seed = train.seed if seed is None else seed
+        self.source = Shards(data.train, data.validation, seed, train.batch, train.sequence, 1 << 32)
+
+    def training(self, number: int) -> tuple:
+        """Those of step `number`; the first is 1."""
+        return self._tensors(self.source.rows(number - 1))
+
+    def validation(self) -> list[tuple]:
+        return [self._tensors(self.source.validation_rows(i)) for i in range(self.settings.train.validate_batches)]
+
+    def _tensors(self, rows: list) -> tuple:
+        import numpy as np
+        import torch
+
+        return tuple(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
+
+
+def measure(engine: Any, job: Job) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(job.threads)
+    trained, losses, seconds = engine(job), [], []
+    for number in range(1, job.steps + 1):
+        start = time.perf_counter()
+        losses.append(trained.step(number))
+        seconds.append(time.perf_counter() - start)
+    speed = job.tokens / statistics.median(seconds[WARM_UP:])
+    peak = peak_bytes(resource.getrusage(resource.RUSAGE_SELF))
+    return {"tokens_per_second": speed, "peak_bytes": peak, "losses": losses}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a worker process that has torch and stays.
+
+
+def prepare(folder: str, shape: Shape, threads: int) -> dict[str, Any]:
+    """Writes random weights, a shard of random tokens and the config of a shape; facts about it."""
+    import numpy as np
+    import torch
+
+    from chat import Chat
+    from data.shards import write_shard
+    from model import Config, Qwen3
+    from train import flops_per_token
+
+    path = Path(folder)
+    torch.manual_seed(0)
+    model = Qwen3(Config(vocab_size=shape.vocabulary, **SIZES))
+    model.save_pretrained(path / "initial")
+    vocabulary = Chat.from_pretrained(str(BUNDLED_MODEL)).tokenizer.get_vocab_size()
+    tokens = shape.batch * shape.sequence
+    ids = np.random.default_rng(0).integers(0, vocabulary, AGREEMENT * tokens + 1)
+    write_shard(path / "train.bin", ids, vocabulary)
+    train = {"out": "unused", "steps": AGREEMENT, "save_every": AGREEMENT, "threads": threads, "device": "cpu"}
+    config = {
+        "stage": "pretrain",
+        "train": {**train, "batch": shape.batch, "sequence": shape.sequence},
+        "model": {"init": str(path / "initial"), "tokenizer": str(BUNDLED_MODEL)},
+        "data": {"source": "shards", "train": str(path / "train.bin")},
+        "optimizer": {"name": "adamw", "lr": 0.001},
+        "schedule": {"warmup": 0, "decay": 0},
+    }
+    write_text(path / "config.yaml", yaml.safe_dump(config))
+    weights, attention = flops_per_token(model)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "operations_per_token": weights + attention * shape.sequence / 2,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The speed.
+
+
+def run_all(rows: list[Row], options: Any, threads: int, facts: dict, rates: dict, folder: Path) -> list[dict]:
+    """All rows, one round after another; the first round is long enough to compare losses in float32."""
+    results = [{**row._asdict(), "runs": [], "losses": [], "failed": None} for row in rows]
+    for index in range(options.repeats * len(rows)):
+        row, result = rows[index % len(rows)], results[index % len(rows)]
+        if result["failed"]:
+            continue
+        shape = SHAPES[row.shape]
+        compared = index < len(rows) and row.precision == "f32" and row.shape == "gpt2"
+        count = max(options.steps, AGREEMENT if compared else 0)
+        config = str(folder / row.shape / "config.yaml")
+        job = Job(config, row.precision, threads, count, shape.batch * shape.sequence)
+        try:
+            printed = run_script(SCRIPTS[row.engine], "--measure", json.dumps(asdict(job)))
+            run = json.loads(printed.splitlines()[-1])
+            result["losses"] = max(result["losses"], run.pop("losses"), key=len)
+            if row.engine != "nanogpt":  # whose operations are others
+                operations = run["tokens_per_second"] * facts[row.shape]["operations_per_token"]
+                run["share"] = operations / rates[row.precision]
+            result["runs"].append(run)
+            said = f"{run['tokens_per_second']:,.0f} tokens/s, {run['peak_bytes'] / 1e6:,.0f} MB"
+        except (ValueError, OSError) as error:
+            result["failed"] = said = str(error)
+        console.notice(f"[{index + 1}/{options.repeats * len(rows)}] {row}: {said}")
+    return [{**result, "summary": summary(result["runs"])} for result in results]
+
+
+def pairs(results: list[dict]) -> list[tuple[dict, dict]]:
+    """Each row of ours with each peer's of the same shape and precision."""
+    ours = [row for row in results if row["engine"] == "nanoqwen"]
+    peers = [row for row in results if row["engine"] != "nanoqwen"]
+    alike = ("shape", "precision")
+    return [(a, b) for a in ours for b in peers if all(a[name] == b[name] for name in alike)]
+
+
+def ratios(results: list[dict]) -> list[dict]:
+    """Ours as multiples of the peers' in the same round."""
+    found = []
+    for ours, peer in pairs(results):
+        rounds = [
+            {name: a[name] / b[name] for name in ("tokens_per_second", "peak_bytes")}
+            for a, b in zip(ours["runs"], peer["runs"], strict=False)
+        ]
+        if rounds:
+            about = {"shape": ours["shape"], "precision": ours["precision"], "peer": peer["engine"]}
+            found.append({**about, "summary": summary(rounds)})
+    return found
+
+
+def agreement(results: list[dict]) -> list[dict]:
+    """How far the losses of our float32 steps are from those of transformers, from the same weights and rows."""
+    return [
+        {
+            "shape": ours["shape"],
+            "steps": min(len(ours["losses"]), len(peer["losses"])),
+            "largest_difference": max(abs(a - b) for a, b in zip(ours["losses"], peer["losses"], strict=False)),
+        }
+        for ours, peer in pairs(results)
+        if peer["engine"] == "transformers" and ours["precision"] == "f32" and ours["losses"] and peer["losses"]
+    ]
+
+
+def tables(report: dict[str, Any]) -> dict[str, list[list[str]]]:
+    headings = {"tokens_per_second": "tokens/s", "share": "% of the matrix rate", "peak_bytes": "peak MB"}
+    rows = [(f"{row['engine']} {row['precision']}, {row['shape']}", row["summary"]) for row in report["rows"]]
+    found = {"Speed": table([row for row in rows if row[1]], headings, {})}
+    if report["ratios"]:
+        # bench_report shows peak_bytes in MB; a quotient of two of them is a plain number
+        compared = [
+            (
+                f"{ratio['precision']}, {ratio['shape']}: nanoqwen / {ratio['peer']}",
+                {"speed": ratio["summary"]["tokens_per_second"], "peak": ratio["summary"]["peak_bytes"]},
+            )
+            for ratio in report["ratios"]
+        ]
+        found["Ours / theirs"] = table(compared, {"speed": "tokens/s", "peak": "peak memory"}, {})
+    return found
+
+
+def notes_of(report: dict[str, Any]) -> list[str]:
+    settings = report["settings"]
+    notes = [
+        f"{name}: a vocabulary of {SHAPES[name].vocabulary:,}, {SHAPES[name].batch} x {SHAPES[name].sequence} tokens a "
+        f"step; {facts['parameters'] / 1e6:.1f} million parameters, {facts['operations_per_token'] / 1e6:,.0f} million "
+        "operations a token."
+        for name, facts in report["facts"].items()
+    ]
+    notes += [
+        f"Median (least and greatest) of {settings['repeats']} alternated runs in processes of their own with "
+        f"{settings['threads']} thread{'s' * (settings['threads'] > 1)}; a run's speed is that of its median step of "
+        f"{settings['steps']}, the first {WARM_UP} not counted. AdamW (fused) in every row."
+    ]
+    notes += [
+        f"Losses in float32, {found['shape']}: the first {found['steps']} steps of nanoqwen and transformers differ by "
+        f"{found['largest_difference']:.1e} at most."
+        for found in report["agreement"]
+    ]
+    notes += [
+        f"Failed: {Row(*map(row.get, Row._fields))} ({row['failed']})." for row in report["rows"] if row["failed"]
+    ]
+    return notes + report["absent"]
+
+
+def choose_rows(patterns: list[str] | None) -> tuple[list[Row], list[str]]:
+    """The rows that are asked for and can run here, and why the others can't."""
+    for pattern in patterns or ():
+        if not any(fnmatch(str(row), pattern) for row in ROWS):
+            raise ValueError(f"--rows {pattern}: no such row; there are {', '.join(map(str, ROWS))}")
+    rows = [row for row in ROWS if patterns is None or any(fnmatch(str(row), pattern) for pattern in patterns)]
+    if find_spec("transformers"):
+        return rows, []
+    absent = [str(row) for row in rows if row.engine != "nanoqwen"]
+    return [row for row in rows if row.engine == "nanoqwen"], [f"Not installed: transformers ({', '.join(absent)})."]
+
+
+def header(machine: dict[str, Any]) -> dict[str, Any]:
+    """What every report begins with."""
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "commit": commit(),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "machine": machine,
+        "versions": versions(),
+    }
+
+
+def finish(report: dict, path: Path, name: str, found: dict[str, list[list[str]]], notes: list[str]) -> None:
+    """Writes PATH.json and PATH.md, and shows the tables."""
+    programs = ", ".join(f"{program} {version}" for program, version in report["versions"].items())
+    lines = [f"# {name}", "", f"`{report['command']}`, {report['date']}, commit {report['commit']}."]
+    lines += [f"{hardware(report['machine'])}; {programs}."]
+    for title, (head, *body) in found.items():
+        lines += ["", f"## {title}", "", *markdown_table(head, body)]
+    write_text(path.with_suffix(".md"), "\n".join([*lines, "", *notes]) + "\n")
+    write_text(path.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
+    show(found)
+    print("\n".join(notes))
+    console.notice(f"written: {path}.json and {path}.md")
+
+
+def parse_arguments(arguments: list[str]) -> Any:
+    parser = console.ArgumentParser(prog="bench_train.py", description="Measure training on this machine.")
+    add = parser.add_argument
+    add("--rows", nargs="+", metavar="ROW", help="such as gpt2/nanogpt/bf16 or 'qwen3/*' (default: all that can run)")
+    add("--repeats", type=int, default=3, metavar="N", help="rounds over all rows (default: 3)")
+    add("--steps", type=int, default=8, metavar="N", help="optimizer steps of a run (default: 8)")
+    add("--threads", type=int, metavar="N", help="default: one for each core")
+    add("--out", type=Path, default=Path("runs/bench-train"), metavar="DIR", help="for the report (runs/bench-train)")
+    add("--measure", metavar="JSON", help=argparse.SUPPRESS)  # one run of a row, in a child process
+    options = parser.parse_args(arguments)
+    limits = {"repeats": (1, 1000), "steps": (WARM_UP + 1, AGREEMENT), "threads": (1, os.cpu_count())}
+    for name, (least, most) in limits.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"--{name} {value}: give a number from {least} to {most}")
+    return options
+
+
+def main() -> None:
+    options = parse_arguments(sys.argv[1:])
+    if options.measure:
+        print(json.dumps(measure(Nanoqwen, Job(**json.loads(options.measure)))))
+        return
+    rows, absent = choose_rows(options.rows)
+    options.out.mkdir(parents=True, exist_ok=True)
+    threads = options.threads or os.cpu_count()
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    with (
+        tempfile.TemporaryDirectory(dir=cache_directory(), prefix="bench-train-") as folder,
+        ProcessPoolExecutor(1, get_context("spawn"), signal.signal, ignore) as worker,
+    ):
+        console.notice("measuring the machine")
+        machine = worker.submit(describe_machine, threads).result()
+        rates = [limit["matrix_rate"] for limit in machine["limits"].values() if limit["device"] == "cpu"][-1]
+        shapes = {name: SHAPES[name] for name in dict.fromkeys(row.shape for row in rows)}
+        facts = {n: worker.submit(prepare, f"{folder}/{n}", s, threads).result() for n, s in shapes.items()}
+        results = run_all(rows, options, threads, facts, rates, Path(folder))
+    settings = {"repeats": options.repeats, "threads": threads, "steps": options.steps, "model": SIZES}
+    report = header(machine) | {"settings": settings, "facts": facts, "rows": results, "absent": absent}
+    report |= {"ratios": ratios(results), "agreement": agreement(results)}
+    finish(report, options.out / "speed", "Speed of training", tables(report), notes_of(report))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no child and no written weights are left behind
+    console.run(main)

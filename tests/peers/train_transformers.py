@@ -1,0 +1,100 @@
+"""bench_train.py's first peer: transformers' own Qwen3 in the usual loop, in a process of its own.
+
+--measure JSON    speed of some steps (bench_train.Job)
+--learn JSON      a whole run on texts with a schedule, and its validation losses (bench_tokens.Lesson)
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Qwen3Config, get_linear_schedule_with_warmup
+from transformers.utils import logging
+
+from bench_tokens import Lesson
+from bench_train import Job, PeerRows, measure
+
+
+class Loop:
+    """AdamW around a module (ids, targets) -> loss, as nanoGPT and the Trainer of transformers have it by default:
+    fused, weight decay for matrices and embeddings alone, gradients clipped at norm 1, autocast for bfloat16."""
+
+    def __init__(self, model: nn.Module, lr: float, betas: list[float], weight_decay: float, precision: str):
+        self.model, self.precision = model.train(), precision
+        matrices = [p for p in model.parameters() if p.ndim >= 2]
+        vectors = [p for p in model.parameters() if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=1e-8, fused=True)
+
+    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16) if self.precision == "bf16" else nullcontext():
+            return self.model(ids, targets)
+
+    def step(self, ids: Tensor, targets: Tensor) -> float:
+        loss = self.loss(ids, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+
+class Qwen3(nn.Module):
+    """transformers' model with its own loss, on targets that are shifted already."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        return self.model(input_ids=ids, labels=targets, shift_labels=targets, use_cache=False).loss
+
+
+class Measured:
+    """One row of the speed table: `step(number)` is an optimizer step over the rows that train.py has for it."""
+
+    def __init__(self, job: Job, model: nn.Module):
+        self.rows = PeerRows(job.config)
+        settings = self.rows.settings.optimizer
+        self.loop = Loop(model, settings.lr, settings.betas, settings.weight_decay, job.precision)
+
+    def step(self, number: int) -> float:
+        return self.loop.step(*self.rows.training(number))
+
+
+def speed(job: Job) -> Measured:
+    logging.disable_progress_bar()
+    path = PeerRows(job.config).settings.model.init
+    return Measured(job, Qwen3(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)))
+
+
+def learn(lesson: Lesson) -> list[tuple[int, float]]:
+    """(tokens, validation loss) now and then. The learning rate rises and then falls in a line to nothing."""
+    torch.set_num_threads(1)
+    torch.manual_seed(lesson.seed)
+    rows = PeerRows(lesson.config, lesson.seed)
+    settings = rows.settings
+    model = Qwen3(AutoModelForCausalLM.from_config(Qwen3Config(**settings.model.config)).float())
+    loop = Loop(model, lesson.lr, lesson.betas, lesson.weight_decay, lesson.precision)
+    schedule = get_linear_schedule_with_warmup(loop.optimizer, round(lesson.warmup * lesson.steps), lesson.steps)
+    tokens, found = 0, []
+    for number in range(1, lesson.steps + 1):
+        ids, targets = rows.training(number)
+        loop.step(ids, targets)
+        schedule.step()
+        tokens += ids.numel()
+        if number % settings.train.validate_every == 0 or number == lesson.steps:
+            with torch.no_grad():
+                losses = [loop.loss(*batch).item() for batch in rows.validation()]
+            found.append((tokens, sum(losses) / len(losses)))
+    return found
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[2])
+    if sys.argv[1] == "--learn":
+        print(json.dumps(learn(Lesson(**given))))
+    else:
+        print(json.dumps(measure(speed, Job(**given))))
