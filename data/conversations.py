@@ -31,8 +31,9 @@ NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\d+(?:\.\
 SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
 
 
-def conversation(record: Any) -> list[Message]:
-    """Messages with at least one turn of the assistant; what follows the last of them teaches nothing and goes."""
+def conversation(record: Any) -> list[Message] | None:
+    """Messages with at least one turn of the assistant; what follows the last of them teaches nothing and goes. None
+    for an empty answer, of which Alpaca has a few."""
     record = fields_of(record)
     if "messages" in record:
         messages = messages_of(record["messages"], "messages")
@@ -45,7 +46,8 @@ def conversation(record: Any) -> list[Message]:
             question = text_of(record, asked)
             if about and record.get(about):
                 question += "\n\n" + text_of(record, about)
-            return [user(question), assistant(text_of(record, answer))]
+            told = text_of(record, answer, empty=True)
+            return [user(question), {"role": "assistant", "content": told}] if told.strip() else None
     shapes = ", ".join("/".join(filter(None, shape)) for shape in SINGLE)
     raise ValueError(f"has the fields {named(record)}, but a conversation is messages or one of {shapes}")
 
@@ -90,10 +92,6 @@ def user(content: str) -> Message:
     return {"role": "user", "content": content}
 
 
-def assistant(content: str) -> Message:
-    return {"role": "assistant", "content": content}
-
-
 def as_messages(value: Any, field: str, role: str) -> list[Message]:
     """A list of messages, a transcript, or a text that is one message of `role`."""
     if not isinstance(value, str):
@@ -122,9 +120,9 @@ def fields_of(record: Any) -> dict[str, Any]:
     return record
 
 
-def text_of(record: dict[str, Any], field: str) -> str:
+def text_of(record: dict[str, Any], field: str, empty: bool = False) -> str:
     value = record[field]
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not (value.strip() or empty):
         raise ValueError(f"{field} is {short(value)}, not a text")
     return value
 

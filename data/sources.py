@@ -155,7 +155,7 @@ class WrittenRows:
         Turns whose text is the beginning of a later turn's share that one's row. With Qwen3's template they often do
         not: it drops the thinking of earlier turns, so what a model sees while it writes one is no part of the whole.
         """
-        messages = conversations.conversation(record)
+        messages = conversations.conversation(record) or []
         turns = [place for place, message in enumerate(messages) if message["role"] == "assistant" and place]
         rows: list[tuple[list[int], np.ndarray]] = []
         for place in reversed(turns[-1:] if self.turns == "last" else turns):
@@ -213,8 +213,8 @@ def read_items(
         for item in fitting:
             digest.update(fingerprint(item))
         items += fitting
-    left_out = f"; left out: {too_long:,} longer than {longest:,} tokens" if too_long else ""
-    left_out += f"; no pair: {unusable:,}" if unusable else ""
+    kinds = {f"longer than {longest:,} tokens": too_long, "without an answer or a difference": unusable}
+    left_out = "".join(f"; left out: {count:,} {kind}" for kind, count in kinds.items() if count)
     console.notice(f"{name}: {rows:,} rows, {len(items):,} to learn from{left_out}")
     if not items:
         raise ValueError(f"data: {name} has nothing to learn from; give other rows or a longer train.sequence")
