@@ -564,10 +564,10 @@ class Qwen3(nn.Module):
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.forward(ids, cache, last)
-        if cache is not None and ids.shape == (1, 1) and ids.is_cpu:
+        if cache is not None and ids.is_cpu:
             from ops.step import step  # this very computation in C++
 
-            if (logits := step(self, ids, cache)) is not None:
+            if (logits := step(self, ids, cache, last)) is not None:
                 return logits
         if cache is not None and ids.is_cuda and ids.shape[1] == 1:
             from ops.graphs import step  # the same for one token on a GPU, its launches recorded once

@@ -4,24 +4,32 @@ Cut after "Cut Your Losses in Large-Vocabulary Language Models" (https://arxiv.o
 matrix products and over positions instead of the vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+from ops.machine import pick_kernels
 
 # Bytes of a chunk of logits: in smaller ones the head's matrix is read, and its gradient written, more often.
 CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 CACHED = 1 << 20  # numbers that a CPU works on at once, so that they stay in its caches
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 0, reduction: str = "sum") -> Tensor:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 0, reduction: str = "sum", kernels: str = "torch"
+) -> Tensor:
     """-log softmax(x·Wᵀ)[target] of each position ("none") or their sum, logits only for `chunk` positions at a time
     (0: as many as CHUNK_BYTES allows). Under autocast the products are in its dtype; the rest is float32.
 
     x [N, C], weight [V, C], targets LongTensor [N] -> float32 [] or [N]. Differentiable once in x and weight.
+    `kernels`: of the softmax, see ops/machine.py: pick_kernels.
     """
     assert reduction in ("sum", "none")
-    return _LinearCrossEntropy.apply(x, weight, targets, chunk, reduction == "sum")
+    errors = _errors
+    if pick_kernels(kernels, x.device, "kernels") == "triton":
+        from ops.kernels import cross_entropy_errors as errors
+    return _LinearCrossEntropy.apply(x, weight, targets, chunk, reduction == "sum", errors)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -32,14 +40,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, summed: bool) -> Tensor:
+    def forward(
+        context, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, summed: bool, errors: Callable
+    ) -> Tensor:
         """x [N, C], weight [V, C], targets [N] -> float32 [] or [N]"""
         kind = x.device.type
         product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         chunk = chunk or max(1, CHUNK_BYTES.get(kind, 1 << 28) // (len(weight) * product.itemsize))
-        context.chunk, context.product, context.summed = chunk, product, summed
+        context.summed, context.settings = summed, (chunk, product, errors)
         needed = context.needs_input_grad[:2] if summed else (False, False)
-        losses, grad_x, grad_weight = _in_chunks(x, weight, targets, None, needed, chunk, product)
+        losses, grad_x, grad_weight = _in_chunks(x, weight, targets, None, needed, *context.settings)
         context.weight_dtype = weight.dtype
         context.save_for_backward(*((grad_x, grad_weight) if summed else (x, weight, targets)))
         return losses.sum() if summed else losses
@@ -52,9 +62,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = grad_weight if grad_weight is None else grad_weight.mul_(grad)
         else:
             needed = context.needs_input_grad[:2]
-            _, grad_x, grad_weight = _in_chunks(*context.saved_tensors, grad, needed, context.chunk, context.product)
+            _, grad_x, grad_weight = _in_chunks(*context.saved_tensors, grad, needed, *context.settings)
         grad_weight = grad_weight if grad_weight is None else grad_weight.to(context.weight_dtype)
-        return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, None, None, None, None
 
 
 def _in_chunks(
@@ -65,6 +75,7 @@ def _in_chunks(
     needed: tuple[bool, bool],
     chunk: int,
     product: torch.dtype,
+    errors: Callable,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Cross-entropies float32 [N], and where `needed` the gradients in x and weight of their sum, each times its share
     (float32 [N]; None: 1)."""
@@ -81,7 +92,7 @@ def _in_chunks(
             part = slice(start, start + chunk)
             rows = x[part].to(product)
             error = torch.mm(rows, head.T, out=logits[: len(rows)])
-            losses[part] = _errors(error, targets[part], None if shares is None else shares[part])
+            losses[part] = errors(error, targets[part], None if shares is None else shares[part])
             if needs_x:
                 grad_x[part] = error @ head
             if partial is not None:

@@ -197,6 +197,7 @@ def _is_served(model: nn.Module, cache: Any) -> bool:
             (mlp.down_proj,),
         )
     ]
+    groups += [] if config.tie_word_embeddings else [(model.lm_head,)]
     return all(len(set(map(_kind, group))) == 1 and None not in map(_kind, group) for group in groups)
 
 
@@ -206,7 +207,7 @@ def _kind(module: nn.Module) -> tuple | None:
         groups = module.weight_scale.shape[1]
         plain = module.in_features % groups == 0 and module.weight_packed.is_contiguous()
         return (module.bits, groups, module.bias is None) if plain else None
-    if isinstance(module, nn.Linear) and module.weight.is_contiguous():
+    if getattr(type(module), "forward", None) is nn.Linear.forward and module.weight.is_contiguous():  # no LoRA
         return (module.weight.dtype, module.bias is None)
     return None
 

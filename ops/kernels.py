@@ -332,4 +332,3 @@ def use(model: nn.Module) -> None:
             continue
         name, function = FUSED[kind]
         setattr(module, name, MethodType(function, module))
-    model.kernels = "triton"

@@ -38,6 +38,15 @@ def pick_kernels(name: str, device: str | torch.device, place: str) -> str:
     return name
 
 
+def use_kernels(model: torch.nn.Module, name: str, place: str) -> None:
+    """Gives a Qwen3 the kernels that `pick_kernels` says, in place: for its layers, its token step and its loss."""
+    model.kernels = pick_kernels(name, model.model.embed_tokens.weight.device, place)
+    if model.kernels == "triton":
+        from ops.kernels import use  # imports Triton
+
+        use(model)
+
+
 def read_bandwidth(device: str | torch.device = "cpu", seconds: float = 0.1) -> float:
     """Bytes per second that this machine reads from memory with torch's threads: the best of some sums of 256 MB.
 

@@ -1,20 +1,22 @@
-// The token step of model.py in C++: one token id and the cache in, the logits of the next token out.
+// The token step of model.py in C++: token ids and the cache in, the logits of the next tokens out.
 //
 // Read it beside model.py: the same names in the same order, and here the arithmetic that PyTorch does there. What it
-// is for is speed. A token at batch 1 reads every weight once, so memory bandwidth is its limit, and everything else
-// must stay out of the way: each thread reads its share of a matrix row by row as one sequential stream, activations
-// stay in float32 and in the cache, and five barriers a layer are all the threads ever wait for each other.
+// is for is speed. A few tokens read every weight once, so memory bandwidth is their limit, and everything else must
+// stay out of the way: each thread reads its share of a matrix row by row as one sequential stream, activations stay in
+// float32 and in the cache, and five barriers a layer are all the threads ever wait for each other. Many tokens, a
+// prompt, are held by arithmetic instead, and go through matmul.h.
+//
+// A token's logits are the same bits whether it comes alone or as one of a few, so that a guess that is checked by one
+// step together with others is judged as if the tokens had come one by one.
 //
 // The interface is plain C over pointers into the model's own tensors; ops/step.py fills the structs and checks them.
 //
-// Letters for sizes as in model.py:  C hidden size   H query heads   K key/value heads   G = H / K   D head dim
-//                                    S cached positions with this one   V vocabulary
-#include <algorithm>
+// Letters for sizes as in model.py:  B batch   T tokens   N = B * T   C hidden size   H query heads   K key/value heads
+//                                    G = H / K   D head dim   S cached positions with the new ones   V vocabulary
 #include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+
+#include "matmul.h"
+#include "vectors.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -22,92 +24,9 @@
 inline int omp_get_num_threads() { return 1; }
 #endif
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Vectors: the compiler's own, as wide as the machine that it compiles for has them.
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-constexpr int LANES = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Unsigned __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
-typedef uint64_t Pairs __attribute__((vector_size(4 * LANES)));
-typedef uint32_t HalfUnsigned __attribute__((vector_size(2 * LANES)));
-typedef uint16_t Quarters __attribute__((vector_size(LANES)));
-typedef float Quad __attribute__((vector_size(16)));
-
-struct bfloat16 {
-    uint16_t bits;
-};
-struct int8 {
-    uint8_t code;  // the number + 128
-};
-
-template <class Result>
-inline Result read(const void* address) {  // from any alignment: a safetensors file promises none
-    Result result;
-    std::memcpy(&result, address, sizeof result);
-    return result;
-}
-
-inline Vector load(const float* p) { return read<Vector>(p); }
-inline Vector load(const bfloat16* p) {
-#if defined(__AVX512F__)  // one instruction, of which GCC 12 makes five
-    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(p)), 16);
-#else
-    return (Vector)(__builtin_convertvector(read<Halves>(p), Integers) << 16);
-#endif
-}
-inline Vector load(const int8* p) {
-    Integers codes = __builtin_convertvector(read<Bytes>(p) ^ int8_t(-128), Integers);
-    return __builtin_convertvector(codes, Vector);
-}
-inline void store(float* p, Vector x) { std::memcpy(p, &x, sizeof x); }
-
-inline float to_float(float x) { return x; }
-inline float to_float(bfloat16 x) {
-    uint32_t bits = uint32_t(x.bits) << 16;
-    return read<float>(&bits);
-}
-
-inline float to_float(int8 x) { return float(x.code) - 128; }
-
-inline void assign(float& to, float x) { to = x; }
-inline void assign(bfloat16& to, float x) {  // to the nearest, ties to even
-    uint32_t bits = read<uint32_t>(&x);
-    to.bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
-inline float sum(Vector x) {
-    Quad quads[LANES / 4], total = {};
-    std::memcpy(quads, &x, sizeof x);
-    for (Quad quad : quads) total += quad;
-    return (total[0] + total[2]) + (total[1] + total[3]);
-}
-
-constexpr float ROUND = 12582912;  // 1.5 · 2^23: what is added to it is rounded to a whole number, in its low bits
-
-// exp(x) = 2^n · exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where a Taylor polynomial is exact to a bit or two.
-inline Vector exp(Vector x) {
-    x = x < -87.f ? Vector{} - 87.f : x;
-    x = x > 88.f ? Vector{} + 88.f : x;
-    Vector rounded = x * 1.44269504f + ROUND, n = rounded - ROUND;
-    Vector r = x - n * 0.693145752f - n * 1.42860677e-6f;  // ln 2 in two parts
-    Vector p = r * (1.f / 720) + 1.f / 120;
-    p = p * r + 1.f / 24;
-    p = p * r + 1.f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.f;
-    p = p * r + 1.f;
-    return (Vector)((Integers)p + ((Integers)rounded << 23));
-}
+constexpr int64_t FEW = 8;             // tokens that a step takes row by row; ops/step.py knows it too
+constexpr int64_t AT_ONCE = 512;       // tokens of a prompt: bounds the memory of a long one
+constexpr int64_t SHORTEST = 1 << 15;  // bytes that a thread takes on at a time at least
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What ops/step.py hands over. `void*` is a tensor of the model's dtype; nullptr where the model has none.
@@ -144,175 +63,15 @@ struct Qwen3 {
     Linear lm_head;
 };
 struct KVCache {
-    void *const *keys, *const *values;  // over layers: [K, max_len, D]
-    int64_t max_len, length;
+    void *const *keys, *const *values;  // over layers: [B, K, max_len, D]
+    int64_t max_len;
+    const int64_t* lengths;  // [B] positions before these tokens
 };
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Arithmetic on rows of any length: whole vectors, then what is left.
-
-constexpr int64_t PREFETCH = 4096;  // bytes ahead: far enough to hide the memory's latency, near enough to stay in L1
-constexpr int64_t SHORTEST = 1 << 15;  // bytes that a thread takes on at a time at least
-constexpr int64_t BLOCK = 256;  // positions that one thread attends to at a time
-
-template <class T>
-inline float dot(const T* w, const float* x, int64_t n) {
-    constexpr int STEP = 4 * LANES;
-    Vector sums[4] = {};
-    int64_t i = 0;
-    for (; i + STEP <= n; i += STEP) {
-        for (int line = 0; line < int(STEP * sizeof(T)); line += 64)
-            __builtin_prefetch((const char*)(w + i) + PREFETCH + line);
-        for (int j = 0; j < 4; j++) sums[j] += load(w + i + j * LANES) * load(x + i + j * LANES);
-    }
-    for (; i + LANES <= n; i += LANES) sums[0] += load(w + i) * load(x + i);
-    float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    for (; i < n; i++) total += to_float(w[i]) * x[i];
-    return total;
-}
-
-// Weights of 4 bits: 8 to a 32-bit lane, lowest bits first, each its number + 8. Where the mantissa of 1.0 begins, the
-// bits of a number q make 1.5 + q / 16 without a conversion, and those of its neighbour, four places lower,
-// 1 + (q + 8) / 256. x must come as `arrange` leaves it.
-constexpr int64_t CHUNK = 8 * LANES;
-
-// The scale of each lane's weights. Groups of 32 or 16 are two pairs of lanes or one.
-inline Vector lane_scales(const bfloat16* scale, int64_t column, int64_t group_size) {
-    Pairs high;  // the scale of a pair of lanes in its highest bits
-    if (group_size == 32) {
-        uint64_t scales = 0;
-        std::memcpy(&scales, scale + column / 32, LANES / 2);
-        Pairs shift;
-        for (int pair = 0; pair < LANES / 2; pair++) shift[pair] = 48 - 16 * (pair / 2);
-        high = (scales << shift) & 0xffff000000000000;
-    } else if (group_size == 16) {
-        // By way of 32 bits, or GCC 12 converts one number at a time.
-        auto scales = __builtin_convertvector(read<Quarters>(scale + column / 16), HalfUnsigned);
-        high = __builtin_convertvector(scales, Pairs) << 48;
-    } else {
-        float lanes[LANES];
-        for (int lane = 0; lane < LANES; lane++) lanes[lane] = to_float(scale[(column + 8 * lane) / group_size]);
-        return load(lanes);
-    }
-    return (Vector)(high | high >> 32);
-}
-
-inline float dot_int4(const uint8_t* w, const float* x, const bfloat16* scale, int64_t n, int64_t group_size) {
-    Vector total = {};
-    int64_t column = 0;
-    for (; column + CHUNK <= n; column += CHUNK, x += CHUNK + LANES) {
-        __builtin_prefetch(w + column / 2 + PREFETCH);
-        auto bits = read<Unsigned>(w + column / 2);
-        Vector sum = load(x);
-        for (int i = 0; i < 8; i += 2) {
-            Unsigned two = i < 4 ? bits << (15 - 4 * i) : bits >> (4 * i - 15);
-            sum += (Vector)((two & 0x078000) | 0x3f800000) * load(x + (1 + i) * LANES);
-            sum += (Vector)((two & 0x780000) | 0x3f800000) * load(x + (2 + i) * LANES);
-        }
-        total += sum * lane_scales(scale, column, group_size);
-    }
-    float rest = 16 * sum(total);
-    for (; column < n; column++, x++)
-        rest += *x * (float(w[column / 2] >> 4 * (column % 2) & 15) - 8) * to_float(scale[column / group_size]);
-    return rest;
-}
-
-// x [n] as dot_int4 wants it: for each chunk what meets the first weight of each lane, the second, ..., and before them
-// what takes away the sums of all that is too much in the weights. What is left of x follows as it is.
-inline void arrange(const float* x, int64_t n, float* out) {
-    int64_t column = 0;
-    for (; column + CHUNK <= n; column += CHUNK, out += CHUNK + LANES)
-        for (int lane = 0; lane < LANES; lane++) {
-            float even = 0, odd = 0;
-            for (int i = 0; i < 8; i += 2) {
-                even += out[(1 + i) * LANES + lane] = 16 * x[column + 8 * lane + i];
-                odd += out[(2 + i) * LANES + lane] = x[column + 8 * lane + i + 1];
-            }
-            out[lane] = -1.5f * odd - (1 + 8 / 256.f) * even;
-        }
-    std::copy(x + column, x + n, out);
-}
-
-// Weights x [n] as whole numbers q of so many bits, x ≈ q · scale: see ops/quant.py. Returns the squared error.
-inline float quantize(const float* x, int64_t n, int bits, float scale, int32_t* q) {
-    const float low = -(1 << (bits - 1)), high = -low - 1, inverse = scale == 0 ? 0 : 1 / scale;
-    float error = 0;
-#pragma omp simd reduction(+ : error)
-    for (int64_t i = 0; i < n; i++) {
-        float rounded = std::min(std::max(x[i] * inverse + ROUND - ROUND, low), high);
-        q[i] = rounded;
-        error += (rounded * scale - x[i]) * (rounded * scale - x[i]);
-    }
-    return error;
-}
-
-inline void silu_and_multiply(float* gate, const float* up, int64_t n) {
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        Vector x = load(gate + i);
-        store(gate + i, x / (1.f + exp(-x)) * load(up + i));
-    }
-    for (; i < n; i++) gate[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
-}
-
-// p[i] = exp(p[i] - largest); returns their sum.
-inline float exponentials(float* p, float largest, int64_t n) {
-    Vector sums = {};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        Vector e = exp(load(p + i) - largest);
-        store(p + i, e);
-        sums += e;
-    }
-    float total = sum(sums);
-    for (; i < n; i++) total += p[i] = std::exp(p[i] - largest);
-    return total;
-}
-
-// Calls work(i, count) for i = 0 .. n, four at a time, then two, then one; count is a compile-time constant.
-template <class Work>
-inline void by_fours(int64_t n, Work work) {
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4) work(i, std::integral_constant<int, 4>());
-    for (; i + 2 <= n; i += 2) work(i, std::integral_constant<int, 2>());
-    for (; i < n; i++) work(i, std::integral_constant<int, 1>());
-}
-
-// scores[g, 0] = q[g]·key for N queries. q [N, D], key [D], scores [N, BLOCK].
-template <class T, int N>
-inline void score(const float* q, const T* key, int64_t D, float* scores) {
-    Vector sums[N] = {};
-    int64_t d = 0;
-    for (; d + LANES <= D; d += LANES) {
-        __builtin_prefetch((const char*)(key + d) + PREFETCH);
-        Vector k = load(key + d);
-        for (int g = 0; g < N; g++) sums[g] += k * load(q + g * D + d);
-    }
-    for (int g = 0; g < N; g++) {
-        scores[g * BLOCK] = sum(sums[g]);
-        for (int64_t rest = d; rest < D; rest++) scores[g * BLOCK] += to_float(key[rest]) * q[g * D + rest];
-    }
-}
-
-// out[g] += weights[g]·values for N queries and ROWS positions. weights [N, BLOCK], values [ROWS, D], out [N, D].
-template <class T, int N, int ROWS>
-inline void add_weighted(const float* weights, const T* values, int64_t D, float* out) {
-    int64_t d = 0;
-    for (; d + LANES <= D; d += LANES) {
-        Vector totals[N];
-        for (int g = 0; g < N; g++) totals[g] = load(out + g * D + d);
-        for (int row = 0; row < ROWS; row++) {
-            __builtin_prefetch((const char*)(values + row * D + d) + PREFETCH);
-            Vector v = load(values + row * D + d);
-            for (int g = 0; g < N; g++) totals[g] += weights[g * BLOCK + row] * v;
-        }
-        for (int g = 0; g < N; g++) store(out + g * D + d, totals[g]);
-    }
-    for (; d < D; d++)
-        for (int g = 0; g < N; g++)
-            for (int row = 0; row < ROWS; row++)
-                out[g * D + d] += weights[g * BLOCK + row] * to_float(values[row * D + d]);
+struct Tokens {
+    const int64_t* ids;     // [B, T]
+    int64_t B, T, outputs;  // logits are wanted for the last `outputs` of T
+    void* logits;           // [B, outputs, V]
+};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -349,46 +108,60 @@ class Barrier {
     }
 };
 
-// What all threads share for one token.
+// Some tokens of each row of a batch, and where they stand.
+struct Span {
+    int64_t B, first, T, N = B * T;  // T of each row, from its `first` new one on
+    int64_t row(int64_t n) const { return n / T; }
+    int64_t token(int64_t n) const { return first + n % T; }
+};
+
+// What all threads share.
 struct Shared {
-    std::vector<float> x;         // [C] the residual stream
-    std::vector<float> cos, sin;  // [D/2]
-    std::vector<float> q, k, v;   // [H, D], [K, D], [K, D]
-    std::vector<float> partial;   // [K, blocks of S, G, D + 2] attention over a part of the positions
-    std::vector<float> router;    // [num_experts]
-    std::vector<float> gate, up;  // [num_experts_per_tok, widest_mlp]
+    std::vector<float> x;         // [N, C] the residual stream
+    std::vector<float> cos, sin;  // [N, D/2]
+    std::vector<float> q, k, v;   // [N, H, D], [N, K, D], [N, K, D]
+    std::vector<float> partial;   // a few tokens: attention over a part of the positions, [B, K, blocks, T, G, D + 2]
+    std::vector<float> router;    // [N, num_experts]
+    std::vector<float> gate, up;  // a few tokens: [N, num_experts_per_tok, widest_mlp]
+    Tiles normed, attended, hidden;  // many tokens: what goes into linear layers, [N, C], [N, H, D], [N, widest_mlp]
     std::vector<std::atomic<int64_t>> taken;  // of each piece of work between barriers, what somebody is at or has done
     Barrier barrier;
 
-    Shared(const Qwen3& m, int64_t blocks)
-        : x(m.hidden_size), cos(m.head_dim / 2), sin(m.head_dim / 2), q(m.num_attention_heads * m.head_dim),
-          k(m.num_key_value_heads * m.head_dim), v(m.num_key_value_heads * m.head_dim),
-          partial(m.num_attention_heads * blocks * (m.head_dim + 2)), router(m.num_experts),
-          gate(m.num_experts_per_tok * m.widest_mlp), up(m.num_experts_per_tok * m.widest_mlp),
-          taken(m.num_hidden_layers * (7 + m.num_experts_per_tok) + 1) {}
+    Shared(const Qwen3& m, int64_t N, bool many, int64_t parts)
+        : x(N * m.hidden_size), cos(N * m.head_dim / 2), sin(cos), q(N * m.num_attention_heads * m.head_dim),
+          k(N * m.num_key_value_heads * m.head_dim), v(k), partial(parts * (m.head_dim + 2)),
+          router(N * m.num_experts), gate(many ? 0 : N * m.num_experts_per_tok * m.widest_mlp), up(gate),
+          taken(m.num_hidden_layers * (10 + (many ? 0 : N * (m.num_experts_per_tok + 1))) + 4) {
+        if (!many) return;
+        normed.set(N, m.hidden_size);
+        attended.set(N, m.num_attention_heads * m.head_dim);
+        hidden.set(N, m.widest_mlp);
+    }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The layers. A `Step` is one thread's part of the work on one token.
+// The layers. A `Step` is one thread's part of the work on one span.
 
 template <class T>
 struct Step {
     const Qwen3& model;
     const KVCache& cache;
+    const Span span;
     Shared& shared;
     const int threads;
-    const int64_t D = model.head_dim, K = model.num_key_value_heads, G = model.num_attention_heads / K;
-    const int64_t S = cache.length + 1, blocks = (S + BLOCK - 1) / BLOCK;
-    // Small enough that each thread computes it for itself rather than wait for another.
-    std::vector<float> normed = std::vector<float>(model.hidden_size);
-    std::vector<float> attended = std::vector<float>(K * G * D);
-    std::vector<float> queries = std::vector<float>(G * D);
-    std::vector<float> scores = std::vector<float>(G * BLOCK);
-    std::vector<int64_t> chosen = std::vector<int64_t>(model.num_experts_per_tok);
-    std::vector<float> weights = std::vector<float>(model.num_experts_per_tok);
-    std::vector<const float*> hidden = std::vector<const float*>(model.num_experts_per_tok);
-    const int64_t widest = std::max({model.hidden_size, K * G * D, model.widest_mlp});
-    std::vector<float> arranged = std::vector<float>((model.num_experts_per_tok + 1) * (widest + widest / 8));
+    const int64_t C = model.hidden_size, D = model.head_dim, H = model.num_attention_heads;
+    const int64_t K = model.num_key_value_heads, G = H / K, N = span.N, QUERIES = span.T * G;
+    const bool many = N > FEW;
+    // Of a few tokens each thread computes for itself what is small, rather than wait for another.
+    std::vector<float> normed = std::vector<float>(many ? 0 : N * C);
+    std::vector<float> attended = std::vector<float>(many ? 0 : N * H * D);
+    std::vector<float> queries = std::vector<float>((many ? TILE : QUERIES) * D);
+    std::vector<float> scores;
+    std::vector<Input> inputs = std::vector<Input>(many ? 1 : N * model.num_experts_per_tok);
+    std::vector<int64_t> chosen = std::vector<int64_t>(many ? 1 : inputs.size());  // experts, [N, per token]
+    std::vector<float> weights = std::vector<float>(chosen.size());
+    std::vector<Line> packed, packed_keys, packed_values;
+    Tiles tile_queries, tile_weights;
     int64_t works = 0;
 
     void wait_for_all() { shared.barrier.wait(threads); }
@@ -408,35 +181,83 @@ struct Step {
         }
     }
 
-    // What `row` wants of x: x itself, or for weights of 4 bits its numbers in their order. `slot` of several at once.
-    const float* prepare(const Linear& w, const float* x, int64_t slot = 0) {
-        if (w.bits != 4) return x;
-        float* out = &arranged[slot * (widest + widest / 8)];
-        arrange(x, w.columns, out);
-        return out;
-    }
-
     // One row of weight·x + bias.
-    static float row(const Linear& w, int64_t row, const float* x) {
+    static float row(const Linear& w, int64_t row, Input& input) {
         const char* weight = (const char*)w.weight + row * w.row_bytes;
-        const bfloat16* scale = (const bfloat16*)w.scale + row * w.groups;
-        float y = 0;
+        const auto* codes = (const uint8_t*)weight;
+        const auto* scale = (const bfloat16*)w.scale + row * w.groups;
+        float y;
         if (w.bits == 4)
-            y = dot_int4((const uint8_t*)weight, x, scale, w.columns, w.columns / w.groups);
-        else if (w.bits == 8)
-            for (int64_t group = 0, size = w.columns / w.groups; group < w.groups; group++)
-                y += to_float(scale[group]) * dot((const int8*)weight + group * size, x + group * size, size);
+            y = dot_packed<4>(codes, input.prepared(4), input.x, scale, w.columns, w.groups);
+        else if (w.scale)
+            y = dot_packed<8>(codes, input.prepared(8), input.x, scale, w.columns, w.groups);
         else
-            y = dot((const T*)weight, x, w.columns);
+            y = dot((const T*)weight, input.x, w.columns);
         return w.bias ? y + to_float(((const T*)w.bias)[row]) : y;
     }
 
-    // y = weight·x + bias, its rows shared by the threads.
-    void linear(const Linear& w, const float* x, float* y) {
-        x = prepare(w, x);
+    // weight·x + bias of `count` tokens: put(token, row, y, n) takes n results from `row` on. A few tokens come in
+    // `inputs`, many in `x`.
+    template <class Put>
+    void linear(const Linear& w, int64_t count, Tiles& x, Put put) {
+        if (count > FEW)
+            return many_tokens(w, w, ROWS, count, x, [&](int64_t token, int64_t row, Vector* y) {
+                for (int64_t i = 0; i < 2 && row + 16 * i < w.rows; i++)
+                    put(token, row + 16 * i, (float*)(y + i), std::min(int64_t(16), w.rows - row - 16 * i));
+            });
         share(w.rows, w.row_bytes, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) y[i] = row(w, i, x);
+            for (int64_t i = begin; i < end; i++)
+                for (int64_t token = 0; token < count; token++) {
+                    float y = row(w, i, inputs[token]);
+                    put(token, i, &y, 1);
+                }
         });
+    }
+
+    // The same for many tokens, 32 rows at a time: 16 of w and the next 16 (step 32), or 16 of w and of v (step 16).
+    template <class Put>
+    void many_tokens(const Linear& w, const Linear& v, int64_t step, int64_t count, Tiles& x, Put put) {
+        packed.resize(x.columns);
+        share((w.rows + step - 1) / step, step * w.row_bytes, [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin * step; row < end * step; row += step) {
+                Vector factor[2], bias[2];
+                pack_rows(w, row, &packed[0], factor[0], bias[0]);
+                pack_rows(v, row + step - 16, &packed[1], factor[1], bias[1]);
+                for (int64_t token = 0; token < count; token += TILE) {
+                    Vector sums[TILE][2];
+                    multiply(packed.data(), x.tile(token), x.columns, sums);
+                    for (int64_t i = 0; i < std::min(int64_t(TILE), count - token); i++) {
+                        Vector y[2] = {sums[i][0] * factor[0] + bias[0], sums[i][1] * factor[1] + bias[1]};
+                        put(token + i, row, y);
+                    }
+                    if (row + step < end * step)  // the next rows, in the order in which they lie in memory
+                        prefetch(w, v, row + step, step, token, count);
+                }
+            }
+        });
+    }
+
+    static void prefetch(const Linear& w, const Linear& v, int64_t row, int64_t step, int64_t token, int64_t count) {
+        const int64_t parts = (count + TILE - 1) / TILE, bytes = (step == 16 ? 16 : 32) * w.row_bytes;
+        for (int64_t at = token / TILE * bytes / parts / 64 * 64; at < (token / TILE + 1) * bytes / parts; at += 64) {
+            __builtin_prefetch((const char*)w.weight + row * w.row_bytes + at, 0, 2);
+            if (step == 16) __builtin_prefetch((const char*)v.weight + row * v.row_bytes + at, 0, 2);
+        }
+    }
+
+    static void pack_rows(const Linear& w, int64_t row, Line* out, Vector& factor, Vector& bias) {
+        const int64_t rows = std::clamp(w.rows - row, int64_t(0), int64_t(16));
+        const char* weight = (const char*)w.weight + row * w.row_bytes;
+        const bfloat16* scale = (const bfloat16*)w.scale + row * w.groups;
+        if (w.scale)
+            pack((const uint8_t*)weight, w.row_bytes, rows, w.columns, out, scale, w.groups, w.bits);
+        else
+            pack((const bfloat16*)weight, w.row_bytes, rows, w.columns, out);
+        factor = Vector{} + 1.f, bias = Vector{};
+        for (int64_t i = 0; i < std::min(rows, int64_t(LANES)); i++) {
+            if (w.scale && w.groups == 1) factor[i] = to_float(scale[i]);
+            if (w.bias) bias[i] = to_float(((const T*)w.bias)[row + i]);
+        }
     }
 
     void rms_norm(const float* x, const void* weight, int64_t n, float* out) const {
@@ -444,165 +265,338 @@ struct Step {
         for (int64_t i = 0; i < n; i++) out[i] = to_float(((const T*)weight)[i]) * (x[i] * scale);
     }
 
-    // A head of q or k, normed where the model does that, and turned by its position: [D] → [D].
-    void norm_and_rotate(const float* x, const void* weight, float* out) const {
+    // The residual stream of `count` tokens, normed, on its way into linear layers; at(i) is which token comes i-th.
+    template <class At>
+    void norm(const void* weight, int64_t count, At at) {
+        if (count <= FEW) {
+            normed.resize(std::max(int64_t(normed.size()), count * C));
+            inputs.resize(std::max(int64_t(inputs.size()), count));
+            for (int64_t i = 0; i < count; i++) {
+                rms_norm(&shared.x[at(i) * C], weight, C, &normed[i * C]);
+                inputs[i].set(&normed[i * C], C);
+            }
+            return;
+        }
+        share(count, SHORTEST / 8, [&](int64_t begin, int64_t end) {
+            std::vector<float> out(C);
+            for (int64_t i = begin; i < end; i++) {
+                rms_norm(&shared.x[at(i) * C], weight, C, out.data());
+                shared.normed.put(i, 0, out.data(), C);
+            }
+        });
+        wait_for_all();
+    }
+
+    // A head of q or k, normed where the model does that, and turned by its token's position: [D] → [D].
+    void norm_and_rotate(const float* x, int64_t n, const void* weight, float* out) const {
         if (weight)
             rms_norm(x, weight, D, out);
         else
             std::copy(x, x + D, out);
+        const float *cos = &shared.cos[n * (D / 2)], *sin = &shared.sin[n * (D / 2)];
         for (int64_t i = 0; i < D / 2; i++) {
-            float a = out[i], b = out[i + D / 2], cos = shared.cos[i], sin = shared.sin[i];
-            out[i] = a * cos - b * sin;
-            out[i + D / 2] = b * cos + a * sin;
+            float a = out[i], b = out[i + D / 2];
+            out[i] = a * cos[i] - b * sin[i];
+            out[i + D / 2] = b * cos[i] + a * sin[i];
         }
     }
 
-    // The G queries of one key head over a block of n positions; each key and value is read from memory once for all G.
-    // partial: [G] largest scores, [G] sums of exponentials, [G, D] the values weighted by the exponentials.
-    void attend(const T* keys, const T* values, int64_t n, float* partial) {
-        float *largest = partial, *total = largest + G, *out = total + G;
-        for (int64_t s = 0; s < n; s++)
-            by_fours(G, [&](int64_t g, auto count) {
-                score<T, count>(&queries[g * D], keys + s * D, D, &scores[g * BLOCK + s]);
-            });
-        for (int64_t g = 0; g < G; g++) {
-            float* p = &scores[g * BLOCK];
-            largest[g] = *std::max_element(p, p + n);
-            total[g] = exponentials(p, largest[g], n);
-        }
-        std::fill(out, out + G * D, 0);
-        by_fours(n, [&](int64_t s, auto rows) {
-            by_fours(G, [&](int64_t g, auto count) {
-                add_weighted<T, count, rows>(&scores[g * BLOCK + s], values + s * D, D, out + g * D);
-            });
-        });
+    T* head_of(void* cached, int64_t b, int64_t head) const { return (T*)cached + (b * K + head) * cache.max_len * D; }
+
+    int64_t position(int64_t n) const { return cache.lengths[span.row(n)] + span.token(n); }
+
+    // The new key and value of token n in one head, into the cache.
+    void remember(const Attention& attn, int64_t n, int64_t head, T* keys, T* values) {
+        float *k = &shared.k[(n * K + head) * D], *v = &shared.v[(n * K + head) * D];
+        norm_and_rotate(k, n, attn.k_norm, k);
+        for (int64_t d = 0; d < D; d++) assign(keys[position(n) * D + d], k[d]);
+        for (int64_t d = 0; d < D; d++) assign(values[position(n) * D + d], v[d]);
     }
 
-    float* partial(int64_t head, int64_t block) { return &shared.partial[(head * blocks + block) * G * (D + 2)]; }
+    void query(const Attention& attn, int64_t n, int64_t head, float* out) const {
+        norm_and_rotate(&shared.q[(n * H + head) * D], n, attn.q_norm, out);
+        for (int64_t d = 0; d < D; d++) out[d] /= std::sqrt(float(D));
+    }
 
-    void attention(const Attention& attn, T* keys, T* values) {
-        linear(attn.q_proj, normed.data(), shared.q.data());
-        linear(attn.k_proj, normed.data(), shared.k.data());
-        linear(attn.v_proj, normed.data(), shared.v.data());
+    void attention(const Attention& attn, void* keys, void* values) {
+        auto into = [&](std::vector<float>& out, int64_t width) {
+            return [&out, width](int64_t n, int64_t row, const float* y, int64_t count) {
+                std::copy(y, y + count, &out[n * width + row]);
+            };
+        };
+        linear(attn.q_proj, N, shared.normed, into(shared.q, H * D));
+        linear(attn.k_proj, N, shared.normed, into(shared.k, K * D));
+        linear(attn.v_proj, N, shared.normed, into(shared.v, K * D));
         wait_for_all();
-        share(K * blocks, 2 * BLOCK * D * sizeof(T), [&](int64_t begin, int64_t end) {
-            for (int64_t work = begin; work < end; work++) {
-                int64_t head = work / blocks, block = work % blocks;
-                T *head_keys = keys + head * cache.max_len * D, *head_values = values + head * cache.max_len * D;
-                if (block == blocks - 1) {  // the new position is in this one
-                    float *k = &shared.k[head * D], *v = &shared.v[head * D];
-                    norm_and_rotate(k, attn.k_norm, k);
-                    for (int64_t d = 0; d < D; d++) assign(head_keys[cache.length * D + d], k[d]);
-                    for (int64_t d = 0; d < D; d++) assign(head_values[cache.length * D + d], v[d]);
+        many ? attend_many(attn, keys, values) : attend_few(attn, keys, values);
+        add_to_residual(attn.o_proj, shared.attended);
+    }
+
+    void add_to_residual(const Linear& w, Tiles& x) {
+        linear(w, N, x, [&](int64_t n, int64_t row, const float* y, int64_t count) {
+            for (int64_t i = 0; i < count; i++) shared.x[n * C + row + i] += y[i];
+        });
+        wait_for_all();
+    }
+
+    // Blocks of positions of row b, up to its last new one.
+    int64_t blocks(int64_t b) const { return (cache.lengths[b] + span.first + span.T + BLOCK - 1) / BLOCK; }
+
+    // What a block of positions gives the queries of a key head: [T, G] largest scores, [T, G] sums of exponentials,
+    // [T, G, D] the values weighted by the exponentials.
+    float* partial(int64_t b, int64_t head, int64_t block) {
+        int64_t before = 0;
+        for (int64_t i = 0; i < b; i++) before += K * blocks(i);
+        return &shared.partial[(before + head * blocks(b) + block) * QUERIES * (D + 2)];
+    }
+
+    void attend_few(const Attention& attn, void* keys, void* values) {
+        for (int64_t b = 0; b < span.B; b++)
+            share(K * blocks(b), 2 * BLOCK * D * sizeof(T), [&](int64_t begin, int64_t end) {
+                for (int64_t work = begin; work < end; work++) {
+                    int64_t head = work / blocks(b), block = work % blocks(b), start = block * BLOCK;
+                    T *head_keys = head_of(keys, b, head), *head_values = head_of(values, b, head);
+                    for (int64_t n = b * span.T; n < (b + 1) * span.T; n++) {
+                        if (position(n) / BLOCK == block) remember(attn, n, head, head_keys, head_values);
+                        for (int64_t g = 0; g < G; g++)
+                            query(attn, n, head * G + g, &queries[(n % span.T * G + g) * D]);
+                    }
+                    attend(b, start, head_keys + start * D, head_values + start * D, partial(b, head, block));
                 }
-                for (int64_t g = 0; g < G; g++)
-                    norm_and_rotate(&shared.q[(head * G + g) * D], attn.q_norm, &queries[g * D]);
-                for (float& q : queries) q /= std::sqrt(float(D));
-                int64_t start = block * BLOCK, n = std::min(BLOCK, S - start);
-                attend(head_keys + start * D, head_values + start * D, n, partial(head, block));
-            }
-        });
+            });
         wait_for_all();
-        for (int64_t head = 0; head < K; head++)
-            for (int64_t g = 0; g < G; g++) put_together(head, g, &attended[(head * G + g) * D]);
-        const float* input = prepare(attn.o_proj, attended.data());
-        share(attn.o_proj.rows, attn.o_proj.row_bytes, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) shared.x[i] += row(attn.o_proj, i, input);
+        for (int64_t n = 0; n < N; n++) {
+            for (int64_t head = 0; head < H; head++) put_together(n, head, &attended[(n * H + head) * D]);
+            inputs[n].set(&attended[n * H * D], H * D);
+        }
+    }
+
+    // All queries of a key head over a block of positions; each key and value is read from memory once for all.
+    void attend(int64_t b, int64_t start, const T* keys, const T* values, float* partial) {
+        float *largest = partial, *total = largest + QUERIES, *out = total + QUERIES;
+        scores.resize(QUERIES * BLOCK);
+        const int64_t end = position((b + 1) * span.T - 1) + 1, count = std::min(BLOCK, end - start);
+        for (int64_t s = 0; s < count; s++)
+            by_fours(QUERIES, [&](int64_t g, auto queries_at_once) {
+                score<T, queries_at_once>(&queries[g * D], keys + s * D, D, &scores[g * BLOCK + s]);
+            });
+        for (int64_t g = 0; g < QUERIES; g++) {
+            float* p = &scores[g * BLOCK];
+            int64_t seen = std::clamp(position(b * span.T + g / G) + 1 - start, int64_t(0), count);
+            largest[g] = seen ? *std::max_element(p, p + seen) : -INFINITY;
+            total[g] = exponentials(p, largest[g], seen);
+            std::fill(p + seen, p + count, 0);
+        }
+        std::fill(out, out + QUERIES * D, 0);
+        by_fours(count, [&](int64_t s, auto rows) {
+            by_fours(QUERIES, [&](int64_t g, auto queries_at_once) {
+                add_weighted<T, queries_at_once, rows>(&scores[g * BLOCK + s], values + s * D, D, out + g * D);
+            });
         });
-        wait_for_all();
     }
 
     // The softmax over all blocks from those within each.
-    void put_together(int64_t head, int64_t g, float* out) {
+    void put_together(int64_t n, int64_t head, float* out) {
         float largest = -INFINITY, total = 0;
-        for (int64_t block = 0; block < blocks; block++) largest = std::max(largest, partial(head, block)[g]);
+        int64_t b = span.row(n), g = n % span.T * G + head % G, seen = position(n) / BLOCK + 1;
+        for (int64_t block = 0; block < seen; block++)
+            largest = std::max(largest, partial(b, head / G, block)[g]);
         std::fill(out, out + D, 0);
-        for (int64_t block = 0; block < blocks; block++) {
-            const float* part = partial(head, block);
+        for (int64_t block = 0; block < seen; block++) {
+            const float* part = partial(b, head / G, block);
             float weight = std::exp(part[g] - largest);
-            total += weight * part[G + g];
-            for (int64_t d = 0; d < D; d++) out[d] += weight * part[2 * G + g * D + d];
+            total += weight * part[QUERIES + g];
+            for (int64_t d = 0; d < D; d++) out[d] += weight * part[2 * QUERIES + g * D + d];
         }
         for (int64_t d = 0; d < D; d++) out[d] /= total;
     }
 
-    void mlp(const Block& block) {
-        bool sparse = block.gate.rows;
-        int64_t count = sparse ? model.num_experts_per_tok : 1, width = model.widest_mlp;
-        chosen[0] = 0, weights[0] = 1;
-        if (sparse) route(block.gate);
-        for (int64_t i = 0; i < count; i++) {
-            const MLP& expert = block.experts[chosen[i]];
-            const float* to_gate = prepare(expert.gate_proj, normed.data(), 0);
-            const float* to_up = prepare(expert.up_proj, normed.data(), 1);
-            float *gate = &shared.gate[i * width], *up = &shared.up[i * width];
-            share(expert.up_proj.rows, 2 * expert.up_proj.row_bytes, [&](int64_t begin, int64_t end) {
-                for (int64_t j = begin; j < end; j++) gate[j] = row(expert.gate_proj, j, to_gate);
-                for (int64_t j = begin; j < end; j++) up[j] = row(expert.up_proj, j, to_up);
-                silu_and_multiply(gate + begin, up + begin, end - begin);
-            });
-        }
+    // Scores and their sums over the values are two products of matrices for each key head: q·keys, then p·values.
+    void attend_many(const Attention& attn, void* keys, void* values) {
+        share(N * K, SHORTEST / 8, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) {
+                int64_t n = i / K, head = i % K, b = span.row(n);
+                remember(attn, n, head, head_of(keys, b, head), head_of(values, b, head));
+            }
+        });
         wait_for_all();
-        for (int64_t i = 0; i < count; i++)
-            hidden[i] = prepare(block.experts[chosen[i]].down_proj, &shared.gate[i * width], i);
-        const Linear& down = block.experts[chosen[0]].down_proj;
-        share(down.rows, count * down.row_bytes, [&](int64_t begin, int64_t end) {
-            for (int64_t i = 0; i < count; i++)
-                for (int64_t j = begin; j < end; j++)
-                    shared.x[j] += weights[i] * row(block.experts[chosen[i]].down_proj, j, hidden[i]);
+        constexpr int64_t TOKENS = 128;  // that share the packing of keys and values
+        const int64_t parts = (span.T + TOKENS - 1) / TOKENS;
+        share(span.B * K * parts, SHORTEST, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) {
+                int64_t b = i / (K * parts), head = i / parts % K, first = i % parts * TOKENS;
+                attend_many(attn, b, head, first, std::min(first + TOKENS, span.T), head_of(keys, b, head),
+                            head_of(values, b, head));
+            }
         });
         wait_for_all();
     }
 
-    // The most probable experts and their weights.
-    void route(const Linear& router) {
-        std::vector<float>& p = shared.router;
-        linear(router, normed.data(), p.data());
-        wait_for_all();
-        float largest = *std::max_element(p.begin(), p.end()), total = 0, of_chosen = 0;
-        for (float logit : p) total += std::exp(logit - largest);
-        for (int64_t i = 0; i < model.num_experts_per_tok; i++) {
-            chosen[i] = -1;
-            for (int64_t e = 0; e < int64_t(p.size()); e++)
-                if (std::find(chosen.begin(), chosen.begin() + i, e) == chosen.begin() + i)
-                    if (chosen[i] < 0 || p[e] > p[chosen[i]]) chosen[i] = e;
-            weights[i] = std::exp(p[chosen[i]] - largest) / total;
-            of_chosen += weights[i];
+    // Tokens first .. last of row b and the queries of one key head.
+    void attend_many(const Attention& attn, int64_t b, int64_t head, int64_t first, int64_t last, const T* keys,
+                     const T* values) {
+        const int64_t S = position(b * span.T + last - 1) + 1, padded = rounded_up(S, STRIDE), begin = first * G;
+        tile_queries.set(TILE, D), tile_weights.set(TILE, S), scores.resize(TILE * padded);
+        const int64_t width = rounded_up(D, STRIDE);
+        packed_keys.resize(padded / ROWS * width), packed_values.resize(width / ROWS * padded);
+        for (int64_t s = 0; s < padded; s += 16)
+            pack((const bfloat16*)keys + s * D, 2 * D, std::clamp(S - s, int64_t(0), int64_t(16)), D,
+                 &packed_keys[s / ROWS * width + s / 16 % 2]);
+        for (int64_t d = 0; d < width; d += ROWS)
+            pack_columns((const bfloat16*)values, S, D, d, &packed_values[d / ROWS * padded]);
+        for (int64_t query_index = begin; query_index < last * G; query_index += TILE) {
+            const int64_t count = std::min(int64_t(TILE), last * G - query_index);
+            auto token = [&](int64_t i) { return b * span.T + (query_index + i) / G; };
+            for (int64_t i = 0; i < count; i++) {
+                query(attn, token(i), head * G + (query_index + i) % G, &queries[i * D]);
+                tile_queries.put(i, 0, &queries[i * D], D);
+            }
+            const int64_t seen = rounded_up(position(token(count - 1)) + 1, STRIDE);
+            Vector sums[TILE][2];
+            for (int64_t s = 0; s < seen; s += ROWS) {
+                multiply(&packed_keys[s / ROWS * width], tile_queries.tile(0), width, sums);
+                for (int64_t i = 0; i < count; i++)
+                    for (int half = 0; half < 2; half++) store(&scores[i * padded + s + 16 * half], sums[i][half]);
+            }
+            float total[TILE];
+            for (int64_t i = 0; i < count; i++) {
+                float* p = &scores[i * padded];
+                int64_t own = position(token(i)) + 1;
+                total[i] = exponentials(p, *std::max_element(p, p + own), own);
+                std::fill(p + own, p + seen, 0);
+                tile_weights.put(i, 0, p, seen);
+            }
+            for (int64_t d = 0; d < D; d += ROWS) {
+                multiply(&packed_values[d / ROWS * padded], tile_weights.tile(0), seen, sums);
+                for (int64_t i = 0; i < count; i++)
+                    for (int half = 0; half < 2; half++) {
+                        Vector out = sums[i][half] / total[i];
+                        int64_t at = d + 16 * half, column = (head * G + (query_index + i) % G) * D + at;
+                        shared.attended.put(token(i), column, (float*)&out, std::clamp(D - at, int64_t(0), int64_t(16)));
+                    }
+            }
         }
-        if (model.norm_topk_prob)
-            for (float& weight : weights) weight /= of_chosen;
+    }
+
+    void mlp(const Block& block) {
+        if (many) return mlp_many(block.experts[0]);
+        const bool sparse = block.gate.rows;
+        const int64_t count = sparse ? model.num_experts_per_tok : 1, width = model.widest_mlp;
+        std::fill(chosen.begin(), chosen.end(), 0), std::fill(weights.begin(), weights.end(), 1);
+        if (sparse) route(block.gate);
+        for (int64_t n = 0; n < (sparse ? N : 1); n++)  // a dense MLP takes all tokens at once
+            for (int64_t i = 0; i < count; i++)
+                up(block.experts[chosen[n * count + i]], n, sparse ? n + 1 : N, i, count);
+        wait_for_all();
+        for (int64_t i = 0; i < N * count; i++)
+            inputs[i].set(&shared.gate[i * width], block.experts[chosen[i]].up_proj.rows);
+        for (int64_t first = 0; first < N; first = sparse ? first + 1 : N) {
+            const Linear& down = block.experts[chosen[first * count]].down_proj;
+            share(down.rows, count * down.row_bytes, [&](int64_t begin, int64_t end) {
+                for (int64_t i = 0; i < count; i++)
+                    for (int64_t j = begin; j < end; j++)
+                        for (int64_t k = first * count + i; k < (sparse ? first + 1 : N) * count; k += count)
+                            shared.x[k / count * C + j] += weights[k] * row(block.experts[chosen[k]].down_proj, j, inputs[k]);
+            });
+        }
+        wait_for_all();
+    }
+
+    // silu(gate(x)) · up(x) of tokens first .. last in one expert, the i-th of `count` for each of them.
+    void up(const MLP& expert, int64_t first, int64_t last, int64_t i, int64_t count) {
+        share(expert.up_proj.rows, 2 * expert.up_proj.row_bytes, [&](int64_t begin, int64_t end) {
+            auto place = [&](std::vector<float>& out, int64_t n) { return &out[(n * count + i) * model.widest_mlp]; };
+            for (int64_t j = begin; j < end; j++)
+                for (int64_t n = first; n < last; n++) place(shared.gate, n)[j] = row(expert.gate_proj, j, inputs[n]);
+            for (int64_t j = begin; j < end; j++)
+                for (int64_t n = first; n < last; n++) place(shared.up, n)[j] = row(expert.up_proj, j, inputs[n]);
+            for (int64_t n = first; n < last; n++)
+                silu_and_multiply(place(shared.gate, n) + begin, place(shared.up, n) + begin, end - begin);
+        });
+    }
+
+    void mlp_many(const MLP& mlp) {
+        const int64_t width = mlp.up_proj.rows;
+        many_tokens(mlp.gate_proj, mlp.up_proj, 16, N, shared.normed, [&](int64_t n, int64_t row, Vector* y) {
+            Vector hidden = silu(y[0]) * y[1];
+            shared.hidden.put(n, row, (float*)&hidden, std::min(int64_t(16), width - row));
+        });
+        wait_for_all();
+        add_to_residual(mlp.down_proj, shared.hidden);
+    }
+
+    // The most probable experts of each token and their weights.
+    void route(const Linear& router) {
+        const int64_t experts = model.num_experts, count = model.num_experts_per_tok;
+        linear(router, N, shared.normed, [&](int64_t n, int64_t row, const float* y, int64_t rows) {
+            std::copy(y, y + rows, &shared.router[n * experts + row]);
+        });
+        wait_for_all();
+        for (int64_t n = 0; n < N; n++) {
+            const float* p = &shared.router[n * experts];
+            int64_t* best = &chosen[n * count];
+            float largest = *std::max_element(p, p + experts), total = 0, of_chosen = 0;
+            for (int64_t e = 0; e < experts; e++) total += std::exp(p[e] - largest);
+            for (int64_t i = 0; i < count; i++) {
+                best[i] = -1;
+                for (int64_t e = 0; e < experts; e++)
+                    if (std::find(best, best + i, e) == best + i && (best[i] < 0 || p[e] > p[best[i]])) best[i] = e;
+                weights[n * count + i] = std::exp(p[best[i]] - largest) / total;
+                of_chosen += weights[n * count + i];
+            }
+            for (int64_t i = 0; i < count && model.norm_topk_prob; i++) weights[n * count + i] /= of_chosen;
+        }
     }
 
     void block(const Block& block, int64_t layer) {
-        rms_norm(shared.x.data(), block.input_layernorm, model.hidden_size, normed.data());
-        attention(block.self_attn, (T*)cache.keys[layer], (T*)cache.values[layer]);
-        rms_norm(shared.x.data(), block.post_attention_layernorm, model.hidden_size, normed.data());
+        auto all = [](int64_t n) { return n; };
+        norm(block.input_layernorm, N, all);
+        attention(block.self_attn, cache.keys[layer], cache.values[layer]);
+        norm(block.post_attention_layernorm, N, all);
         mlp(block);
     }
 
-    void step(T* logits) {
+    void step(const Tokens& tokens) {
         for (int64_t layer = 0; layer < model.num_hidden_layers; layer++) block(model.layers[layer], layer);
-        rms_norm(shared.x.data(), model.norm, model.hidden_size, normed.data());
-        const float* input = prepare(model.lm_head, normed.data());
-        share(model.lm_head.rows, model.lm_head.row_bytes, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) assign(logits[i], row(model.lm_head, i, input));
+        // The tokens of this span whose logits are wanted are the last `wanted` of each row.
+        const int64_t before = tokens.T - tokens.outputs, V = model.lm_head.rows;
+        const int64_t wanted = std::clamp(span.first + span.T - before, int64_t(0), span.T), out = span.first + span.T - wanted;
+        if (!wanted) return;
+        norm(model.norm, span.B * wanted, [&](int64_t i) { return i / wanted * span.T + span.T - wanted + i % wanted; });
+        linear(model.lm_head, span.B * wanted, shared.normed, [&](int64_t i, int64_t row, const float* y, int64_t count) {
+            T* logits = (T*)tokens.logits + (i / wanted * tokens.outputs + out - before + i % wanted) * V + row;
+            for (int64_t j = 0; j < count; j++) assign(logits[j], y[j]);
         });
         wait_for_all();  // here, as OpenMP would spin
     }
 };
 
 template <class T>
-void step(const Qwen3& model, const KVCache& cache, int64_t id, T* logits, int threads) {
-    Shared shared(model, cache.length / BLOCK + 1);
-    const T* embedding = (const T*)model.embed_tokens + id * model.hidden_size;
-    for (int64_t i = 0; i < model.hidden_size; i++) shared.x[i] = to_float(embedding[i]);
-    for (int64_t i = 0; i < model.head_dim / 2; i++) {
-        float angle = float(cache.length) * model.rope_frequencies[i];
-        shared.cos[i] = std::cos(angle) * model.rope_factor;
-        shared.sin[i] = std::sin(angle) * model.rope_factor;
+void step(const Qwen3& model, const KVCache& cache, const Tokens& tokens, Span span, int threads) {
+    const bool many = span.N > FEW;
+    int64_t parts = 0, D = model.head_dim;
+    for (int64_t b = 0; b < span.B && !many; b++)
+        parts += ((cache.lengths[b] + span.first + span.T + BLOCK - 1) / BLOCK) * model.num_attention_heads * span.T;
+    Shared shared(model, span.N, many, parts);
+    for (int64_t n = 0; n < span.N; n++) {
+        int64_t id = tokens.ids[span.row(n) * tokens.T + span.token(n)];
+        const T* embedding = (const T*)model.embed_tokens + id * model.hidden_size;
+        for (int64_t i = 0; i < model.hidden_size; i++) shared.x[n * model.hidden_size + i] = to_float(embedding[i]);
+        for (int64_t i = 0; i < D / 2; i++) {
+            float angle = float(cache.lengths[span.row(n)] + span.token(n)) * model.rope_frequencies[i];
+            shared.cos[n * (D / 2) + i] = std::cos(angle) * model.rope_factor;
+            shared.sin[n * (D / 2) + i] = std::sin(angle) * model.rope_factor;
+        }
     }
 #pragma omp parallel num_threads(threads)
-    Step<T>{model, cache, shared, omp_get_num_threads()}.step(logits);
+    Step<T>{model, cache, span, shared, omp_get_num_threads()}.step(tokens);
+}
+
+template <class T>
+void step(const Qwen3& model, const KVCache& cache, const Tokens& tokens, int threads) {
+    const int64_t at_once = std::max(int64_t(1), AT_ONCE / tokens.B);
+    for (int64_t first = 0; first < tokens.T; first += at_once)
+        step<T>(model, cache, tokens, {tokens.B, first, std::min(at_once, tokens.T - first)}, threads);
 }
 
 // Rows of weights in the form that ops/quant.py stores: for the head, which a quantised checkpoint keeps as it was.
@@ -639,12 +633,13 @@ void quantize_rows(const T* weight, Linear w, int threads) {
 }
 
 extern "C" {
+int serves_many_tokens() { return MANY_TOKENS; }
 void quantize_float32(const float* weight, const Linear* w, int threads) { quantize_rows(weight, *w, threads); }
 void quantize_bfloat16(const bfloat16* weight, const Linear* w, int threads) { quantize_rows(weight, *w, threads); }
-void step_float32(const Qwen3* model, const KVCache* cache, int64_t id, float* logits, int threads) {
-    step(*model, *cache, id, logits, threads);
+void step_float32(const Qwen3* model, const KVCache* cache, const Tokens* tokens, int threads) {
+    step<float>(*model, *cache, *tokens, threads);
 }
-void step_bfloat16(const Qwen3* model, const KVCache* cache, int64_t id, bfloat16* logits, int threads) {
-    step(*model, *cache, id, logits, threads);
+void step_bfloat16(const Qwen3* model, const KVCache* cache, const Tokens* tokens, int threads) {
+    step<bfloat16>(*model, *cache, *tokens, threads);
 }
 }

@@ -1,8 +1,8 @@
-"""The token step in C++: builds ops/step.cpp, binds a model's tensors to it by address and runs one token.
+"""The token step in C++: builds ops/step.cpp, binds a model's tensors to it by address and runs some tokens.
 
-`model.py` asks here first when one token meets a cache on the CPU and nobody wants gradients. The weights stay where
-they are, memory-mapped files included, and are read in place. A model that the C++ file does not cover (mixed dtypes,
-other layers, hooks) is simply not served, and PyTorch computes the step as before.
+`model.py` asks here first when tokens meet a cache on the CPU. The weights stay where they are, memory-mapped files
+included, and are read in place. What the C++ file does not cover (mixed dtypes, other layers, hooks; many tokens in
+float32, of experts, or on a processor without bfloat16 products) is not served, and PyTorch computes it.
 
 The library is compiled once for this machine, in a few seconds, into $XDG_CACHE_HOME/nanoqwen (~/.cache/nanoqwen) with
 $CXX or the first of c++, g++ and clang++. Without a compiler one notice says so. NANOQWEN_STEP=off keeps to PyTorch.
@@ -27,6 +27,8 @@ from formats.compressed_tensors import packed_columns
 from ops.quant import QuantizedLinear
 
 SOURCE = Path(__file__).with_name("step.cpp")
+HEADERS = ("vectors.h", "matmul.h")
+FEW = 8  # tokens that step.cpp takes row by row, in both of its dtypes
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 TUNED = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())  # the first that compiles
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -65,7 +67,12 @@ class Qwen3(ctypes.Structure):
 
 
 class KVCache(ctypes.Structure):
-    _fields_ = [("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p)), ("max_len", c_int64), ("length", c_int64)]
+    _fields_ = [("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p))]
+    _fields_ += [("max_len", c_int64), ("lengths", POINTER(c_int64))]
+
+
+class Tokens(ctypes.Structure):
+    _fields_ = [("ids", c_void_p), ("B", c_int64), ("T", c_int64), ("outputs", c_int64), ("logits", c_void_p)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,7 +92,7 @@ def library() -> ctypes.CDLL | None:
         notice(f"no C++ token step, so decoding runs in PyTorch and is slower: {error}")
         return None
     for name in DTYPES.values():
-        getattr(loaded, "step_" + name).argtypes = (POINTER(Qwen3), POINTER(KVCache), c_int64, c_void_p, c_int)
+        getattr(loaded, "step_" + name).argtypes = (POINTER(Qwen3), POINTER(KVCache), POINTER(Tokens), c_int)
         getattr(loaded, "quantize_" + name).argtypes = (c_void_p, POINTER(Linear), c_int)
     return loaded
 
@@ -99,7 +106,8 @@ def build(directory: Path) -> Path:
     if compiler is None:
         raise ValueError("no C++ compiler is installed (c++, g++ or clang++)")
     version = Path(compiler).resolve().stat()
-    key = (SOURCE.read_bytes(), FLAGS, TUNED, compiler, version.st_size, version.st_mtime_ns, _processor())
+    code = [path.read_bytes() for path in (SOURCE, *map(SOURCE.with_name, HEADERS))]
+    key = (code, FLAGS, TUNED, compiler, version.st_size, version.st_mtime_ns, _processor())
     path = directory / f"step-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
@@ -273,20 +281,26 @@ class Bound:
         self.kept.append(thing)
         return thing
 
-    def step(self, loaded: ctypes.CDLL, token: int, cache: Any) -> Tensor | None:
-        """Logits [1, 1, V]; the cache is one position longer. None where PyTorch must do it, or say what is wrong."""
-        keys, values, (length,) = cache.keys, cache.values, cache.lengths
-        vocab_size, shape = self.struct.lm_head.rows, (1, self.cache_shape[0], cache.max_len, self.cache_shape[1])
-        if not (0 <= token < vocab_size and length < cache.max_len and len(keys) == self.struct.num_hidden_layers):
+    def step(self, loaded: ctypes.CDLL, ids: Tensor, cache: Any, last: bool) -> Tensor | None:
+        """Logits [B, T or 1, V]; the cache is T positions longer. None: PyTorch must do it, or say what is wrong."""
+        (B, T), keys, values, lengths = ids.shape, cache.keys, cache.values, cache.lengths
+        vocab_size, layers = self.struct.lm_head.rows, self.struct.num_hidden_layers
+        many = self.dtype is torch.bfloat16 and not self.struct.num_experts and loaded.serves_many_tokens()
+        if not (B * T > 0 and (many or B * T <= FEW)) or len(lengths) != B or len(keys) != layers:
             return None
+        if max(lengths) + T > cache.max_len or int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+            return None
+        shape = (B, self.cache_shape[0], cache.max_len, self.cache_shape[1])
         if any(t.shape != shape or t.dtype != self.dtype or not t.is_contiguous() for t in (*keys, *values)):
             return None
-        places = c_void_p * len(keys)
-        seen = KVCache(places(*map(Tensor.data_ptr, keys)), places(*map(Tensor.data_ptr, values)), shape[2], length)
-        logits = torch.empty(1, 1, vocab_size, dtype=self.dtype)
-        threads = max(1, min(torch.get_num_threads(), self.bytes // BYTES_PER_THREAD))
-        getattr(loaded, "step_" + DTYPES[self.dtype])(self.struct, seen, token, logits.data_ptr(), threads)
-        cache.advance(1)
+        places, ids = c_void_p * layers, ids.contiguous()
+        logits = torch.empty(B, 1 if last else T, vocab_size, dtype=self.dtype)
+        keys, values = places(*map(Tensor.data_ptr, keys)), places(*map(Tensor.data_ptr, values))
+        seen = KVCache(keys, values, shape[2], (c_int64 * B)(*lengths))
+        tokens = Tokens(ids.data_ptr(), B, T, logits.shape[1], logits.data_ptr())
+        threads = max(1, min(torch.get_num_threads(), B * T * self.bytes // BYTES_PER_THREAD))
+        getattr(loaded, "step_" + DTYPES[self.dtype])(self.struct, seen, tokens, threads)
+        cache.advance(T)
         return logits
 
 
@@ -297,8 +311,8 @@ def _is_hooked(module: nn.Module) -> bool:
 _bound: weakref.WeakKeyDictionary[nn.Module, Bound] = weakref.WeakKeyDictionary()
 
 
-def step(model: nn.Module, ids: Tensor, cache: Any) -> Tensor | None:
-    """`model(ids, cache)` for ids [1, 1] and a cache of one row on the CPU → logits [1, 1, V] in the model's dtype.
+def step(model: nn.Module, ids: Tensor, cache: Any, last: bool = False) -> Tensor | None:
+    """`model(ids, cache, last)` for ids [B, T] and a cache of B rows on the CPU → logits in the model's dtype.
 
     None where the model, the cache or the machine is not served here: then model.py goes on in PyTorch.
     """
@@ -307,6 +321,6 @@ def step(model: nn.Module, ids: Tensor, cache: Any) -> Tensor | None:
     bound = _bound.get(model)
     if bound is None or not bound.is_current():
         bound = _bound[model] = Bound(model, loaded)
-    if bound.struct is None or type(ids) is not Tensor:
+    if bound.struct is None or type(ids) is not Tensor or ids.dtype != torch.int64 or ids.dim() != 2:
         return None
-    return bound.step(loaded, int(ids), cache)
+    return bound.step(loaded, ids, cache, last)

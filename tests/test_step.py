@@ -118,6 +118,87 @@ def test_bfloat16_is_no_further_from_float32_than_pytorch_is(fields, in_pytorch)
     assert ours <= theirs
 
 
+@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+@pytest.mark.parametrize(
+    "fields", [{}, {**MOE, "moe_intermediate_size": 48}, {"num_attention_heads": 3, "num_key_value_heads": 1}]
+)
+def test_a_few_tokens_at_once_are_the_same_bits_as_one_by_one(scheme, fields):
+    model = random_model(**{"hidden_size": 144, "intermediate_size": 160, "head_dim": 16, **fields})
+    if scheme:
+        quantize_(model, scheme)
+    ids = torch.randint(0, 301, (1, 280))
+    alone = KVCache(model.config, 1, 300)
+    expected = torch.cat([model(ids[:, i : i + 1], alone) for i in range(280)], 1)
+    cache, at = KVCache(model.config, 1, 300), 0
+    for count in (1, 3, 8, 5, 2, 7, 8, 4, *30 * [8], 2):  # over the border of a block of positions
+        assert torch.equal(model(ids[:, at : at + count], cache), expected[:, at : at + count])
+        at += count
+    assert cache.lengths == [280]
+
+    # Rows of a batch, of different lengths, two tokens each.
+    batch = KVCache(model.config, 3, 300)
+    batch.lengths = [270, 3, 40]
+    for layer in range(len(batch.keys)):
+        for ours, theirs in ((batch.keys, alone.keys), (batch.values, alone.values)):
+            ours[layer][:] = theirs[layer]
+    rows = torch.cat([ids[:, n : n + 2] for n in batch.lengths])
+    together = model(rows, batch)
+    for row, n in zip(together, (270, 3, 40), strict=True):
+        assert torch.equal(row, expected[0, n : n + 2])
+    assert batch.lengths == [272, 5, 42]
+
+
+EVEN = {"hidden_size": 144, "intermediate_size": 208, "head_dim": 48}
+
+
+@pytest.mark.parametrize(
+    "scheme, fields",
+    [(None, f) for n, f in SHAPES.items() if "experts" not in n]
+    + [(scheme, {**EVEN, **f}) for scheme in ("int8", "int4") for f in ({}, {"model_type": "qwen2"})],
+)
+def test_a_prompt_is_no_further_from_float32_than_pytorch_is(scheme, fields, in_pytorch, monkeypatch):
+    if not ops_step.library().serves_many_tokens():
+        pytest.skip("this processor has no bfloat16 products")
+    model = random_model(torch.bfloat16, **fields)
+    if scheme:
+        sizes = model.config.vocab_size, model.config.hidden_size
+        monkeypatch.setattr(ops_step.Bound, "_head", lambda bound, *_: bound._linear(model.lm_head, *sizes))
+        quantize_(model, scheme)
+    exact = random_model(torch.bfloat16, **fields).float()
+    for name, layer in model.named_modules():
+        if isinstance(layer, ops_step.QuantizedLinear):
+            exact.get_submodule(name).weight.copy_(layer.dequantize())
+    ids = torch.randint(0, model.config.vocab_size, (2, 700))  # 16 of them come first, then more than one span
+    found = []
+    for run in (model, lambda *a: in_pytorch(model, *a)):
+        caches = [KVCache(model.config, 1, 700, dtype=torch.bfloat16) for _ in ids]
+        for row, cache in zip(ids, caches, strict=True):
+            in_pytorch(model, row[None, :16], cache)
+        found.append([run(row[None, 16:], cache) for row, cache in zip(ids, caches, strict=True)])
+        found[-1] += [keys[:, :, 16:] for cache in caches for keys in cache.keys]
+        assert caches[0].lengths == [700]
+    cache = KVCache(model.config, 2, 700)
+    in_pytorch(exact, ids[:, :16], cache)
+    expected = [*in_pytorch(exact, ids[:, 16:], cache).split(1), *(keys[:, :, 16:] for keys in cache.keys)]
+    for index in range(2):
+        ours, theirs = ((logits[index].double() - expected[index]).square().mean().sqrt() for logits in found)
+        assert ours <= 1.02 * theirs
+
+    # A batch of different lengths, and the last logits alone.
+    batch = KVCache(model.config, 2, 700, dtype=torch.bfloat16)
+    single = [KVCache(model.config, 1, 700, dtype=torch.bfloat16) for _ in ids]
+    for row, (n, cache) in enumerate(zip((30, 7), single, strict=True)):
+        model(ids[row : row + 1, :n], cache)
+        for ours, theirs in ((batch.keys, cache.keys), (batch.values, cache.values)):
+            for layer in range(len(ours)):
+                ours[layer][row, :, :n] = theirs[layer][0, :, :n]
+    batch.lengths = [30, 7]
+    together = model(ids[:, 100:620], batch, last=True)
+    alone = torch.cat([model(ids[r : r + 1, 100:620], cache, last=True) for r, cache in enumerate(single)])
+    assert together.shape == (2, 1, model.config.vocab_size)
+    assert error(together, alone.double()) < 0.02
+
+
 def test_64_greedy_tokens_are_pytorchs(in_pytorch):
     model, texts = random_model(hidden_size=200), []
     for run in (model, lambda *a: in_pytorch(model, *a)):
@@ -291,7 +372,9 @@ def test_quantised_weights(scheme, group_size, fields, in_pytorch, monkeypatch):
     caches = [KVCache(model.config, 1, 8) for _ in range(2)]
     for token in (3, 1, 4):
         ids = torch.tensor([[token]])
-        assert error(model(ids, caches[0]), in_pytorch(model, ids, caches[1])) < 5e-5
+        assert (
+            error(model(ids, caches[0]), in_pytorch(model, ids, caches[1])) < 2e-4
+        )  # activations are rounded to 16 bits
 
 
 @pytest.mark.parametrize("tied", [True, False])

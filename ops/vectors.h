@@ -1,0 +1,397 @@
+// Arithmetic on rows of numbers, as wide as the machine that it compiles for: dot products with weights of 32, 16, 8 and
+// 4 bits, exp, softmax's parts. Used by step.cpp; each function does whole vectors first, then what is left.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Unsigned __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+typedef uint64_t Pairs __attribute__((vector_size(4 * LANES)));
+typedef uint32_t HalfUnsigned __attribute__((vector_size(2 * LANES)));
+typedef uint16_t Quarters __attribute__((vector_size(LANES)));
+typedef float Quad __attribute__((vector_size(16)));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+struct int8 {
+    uint8_t code;  // the number + 128
+};
+
+template <class Result>
+inline Result read(const void* address) {  // from any alignment: a safetensors file promises none
+    Result result;
+    std::memcpy(&result, address, sizeof result);
+    return result;
+}
+
+inline Vector load(const float* p) { return read<Vector>(p); }
+inline Vector load(const bfloat16* p) {
+#if defined(__AVX512F__)  // one instruction, of which GCC 12 makes five
+    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(p)), 16);
+#else
+    return (Vector)(__builtin_convertvector(read<Halves>(p), Integers) << 16);
+#endif
+}
+inline Vector load(const int8* p) {
+    Integers codes = __builtin_convertvector(read<Bytes>(p) ^ int8_t(-128), Integers);
+    return __builtin_convertvector(codes, Vector);
+}
+inline void store(float* p, Vector x) { std::memcpy(p, &x, sizeof x); }
+
+inline float to_float(float x) { return x; }
+inline float to_float(bfloat16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    return read<float>(&bits);
+}
+
+inline float to_float(int8 x) { return float(x.code) - 128; }
+
+inline void assign(float& to, float x) { to = x; }
+inline void assign(bfloat16& to, float x) {  // to the nearest, ties to even
+    uint32_t bits = read<uint32_t>(&x);
+    to.bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline float sum(Vector x) {
+    Quad quads[LANES / 4], total = {};
+    std::memcpy(quads, &x, sizeof x);
+    for (Quad quad : quads) total += quad;
+    return (total[0] + total[2]) + (total[1] + total[3]);
+}
+
+constexpr float ROUND = 12582912;  // 1.5 · 2^23: what is added to it is rounded to a whole number, in its low bits
+
+// exp(x) = 2^n · exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where a Taylor polynomial is exact to a bit or two.
+inline Vector exp(Vector x) {
+    x = x < -87.f ? Vector{} - 87.f : x;
+    x = x > 88.f ? Vector{} + 88.f : x;
+    Vector rounded = x * 1.44269504f + ROUND, n = rounded - ROUND;
+    Vector r = x - n * 0.693145752f - n * 1.42860677e-6f;  // ln 2 in two parts
+    Vector p = r * (1.f / 720) + 1.f / 120;
+    p = p * r + 1.f / 24;
+    p = p * r + 1.f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.f;
+    p = p * r + 1.f;
+    return (Vector)((Integers)p + ((Integers)rounded << 23));
+}
+
+inline Vector silu(Vector x) { return x / (1.f + exp(-x)); }
+
+constexpr int64_t PREFETCH = 4096;  // bytes ahead: far enough to hide the memory's latency, near enough to stay in L1
+constexpr int64_t SCALES_AHEAD = 256;  // numbers: a second stream, at an eighth of the speed
+
+template <class T>
+inline float dot(const T* w, const float* x, int64_t n) {
+    constexpr int FOUR = 4 * LANES;
+    Vector sums[4] = {};
+    int64_t i = 0;
+    for (; i + FOUR <= n; i += FOUR) {
+        for (int line = 0; line < int(FOUR * sizeof(T)); line += 64)
+            __builtin_prefetch((const char*)(w + i) + PREFETCH + line);
+        for (int j = 0; j < 4; j++) sums[j] += load(w + i + j * LANES) * load(x + i + j * LANES);
+    }
+    for (; i + LANES <= n; i += LANES) sums[0] += load(w + i) * load(x + i);
+    float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; i < n; i++) total += to_float(w[i]) * x[i];
+    return total;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Weights of 8 and 4 bits. They lie as formats/compressed_tensors.py packs them: one code (the number + 128) to a byte, or
+// two codes (the number + 8), the lower four bits first. A group of columns shares a scale.
+//
+// x comes in the form that `Input` prepares once for all rows. With byte products (VNNI) x is a whole number of 16 bits
+// times a scale for each chunk, cut into a high and a low byte: exact to 1/32,000 of the chunk's largest number, which
+// is finer than bfloat16. Without them x stays float.
+
+inline int code_at(const uint8_t* w, int64_t column, int bits) {
+    return bits == 8 ? int(w[column]) - 128 : int(w[column / 2] >> 4 * (column % 2) & 15) - 8;
+}
+
+// For each 32-bit lane the scale of its weights, `columns` to a lane, from `column` on.
+inline Vector lane_scales(const bfloat16* scale, int64_t column, int64_t group_size, int columns) {
+    const int64_t width = LANES * columns, groups = width % group_size ? 0 : width / group_size;
+    Pairs high;  // the scale of a pair of lanes in its highest bits
+    if (group_size % width == 0) return Vector{} + to_float(scale[column / group_size]);
+    if (groups == LANES / 4) {
+        uint64_t scales = 0;
+        std::memcpy(&scales, scale + column / group_size, LANES / 2);
+        Pairs shift;
+        for (int pair = 0; pair < LANES / 2; pair++) shift[pair] = 48 - 16 * (pair / 2);
+        high = (scales << shift) & 0xffff000000000000;
+    } else if (groups == LANES / 2) {
+        // By way of 32 bits, or GCC 12 converts one number at a time.
+        auto scales = __builtin_convertvector(read<Quarters>(scale + column / group_size), HalfUnsigned);
+        high = __builtin_convertvector(scales, Pairs) << 48;
+    } else {
+        float lanes[LANES];
+        for (int lane = 0; lane < LANES; lane++) lanes[lane] = to_float(scale[(column + columns * lane) / group_size]);
+        return load(lanes);
+    }
+    return (Vector)(high | high >> 32);
+}
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+template <int BITS>
+struct alignas(64) Chunk {  // what meets 64 bytes of weights
+    static constexpr int64_t COLUMNS = 512 / BITS;
+    int8_t high[8 / BITS][64], low[8 / BITS][64];  // for 4 bits the even columns, then the odd ones
+    int32_t start[16];                             // takes away what the codes have too much
+    float scale;
+
+    void prepare(const float* x) {
+        float largest = 0;
+        for (int i = 0; i < COLUMNS; i++) largest = std::max(largest, std::abs(x[i]));
+        scale = largest / 32639;  // 127 · 256 + 127
+        const float inverse = largest > 0 ? 1 / scale : 0;
+        int32_t whole[COLUMNS];
+        for (int i = 0; i < COLUMNS; i++) whole[i] = int32_t(x[i] * inverse + ROUND - ROUND);
+        for (int part = 0; part < 8 / BITS; part++)
+            for (int i = 0; i < 64; i++) {
+                int32_t value = whole[i * (8 / BITS) + part], upper = (value + 128) >> 8;
+                high[part][i] = upper;
+                low[part][i] = value - 256 * upper;
+            }
+        for (int lane = 0; lane < 16; lane++) {
+            int32_t total = 0;
+            for (int i = 0; i < COLUMNS / 16; i++) total += whole[lane * (COLUMNS / 16) + i];
+            start[lane] = -total * (1 << (BITS - 1));
+        }
+    }
+};
+
+// The scales of 64 bytes of weights, one for each 32-bit lane: up to 8 numbers that lie side by side, each over some lanes.
+class Scales {
+    __m512i where;
+    __mmask8 which;
+    int64_t group_size, columns;
+    bool mixed;
+
+  public:
+    Scales(int64_t group_size, int64_t columns) : group_size(group_size), columns(columns) {
+        const int64_t groups = std::max(int64_t(1), columns / group_size);
+        mixed = groups > 8 || (groups > 1 ? columns % group_size : group_size % columns);
+        alignas(64) uint8_t bytes[64];
+        for (int i = 0; i < 64; i++) bytes[i] = i % 4 < 2 ? 128 : 2 * (i / 4 * groups / 16) + i % 4 - 2;
+        where = _mm512_load_si512(bytes), which = (1 << groups) - 1;
+    }
+
+    __m512 at(const bfloat16* scale, int64_t column) const {
+        if (mixed) return (__m512)lane_scales(scale, column, group_size, columns / 16);
+        __m128i numbers = _mm_maskz_loadu_epi16(which, scale + column / group_size);
+        return (__m512)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(numbers), where);
+    }
+};
+
+template <int BITS>
+inline float dot_packed(const uint8_t* w, const void* prepared, const float* x, const bfloat16* scale, int64_t n,
+                        int64_t groups) {
+    constexpr int64_t COLUMNS = Chunk<BITS>::COLUMNS;
+    const auto* chunk = (const Chunk<BITS>*)prepared;
+    const __m512i nibbles = _mm512_set1_epi8(15);
+    const Scales scales(n / groups, COLUMNS);
+    for (int64_t i = 0; i < groups && groups > 1; i += 32) __builtin_prefetch(scale + i + SCALES_AHEAD);
+    __m512 total = _mm512_setzero_ps();
+    int64_t column = 0;
+    for (; column + COLUMNS <= n; column += COLUMNS, chunk++) {
+        const uint8_t* bytes = w + column * BITS / 8;
+        __builtin_prefetch(bytes + PREFETCH);
+        __m512i codes = _mm512_loadu_si512(bytes), high = _mm512_setzero_si512(), low = _mm512_load_si512(chunk->start);
+        if constexpr (BITS == 8) {
+            high = _mm512_dpbusd_epi32(high, codes, _mm512_load_si512(chunk->high[0]));
+            low = _mm512_dpbusd_epi32(low, codes, _mm512_load_si512(chunk->low[0]));
+        } else {
+            __m512i even = _mm512_and_si512(codes, nibbles);
+            __m512i odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibbles);
+            high = _mm512_dpbusd_epi32(high, even, _mm512_load_si512(chunk->high[0]));
+            low = _mm512_dpbusd_epi32(low, even, _mm512_load_si512(chunk->low[0]));
+            high = _mm512_dpbusd_epi32(high, odd, _mm512_load_si512(chunk->high[1]));
+            low = _mm512_dpbusd_epi32(low, odd, _mm512_load_si512(chunk->low[1]));
+        }
+        __m512 product = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
+        if (groups > 1) product = _mm512_mul_ps(product, scales.at(scale, column));
+        total = _mm512_fmadd_ps(product, _mm512_set1_ps(chunk->scale), total);
+    }
+    float result = sum((Vector)total) * (groups > 1 ? 1 : to_float(*scale));
+    for (; column < n; column++) result += x[column] * code_at(w, column, BITS) * to_float(scale[column / (n / groups)]);
+    return result;
+}
+
+#else
+
+// 8 weights of 4 bits to a 32-bit lane, lowest bits first. Where the mantissa of 1.0 begins, the bits of a number q make
+// 1.5 + q / 16 without a conversion, and those of its neighbour, four places lower, 1 + (q + 8) / 256.
+template <int BITS>
+struct Chunk {
+    static constexpr int64_t COLUMNS = BITS == 4 ? 8 * LANES : LANES;
+    float arranged[BITS == 4 ? 9 : 1][LANES];  // for 4 bits what takes away all that is too much, then lane by lane
+
+    void prepare(const float* x) {
+        if (BITS == 8) std::copy(x, x + LANES, arranged[0]);
+        for (int lane = 0; BITS == 4 && lane < LANES; lane++) {
+            float even = 0, odd = 0;
+            for (int i = 0; i < 8; i += 2) {
+                even += arranged[1 + i][lane] = 16 * x[8 * lane + i];
+                odd += arranged[2 + i][lane] = x[8 * lane + i + 1];
+            }
+            arranged[0][lane] = -1.5f * odd - (1 + 8 / 256.f) * even;
+        }
+    }
+};
+
+template <int BITS>
+inline float dot_packed(const uint8_t* w, const void* prepared, const float* x, const bfloat16* scale, int64_t n,
+                        int64_t groups) {
+    const int64_t group_size = n / groups;
+    if (BITS == 8) {
+        float result = 0;
+        for (int64_t i = 0; i < n; i += group_size)
+            result += to_float(scale[i / group_size]) * dot((const int8*)w + i, x + i, group_size);
+        return result;
+    }
+    const auto* chunk = (const Chunk<4>*)prepared;
+    Vector total = {};
+    int64_t column = 0;
+    for (; column + Chunk<4>::COLUMNS <= n; column += Chunk<4>::COLUMNS, chunk++) {
+        __builtin_prefetch(w + column / 2 + PREFETCH);
+        auto bits = read<Unsigned>(w + column / 2);
+        Vector sum = load(chunk->arranged[0]);
+        for (int i = 0; i < 8; i += 2) {
+            Unsigned two = i < 4 ? bits << (15 - 4 * i) : bits >> (4 * i - 15);
+            sum += (Vector)((two & 0x078000) | 0x3f800000) * load(chunk->arranged[1 + i]);
+            sum += (Vector)((two & 0x780000) | 0x3f800000) * load(chunk->arranged[2 + i]);
+        }
+        total += sum * lane_scales(scale, column, group_size, 8);
+    }
+    float rest = 16 * sum(total);
+    for (; column < n; column++) rest += x[column] * code_at(w, column, 4) * to_float(scale[column / group_size]);
+    return rest;
+}
+
+#endif
+
+// A vector x [n] on its way into linear layers, in the form that each kind of weights wants.
+class Input {
+    std::vector<Chunk<8>> by_8;
+    std::vector<Chunk<4>> by_4;
+    bool ready[2];
+
+    template <class C>
+    void prepare(std::vector<C>& chunks) {
+        chunks.resize(n / C::COLUMNS);
+        for (int64_t i = 0; i < int64_t(chunks.size()); i++) chunks[i].prepare(x + i * C::COLUMNS);
+    }
+
+  public:
+    const float* x;
+    int64_t n;
+
+    void set(const float* numbers, int64_t count) { x = numbers, n = count, ready[0] = ready[1] = false; }
+
+    const void* prepared(int bits) {
+        bool& is_ready = ready[bits == 4];
+        if (!is_ready) bits == 4 ? prepare(by_4) : prepare(by_8);
+        is_ready = true;
+        return bits == 4 ? (const void*)by_4.data() : by_8.data();
+    }
+};
+
+// Weights x [n] as whole numbers q of so many bits, x ≈ q · scale: see ops/quant.py. Returns the squared error.
+inline float quantize(const float* x, int64_t n, int bits, float scale, int32_t* q) {
+    const float low = -(1 << (bits - 1)), high = -low - 1, inverse = scale == 0 ? 0 : 1 / scale;
+    float error = 0;
+#pragma omp simd reduction(+ : error)
+    for (int64_t i = 0; i < n; i++) {
+        float rounded = std::min(std::max(x[i] * inverse + ROUND - ROUND, low), high);
+        q[i] = rounded;
+        error += (rounded * scale - x[i]) * (rounded * scale - x[i]);
+    }
+    return error;
+}
+
+inline void silu_and_multiply(float* gate, const float* up, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) store(gate + i, silu(load(gate + i)) * load(up + i));
+    for (; i < n; i++) gate[i] = gate[i] / (1 + std::exp(-gate[i])) * up[i];
+}
+
+// p[i] = exp(p[i] - largest); returns their sum.
+inline float exponentials(float* p, float largest, int64_t n) {
+    Vector sums = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Vector e = exp(load(p + i) - largest);
+        store(p + i, e);
+        sums += e;
+    }
+    float total = sum(sums);
+    for (; i < n; i++) total += p[i] = std::exp(p[i] - largest);
+    return total;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention of a few queries to a block of positions.
+
+constexpr int64_t BLOCK = 256;  // positions
+
+// Calls work(i, count) for i = 0 .. n, four at a time, then two, then one; count is a compile-time constant.
+template <class Work>
+inline void by_fours(int64_t n, Work work) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) work(i, std::integral_constant<int, 4>());
+    for (; i + 2 <= n; i += 2) work(i, std::integral_constant<int, 2>());
+    for (; i < n; i++) work(i, std::integral_constant<int, 1>());
+}
+
+// scores[g, 0] = q[g]·key for N queries. q [N, D], key [D], scores [N, BLOCK].
+template <class T, int N>
+inline void score(const float* q, const T* key, int64_t D, float* scores) {
+    Vector sums[N] = {};
+    int64_t d = 0;
+    for (; d + LANES <= D; d += LANES) {
+        __builtin_prefetch((const char*)(key + d) + PREFETCH);
+        Vector k = load(key + d);
+        for (int g = 0; g < N; g++) sums[g] += k * load(q + g * D + d);
+    }
+    for (int g = 0; g < N; g++) {
+        scores[g * BLOCK] = sum(sums[g]);
+        for (int64_t rest = d; rest < D; rest++) scores[g * BLOCK] += to_float(key[rest]) * q[g * D + rest];
+    }
+}
+
+// out[g] += weights[g]·values for N queries and ROWS positions. weights [N, BLOCK], values [ROWS, D], out [N, D].
+template <class T, int N, int ROWS>
+inline void add_weighted(const float* weights, const T* values, int64_t D, float* out) {
+    int64_t d = 0;
+    for (; d + LANES <= D; d += LANES) {
+        Vector totals[N];
+        for (int g = 0; g < N; g++) totals[g] = load(out + g * D + d);
+        for (int row = 0; row < ROWS; row++) {
+            __builtin_prefetch((const char*)(values + row * D + d) + PREFETCH);
+            Vector v = load(values + row * D + d);
+            for (int g = 0; g < N; g++) totals[g] += weights[g * BLOCK + row] * v;
+        }
+        for (int g = 0; g < N; g++) store(out + g * D + d, totals[g]);
+    }
+    for (; d < D; d++)
+        for (int g = 0; g < N; g++)
+            for (int row = 0; row < ROWS; row++)
+                out[g * D + d] += weights[g * BLOCK + row] * to_float(values[row * D + d]);
+}
