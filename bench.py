@@ -99,9 +99,11 @@ class Nanoqwen:
 
         from formats.checkpoint import open_checkpoint
         from model import load
+        from ops.machine import use_kernels
 
         dtype = {"f32": torch.float32, "bf16": torch.bfloat16}.get(self.job.precision)  # else as it was converted
         self.model = load(open_checkpoint(Path(self.job.model)), self.job.device, dtype)
+        use_kernels(self.model, "auto", "bench.py")
 
     def new_cache(self, rows: int, positions: int) -> Any:
         from generate import new_cache

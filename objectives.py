@@ -75,7 +75,7 @@ def target_losses(model: Qwen3, batch: Batch | Pairs | Rollouts, reduction: str,
     taught = batch.targets != IGNORED
     head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
     x = x[taught] if temperature == 1.0 else x[taught] / temperature
-    return linear_cross_entropy(x, head.weight, batch.targets[taught], reduction=reduction)
+    return linear_cross_entropy(x, head.weight, batch.targets[taught], reduction=reduction, kernels=model.kernels)
 
 
 def next_token_loss(model: Qwen3, batch: Batch) -> Tensor:

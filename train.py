@@ -49,7 +49,7 @@ from generate import generate
 from lora import add_lora, load_adapter, merged_weights, save_adapter, weights_hash
 from model import Config, Qwen3
 from objectives import Objective
-from ops.machine import pick_device
+from ops.machine import pick_device, use_kernels
 from sampling import SamplingParams
 from stages import END_OF_TEXT, STAGES, agreed, build_source, decide_source
 
@@ -325,6 +325,8 @@ class Trainer:
         self.stage = STAGES[settings.stage](settings, self.chat, source, self.model, self.device, self.autocast)
         self.stage.reference = reference
         self.stage.prepare(self.run, self.processes)
+        fused = "torch" if train.kernels == "auto" and train.compile else train.kernels  # a compiler fuses by itself
+        use_kernels(self.model, fused, "train.kernels")
         for block in self.model.model.layers if train.checkpoint_activations else ():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         for block in self.model.model.layers if train.compile else ():

@@ -42,6 +42,7 @@ class Train:
     dtype: str = key("float32", "bfloat16: autocast of the matrix products", ("float32", "bfloat16"))
     threads: int = key(0, "CPU threads of PyTorch; 0 leaves its own choice", low=0)
     compile: bool = key(False, "torch.compile the model")
+    kernels: str = key("auto", "triton: fused operations; auto: on CUDA without compile", ("auto", "torch", "triton"))
     checkpoint_activations: bool = key(False, "recompute each block in the backward pass: less memory, a third slower")
     parallel: str = key(
         "none", "torchrun: the whole model in every process (ddp) or a share (fsdp)", ("none", "ddp", "fsdp")

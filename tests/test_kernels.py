@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora import add_lora
 from model import Config, KVCache, Qwen3
 from ops import graphs, machine
 from ops.machine import pick_kernels
@@ -167,6 +168,8 @@ def test_what_is_not_served_is_left_to_pytorch(monkeypatch):
     assert graphs.step(sparse, ids, KVCache(sparse.config, 1, 4)) is None
     assert graphs.step(model, ids, KVCache(model.config, 1, 4, dtype=torch.bfloat16)) is None
     assert graphs.step(model, ids, KVCache(model.config, 2, 4)) is None
+    add_lora(adapted := random_model(), 2, 4.0, ["q_proj"], seed=0)
+    assert graphs.step(adapted, ids, KVCache(adapted.config, 1, 4)) is None
     full = KVCache(model.config, 1, 1)
     assert graphs.step(model, ids, full) is not None
     assert graphs.step(model, ids, full) is None

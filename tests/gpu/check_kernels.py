@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from formats.compressed_tensors import Scheme
 from model import Config, KVCache, Linear, Qwen3, RMSNorm
 from ops import graphs
-from ops.cross_entropy import _errors
+from ops.cross_entropy import _errors, linear_cross_entropy
 from ops.quant import QuantizedLinear, quantize_
 
 DEVICE = os.environ.get("NANOQWEN_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -158,6 +158,17 @@ def test_cross_entropy(rows, words, shared, dtype):
     copy = logits.clone()
     same(kernels.cross_entropy_errors(logits, targets, shares), _errors(copy, targets, shares))
     same(logits, copy)
+
+
+@DTYPES
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_linear_cross_entropy(reduction, dtype):
+    targets = torch.randint(301, (7,), device=DEVICE)
+
+    def loss(kernels):
+        return lambda x, head: linear_cross_entropy(x, head, targets, 3, reduction, kernels)
+
+    both_ways(loss("triton"), loss("torch"), randn(7, 20, dtype=dtype), randn(301, 20, dtype=dtype), units=4)
 
 
 def layer_of(columns: int, rows: int, kind: str, dtype: torch.dtype, bias: bool = False) -> torch.nn.Module:
