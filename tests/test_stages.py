@@ -1,0 +1,233 @@
+"""Runs of sft on foreign rows, dpo, grpo and lora: what they learn, and that a killed one goes on equal to the bit."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_train import CONFIG, in_child, kill_self, metrics, run, run_in_processes
+
+import train
+from data.corpus import FAMILIES, HARD, question_example, training_example
+from data.preferences import preference_example
+from data.talk import is_refusal
+from data.tokenizer import TINY, pieces_of
+from model import Qwen3
+from rewards import parse, reward
+
+PIECES = pieces_of(TINY)
+STAGES = {
+    "sft": ["data.source=rows", "data.pack=true", "train.validate_batches=1"],
+    "dpo": ["data.source=corpus", "dpo.nll=0.1", "train.validate_batches=1"],
+    "grpo": ["data.source=rows", "grpo.thinking=false", "train.batch=16", "grpo.group=4", "grpo.max_new_tokens=20"],
+}
+STAGES["grpo"] += ["grpo.updates=2", "data.validation=null"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    """Six steps from the bundled model, and seven rows of Dolly's shape which are GSM8K's too."""
+    rows = [{"instruction": f"Say {n}", "context": "please", "response": n * "so "} for n in range(1, 8)]
+    rows = [row | {"question": f"What is {n} + {n}?", "answer": f"#### {2 * n}"} for n, row in enumerate(rows, 1)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changed = {"train": CONFIG["train"] | {"steps": 6, "save_every": 3}, "optimizer": {"name": "adamw", "lr": 3e-3}}
+    changed |= {"data": {"train": str(tmp_path / "rows.jsonl"), "validation": str(tmp_path / "rows.jsonl")}}
+    changed |= {"model": {"init": str(TINY), "tokenizer": str(TINY)}}
+    path = tmp_path / "test.yaml"
+    path.write_text(yaml.safe_dump(CONFIG | changed))
+    return path
+
+
+def without_speed(records: list[dict]) -> list[dict]:
+    return [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in records]
+
+
+def killed_at(step: int, monkeypatch, work) -> None:
+    real = train.Trainer.step
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", lambda self, at: kill_self() if at == step else real(self, at))
+        assert in_child(work) == -signal.SIGKILL
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return Qwen3.from_pretrained(checkpoint).state_dict()
+
+
+@pytest.mark.parametrize("lora", [[], ["lora.rank=3", "train.dtype=bfloat16"]], ids=["all weights", "lora"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_resumed_is_equal_to_the_bit(config, monkeypatch, stage, lora):
+    """After step 4, one past a checkpoint; all that a stage draws, computes once or copies is as it was."""
+    chosen, out = [f"stage={stage}", *STAGES[stage], *lora], config.parent / "run"
+    whole = without_speed(run(config, *chosen))
+    out.rename(config.parent / "unbroken")
+    killed_at(5, monkeypatch, lambda: run(config, *chosen))
+    assert [record["step"] for record in metrics(out)] == [1, 2, 3, 4]
+    assert without_speed(run(config, *chosen, resume=True)) == whole
+    before, after = weights(config.parent / "unbroken" / "latest"), weights(out / "latest")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    start = weights(TINY)
+    assert any(not torch.equal(start[name].float(), after[name].float()) for name in after)
+
+
+def test_sft_on_rows_learns_them(config):
+    records = run(config, *STAGES["sft"], "train.steps=30", "train.save_every=30")
+    assert records[-1]["validation_loss"] < 0.2 * records[0]["loss"]
+
+
+def test_packing_changes_the_speed_alone(config):
+    """A step has the same conversations, packed or not, and the mean over their targets."""
+    packed = run(config, *STAGES["sft"], "train.accumulate=1")
+    (config.parent / "run").rename(config.parent / "packed")
+    single = run(config, *STAGES["sft"], "train.accumulate=1", "data.pack=false")
+    assert [r["loss"] for r in packed] == pytest.approx([r["loss"] for r in single], rel=1e-4)
+    assert packed[-1]["tokens"] < single[-1]["tokens"]
+
+
+def test_dpo_prefers_the_chosen_ones(config):
+    records = run(config, "stage=dpo", *STAGES["dpo"], "train.steps=20", "train.save_every=20", "optimizer.lr=5e-4")
+    assert records[0]["margin"] == pytest.approx(0, abs=1e-4)
+    assert records[0]["loss"] == pytest.approx(0.693, abs=0.1)  # and the small loss of the chosen answers
+    assert records[-1]["validation_accuracy"] >= 0.75 and records[-1]["validation_margin"] > 0.5
+
+
+def test_resumed_dpo_needs_no_starting_weights(config, monkeypatch, tmp_path):
+    import shutil
+
+    shutil.copytree(TINY, tmp_path / "start")
+    chosen = ["stage=dpo", *STAGES["dpo"], f"model.init={tmp_path / 'start'}"]
+    killed_at(5, monkeypatch, lambda: run(config, *chosen))
+    (tmp_path / "start" / "model.safetensors").unlink()
+    assert len(run(config, *chosen, resume=True)) == 6
+
+
+def test_other_starting_weights_are_refused(config, monkeypatch, tmp_path):
+    """Adapters are nothing without the weights that they adapt."""
+    import shutil
+
+    shutil.copytree(TINY, tmp_path / "start")
+    chosen = [*STAGES["sft"], "lora.rank=3", f"model.init={tmp_path / 'start'}"]
+    killed_at(5, monkeypatch, lambda: run(config, *chosen))
+    model = Qwen3.from_pretrained(tmp_path / "start")
+    model.model.norm.weight.data[0] += 1
+    model.save_pretrained(tmp_path / "start")
+    with pytest.raises(ValueError, match=r"model\.fingerprint: '\w+' -> '\w+'"):
+        run(config, *chosen, resume=True)
+
+
+def test_other_rows_are_refused(config, monkeypatch):
+    killed_at(5, monkeypatch, lambda: run(config, *STAGES["sft"]))
+    with (config.parent / "rows.jsonl").open("a") as file:
+        file.write('{"prompt": "x", "completion": "y"}\n')
+    with pytest.raises(ValueError, match=r"data\.fingerprint: '\w+' -> '\w+'"):
+        run(config, *STAGES["sft"], resume=True)
+
+
+def test_grpo_raises_the_reward(config):
+    chosen = ["train.batch=32", "train.steps=15", "train.save_every=15", "optimizer.lr=5e-4", "grpo.updates=1"]
+    records = run(config, "stage=grpo", *STAGES["grpo"], *chosen)
+    correct = [record["correct"] for record in records]
+    assert sum(correct[-5:]) / 5 > sum(correct[:5]) / 5 + 0.15
+    assert records[0]["kl"] == pytest.approx(0, abs=1e-6) and records[-1]["kl"] > 0
+    assert all(0 <= record["format_errors"] <= 1 and record["length"] > 0 for record in records)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_two_processes_give_the_losses_of_one(config, stage):
+    chosen = [f"stage={stage}", *STAGES[stage], "optimizer.lr=3e-4", "train.steps=3"]
+    alone = run(config, *chosen)
+    (config.parent / "run").rename(config.parent / "alone")
+    assert run_in_processes(2, lambda: run(config, *chosen, "train.parallel=ddp")) == [0, 0]
+    for record, expected in zip(metrics(config.parent / "run"), alone, strict=True):
+        for name in ("loss", "margin", "accuracy"):
+            assert record.get(name, 0) == pytest.approx(expected.get(name, 0), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["stage=grpo", "train.batch=6", "grpo.group=4"], "train.batch 6 is no multiple of grpo.group 4"),
+        (["stage=grpo", "grpo.group=2", "grpo.max_new_tokens=300"], "leaves no room for a prompt"),
+        (["stage=pretrain", "data.source=rows"], "rows is for sft, dpo and grpo"),
+        (["stage=dpo", "data.source=shards"], "shards has no conversations for stage dpo"),
+        (["data.source=rows", "data.train=null"], "data.train must name the files"),
+        (["stage=dpo", "data.source=rows"], r"rows\.jsonl: line 1: .* a preference has chosen and rejected"),
+        (["lora.rank=2", "lora.targets=[q_prj]"], "no linear layer q_prj; did you mean q_proj"),
+        (["lora.rank=2", "optimizer.name=muon"], "muon is for whole matrices"),
+        (["lora.rank=2", "model.init=null", "model.config={}"], "lora adapts a trained model"),
+        (["data.source=rows", "data.fingerprint=abc"], r"data\.fingerprint is abc, but the rows of"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(config, overrides, said):
+    with pytest.raises(ValueError, match=said):
+        run(config, *overrides)
+
+
+def test_grpo_and_processes(config, monkeypatch):
+    def work():
+        with pytest.raises(ValueError, match="stage grpo writes its replies in one process"):
+            run(config, "stage=grpo", *STAGES["grpo"], "train.parallel=ddp")
+
+    assert run_in_processes(2, work) == [0, 0]
+    assert "RANK" not in os.environ
+
+
+# --- replies and their rewards ---
+
+
+def test_parsed_replies():
+    from chat import Chat
+
+    chat = Chat.from_pretrained(TINY)
+    prompt, ends = chat.render([{"role": "user", "content": "Hi"}]), {chat.eos_token_id}
+
+    def parsed(text: str, thinking: bool = True):
+        return parse(chat, prompt, chat.encode(text), thinking, ends)
+
+    whole = parsed("<think>\nHm.\n</think>\n\nIt is 3.<|im_end|>")
+    assert (whole.thinking, whole.answer, whole.well_formed) == ("Hm.", "It is 3.", True)
+    assert not parsed("<think>\nHm.\n</think>\n\nIt is 3.").well_formed
+    assert not parsed("<think>\nIt is 3.<|im_end|>").well_formed and not parsed("<think>\nIt is 3.<|im_end|>").answer
+    assert not parsed("It is 3.</think> It is 3.<|im_end|>").well_formed
+    assert parsed("It is 3.<|im_end|>", thinking=False).well_formed
+    assert not parse(chat, prompt, [], True, ends).well_formed
+    assert reward(whole, lambda answer: "3" in answer, 0.1) == 1.1
+    assert reward(whole, lambda answer: "4" in answer, 0.1) == 0.1
+    assert reward(whole._replace(well_formed=False), lambda answer: True, 0.1) == 0.0
+
+
+# --- the corpus of the later stages ---
+
+
+def is_hard(problem) -> bool:
+    numbers = [abs(int(fact)) for fact in problem.facts if isinstance(fact, int)]
+    least = {"sum": min, "difference": min, "product": max}
+    return problem.family in least and least[problem.family](numbers) >= (
+        1000 if problem.family == "product" else 10**4
+    )
+
+
+def test_supervised_training_shows_no_hard_question():
+    examples = [training_example(1, index, PIECES) for index in range(4000)]
+    assert not any(is_hard(example.problem) for example in examples if example.problem)
+    assert not any(is_refusal(example.answer) for example in examples)
+    asked = [question_example(1, index, PIECES, 0.5) for index in range(400)]
+    assert {family.name for family in HARD} == {e.problem.family for e in asked if is_hard(e.problem)}
+    assert 120 < sum(is_hard(example.problem) for example in asked) < 280
+    for family in FAMILIES.values():
+        if family.hard:
+            assert all(is_hard(question_example(seed, 0, PIECES, 1.0).problem) for seed in range(50))
+
+
+def test_preferences_refuse_outside_and_answer_inside():
+    pairs = [preference_example(0, index, PIECES) for index in range(300)]
+    assert pairs == [preference_example(0, index, PIECES) for index in range(300)]
+    declined = [is_refusal(pair.chosen.rpartition("</think>")[2].strip()) for pair in pairs]
+    rejected = [is_refusal(pair.rejected.rpartition("</think>")[2].strip()) for pair in pairs]
+    assert all(a != b for a, b in zip(declined, rejected, strict=True))
+    assert 100 < sum(declined) < 200
+    assert all(pair.chosen.endswith("<|im_end|>") and pair.rejected.endswith("<|im_end|>") for pair in pairs)
