@@ -13,7 +13,14 @@ ROOMS = {
     "model": ({"formats", "ops"}, {"torch", "safetensors"}),
     "chat": ({"formats"}, {"tokenizers"}),
     "sampling": (set(), {"torch"}),
-    "generate": ({"model", "chat", "sampling", "ops", "formats", "console"}, {"torch"}),
+    "decode": ({"model", "chat", "sampling", "speculate"}, {"torch"}),
+    "speculate": ({"decode", "model", "sampling"}, {"torch"}),
+    "session": ({"decode", "speculate", "model", "chat", "sampling"}, {"torch"}),
+    "prompts": ({"decode", "session", "chat", "console"}, set()),
+    "generate": (
+        {"decode", "session", "speculate", "prompts", "model", "chat", "sampling", "ops", "formats", "console"},
+        {"torch"},
+    ),
     "convert": ({"model", "formats", "ops", "chat", "console"}, {"torch", "safetensors"}),
     "train": (
         {"model", "ops", "objectives", "stages", "lora", "configs", "chat", "generate", "sampling", "formats"}

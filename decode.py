@@ -1,0 +1,252 @@
+"""The decode loop: ids to ids, one reply (`generate`, `steps`) or many side by side (`generate_batch`).
+
+    prompt ids -> model(ids, cache) -> logits -> Reply.choose -> the next ids -> model ...
+
+What becomes of the logits of a position is decided in `Reply` alone, for both loops: the draw, the ids that a thinking
+budget puts in, and the end. A draft (speculate.py) only lets one pass of the model serve several positions.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from chat import EARLY_STOP_TEXT, Chat, ReplyStream
+from model import KVCache, Qwen3
+from sampling import SamplingParams, recommended, sample
+
+if TYPE_CHECKING:
+    from speculate import Speculation
+
+PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once; bounds the memory of a long prompt
+CACHE_ROOM = 256  # positions behind the longest prompt that a batch's cache begins with
+
+Intervene = Callable[[list[int]], list[int]]
+Until = Callable[[list[int]], bool]
+
+
+def generate(model: Qwen3, ids: Sequence[int], params: SamplingParams | None = None, **options) -> Iterator[int]:
+    """Yields the reply's token ids one by one, the end token included. `options` are those of `steps`.
+
+    Stops at an end token of the checkpoint, at `max_new_tokens`, or where the model's context is full. Stop strings are
+    text: with `params.stop` the checkpoint's `chat` has to be given.
+    """
+    for token, _ in steps(model, ids, params, **options):
+        yield token
+
+
+def steps(
+    model: Qwen3,
+    ids: Sequence[int],
+    params: SamplingParams | None = None,
+    *,
+    chat: Chat | None = None,
+    cache: KVCache | None = None,
+    intervene: Intervene | None = None,
+    speculation: "Speculation | None" = None,
+) -> Iterator[tuple[int, Tensor | None]]:
+    """The loop of `generate`: yields (token id, the logits [V] that it was drawn from).
+
+    `cache`: positions that it already holds must be the beginning of `ids`; only the rest is computed.
+    `intervene`: is shown the reply after each token and may return ids that come next whatever the model thinks; they
+    are yielded without logits.
+    `speculation`: guesses the next tokens, and one pass of the model verifies them. Each position's token is drawn as
+    without it and a guess only tells whether the pass already holds what follows, so the reply is the same.
+    """
+    reply = Reply(model, ids, params, chat, intervene)
+    cache = cache or new_cache(model, len(ids) + reply.limit)
+    pending = list(ids[cache.lengths[0] :])
+    if speculation is not None:
+        speculation.begin(ids)
+    while True:
+        guesses = []
+        if speculation is not None and reply.tokens:
+            most = reply.limit - len(reply.tokens) - 1 if len(pending) == 1 else 0
+            guesses = speculation.propose(reply.tokens, most, reply.params, reply.generator)
+        logits = forward(model, [*pending, *guesses], cache, count=1 + len(guesses))
+        chosen, accepted = [], 0
+        for row, guess in zip(logits, [*guesses, None], strict=True):
+            news = reply.choose(row)
+            chosen += news
+            accepted += news[0][0] == guess
+            if reply.ended or [token for token, _ in news] != [guess]:
+                break
+        # Before anything is yielded, so that the cache is right wherever the caller leaves off.
+        cache.truncate(cache.lengths[0] - len(guesses) + accepted)
+        if speculation is not None:
+            speculation.learn(len(pending), len(guesses), accepted)
+        yield from chosen
+        if reply.ended:
+            return
+        pending = reply.tokens[cache.lengths[0] - len(ids) :]
+
+
+class Reply:
+    """One reply in the making: what each position's logits become, and when it is over.
+
+    `intervene` as in `steps`; `until` is shown the reply after each choice and ends it by returning true.
+    Raises ValueError for a prompt that the model cannot take and for stop strings without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3,
+        ids: Sequence[int],
+        params: SamplingParams | None = None,
+        chat: Chat | None = None,
+        intervene: Intervene | None = None,
+        until: Until | None = None,
+    ):
+        check_prompt(model, ids)
+        self.params = params or recommended(model.generation_config, thinking=True)
+        if self.params.stop and chat is None:
+            raise ValueError("stop strings are text: give generate the checkpoint's chat too")
+        self.ids, self.tokens, self.ended = ids, [], False
+        # The last token itself need not be computed on, so it may lie behind the context.
+        self.limit = min(self.params.max_new_tokens, model.config.max_position_embeddings - len(ids) + 1)
+        self.generator, self.ends = self.params.generator(), end_tokens(model)
+        self.intervene, self.until = intervene, until
+        self.text = ReplyStream(chat, ids, self.params.stop, raw=True) if self.params.stop else None
+
+    def choose(self, logits: Tensor) -> list[tuple[int, Tensor | None]]:
+        """The token drawn from logits [V] and, without logits, the ids that `intervene` puts behind it."""
+        token = sample(logits, self.params, self.generator, self.ids, self.tokens)
+        self.tokens.append(token)
+        over = token in self.ends
+        forced = [] if over or self.intervene is None else self.intervene(self.tokens)
+        forced = forced[: self.limit - len(self.tokens)]
+        self.tokens += forced
+        if self.text is not None:
+            for token_id in (token, *forced):
+                self.text.push(token_id)
+            over |= self.text.stopped
+        over |= self.until is not None and self.until(self.tokens)
+        self.ended = over or len(self.tokens) >= self.limit
+        return [(token, logits), *((token_id, None) for token_id in forced)]
+
+
+@torch.inference_mode()
+def forward(model: Qwen3, ids: Sequence[int], cache: KVCache, count: int = 1) -> Tensor:
+    """Appends ids to a cache of one row, a chunk at a time, and returns the logits [count, V] of the last `count`."""
+    device = model.model.embed_tokens.weight.device
+    for start in range(0, len(ids), PREFILL_CHUNK):
+        chunk = torch.tensor([ids[start : start + PREFILL_CHUNK]], device=device)
+        logits = model(chunk, cache, last=count == 1)
+    return logits[0, -count:]
+
+
+@torch.inference_mode()
+def generate_batch(
+    model: Qwen3,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams] | None = None,
+    *,
+    chat: Chat | None = None,
+    intervene: Sequence[Intervene | None] | None = None,
+    until: Sequence[Until | None] | None = None,
+) -> list[list[int]]:
+    """Replies to many prompts at once, of any lengths; each reply is the one that `generate` gives alone.
+
+    Each row has its own random state from its own seed. Finished rows leave the batch once they are half of it.
+    `chat` is for stop strings; `intervene` and `until` hold what `Reply` takes, one for each prompt.
+    """
+    if not prompts:
+        return []
+    each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
+    nobody = [None] * len(prompts)
+    given = zip(prompts, each, intervene or nobody, until or nobody, strict=True)
+    replies = [Reply(model, ids, p, chat, put_in, end) for ids, p, put_in, end in given]
+    device, context = model.model.embed_tokens.weight.device, model.config.max_position_embeddings
+
+    # Padding lies behind each prompt, where no real token looks; cutting the rows to length forgets it again.
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in prompts], device=device)
+    room = max(len(reply.ids) + reply.limit for reply in replies)
+    cache = new_cache(model, min(room, longest + CACHE_ROOM), len(prompts))
+    last: list[Tensor] = [None] * len(prompts)
+    for start in range(0, longest, PREFILL_CHUNK):
+        hidden = model.model(padded[:, start : start + PREFILL_CHUNK], cache)
+        for row, ids in enumerate(prompts):
+            if start < len(ids) <= start + PREFILL_CHUNK:
+                last[row] = hidden[row, len(ids) - 1 - start]
+    cache.truncate([len(ids) for ids in prompts])
+    logits = model.head(torch.stack(last))
+
+    rows = replies  # of the batch
+    while True:
+        for row, length, reply in zip(logits, cache.lengths, rows, strict=True):
+            if not reply.ended and length == len(reply.ids) + len(reply.tokens):  # else what was put in comes first
+                reply.choose(row)
+        active = [row for row, reply in enumerate(rows) if not reply.ended]
+        if not active:
+            return [reply.tokens for reply in replies]
+        if len(active) <= len(rows) // 2:
+            cache.keep(active)
+            rows = [rows[row] for row in active]
+        # A finished row that stays goes on at position 0, so that it never runs out of its cache.
+        cache.truncate([0 if reply.ended else n for n, reply in zip(cache.lengths, rows, strict=True)])
+        if max(cache.lengths) == cache.max_len:
+            cache.grow(min(2 * cache.max_len, room, context))
+        at = [n - len(reply.ids) if not reply.ended else -1 for n, reply in zip(cache.lengths, rows, strict=True)]
+        tokens = [[reply.tokens[position]] for position, reply in zip(at, rows, strict=True)]
+        logits = model(torch.tensor(tokens, device=device), cache)[:, -1]
+
+
+class PromptTooLong(ValueError):
+    """A prompt that the model's context does not hold; in a chat it can begin anew."""
+
+
+def check_prompt(model: Qwen3, ids: Sequence[int]) -> None:
+    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one token")
+    if len(ids) > context:
+        raise PromptTooLong(f"the prompt has {len(ids):,} tokens, but this model's context is {context:,}; shorten it")
+    if max(ids) >= vocabulary or min(ids) < 0:
+        raise ValueError(
+            f"token id {max(ids)} is outside of the vocabulary of {vocabulary:,}; the tokenizer is another's"
+        )
+
+
+def end_tokens(model: Qwen3) -> set[int]:
+    """The ids that end a reply: the set in generation_config.json, or config.json's."""
+    stated = model.generation_config.get("eos_token_id", model.config.eos_token_id)
+    return set(stated if isinstance(stated, list) else [] if stated is None else [stated])
+
+
+def new_cache(model: Qwen3, max_len: int, batch_size: int = 1) -> KVCache:
+    weight = model.model.embed_tokens.weight
+    max_len = min(max_len, model.config.max_position_embeddings)
+    return KVCache(model.config, batch_size, max_len, device=weight.device, dtype=weight.dtype)
+
+
+class ThinkingBudget:
+    """Ends thinking that takes more than `tokens`: the official text is put in the model's mouth, then it answers."""
+
+    def __init__(self, chat: Chat, prompt: Sequence[int], tokens: int):
+        self.chat, self.tokens = chat, tokens
+        self.text = chat.encode(EARLY_STOP_TEXT)
+        self.opened = chat.opens_thinking(prompt)
+
+    def __call__(self, reply: list[int]) -> list[int]:
+        self.opened |= reply[-1] == self.chat.think_start_id
+        if reply[-1] == self.chat.think_end_id:
+            self.opened = False
+        return self.text if self.opened and len(reply) == self.tokens else []
+
+
+def repetition_period(reply: Sequence[int], longest: int = 256, least: int = 256, times: int = 8) -> int:
+    """The period of an endless repetition at the end of a reply, 0 if there is none.
+
+    It is one if the same up to `longest` tokens stand there at least `times` times over at least `least` tokens; short
+    honest repetitions (a table's rule, a counted row) stay below.
+    """
+    for period in range(1, longest + 1):
+        span = max(least, period * times)
+        if span > len(reply):
+            break
+        tail = reply[-span:]
+        if tail[period:] == tail[:-period]:
+            return period
+    return 0

@@ -1,0 +1,155 @@
+"""Speculation: guess the next tokens cheaply, and let one pass of the model verify them all.
+
+A pass of few tokens reads the weights once, as a pass of one token does. So where a guess is right, a token is saved
+(Leviathan et al. 2023, https://arxiv.org/abs/2211.17192). The loop of decode.py draws each position's token from the
+model's own distribution with the reply's own random numbers, and keeps the pass as far as the guesses agree. A guessed
+token x is thus accepted with probability p(x), and otherwise the token comes from p without x, as in that paper for a
+draft that is certain; moreover the text is that of the same seed without speculation, whatever was guessed
+(Daliri, Musco and Suresh 2024, https://arxiv.org/abs/2408.07978, call this drafter-invariant).
+
+    PromptLookup   what followed the last few tokens where they stood before
+    DraftModel     what a smaller model would say with the same random numbers
+    Speculation    whether and how much to guess: so much that it pays on this machine and this text
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from decode import end_tokens, forward, new_cache
+from model import KVCache, Qwen3
+from sampling import SamplingParams, sample
+
+MOST_GUESSES = 7  # with the token before them the 8 that ops/step.cpp reads each weight once for
+ALLOWANCE = 0.02  # of the time without guesses may be lost to guesses that were wrong
+SAVINGS = 4  # passes; what was gained before excuses no more than so much
+
+
+class Draft(Protocol):
+    """Where guesses come from."""
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """A new reply to this prompt begins."""
+
+    def propose(self, reply: Sequence[int], most: int, params: SamplingParams, generator: torch.Generator) -> list[int]:
+        """At most `most` ids that may follow the prompt and the reply so far. The generator is only looked at."""
+
+
+class PromptLookup:
+    """What followed the last tokens where they stood before, in the prompt or in the reply.
+
+    From Apoorv Saxena's prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding): no model at
+    all, yet right where a reply quotes, repeats or edits. The longest of the n-grams counts, at its latest place.
+    """
+
+    NGRAMS = (4, 3, 2)
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        self.prompt_tokens, self.text, self.read = len(prompt), list(prompt), 0
+        self.places: dict[tuple[int, ...], int] = {}  # n-gram: the position behind it
+
+    def propose(self, reply: Sequence[int], most: int, params=None, generator=None) -> list[int]:
+        self.text += reply[len(self.text) - self.prompt_tokens :]
+        text, end = self.text, len(self.text)
+        for behind in range(self.read + 1, end):  # the n-grams at the very end have nothing behind them yet
+            for n in self.NGRAMS:
+                if n <= behind:
+                    self.places[tuple(text[behind - n : behind])] = behind
+        self.read = max(self.read, end - 1)
+        found = next((self.places[key] for n in self.NGRAMS if (key := tuple(text[-n:])) in self.places), None)
+        if found is None:
+            return []
+        period = end - found  # a guess that runs into the end goes on with its own beginning
+        return [text[found + i % period] for i in range(most)]
+
+
+class DraftModel:
+    """A smaller model with the same vocabulary, which keeps its own cache.
+
+    It draws with a copy of the reply's random state, so that it mostly says what the larger model is about to say
+    wherever their distributions are alike, at any temperature; a model as its own draft is always right.
+    """
+
+    def __init__(self, model: Qwen3):
+        self.model, self.ends = model, end_tokens(model)
+        self.cache: KVCache | None = None
+        self.ids: list[int] = []  # what the cache holds, position by position
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        self.prompt = list(prompt)
+
+    def propose(self, reply: Sequence[int], most: int, params: SamplingParams, generator: torch.Generator) -> list[int]:
+        text, context = [*self.prompt, *reply], self.model.config.max_position_embeddings
+        most = min(most, context - len(text) + 1)
+        if most < 1:
+            return []
+        if self.cache is None:
+            self.cache = new_cache(self.model, 2 * (len(text) + most))
+        if len(text) + most > self.cache.max_len:
+            self.cache.grow(min(2 * (len(text) + most), context))
+        same = min(common_prefix(self.ids[: self.cache.lengths[0]], text), len(text) - 1)
+        self.cache.truncate(same)
+        self.ids, pending, guesses = text, text[same:], []
+        twin = torch.Generator()
+        twin.set_state(generator.get_state())
+        while len(guesses) < most and not (guesses and guesses[-1] in self.ends):
+            logits = forward(self.model, pending, self.cache)[0]
+            guesses.append(sample(logits, params, twin, self.prompt, [*reply, *guesses]))
+            pending = guesses[-1:]
+        self.ids = [*text, *guesses]
+        return guesses
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two sequences have in common from their beginning on."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class Speculation:
+    """A draft, and the measure of whether it pays.
+
+    Passes are timed. What a pass with guesses saves against its tokens one by one is paid into an account, what it
+    costs is taken from it, and every second of decoding earns an allowance of 2 %. Guesses are made only while the
+    account is not overdrawn, so speculation that does not help costs about that share of the time. The number of
+    guesses doubles when all were right and falls to one more than were right otherwise. None of this changes the text.
+    """
+
+    def __init__(self, draft: Draft, most: int = MOST_GUESSES):
+        if not 1 <= most <= 64:
+            raise ValueError(f"{most} tokens to guess at once: give a number from 1 to 64")
+        self.draft, self.most, self.clock = draft, most, time.perf_counter
+        self.length = min(2, most)  # how many tokens are guessed next
+        self.plain: float | None = None  # seconds of a pass of one token
+        self.account = 0.0  # seconds
+        self.passes = self.drafted = self.accepted = 0
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """A new reply begins: the counts are its own, what was learnt of the machine stays."""
+        self.passes = self.drafted = self.accepted = 0
+        self.draft.begin(prompt)
+
+    def propose(self, reply: Sequence[int], most: int, params: SamplingParams, generator: torch.Generator) -> list[int]:
+        """The ids to verify in the next pass, perhaps none."""
+        self.started = self.clock()
+        most = min(most, self.length)
+        if most < 1 or self.plain is None or self.account < 0:
+            return []
+        return self.draft.propose(reply, most, params, generator)
+
+    def learn(self, pending: int, drafted: int, accepted: int) -> None:
+        """After a pass over `pending` known and `drafted` guessed tokens."""
+        self.passes, self.drafted, self.accepted = self.passes + 1, self.drafted + drafted, self.accepted + accepted
+        if self.passes == 1 or pending != 1:  # the prompt, or what a thinking budget put in
+            return
+        seconds = self.clock() - self.started
+        if self.plain is None:
+            self.plain = seconds
+        elif drafted == 0:
+            self.plain += (seconds - self.plain) / 4
+        self.plain = min(self.plain, seconds) if drafted else self.plain
+        if drafted:
+            self.account += (accepted + 1) * self.plain - seconds
+            self.length = min(2 * drafted if accepted == drafted else accepted + 1, self.most)
+        self.account = min(self.account + ALLOWANCE * seconds, SAVINGS * self.plain)
