@@ -67,7 +67,7 @@ def _values(stored, scale, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: t
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_a", "rows_b", "rows_c"])  # so that they are of one type
 def _linear(
     x, gain, residual, out, weight_a, weight_b, weight_c, scale_a, scale_b, scale_c, bias_a, bias_b, bias_c,
     rows_a, rows_b, rows_c, tokens, columns, row_size, groups, group_size, eps,

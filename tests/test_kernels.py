@@ -60,7 +60,7 @@ def test_the_kernels_compile_for_an_h200(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     names = {line.split()[0] for line in result.stdout.splitlines()}
     sources = [(ROOT / "ops" / name).read_text() for name in ("kernels.py", "token_kernels.py")]
-    jitted = {name for text in sources for name in re.findall(r"@triton\.jit\ndef (\w+)", text)}
+    jitted = {name for text in sources for name in re.findall(r"@triton\.jit.*\ndef (\w+)", text)}
     assert jitted - names == {"_stored", "_scales", "_values", "norm_rotated"}, "a kernel that was not compiled"
 
 

@@ -186,7 +186,7 @@ KINDS = {"plain": 75, "int8": 75, "int8 in groups": 72, "int4": 96, "int4 in gro
 
 @DTYPES
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("tokens", [1, 8])
 @torch.no_grad()
 def test_linear(kind, tokens, dtype):
     columns = KINDS[kind]
@@ -210,9 +210,10 @@ def test_linear_of_wide_rows(kind, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("heads, kv_heads, size", [(1, 1, 48), (6, 2, 80), (16, 1, 128)])
-@pytest.mark.parametrize("positions", [(0,), (63,), (64, 3), (300, 0, 255), (511,)], ids=str)
-@pytest.mark.parametrize("model_type", ["qwen3", "qwen2"])
+@pytest.mark.parametrize(
+    "heads, kv_heads, size, model_type", [(1, 1, 48, "qwen2"), (6, 2, 80, "qwen3"), (16, 1, 128, "qwen3")]
+)
+@pytest.mark.parametrize("positions", [(0,), (31,), (64, 3), (300, 0), (511,)], ids=str)
 @torch.no_grad()
 def test_attention_of_a_token(heads, kv_heads, size, positions, model_type, dtype):
     B, max_len = len(positions), 512
@@ -228,7 +229,7 @@ def test_attention_of_a_token(heads, kv_heads, size, positions, model_type, dtyp
     for cache in caches:  # what no token has written yet may hold anything
         for row, position in enumerate(positions):
             cache[row, :, position:] = torch.nan
-    window = 256 if max(positions) < 256 else max_len
+    window = token_kernels.SHORT if max(positions) < token_kernels.SHORT else max_len
     found = token_kernels.attend(qkv, attention, cos, sin, at, *caches, window)
     same(found, graphs.attend(qkv, attention, cos, sin, at, *copies, window), 4)
     for cache, copy in zip(caches, copies, strict=True):
@@ -288,10 +289,10 @@ def test_tokens_through_the_static_step(rows, dtype):
     prompt = torch.randint(61, (rows, 258), device=DEVICE)
     for cache in caches:
         model.model(prompt, cache)
-    for length in (5, 254):  # on to the second window, of 256 positions and more
+    for length in (5, 254):  # attention in one part and in many; on a GPU into a third window
         for cache in caches:
             cache.truncate([length - row for row in range(rows)])
-        for _ in range(3 if length > 5 or DEVICE == "cuda" else 1):
+        for _ in range(3 if DEVICE == "cuda" else 1):
             ids = torch.randint(61, (rows, 1), device=DEVICE)
             found, expected = graphs.step(model, ids, caches[0]), model.head(model.model(ids, caches[1]))
             same(found, expected, 8)
