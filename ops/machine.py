@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,12 +28,14 @@ def pick_device(name: str, place: str) -> str:
 
 
 def pick_kernels(name: str, device: str | torch.device, place: str) -> str:
-    """`auto` is triton on CUDA where Triton is installed, else torch. `place` is where the name came from."""
-    installed, cuda = find_spec("triton") is not None, torch.device(device).type == "cuda"
+    """`auto` is triton on CUDA where Triton and a C compiler are installed, which it builds its launches with, else
+    torch. `place` is where the name came from."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    installed, cuda = find_spec("triton") is not None and compiler, torch.device(device).type == "cuda"
     if name == "auto":
         return "triton" if cuda and installed else "torch"
     if name == "triton" and not installed:
-        raise ValueError(f"{place} triton: Triton is not installed (PyTorch for CUDA on Linux brings it); use auto")
+        raise ValueError(f"{place} triton: Triton (pip install triton) or gcc is not installed here; use auto")
     if name == "triton" and not cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"{place} triton: Triton's kernels run on CUDA, but the device is {device}; use auto")
     return name
@@ -51,10 +54,12 @@ def read_bandwidth(device: str | torch.device = "cpu", seconds: float = 0.1) -> 
     """Bytes per second that this machine reads from memory with torch's threads: the best of some sums of 256 MB.
 
     A sum is one sequential stream per thread and reaches what a vectorised loop with prefetch in C does. The best one
-    counts, as everything that disturbs a sum makes it slower.
+    counts, as everything that disturbs a sum makes it slower. A GPU would be done with 256 MB as soon as it had begun:
+    it reads 4 GB.
     """
-    x = torch.ones(MEASURED_BYTES // 4, device=device)  # written once: unwritten pages are not memory yet
-    return MEASURED_BYTES / best_time(x.sum, device, seconds)
+    count = MEASURED_BYTES * (16 if torch.device(device).type == "cuda" else 1)
+    x = torch.ones(count // 4, device=device)  # written once: unwritten pages are not memory yet
+    return count / best_time(x.sum, device, seconds)
 
 
 def matrix_rate(dtype: torch.dtype, device: str | torch.device = "cpu", seconds: float = 0.1) -> float | None:
