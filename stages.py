@@ -36,9 +36,9 @@ from data.sources import (
     records,
     row_of,
 )
+from decode import end_tokens, generate_batch
 from formats.files import atomic_file
 from formats.run import Run
-from generate import end_tokens, generate_batch
 from lora import without_adapters
 from model import Qwen3
 from objectives import DPO, GRPO, IGNORED, Batch, Objective, Pairs, Rollouts, advantages, answer_logprobs

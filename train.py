@@ -41,11 +41,11 @@ import console
 from chat import Chat
 from configs import schema
 from configs.schema import Settings
+from decode import generate
 from formats.checkpoint import read_json
 from formats.files import atomic_file
 from formats.run import Run
 from formats.source import resolve
-from generate import generate
 from lora import add_lora, load_adapter, merged_weights, save_adapter, weights_hash
 from model import Config, Qwen3
 from objectives import Objective

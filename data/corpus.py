@@ -119,6 +119,13 @@ def hard_examples(seed: int, count: int, pieces: Pieces) -> Iterator[Example]:
         yield posed(HARD[index % len(HARD)], Random(f"hard {seed} {index}"), pieces, test=True, hard=True)
 
 
+def outside_examples(seed: int, count: int) -> Iterator[Example]:
+    """`count` questions outside every family, in phrasings and about subjects that training never has."""
+    for index in range(count):
+        question, trace, answer = talk.outside(Random(f"outside {seed} {index}"), held_out=True)
+        yield Example([user(question)], True, trace, answer, None)
+
+
 def posed(family: Family, rng: Random, pieces: Pieces, test: bool, hard: bool) -> Example:
     """A single question of a family in a trained phrasing, to be thought about."""
     problem = Problem(family.name, draw(family, rng, test, hard))

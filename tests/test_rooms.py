@@ -23,12 +23,12 @@ ROOMS = {
     ),
     "convert": ({"model", "formats", "ops", "chat", "console"}, {"torch", "safetensors"}),
     "train": (
-        {"model", "ops", "objectives", "stages", "lora", "configs", "chat", "generate", "sampling", "formats"}
+        {"model", "ops", "objectives", "stages", "lora", "configs", "chat", "decode", "sampling", "formats"}
         | {"console"},
         {"torch", "matplotlib", "rich", "wandb"},
     ),
     "stages": (
-        {"model", "objectives", "rewards", "lora", "data", "configs", "chat", "generate", "sampling", "formats"}
+        {"model", "objectives", "rewards", "lora", "data", "configs", "chat", "decode", "sampling", "formats"}
         | {"console"},
         {"torch", "safetensors"},
     ),
@@ -36,7 +36,7 @@ ROOMS = {
     "rewards": ({"chat"}, set()),
     "lora": ({"model"}, {"torch", "safetensors"}),
     "evaluate": (
-        {"generate", "model", "chat", "sampling", "rewards", "data", "formats", "console"},
+        {"decode", "model", "chat", "sampling", "rewards", "data", "formats", "console"},
         {"torch", "matplotlib"},
     ),
     "bench": ({"generate", "model", "chat", "ops", "formats", "console", "bench_report"}, {"torch"}),
