@@ -21,7 +21,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ from data.shards import Shard, write_shard
 from data.texts import load_tokenizer, vocabulary_of
 from formats.files import write_text
 
-BATCH, SEQUENCE, STEPS = 16, 128, 200  # of the peer
-VALIDATE_EVERY, VALIDATION_ROWS = 5, 64
+BATCH, SEQUENCE, STEPS = 16, 128, 160  # of the peer
+VALIDATE_EVERY, VALIDATION_ROWS = 4, 32
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -55,19 +55,19 @@ TUNING_SEED = 1000
 class Lesson:
     """One run of the peer: given to a child process as JSON."""
 
-    config: str
+    config: str  # of train.py: the model and the rows
     seed: int
-    lr: float = 0.004
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    weight_decay: float = 0.1
+    steps: int
+    lr: float
+    betas: list[float]
+    weight_decay: float
     warmup: float = 0.05
-    steps: int = STEPS
     precision: str = "bf16"
 
 
 PEER = {"lr": 0.004, "betas": [0.9, 0.95], "weight_decay": 0.1}
 PEER_GRID = {"lr": [0.002, 0.004, 0.008], "betas": [[0.9, 0.95], [0.9, 0.99]], "weight_decay": [0.0, 0.1]}
-OURS = {"train.steps": 120, "optimizer.lr": 0.01, "optimizer.embedding_lr": 0.01}
+OURS = {"train.steps": 96, "optimizer.lr": 0.01, "optimizer.embedding_lr": 0.01}
 OURS_GRID = {"optimizer.lr": [0.005, 0.01, 0.02], "optimizer.embedding_lr": [0.005, 0.01, 0.02]}
 
 Curve = list[tuple[int, float]]  # tokens seen, validation loss
@@ -79,6 +79,7 @@ Curve = list[tuple[int, float]]  # tokens seen, validation loss
 def prepare(corpus: list[Path], tokenizer: Path, out: Path) -> Path:
     """Shards of the texts, one of validation rows spread evenly over the last tenths, and the config of train.py."""
     vocabulary = vocabulary_of(load_tokenizer(tokenizer))
+    tokenizer = tokenizer if tokenizer.is_dir() else tokenizer.parent
     name = hashlib.sha256("\0".join(str(path.resolve()) for path in [tokenizer, *corpus]).encode()).hexdigest()[:12]
     folder = out / f"texts-{name}"
     for index, path in enumerate(corpus):
@@ -130,7 +131,7 @@ def ours(config: Path, seed: int, settings: dict[str, Any], out: Path) -> Curve:
 
 def peers(config: Path, seed: int, settings: dict[str, Any], out: Path) -> Curve:
     """A whole run of the peer, from the beginning."""
-    lesson = Lesson(str(config), seed, **settings)
+    lesson = Lesson(str(config), seed, STEPS, **settings)
     return json.loads(run_script(SCRIPTS["transformers"], "--learn", json.dumps(asdict(lesson))).splitlines()[-1])
 
 
