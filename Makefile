@@ -11,7 +11,7 @@ TORCH := $(shell grep '^torch==' requirements.lock)
 CPU_INDEX := $(if $(shell command -v nvidia-smi),,--retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
 QUESTION ?= How many times does the letter r appear in strawberry?
 
-.PHONY: run test interop tiny clean
+.PHONY: run test interop gpu tiny clean
 
 run: $(VENV)/.run
 	@$(BIN)/python generate.py --model models/tiny --thinking "$(QUESTION)"
@@ -25,6 +25,12 @@ test: $(VENV)/.test
 interop: $(VENV)/.test
 	$(BIN)/python -c "import llama_cpp" 2>/dev/null || $(PIP) llama-cpp-python==0.3.36
 	$(BIN)/python -m pytest tests/interop
+
+# On a machine with an NVIDIA GPU: the kernels against PyTorch, then what they and the model reach.
+gpu: $(VENV)/.test
+	$(BIN)/python -m pytest tests/test_kernels.py
+	$(BIN)/python tests/gpu/measure_kernels.py
+	$(BIN)/python bench.py --rows '*/cuda' --deep --batch --out runs/bench-gpu
 
 # The bundled model again, from its seed: corpus, training, export, evaluation.
 tiny: $(VENV)/.run
