@@ -65,6 +65,7 @@ def parse_arguments(arguments: list[str]):
     add("--draft", metavar="SRC", help="a smaller model with the same tokenizer that guesses the next tokens")
     add("--prompts", metavar="FILE", help="answer each line of a file (JSON lines in and out), in batches")
     add("--batch-size", type=int, metavar="N", help=f"with --prompts: so many at once (default: {BATCH_SIZE})")
+    add("--compile", action="store_true", help="torch.compile for the layers that PyTorch computes; try it on a GPU")
     add("--stats", action="store_true", help="print speeds and the share of the memory bandwidth")
     add("--json", action="store_true", help="print one JSON object per answer")
     add("--logprobs", type=int, metavar="N", help="with --json: log probabilities of each token and the N likeliest")
@@ -144,6 +145,10 @@ def load_session(options) -> Session:
 
         quantize_(model, options.quantize)
     use_kernels(model, kernels, "--kernels")
+    if options.compile:
+        from ops.compiled import compile_
+
+        compile_(model, "--compile")
     thinking = options.thinking != "off"
     chosen = {"seed": int.from_bytes(os.urandom(4), "big"), **options.sampling}
     params = recommended(model.generation_config, thinking, **chosen)
