@@ -1,6 +1,7 @@
 """What this machine can do at most: the figures that a measured speed is held against."""
 
 import ctypes
+import mmap
 import os
 import platform
 import shutil
@@ -137,6 +138,24 @@ def release_freed_memory() -> None:
     """Gives freed memory back to the system; glibc would keep the 110 MB that reading a tokenizer.json takes."""
     with suppress(OSError, AttributeError):  # another C library has no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def release_file_pages(tensor: torch.Tensor) -> None:
+    """Gives back the memory of a tensor that is mapped from a file and unchanged; it is read again when it is needed.
+
+    Whatever else the tensor's memory is, it stays: the kernel is asked about each page (Linux, admin-guide/mm/pagemap).
+    """
+    page = mmap.PAGESIZE
+    first, last = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
+    with suppress(OSError, AttributeError):
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
+            file.seek(8 * first)
+            entries = bytearray(file.read(max(0, 8 * (last - first))))
+        pages = torch.frombuffer(entries, dtype=torch.int64) if entries else torch.empty(0, dtype=torch.int64)
+        present, swapped, of_file = (pages >> bit & 1 == 1 for bit in (63, 62, 61))
+        if len(pages) == last - first and not swapped.any() and not (present & ~of_file).any():
+            madvise = ctypes.CDLL(None, use_errno=True).madvise
+            madvise(ctypes.c_void_p(page * first), ctypes.c_size_t(page * len(pages)), mmap.MADV_DONTNEED)
 
 
 def synchronize(device: str | torch.device) -> None:

@@ -181,19 +181,33 @@ struct Step {
         }
     }
 
-    // One row of weight·x + bias.
-    static float row(const Linear& w, int64_t row, Input& input) {
+    // One row of weight·x + bias for N tokens.
+    template <int N>
+    static void row(const Linear& w, int64_t row, Input* inputs, float* y) {
         const char* weight = (const char*)w.weight + row * w.row_bytes;
-        const auto* codes = (const uint8_t*)weight;
         const auto* scale = (const bfloat16*)w.scale + row * w.groups;
-        float y;
-        if (w.bits == 4)
-            y = dot_packed<4>(codes, input.prepared(4), input.x, scale, w.columns, w.groups);
-        else if (w.scale)
-            y = dot_packed<8>(codes, input.prepared(8), input.x, scale, w.columns, w.groups);
+        const float* x[N];
+        const void* prepared[N];
+        for (int i = 0; i < N; i++) x[i] = inputs[i].x;
+        for (int i = 0; i < N && w.scale; i++) prepared[i] = inputs[i].prepared(w.bits);
+        if (!w.scale)
+            dot<N>((const T*)weight, x, w.columns, y);
+        else if (w.bits == 4)
+            dot_packed<4, N>((const uint8_t*)weight, scale, prepared, x, w.columns, w.groups, y);
         else
-            y = dot((const T*)weight, input.x, w.columns);
-        return w.bias ? y + to_float(((const T*)w.bias)[row]) : y;
+            dot_packed<8, N>((const uint8_t*)weight, scale, prepared, x, w.columns, w.groups, y);
+        for (int i = 0; i < N && w.bias; i++) y[i] += to_float(((const T*)w.bias)[row]);
+    }
+
+    // Rows begin .. end for `count` tokens: put(token, row, y).
+    template <class Put>
+    static void rows(const Linear& w, int64_t begin, int64_t end, Input* inputs, int64_t count, Put put) {
+        for (int64_t i = begin; i < end; i++)
+            by_fours(count, [&](int64_t token, auto at_once) {
+                float y[at_once];
+                row<at_once>(w, i, inputs + token, y);
+                for (int k = 0; k < at_once; k++) put(token + k, i, y[k]);
+            });
     }
 
     // weight·x + bias of `count` tokens: put(token, row, y, n) takes n results from `row` on. A few tokens come in
@@ -206,11 +220,7 @@ struct Step {
                     put(token, row + 16 * i, (float*)(y + i), std::min(int64_t(16), w.rows - row - 16 * i));
             });
         share(w.rows, w.row_bytes, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++)
-                for (int64_t token = 0; token < count; token++) {
-                    float y = row(w, i, inputs[token]);
-                    put(token, i, &y, 1);
-                }
+            rows(w, begin, end, inputs.data(), count, [&](int64_t n, int64_t i, float y) { put(n, i, &y, 1); });
         });
     }
 
@@ -490,13 +500,12 @@ struct Step {
         wait_for_all();
         for (int64_t i = 0; i < N * count; i++)
             inputs[i].set(&shared.gate[i * width], block.experts[chosen[i]].up_proj.rows);
-        for (int64_t first = 0; first < N; first = sparse ? first + 1 : N) {
+        for (int64_t first = 0; first < N; first += sparse ? 1 : N) {
             const Linear& down = block.experts[chosen[first * count]].down_proj;
             share(down.rows, count * down.row_bytes, [&](int64_t begin, int64_t end) {
-                for (int64_t i = 0; i < count; i++)
-                    for (int64_t j = begin; j < end; j++)
-                        for (int64_t k = first * count + i; k < (sparse ? first + 1 : N) * count; k += count)
-                            shared.x[k / count * C + j] += weights[k] * row(block.experts[chosen[k]].down_proj, j, inputs[k]);
+                for (int64_t k = first * count; k < (first + 1) * count; k++)
+                    rows(block.experts[chosen[k]].down_proj, begin, end, &inputs[k], sparse ? 1 : N,
+                         [&](int64_t n, int64_t i, float y) { shared.x[(first + n) * C + i] += weights[k] * y; });
             });
         }
         wait_for_all();
@@ -505,13 +514,13 @@ struct Step {
     // silu(gate(x)) · up(x) of tokens first .. last in one expert, the i-th of `count` for each of them.
     void up(const MLP& expert, int64_t first, int64_t last, int64_t i, int64_t count) {
         share(expert.up_proj.rows, 2 * expert.up_proj.row_bytes, [&](int64_t begin, int64_t end) {
-            auto place = [&](std::vector<float>& out, int64_t n) { return &out[(n * count + i) * model.widest_mlp]; };
-            for (int64_t j = begin; j < end; j++)
-                for (int64_t n = first; n < last; n++) place(shared.gate, n)[j] = row(expert.gate_proj, j, inputs[n]);
-            for (int64_t j = begin; j < end; j++)
-                for (int64_t n = first; n < last; n++) place(shared.up, n)[j] = row(expert.up_proj, j, inputs[n]);
-            for (int64_t n = first; n < last; n++)
-                silu_and_multiply(place(shared.gate, n) + begin, place(shared.up, n) + begin, end - begin);
+            const int64_t stride = count * model.widest_mlp, start = first * stride + i * model.widest_mlp;
+            float *gate = &shared.gate[start], *up = &shared.up[start];
+            Input* x = &inputs[first];
+            rows(expert.gate_proj, begin, end, x, last - first, [&](int64_t n, int64_t j, float y) { gate[n * stride + j] = y; });
+            rows(expert.up_proj, begin, end, x, last - first, [&](int64_t n, int64_t j, float y) { up[n * stride + j] = y; });
+            for (int64_t n = 0; n < last - first; n++)
+                silu_and_multiply(gate + n * stride + begin, up + n * stride + begin, end - begin);
         });
     }
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from formats.compressed_tensors import packed_columns
+from ops.machine import release_file_pages
 from ops.quant import QuantizedLinear
 
 SOURCE = Path(__file__).with_name("step.cpp")
@@ -33,6 +34,7 @@ FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapp
 TUNED = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())  # the first that compiles
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 HEAD_GROUP = 16  # columns that share a scale in a head of 4 bits: with 32, int4 would err more than Q4_0 does
+HEAD_SLICE = 1 << 14  # rows
 BYTES_PER_THREAD = 1 << 20  # of weights: with less to read, a second thread costs more than it brings
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +218,13 @@ class Bound:
         packed = self._keep(torch.empty(rows, packed_columns(columns, bits), dtype=torch.int32))
         scale = self._keep(torch.empty(rows, copy.groups, dtype=torch.bfloat16))
         copy.weight, copy.scale, copy.row_bytes = packed.data_ptr(), scale.data_ptr(), 4 * packed.shape[1]
-        getattr(loaded, "quantize_" + DTYPES[self.dtype])(struct.weight, copy, torch.get_num_threads())
+        quantize = getattr(loaded, "quantize_" + DTYPES[self.dtype])
+        for start in range(0, rows, HEAD_SLICE):  # the original is read slice by slice and never stands in memory whole
+            part = head.weight[start : start + HEAD_SLICE]
+            some = Linear(rows=len(part), columns=columns, bits=bits, groups=copy.groups, row_bytes=copy.row_bytes)
+            some.weight, some.scale = packed[start:].data_ptr(), scale[start:].data_ptr()
+            quantize(part.data_ptr(), some, torch.get_num_threads())
+            release_file_pages(part)
         self.bytes, self.copied = before + rows * copy.row_bytes, (weakref.ref(head.weight), head.weight._version)
         return copy
 

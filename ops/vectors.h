@@ -96,20 +96,42 @@ inline Vector silu(Vector x) { return x / (1.f + exp(-x)); }
 constexpr int64_t PREFETCH = 4096;  // bytes ahead: far enough to hide the memory's latency, near enough to stay in L1
 constexpr int64_t SCALES_AHEAD = 256;  // numbers: a second stream, at an eighth of the speed
 
-template <class T>
-inline float dot(const T* w, const float* x, int64_t n) {
+// Calls work(i, count) for i = 0 .. n, four at a time, then two, then one; count is a compile-time constant.
+template <class Work>
+inline void by_fours(int64_t n, Work work) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) work(i, std::integral_constant<int, 4>());
+    for (; i + 2 <= n; i += 2) work(i, std::integral_constant<int, 2>());
+    for (; i < n; i++) work(i, std::integral_constant<int, 1>());
+}
+
+// y[i] = w·x[i] for N vectors; w is read and converted once for all of them.
+template <int N, class T>
+inline void dot(const T* w, const float* const* x, int64_t n, float* y) {
     constexpr int FOUR = 4 * LANES;
-    Vector sums[4] = {};
+    Vector sums[N][4] = {};
     int64_t i = 0;
     for (; i + FOUR <= n; i += FOUR) {
         for (int line = 0; line < int(FOUR * sizeof(T)); line += 64)
             __builtin_prefetch((const char*)(w + i) + PREFETCH + line);
-        for (int j = 0; j < 4; j++) sums[j] += load(w + i + j * LANES) * load(x + i + j * LANES);
+        for (int j = 0; j < 4; j++) {
+            Vector weights = load(w + i + j * LANES);
+            for (int k = 0; k < N; k++) sums[k][j] += weights * load(x[k] + i + j * LANES);
+        }
     }
-    for (; i + LANES <= n; i += LANES) sums[0] += load(w + i) * load(x + i);
-    float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    for (; i < n; i++) total += to_float(w[i]) * x[i];
-    return total;
+    for (; i + LANES <= n; i += LANES)
+        for (int k = 0; k < N; k++) sums[k][0] += load(w + i) * load(x[k] + i);
+    for (int k = 0; k < N; k++) {
+        y[k] = sum((sums[k][0] + sums[k][1]) + (sums[k][2] + sums[k][3]));
+        for (int64_t rest = i; rest < n; rest++) y[k] += to_float(w[rest]) * x[k][rest];
+    }
+}
+
+template <class T>
+inline float dot(const T* w, const float* x, int64_t n) {
+    float y;
+    dot<1>(w, &x, n, &y);
+    return y;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -200,38 +222,40 @@ class Scales {
     }
 };
 
-template <int BITS>
-inline float dot_packed(const uint8_t* w, const void* prepared, const float* x, const bfloat16* scale, int64_t n,
-                        int64_t groups) {
+// y[i] = w·x[i] for N vectors and a row of n weights.
+template <int BITS, int N>
+inline void dot_packed(const uint8_t* w, const bfloat16* scale, const void* const* prepared, const float* const* x,
+                       int64_t n, int64_t groups, float* y) {
     constexpr int64_t COLUMNS = Chunk<BITS>::COLUMNS;
-    const auto* chunk = (const Chunk<BITS>*)prepared;
     const __m512i nibbles = _mm512_set1_epi8(15);
     const Scales scales(n / groups, COLUMNS);
     for (int64_t i = 0; i < groups && groups > 1; i += 32) __builtin_prefetch(scale + i + SCALES_AHEAD);
-    __m512 total = _mm512_setzero_ps();
+    __m512 total[N] = {};
     int64_t column = 0;
-    for (; column + COLUMNS <= n; column += COLUMNS, chunk++) {
+    for (; column + COLUMNS <= n; column += COLUMNS) {
         const uint8_t* bytes = w + column * BITS / 8;
         __builtin_prefetch(bytes + PREFETCH);
-        __m512i codes = _mm512_loadu_si512(bytes), high = _mm512_setzero_si512(), low = _mm512_load_si512(chunk->start);
-        if constexpr (BITS == 8) {
-            high = _mm512_dpbusd_epi32(high, codes, _mm512_load_si512(chunk->high[0]));
-            low = _mm512_dpbusd_epi32(low, codes, _mm512_load_si512(chunk->low[0]));
-        } else {
-            __m512i even = _mm512_and_si512(codes, nibbles);
-            __m512i odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibbles);
-            high = _mm512_dpbusd_epi32(high, even, _mm512_load_si512(chunk->high[0]));
-            low = _mm512_dpbusd_epi32(low, even, _mm512_load_si512(chunk->low[0]));
-            high = _mm512_dpbusd_epi32(high, odd, _mm512_load_si512(chunk->high[1]));
-            low = _mm512_dpbusd_epi32(low, odd, _mm512_load_si512(chunk->low[1]));
+        const __m512i codes = _mm512_loadu_si512(bytes), even = _mm512_and_si512(codes, nibbles);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibbles);
+        const __m512 of_w = groups > 1 ? scales.at(scale, column) : _mm512_set1_ps(1);
+        for (int i = 0; i < N; i++) {
+            const auto& chunk = ((const Chunk<BITS>*)prepared[i])[column / COLUMNS];
+            __m512i high = _mm512_setzero_si512(), low = _mm512_load_si512(chunk.start);
+            high = _mm512_dpbusd_epi32(high, BITS == 8 ? codes : even, _mm512_load_si512(chunk.high[0]));
+            low = _mm512_dpbusd_epi32(low, BITS == 8 ? codes : even, _mm512_load_si512(chunk.low[0]));
+            if constexpr (BITS == 4) {
+                high = _mm512_dpbusd_epi32(high, odd, _mm512_load_si512(chunk.high[1]));
+                low = _mm512_dpbusd_epi32(low, odd, _mm512_load_si512(chunk.low[1]));
+            }
+            __m512 product = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
+            total[i] = _mm512_fmadd_ps(_mm512_mul_ps(product, of_w), _mm512_set1_ps(chunk.scale), total[i]);
         }
-        __m512 product = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
-        if (groups > 1) product = _mm512_mul_ps(product, scales.at(scale, column));
-        total = _mm512_fmadd_ps(product, _mm512_set1_ps(chunk->scale), total);
     }
-    float result = sum((Vector)total) * (groups > 1 ? 1 : to_float(*scale));
-    for (; column < n; column++) result += x[column] * code_at(w, column, BITS) * to_float(scale[column / (n / groups)]);
-    return result;
+    for (int i = 0; i < N; i++) {
+        y[i] = sum((Vector)total[i]) * (groups > 1 ? 1 : to_float(*scale));
+        for (int64_t rest = column; rest < n; rest++)
+            y[i] += x[i][rest] * code_at(w, rest, BITS) * to_float(scale[rest / (n / groups)]);
+    }
 }
 
 #else
@@ -257,9 +281,8 @@ struct Chunk {
 };
 
 template <int BITS>
-inline float dot_packed(const uint8_t* w, const void* prepared, const float* x, const bfloat16* scale, int64_t n,
-                        int64_t groups) {
-    const int64_t group_size = n / groups;
+inline float dot_packed(const uint8_t* w, const bfloat16* scale, const void* prepared, const float* x, int64_t n,
+                        int64_t group_size) {
     if (BITS == 8) {
         float result = 0;
         for (int64_t i = 0; i < n; i += group_size)
@@ -283,6 +306,12 @@ inline float dot_packed(const uint8_t* w, const void* prepared, const float* x, 
     float rest = 16 * sum(total);
     for (; column < n; column++) rest += x[column] * code_at(w, column, 4) * to_float(scale[column / group_size]);
     return rest;
+}
+
+template <int BITS, int N>
+inline void dot_packed(const uint8_t* w, const bfloat16* scale, const void* const* prepared, const float* const* x,
+                       int64_t n, int64_t groups, float* y) {
+    for (int i = 0; i < N; i++) y[i] = dot_packed<BITS>(w, scale, prepared[i], x[i], n, n / groups);
 }
 
 #endif
@@ -350,15 +379,6 @@ inline float exponentials(float* p, float largest, int64_t n) {
 // Attention of a few queries to a block of positions.
 
 constexpr int64_t BLOCK = 256;  // positions
-
-// Calls work(i, count) for i = 0 .. n, four at a time, then two, then one; count is a compile-time constant.
-template <class Work>
-inline void by_fours(int64_t n, Work work) {
-    int64_t i = 0;
-    for (; i + 4 <= n; i += 4) work(i, std::integral_constant<int, 4>());
-    for (; i + 2 <= n; i += 2) work(i, std::integral_constant<int, 2>());
-    for (; i < n; i++) work(i, std::integral_constant<int, 1>());
-}
 
 // scores[g, 0] = q[g]·key for N queries. q [N, D], key [D], scores [N, BLOCK].
 template <class T, int N>
