@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from itertools import pairwise
@@ -21,6 +23,7 @@ from configs import schema
 from data.sources import Corpus, Generated, row_of
 from model import Config, Qwen3
 from objectives import IGNORED, Batch, linear_cross_entropy, next_token_loss
+from ops import cross_entropy
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {
@@ -452,3 +455,109 @@ def test_processes_and_config_must_agree(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"train\.parallel is none; set ddp or fsdp"):
         run(config)
+
+
+# --- what a run may ask for besides ---
+
+
+def test_wandb_offline_gets_the_records_of_the_metrics_and_no_network(config, tmp_path):
+    """In a process whose sockets lead nowhere but to itself; wandb's own file is read back."""
+    pytest.importorskip("wandb")
+    code = """
+import json, socket, sys
+connect = socket.socket.connect
+def refuse(self, address):
+    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "localhost", "::1"):
+        sys.exit(f"a connection to {address}")
+    return connect(self, address)
+socket.socket.connect = refuse
+import train
+from configs import schema
+train.Trainer(schema.load(sys.argv[1], sys.argv[2:]), False).train()
+"""
+    overrides = [f"train.out={tmp_path / 'run'}", "train.steps=3", "train.wandb=offline", "train.validate_batches=1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_BASE_URL": "http://192.0.2.1", "WANDB_SILENT": "true"}
+    command = [sys.executable, "-c", code, str(config), *overrides]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    logged = wandb_history(file)
+    assert [{**record, "step": index} for index, record in enumerate(logged, 1)] == metrics(tmp_path / "run")
+
+
+def wandb_history(path: Path) -> list[dict]:
+    """What was logged to an offline run, without wandb's own keys.
+
+    Its file is a LevelDB log behind 7 bytes of its own: blocks of 32 KB of pieces, each of checksum (4 bytes), length
+    (2), kind (1; 1 a whole record, 2 to 4 its first, middle and last piece) and data.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, found, record = path.read_bytes(), 7, [], b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):
+            message, record = wandb_internal_pb2.Record.FromString(record), b""
+            if message.WhichOneof("record_type") == "history":
+                items = {item.key or "/".join(item.nested_key): item.value_json for item in message.history.item}
+                found.append({name: json.loads(value) for name, value in items.items() if not name.startswith("_")})
+    return found
+
+
+def test_wandb_off_imports_nothing(config):
+    code = "import sys, train; from configs import schema; "
+    code += "train.Trainer(schema.load(sys.argv[1], sys.argv[2:]), False).train(); sys.exit('wandb' in sys.modules)"
+    command = [sys.executable, "-c", code, str(config), f"train.out={config.parent / 'run'}", "train.steps=1"]
+    assert subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
+
+
+@pytest.mark.skipif(
+    not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile on a CPU needs a C++ compiler"
+)
+def test_compiled_blocks_train_alike_and_resume(config, unbroken, monkeypatch):
+    """The same losses within rounding; killed after a checkpoint and gone on with, to the bit of its own kind."""
+    short = ("train.steps=4", "train.save_every=2", "model.config.num_hidden_layers=1", "train.validate_batches=1")
+    eager, out = losses(run(config, *short)), config.parent / "run"
+    shutil.rmtree(out)
+    whole = losses(run(config, *short, "train.compile=true"))
+    assert [loss for _, loss, _ in whole] == pytest.approx([loss for _, loss, _ in eager], rel=1e-4)
+    Qwen3.from_pretrained(out / "latest")  # names without torch.compile's prefix
+    shutil.rmtree(out)
+    step = train.Trainer.step
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", lambda self, at: sys.exit(5) if at == 4 else step(self, at))
+        with pytest.raises(SystemExit):
+            run(config, *short, "train.compile=true")
+    assert (out / "latest").resolve().name == "step-00000002"
+    assert losses(run(config, *short, "train.compile=true", resume=True)) == whole
+
+
+def test_pieces_of_the_loss_are_small_and_give_the_whole(monkeypatch):
+    """As with a large vocabulary, where a group of rows for the caches is a part of a chunk, and a last one shorter."""
+    monkeypatch.setattr(cross_entropy, "CACHED", 3 * 50)
+    torch.manual_seed(0)
+    x, weight = torch.randn(23, 12).requires_grad_(), torch.randn(50, 12).requires_grad_()
+    targets, shares = torch.randint(50, (23,)), torch.rand(23)
+    expected = F.cross_entropy(x @ weight.T, targets, reduction="none")
+    gradients = torch.autograd.grad((expected * shares).sum(), (x, weight))
+    single = linear_cross_entropy(x, weight, targets, chunk=10, reduction="none")
+    torch.testing.assert_close(single, expected)
+    torch.testing.assert_close(torch.autograd.grad((single * shares).sum(), (x, weight)), gradients)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, weight, targets, chunk=10)
+    torch.testing.assert_close(loss, expected.sum(), rtol=1e-2, atol=0.1)
+    exact = torch.autograd.grad(F.cross_entropy(x @ weight.T, targets, reduction="sum"), (x, weight))
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, weight)), exact, rtol=0.05, atol=0.1)
+
+
+def test_logits_far_apart_lose_nothing():
+    """Softmax is 0 in float32 where the wanted logit is 200 below the highest; its loss is not infinite."""
+    logits = torch.tensor([[0.0, 200.0, 1.0], [5.0, 5.0, 5.0]])
+    targets = torch.tensor([0, 2])
+    loss = linear_cross_entropy(logits, torch.eye(3), targets)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, targets, reduction="sum"))
