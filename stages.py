@@ -191,7 +191,8 @@ def document_mask(document: Tensor) -> Tensor:
 
 
 class Stage:
-    """Pretraining and SFT. `model` is trained; `autocast()` is the context that its forward passes run in."""
+    """Pretraining and SFT. `model` is trained; `autocast()` is the context that its forward passes run in; `processes`
+    are those of train.py, of which each gets its own share of a step's batches."""
 
     updates = 1
     """Optimizer updates on the batches of one step."""
@@ -202,24 +203,28 @@ class Stage:
         chat: Chat,
         source,
         model: Qwen3,
-        device: torch.device,
+        processes,
         autocast: Callable[[], AbstractContextManager],
     ):
         self.settings, self.chat, self.source, self.model = settings, chat, source, model
-        self.device, self.autocast = device, autocast
+        self.processes, self.device, self.autocast = processes, processes.device, autocast
         self.objective = self.build_objective()
 
     def build_objective(self) -> Objective:
         return Objective(self.model)
 
-    def prepare(self, run: Run, processes) -> None:
+    def prepare(self, run: Run) -> None:
         """What has to be known of the starting weights. At step 0 the model still has them."""
 
     def batches(self, step: int) -> list:
-        """Those of one step (0 is the first), for all processes together."""
-        return self.collate(self.source.rows(step))
+        """This process's share of those of one step (0 is the first)."""
+        parts = self.collate(self.source.rows(step))
+        if not parts or len(parts) % self.processes.count:
+            raise ValueError(f"step {step + 1}: too few rows are within train.sequence; raise it")
+        return self.processes.mine(parts)
 
     def validation_batches(self, index: int) -> list:
+        """Those of one validation, the same in every process."""
         return self.collate(self.source.validation_rows(index))
 
     def collate(self, rows: list[Row]) -> list[Batch]:
@@ -237,19 +242,19 @@ class PreferenceStage(Stage):
     def build_objective(self) -> DPO:
         return DPO(self.model, self.settings.dpo.beta, self.settings.dpo.nll)
 
-    def prepare(self, run: Run, processes) -> None:
+    def prepare(self, run: Run) -> None:
         path = run.path / "reference.safetensors"
         if run.step:
             saved = load_file(path)
         else:
-            saved = self._reference(processes)
-            if processes.rank == 0:
+            saved = self._reference()
+            if self.processes.rank == 0:
                 with atomic_file(path) as temporary:
                     save_file(saved, temporary)
         keys = (bytes(key) for key in saved["pairs"].numpy())
         self.reference = dict(zip(keys, saved["logprobs"], strict=True))
 
-    def _reference(self, processes) -> dict[str, Tensor]:
+    def _reference(self) -> dict[str, Tensor]:
         """pairs uint8 [U, 16], a hash of each; logprobs float32 [U, 2] of its chosen and its rejected answer."""
         train = self.settings.train
         steps = [self.source.rows(step) for step in range(train.steps)]
@@ -257,16 +262,16 @@ class PreferenceStage(Stage):
         found = {fingerprint(pair): pair for rows in steps for pair in rows}
         if not found:
             raise ValueError(f"no pair is within train.sequence {train.sequence}; raise it")
-        if processes.rank == 0:
+        if self.processes.rank == 0:
             console.notice(f"reference log-probabilities of {len(found):,} pairs")
         keys = sorted(found, key=lambda key: found[key].length)
         size, logprobs = max(1, train.batch // train.accumulate), torch.zeros(len(keys), 2, device=self.device)
         with torch.no_grad(), self.autocast():
-            for start in processes.mine(range(0, len(keys), size)):
+            for start in self.processes.mine(range(0, len(keys), size)):
                 batch = self._pairs([found[key] for key in keys[start : start + size]])
                 logprobs[start : start + size] = answer_logprobs(self.model, batch).view(-1, 2)
         pairs = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
-        return {"pairs": pairs, "logprobs": processes.sum_tensor(logprobs).cpu()}
+        return {"pairs": pairs, "logprobs": self.processes.sum_tensor(logprobs).cpu()}
 
     def collate(self, rows: list[Pair]) -> list[Pairs]:
         return [self._pairs(chosen, self._look_up(chosen)) for chosen in in_parts(rows, self.settings.train.accumulate)]
@@ -308,14 +313,25 @@ class RewardStage(Stage):
 
     def batches(self, step: int) -> list[Rollouts]:
         grpo = self.settings.grpo
-        asked = [question for question in self.source.rows(step) for _ in range(grpo.group)]
+        asked = [question for question in self._questions(step) for _ in range(grpo.group)]
         replies = generate_batch(self.model, [question.prompt for question in asked], self._sampling(step, len(asked)))
         weights = advantages(self._rewards(asked, replies), grpo.group, grpo.divide_by_std)
         written = [
             Sampled(row_of(question.prompt, reply), weight, len(reply))
             for question, reply, weight in zip(asked, replies, weights.tolist(), strict=True)
         ]
-        return [self._rollouts(chosen) for chosen in in_parts(written, self.settings.train.accumulate)]
+        parts = in_parts(written, self.settings.train.accumulate // self.processes.count)
+        return [self._rollouts(chosen) for chosen in parts]
+
+    def _questions(self, step: int) -> list[Question]:
+        """Of this process; the replies to a question stay together."""
+        questions, count = self.source.rows(step), self.processes.count
+        if len(questions) % count or not questions:
+            raise ValueError(
+                f"step {step + 1}: {len(questions)} questions that leave room for a reply in train.sequence can't be "
+                f"shared out evenly to {count} processes; change train.batch, or raise train.sequence"
+            )
+        return self.processes.mine(questions)
 
     def validation_batches(self, index: int) -> list:
         return []  # a loss over replies of its own says nothing; evaluate.py asks for right answers
@@ -323,7 +339,8 @@ class RewardStage(Stage):
     def _sampling(self, step: int, rows: int) -> list[SamplingParams]:
         """A seed for each reply, so that a run gone on with writes the same ones."""
         grpo, seed = self.settings.grpo, self.settings.train.seed
-        digests = (hashlib.blake2b(f"{seed} {step} {row}".encode(), digest_size=8).digest() for row in range(rows))
+        names = (f"{seed} {step} {self.processes.rank} {row}".encode() for row in range(rows))
+        digests = (hashlib.blake2b(name, digest_size=8).digest() for name in names)
         limits = {"temperature": grpo.temperature, "max_new_tokens": grpo.max_new_tokens}
         return [SamplingParams(**limits, seed=int.from_bytes(digest) >> 1) for digest in digests]
 

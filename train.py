@@ -322,9 +322,10 @@ class Trainer:
         self.chat = Chat.from_pretrained(settings.model.tokenizer)
         source = build_source(settings, self.chat)
         self.run, self.model, reference = self._run_and_model(resume)
-        self.stage = STAGES[settings.stage](settings, self.chat, source, self.model, self.device, self.autocast)
+        stage = STAGES[settings.stage]
+        self.stage = stage(settings, self.chat, source, self.model, self.processes, self.autocast)
         self.stage.reference = reference
-        self.stage.prepare(self.run, self.processes)
+        self.stage.prepare(self.run)
         fused = "torch" if train.kernels == "auto" and train.compile else train.kernels  # a compiler fuses by itself
         use_kernels(self.model, fused, "train.kernels")
         for block in self.model.model.layers if train.checkpoint_activations else ():
@@ -345,8 +346,8 @@ class Trainer:
             raise ValueError(
                 f"train.accumulate {settings.train.accumulate} can't be shared out evenly to {count} processes"
             )
-        if settings.train.parallel != "none" and settings.stage == "grpo":
-            raise ValueError("train.parallel: stage grpo writes its replies in one process; set none")
+        if settings.train.parallel == "fsdp" and settings.stage == "grpo":
+            raise ValueError("train.parallel fsdp cuts the model, but stage grpo writes replies with it; set ddp")
         if settings.train.parallel == "fsdp" and settings.lora.rank:
             raise ValueError("train.parallel fsdp cuts what is trained, but lora's weights are frozen; set ddp")
         if settings.lora.rank and settings.optimizer.name == "muon":
@@ -382,27 +383,28 @@ class Trainer:
         """One step over the rows of all processes, an optimizer update of it or several; the record of it."""
         train, start = self.settings.train, time.perf_counter()
         parts = self.stage.batches(step - 1)
-        count = sum(batch.count for batch in parts)
-        if not count or len(parts) % self.processes.count:
-            raise ValueError(f"step {step}: too few rows are within train.sequence {train.sequence}; raise it")
+        with self.processes.together(self.run):
+            count = self.processes.sum(sum(batch.count for batch in parts))
+            tokens = int(self.processes.sum(sum(batch.ids.numel() for batch in parts)))
         factor = learning_rate_factor(step, train.steps, self.settings.schedule)
         updates = [self._update(step, parts, count, factor) for _ in range(self.stage.updates)]
         loss, norm = (sum(values) / len(updates) for values in zip(*updates, strict=True))
-        tokens = sum(batch.ids.numel() for batch in parts)
         self.tokens += tokens
         seconds = time.perf_counter() - start
         record = {"step": step, "loss": loss, "tokens": self.tokens, "lr": self.settings.optimizer.lr * factor}
         record |= {"grad_norm": norm, **self._measured(), "tokens_per_second": tokens / seconds}
         if peak := peak_flops(self.device):
-            length = sum(batch.ids.shape[1] * batch.ids.numel() for batch in parts) / tokens
+            own = sum(batch.ids.numel() for batch in parts)
+            length = sum(batch.ids.shape[1] * batch.ids.numel() for batch in parts) / own
             weights, attention = self.flops
             record["mfu"] = (weights + attention * length / 2) * tokens / seconds / (peak * self.processes.count)
         return record
 
     def _update(self, step: int, parts: list, count: float, factor: float) -> tuple[float, float]:
-        """One update of the weights; the mean loss before it, and the gradient's norm."""
+        """One update of the weights; the mean loss before it, and the gradient's norm. `parts` are this process's,
+        `count` is that of all."""
         with self.processes.together(self.run):
-            total = self._backward(self.processes.mine(parts), count)
+            total = self._backward(parts, count)
             loss = self.processes.sum(total) / count
             norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.clip or math.inf)))
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -414,7 +416,7 @@ class Trainer:
         return loss, norm
 
     def _backward(self, parts: list, count: float) -> float:
-        """Gradients of the mean loss over all processes' batches; returns the sum of this one's losses."""
+        """Gradients of the mean loss over all processes' batches; the sum of the losses of this one's."""
         total = 0.0
         for batch in parts:
             with self.autocast():

@@ -1,7 +1,6 @@
 """Runs of sft on foreign rows, dpo, grpo and lora: what they learn, and that a killed one goes on equal to the bit."""
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -167,13 +166,23 @@ def test_what_does_not_fit_together_is_refused(config, overrides, said):
         run(config, *overrides)
 
 
-def test_grpo_and_processes(config, monkeypatch):
-    def work():
-        with pytest.raises(ValueError, match="stage grpo writes its replies in one process"):
-            run(config, "stage=grpo", *STAGES["grpo"], "train.parallel=ddp")
+def test_grpo_in_two_processes(config):
+    """Each writes replies to its own questions; both then have the same weights, and kills change nothing."""
+    chosen = ["stage=grpo", *STAGES["grpo"], "grpo.kl=0", "train.steps=3"]
 
+    def work():
+        trainer = train.Trainer(train.schema.load(config, [f"train.out={config.parent / 'run'}", *chosen]), False)
+        trainer.train()
+        mean = trainer.processes.sum(float(sum(p.abs().sum() for p in trainer.model.parameters()))) / 2
+        assert mean == float(sum(p.abs().sum() for p in trainer.model.parameters()))
+
+    chosen.append("train.parallel=ddp")
     assert run_in_processes(2, work) == [0, 0]
-    assert "RANK" not in os.environ
+    first = without_speed(metrics(config.parent / "run"))
+    assert len(first) == 3 and first[0]["grad_norm"] > 0
+    (config.parent / "run").rename(config.parent / "first")
+    assert run_in_processes(2, work) == [0, 0]
+    assert without_speed(metrics(config.parent / "run")) == first
 
 
 # --- replies and their rewards ---
