@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from formats.compressed_tensors import Scheme
-from model import Config, KVCache, Linear, Qwen3, RMSNorm
+from model import Config, KVCache, Linear, Qwen3, RMSNorm, rotate
 from ops import graphs
 from ops.cross_entropy import _errors, linear_cross_entropy
 from ops.quant import QuantizedLinear, quantize_
@@ -97,6 +97,16 @@ def test_rms_norm(shape, added, dtype):
 
     inputs = [randn(*shape, dtype=dtype), weight, *([randn(*shape, dtype=dtype)] if added else [])]
     both_ways(fused, twin, *inputs)
+
+
+def test_bfloat16_is_rounded_where_the_model_rounds_it():
+    """Not only once at the end: then a fifth of all values would differ in their last bit."""
+    x, gain = randn(1, 3, 50, 40, dtype=torch.bfloat16), randn(40, dtype=torch.bfloat16)
+    cos, sin = torch.rand(2, 1, 1, 3, 40, device=DEVICE).bfloat16()
+    expected = gain * F.rms_norm(x, (40,), None, 1e-6)
+    assert (kernels.rms_norm(x, gain, 1e-6) != expected).float().mean() < 0.01
+    found, expected = kernels.norm_rotate(x, gain, cos, sin, 1e-6), rotate(expected.transpose(1, 2), cos, sin)
+    assert (found != expected).float().mean() < 0.01
 
 
 def test_rms_norm_of_a_row_far_from_one_and_of_a_view():
@@ -213,7 +223,7 @@ def test_linear_of_wide_rows(kind, dtype):
 @pytest.mark.parametrize(
     "heads, kv_heads, size, model_type", [(1, 1, 48, "qwen2"), (6, 2, 80, "qwen3"), (16, 1, 128, "qwen3")]
 )
-@pytest.mark.parametrize("positions", [(0,), (31,), (64, 3), (300, 0), (511,)], ids=str)
+@pytest.mark.parametrize("positions", [(0,), (64, 3), (511,)], ids=str)
 @torch.no_grad()
 def test_attention_of_a_token(heads, kv_heads, size, positions, model_type, dtype):
     B, max_len = len(positions), 512
@@ -247,7 +257,7 @@ def random_model(dtype=torch.float32, **fields) -> Qwen3:
 
 
 @DTYPES
-@pytest.mark.parametrize("fields", [{}, {"model_type": "qwen2"}, {"tie_word_embeddings": True}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"model_type": "qwen2", "tie_word_embeddings": True}], ids=["qwen3", "qwen2"])
 def test_a_model_with_the_kernels_in_it(fields, dtype):
     """The same logits and gradients under the same names, and the weights saved under the same names."""
     model = random_model(dtype, **fields)
@@ -278,8 +288,7 @@ def test_a_quantized_model_with_the_kernels_in_it(quantization):
     same(model(ids), expected, 8)
 
 
-@DTYPES
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows, dtype", [(1, torch.float32), (3, torch.bfloat16)], ids=["fp32", "bf16, three rows"])
 @torch.no_grad()
 def test_tokens_through_the_static_step(rows, dtype):
     """Triton's kernels under ops/graphs.py (on a GPU recorded and replayed) against model.py's own way."""
