@@ -71,6 +71,16 @@ def training_example(seed: int, index: int, pieces: Pieces) -> Example:
     return finished(messages, problem, rng, thinking, pieces)
 
 
+def document(seed: int, index: int, pieces: Pieces) -> str:
+    """Text `index` for pretraining: a worked example as a schoolbook prints it, without any form of a chat."""
+    rng = Random(f"document {seed} {index}")
+    family = FAMILIES[rng.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))[0]]
+    facts = draw(family, rng, test=False)
+    trace, answer = family.solve(facts, pieces)
+    question = family.ask(facts, rng, False) + "\n" if rng.random() < 0.7 else ""
+    return f"{question}{trace}\n{answer}"
+
+
 def second_turn(problem: Problem, messages: list, rng: Random, pieces: Pieces) -> tuple[list, Problem] | None:
     """The conversation gone on by one turn, or None where this problem has no follow-up that may be trained on."""
     follow_ups = FAMILIES[problem.family].follow_ups

@@ -19,10 +19,10 @@ import numpy as np
 
 import console
 from data import conversations
-from data.corpus import check, completion, question_example, training_example
+from data.corpus import check, completion, document, question_example, training_example
 from data.documents import is_data_set, read_records
 from data.preferences import preference_example
-from data.shards import Windows
+from data.shards import END_OF_TEXT, Windows
 from data.tasks import Pieces
 from formats.files import atomic_file
 
@@ -66,11 +66,10 @@ class Question(NamedTuple):
 Item = Row | Pair | Question
 
 
-def row_of(prompt: list[int], answer: list[int], learn_prompt: bool = False) -> Row:
-    """One conversation: the answer is learnt, the prompt only on request."""
+def row_of(prompt: list[int], answer: list[int]) -> Row:
+    """The answer is learnt, the prompt is not."""
     ids = prompt + answer
-    hidden = 0 if learn_prompt else len(prompt) - 1
-    return Row(ids[:-1], [IGNORED] * hidden + ids[1 + hidden :])
+    return Row(ids[:-1], [IGNORED] * (len(prompt) - 1) + answer)
 
 
 # --- the offline corpus ---
@@ -100,12 +99,13 @@ class Corpus:
         self.seed, self.pieces, self.chat, self.hard = seed, pieces, chat, hard
 
     def text(self, index: int) -> Row:
-        return self.conversation(index, learn_prompt=True)
+        end = self.chat.encode(END_OF_TEXT)
+        return row_of(end, [*self.chat.encode(document(self.seed, index, self.pieces)), *end])
 
-    def conversation(self, index: int, learn_prompt: bool = False) -> Row:
+    def conversation(self, index: int) -> Row:
         example = training_example(self.seed, index, self.pieces)
         prompt = self.chat.render(example.messages, example.thinking)
-        return row_of(prompt, self.chat.encode(completion(example)), learn_prompt)
+        return row_of(prompt, self.chat.encode(completion(example)))
 
     def preference(self, index: int) -> Pair:
         pair = preference_example(self.seed, index, self.pieces)

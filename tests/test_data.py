@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from data import letters
-from data.corpus import FAMILIES, SWITCH, check, is_test, solve, training_example, unseen_examples
+from data.corpus import FAMILIES, SWITCH, check, document, is_test, solve, training_example, unseen_examples
 from data.tasks import SHOWCASE, Problem, draw, held_out
 from data.tokenizer import KEYWORDS, TINY, pieces_of, tokenizer_config, train
 
@@ -197,3 +197,12 @@ def test_the_template_writes_what_the_official_one_writes():
                     for t in (tokenizer.chat_template, official)
                 ]
                 assert both[0] == both[1]
+
+
+def test_documents_for_pretraining_are_no_chats_and_hold_nothing_out():
+    texts = [document(0, index, PIECES) for index in range(800)]
+    assert texts[:9] == [document(0, index, PIECES) for index in range(9)]
+    unseen = list(unseen_examples(0, 200, PIECES))
+    shown = "\n".join(texts)
+    assert "<|" not in shown and "<think>" not in shown and "\nones: " in shown
+    assert not any(example.trace in shown for example in unseen if len(example.trace.splitlines()) > 2)
