@@ -24,6 +24,7 @@ from sampling import SamplingParams, sample
 
 MOST_GUESSES = 7  # with the token before them the 8 that ops/step.cpp reads each weight once for
 ALLOWANCE = 0.02  # of the time without guesses may be lost to guesses that were wrong
+FIRST = 4  # passes without guesses, to know what one takes
 SAVINGS = 4  # passes; what was gained before excuses no more than so much
 
 
@@ -122,6 +123,7 @@ class Speculation:
         self.draft, self.most, self.clock = draft, most, time.perf_counter
         self.length = min(2, most)  # how many tokens are guessed next
         self.plain: float | None = None  # seconds of a pass of one token
+        self.first: list[float] = []  # of the passes before that is known
         self.account = 0.0  # seconds
         self.passes = self.drafted = self.accepted = 0
 
@@ -144,12 +146,22 @@ class Speculation:
         if self.passes == 1 or pending != 1:  # the prompt, or what a thinking budget put in
             return
         seconds = self.clock() - self.started
-        if self.plain is None:
-            self.plain = seconds
-        elif drafted == 0:
-            self.plain += (seconds - self.plain) / 4
-        self.plain = min(self.plain, seconds) if drafted else self.plain
-        if drafted:
+        if drafted == 0:
+            self._time_plain(seconds)
+        else:
+            seconds = min(seconds, 2 * (1 + drafted) * self.plain)  # the machine was busy with something else
+            self.plain = min(self.plain, seconds)
             self.account += (accepted + 1) * self.plain - seconds
             self.length = min(2 * drafted if accepted == drafted else accepted + 1, self.most)
+        if self.plain is None:
+            return
         self.account = min(self.account + ALLOWANCE * seconds, SAVINGS * self.plain)
+
+    def _time_plain(self, seconds: float) -> None:
+        """The least of the first passes, then their median, followed in small steps: one slow pass changes little."""
+        if self.plain is not None:
+            self.plain *= 1.02 if seconds > self.plain else 0.98
+            return
+        self.first.append(seconds)
+        if len(self.first) == FIRST:
+            self.plain = min(self.first)
