@@ -23,7 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ import console
 from chat import Chat
 from configs import schema
 from configs.schema import Settings
+from data.ahead import Ahead
 from decode import generate
 from formats.checkpoint import read_json
 from formats.files import atomic_file
@@ -223,6 +224,10 @@ class Processes:
             fully_shard(objective)
         return objective
 
+    def shared_at_once(self, objective: nn.Module, is_last: bool) -> AbstractContextManager:
+        """DDP sends the gradients of a step's last batch alone, which are the sums over all of its batches."""
+        return objective.no_sync() if self.parallel == "ddp" and not is_last else nullcontext()
+
     @contextmanager
     def together(self, run: Run):
         """What is done in step with the others: that one of them died is reported by the libraries in many ways."""
@@ -320,7 +325,7 @@ class Trainer:
         self._check_parallel()
         self.tokenizer = resolve(settings.model.tokenizer)
         self.chat = Chat.from_pretrained(settings.model.tokenizer)
-        source = build_source(settings, self.chat)
+        source = Ahead(build_source(settings, self.chat), train.steps)
         self.run, self.model, reference = self._run_and_model(resume)
         stage = STAGES[settings.stage]
         self.stage = stage(settings, self.chat, source, self.model, self.processes, self.autocast)
@@ -417,13 +422,14 @@ class Trainer:
 
     def _backward(self, parts: list, count: float) -> float:
         """Gradients of the mean loss over all processes' batches; the sum of the losses of this one's."""
-        total = 0.0
+        losses = []
         for batch in parts:
-            with self.autocast():
-                loss = self.objective(batch)
-            (loss * (self.processes.count / count)).backward()  # DDP and FSDP take the mean over the processes
-            total += float(loss.detach())
-        return total
+            with self.processes.shared_at_once(self.objective, is_last=len(losses) == len(parts) - 1):
+                with self.autocast():
+                    loss = self.objective(batch)
+                (loss * (self.processes.count / count)).backward()  # DDP and FSDP take the mean over the processes
+            losses.append(loss.detach())
+        return sum(map(float, losses))  # not before: a GPU would be waited for after each batch
 
     def _measured(self) -> dict[str, float]:
         """What the objective has measured besides, over all processes."""

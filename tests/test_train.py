@@ -20,6 +20,7 @@ import yaml
 import formats.run
 import train
 from configs import schema
+from data.ahead import Ahead
 from data.sources import Corpus, Generated, row_of
 from model import Config, Qwen3
 from objectives import IGNORED, Batch, linear_cross_entropy, next_token_loss
@@ -568,3 +569,27 @@ def test_several_batches_of_each_process_are_summed_before_they_are_shared(confi
     assert run_in_processes(2, lambda: run(config, "train.accumulate=4", "train.parallel=ddp")) == [0, 0]
     for record, expected in zip(metrics(tmp_path / "run"), alone, strict=True):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_rows_made_ahead_are_those_of_their_step():
+    class Source:
+        def __init__(self):
+            self.asked = []
+
+        def rows(self, step):
+            self.asked.append(step)
+            if step == 7:
+                raise ValueError("a bad row")
+            return [step]
+
+        def validation_rows(self, index):
+            return [-index]
+
+    source = Source()
+    ahead = Ahead(source, end=9)
+    assert [ahead.rows(step) for step in (0, 1, 5, 6)] == [[0], [1], [5], [6]]  # a run gone on with begins anywhere
+    assert ahead.validation_rows(3) == [-3]
+    assert source.asked == [0, 1, 2, 5, 6, 7]
+    with pytest.raises(ValueError, match="a bad row"):
+        ahead.rows(7)
+    assert ahead.rows(8) == [8] and source.asked[-1] == 8  # there is no step 9
