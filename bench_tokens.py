@@ -36,7 +36,7 @@ from data.shards import Shard, write_shard
 from data.texts import load_tokenizer, vocabulary_of
 from formats.files import write_text
 
-BATCH, SEQUENCE, STEPS = 16, 128, 160  # of the peer
+BATCH, SEQUENCE, STEPS = 16, 128, 128  # of the peer
 VALIDATE_EVERY, VALIDATION_ROWS = 4, 32
 SIZES = {
     "hidden_size": 128,
@@ -65,10 +65,10 @@ class Lesson:
     precision: str = "bf16"
 
 
-PEER = {"lr": 0.004, "betas": [0.9, 0.95], "weight_decay": 0.1}
-PEER_GRID = {"lr": [0.002, 0.004, 0.008], "betas": [[0.9, 0.95], [0.9, 0.99]], "weight_decay": [0.0, 0.1]}
-OURS = {"train.steps": 96, "optimizer.lr": 0.01, "optimizer.embedding_lr": 0.01}
-OURS_GRID = {"optimizer.lr": [0.005, 0.01, 0.02], "optimizer.embedding_lr": [0.005, 0.01, 0.02]}
+PEER = {"lr": 0.008, "betas": [0.9, 0.95], "weight_decay": 0.1}
+PEER_GRID = {"lr": [0.004, 0.008, 0.016], "betas": [[0.9, 0.95], [0.9, 0.99]]}
+OURS = {"train.steps": 80, "optimizer.lr": 0.02, "optimizer.embedding_lr": 0.02}
+OURS_GRID = {"optimizer.lr": [0.01, 0.02], "optimizer.embedding_lr": [0.01, 0.02]}
 
 Curve = list[tuple[int, float]]  # tokens seen, validation loss
 
