@@ -57,7 +57,7 @@ class Row(NamedTuple):
         return "/".join(self[: 2 if self.device == "cpu" else 3])
 
 
-ROWS = [Row("nanoqwen", precision) for precision in ("f32", "bf16", "int8", "int4")]
+ROWS = [Row("nanoqwen", precision) for precision in ("f32", "bf16", "int8", "int8-32", "int4")]
 ROWS += [Row("transformers", precision) for precision in ("f32", "bf16")]
 ROWS += [Row("llama.cpp", precision) for precision in ("f32", "bf16", "q8_0", "q4_0", "q4_k_m")]
 ROWS += [Row("nanoqwen", precision, "cuda") for precision in ("bf16", "int8", "int4")]
@@ -265,7 +265,9 @@ def convert(model: Path, row: Row, directory: Path) -> Path:
     path = directory / (f"{row.precision}.gguf" if gguf else row.precision)
     if not path.exists():
         console.notice(f"converting the model to {path.name}")
-        flags = ["--to", "gguf", "--type", row.precision] if gguf else ["--to", row.precision]
+        scheme, *group = row.precision.split("-")  # int8-32: in groups of 32, as llama.cpp's q8_0
+        flags = ["--to", "gguf", "--type", row.precision] if gguf else ["--to", scheme]
+        flags += ["--group-size", *group] if group else []
         run_script(ROOT / "convert.py", *flags, "--model", str(model), "--out", str(path))
     return path
 

@@ -22,7 +22,7 @@ OTHERS = {
 }
 HEADINGS = {**SECONDS, **RATES, **OTHERS}
 SCALES = {"bytes_per_token": 1e-6, "weight_bandwidth": 1e-9, "peak_bytes": 1e-6, "share": 100}
-SAME_SIZE = {"q8_0": "int8", "q4_0": "int4"}  # which precision of ours a peer's is held against
+SAME_SIZE = {"q8_0": ("int8", "int8-32"), "q4_0": ("int4",)}  # which precisions of ours a peer's is held against
 # Colour, marker, and on which side of it a label stands, so that labels of neighbours stay apart.
 LOOKS = {
     "nanoqwen": ("C0", "o", {"xytext": (7, -3), "ha": "left"}),
@@ -42,7 +42,7 @@ def ratios(rows: list[Report]) -> list[Report]:
     found = []
     for ours in (row for row in rows if row["engine"] == "nanoqwen"):
         for peer in (row for row in rows if row["engine"] != "nanoqwen" and row["device"] == ours["device"]):
-            if SAME_SIZE.get(peer["precision"], peer["precision"]) != ours["precision"]:
+            if ours["precision"] not in SAME_SIZE.get(peer["precision"], (peer["precision"],)):
                 continue
             rounds = []
             for a, b in zip(ours["runs"], peer["runs"], strict=False):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from chat import Chat, ReplyStream, assistant_message
 from decode import ThinkingBudget, check_prompt, end_tokens, new_cache, repetition_period, steps
-from model import KVCache, Qwen3
+from model import EMBEDDING, HEAD, KVCache, Qwen3
+from ops.step import head_copy_bytes
 from sampling import SamplingParams
 from speculate import Speculation, common_prefix
 
@@ -203,12 +204,13 @@ def rate(count: int, seconds: float) -> float | None:
 
 def weight_bytes_per_token(model: Qwen3) -> int:
     """Bytes of weights that one decoded token reads: all but the unread rows of the embedding and the idle experts."""
-    config, total = model.config, 0
+    config, total, copy = model.config, 0, head_copy_bytes(model)
+    head = EMBEDDING if config.tie_word_embeddings else HEAD
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         share = 1.0
         if ".experts." in name:
             share = config.num_experts_per_tok / config.num_experts
-        elif name == "model.embed_tokens.weight" and not config.tie_word_embeddings:
+        elif name == EMBEDDING and not config.tie_word_embeddings:
             share = 1 / config.vocab_size
-        total += tensor.nbytes * share
+        total += copy if copy and name == head else tensor.nbytes * share
     return int(total)

@@ -481,8 +481,9 @@ struct Step {
                 for (int64_t i = 0; i < count; i++)
                     for (int half = 0; half < 2; half++) {
                         Vector out = sums[i][half] / total[i];
-                        int64_t at = d + 16 * half, column = (head * G + (query_index + i) % G) * D + at;
-                        shared.attended.put(token(i), column, (float*)&out, std::clamp(D - at, int64_t(0), int64_t(16)));
+                        int64_t at = d + 16 * half, rest = std::clamp(D - at, int64_t(0), int64_t(16));
+                        int64_t column = (head * G + (query_index + i) % G) * D + at;
+                        shared.attended.put(token(i), column, (float*)&out, rest);
                     }
             }
         }
@@ -517,8 +518,9 @@ struct Step {
             const int64_t stride = count * model.widest_mlp, start = first * stride + i * model.widest_mlp;
             float *gate = &shared.gate[start], *up = &shared.up[start];
             Input* x = &inputs[first];
-            rows(expert.gate_proj, begin, end, x, last - first, [&](int64_t n, int64_t j, float y) { gate[n * stride + j] = y; });
-            rows(expert.up_proj, begin, end, x, last - first, [&](int64_t n, int64_t j, float y) { up[n * stride + j] = y; });
+            auto into = [&](float* out) { return [=](int64_t n, int64_t j, float y) { out[n * stride + j] = y; }; };
+            rows(expert.gate_proj, begin, end, x, last - first, into(gate));
+            rows(expert.up_proj, begin, end, x, last - first, into(up));
             for (int64_t n = 0; n < last - first; n++)
                 silu_and_multiply(gate + n * stride + begin, up + n * stride + begin, end - begin);
         });
@@ -567,14 +569,15 @@ struct Step {
 
     void step(const Tokens& tokens) {
         for (int64_t layer = 0; layer < model.num_hidden_layers; layer++) block(model.layers[layer], layer);
-        // The tokens of this span whose logits are wanted are the last `wanted` of each row.
+        // Of each row the last `wanted` tokens of this span; the first of them is `from` in the span, `to` in the logits.
         const int64_t before = tokens.T - tokens.outputs, V = model.lm_head.rows;
-        const int64_t wanted = std::clamp(span.first + span.T - before, int64_t(0), span.T), out = span.first + span.T - wanted;
+        const int64_t wanted = std::clamp(span.first + span.T - before, int64_t(0), span.T);
+        const int64_t from = span.T - wanted, to = span.first + from - before, count = span.B * wanted;
         if (!wanted) return;
-        norm(model.norm, span.B * wanted, [&](int64_t i) { return i / wanted * span.T + span.T - wanted + i % wanted; });
-        linear(model.lm_head, span.B * wanted, shared.normed, [&](int64_t i, int64_t row, const float* y, int64_t count) {
-            T* logits = (T*)tokens.logits + (i / wanted * tokens.outputs + out - before + i % wanted) * V + row;
-            for (int64_t j = 0; j < count; j++) assign(logits[j], y[j]);
+        norm(model.norm, count, [&](int64_t i) { return i / wanted * span.T + from + i % wanted; });
+        linear(model.lm_head, count, shared.normed, [&](int64_t i, int64_t row, const float* y, int64_t n) {
+            T* logits = (T*)tokens.logits + (i / wanted * tokens.outputs + to + i % wanted) * V + row;
+            for (int64_t j = 0; j < n; j++) assign(logits[j], y[j]);
         });
         wait_for_all();  // here, as OpenMP would spin
     }

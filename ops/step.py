@@ -158,6 +158,7 @@ class Bound:
         self.kept: list[Any] = []  # what the structs point to, besides tensors
         self.bytes = 0  # of weights that a token reads
         self.copied: tuple | None = None  # the head of which there is a quantised copy, and its version
+        self.copy_bytes = 0
         try:
             self.struct = self._bind(model, loaded)
         except NotServed:
@@ -206,10 +207,8 @@ class Bound:
         """The output head; for a quantised model a copy in as many bits, or it would be half of what a token reads."""
         head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
         rows, columns = model.config.vocab_size, model.config.hidden_size
-        before, bits = (
-            self.bytes,
-            min((m.bits for m in model.modules() if isinstance(m, QuantizedLinear)), default=None),
-        )
+        bits = min((m.bits for m in model.modules() if isinstance(m, QuantizedLinear)), default=None)
+        before = self.bytes
         struct = self._linear(head, rows, columns)
         if bits is None or struct.scale is not None:
             return struct
@@ -225,7 +224,8 @@ class Bound:
             some.weight, some.scale = packed[start:].data_ptr(), scale[start:].data_ptr()
             quantize(part.data_ptr(), some, torch.get_num_threads())
             release_file_pages(part)
-        self.bytes, self.copied = before + rows * copy.row_bytes, (weakref.ref(head.weight), head.weight._version)
+        self.copied, self.copy_bytes = (weakref.ref(head.weight), head.weight._version), packed.nbytes + scale.nbytes
+        self.bytes = before + self.copy_bytes
         return copy
 
     def _block(self, block: nn.Module, config: Any) -> Block:
@@ -332,3 +332,9 @@ def step(model: nn.Module, ids: Tensor, cache: Any, last: bool = False) -> Tenso
     if bound.struct is None or type(ids) is not Tensor or ids.dtype != torch.int64 or ids.dim() != 2:
         return None
     return bound.step(loaded, ids, cache, last)
+
+
+def head_copy_bytes(model: nn.Module) -> int:
+    """Of the quantised copy that is read in the place of this model's output head; 0 where there is none."""
+    bound = _bound.get(model)
+    return bound.copy_bytes if bound is not None and bound.is_current() else 0

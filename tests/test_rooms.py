@@ -15,7 +15,7 @@ ROOMS = {
     "sampling": (set(), {"torch"}),
     "decode": ({"model", "chat", "sampling", "speculate"}, {"torch"}),
     "speculate": ({"decode", "model", "sampling"}, {"torch"}),
-    "session": ({"decode", "speculate", "model", "chat", "sampling"}, {"torch"}),
+    "session": ({"decode", "speculate", "model", "chat", "sampling", "ops"}, {"torch"}),
     "prompts": ({"decode", "session", "chat", "console"}, set()),
     "generate": (
         {"decode", "session", "speculate", "prompts", "model", "chat", "sampling", "ops", "formats", "console"},
@@ -50,6 +50,7 @@ ROOMS = {
     ),
     "bench_report": ({"formats"}, {"matplotlib", "rich"}),
     "bench_convert": ({"bench", "formats", "console"}, set()),
+    "bench_quality": ({"bench", "model", "chat", "decode", "data", "formats", "console"}, {"torch"}),
     "console": (set(), {"rich"}),
     "ops": ({"formats", "console"}, {"torch", "triton", "numpy"}),
     "formats": (
