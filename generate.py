@@ -144,11 +144,13 @@ def load_session(options) -> Session:
         from ops.quant import quantize_
 
         quantize_(model, options.quantize)
-    use_kernels(model, kernels, "--kernels")
-    if options.compile:
+    if options.compile:  # it fuses the layers by itself; a token under a CUDA graph has its kernels all the same
         from ops.compiled import compile_
 
         compile_(model, "--compile")
+        model.kernels = kernels
+    else:
+        use_kernels(model, kernels, "--kernels")
     thinking = options.thinking != "off"
     chosen = {"seed": int.from_bytes(os.urandom(4), "big"), **options.sampling}
     params = recommended(model.generation_config, thinking, **chosen)

@@ -76,6 +76,7 @@ class TokenStep:
         rows, device, dtype = len(cache.lengths), decoder.embed_tokens.weight.device, decoder.embed_tokens.weight.dtype
         self.model, self.kernels, self.rows = weakref.ref(model), model.kernels, rows
         self.keys, self.values = list(cache.keys), list(cache.values)
+        self.records = device.type == "cuda"
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.lengths: list[int] | None = None  # what `positions` holds on the device
         self.is_served = _is_served(model, cache)
@@ -132,7 +133,7 @@ class TokenStep:
             logits = recorded[1].clone()
         else:  # the first token of a window also compiles and warms up what is recorded for the next one
             logits = self.run(model, window)
-            if ids.is_cuda:
+            if self.records:
                 self._record(model, window)
         cache.advance(1)
         self.lengths = list(cache.lengths)
@@ -141,8 +142,8 @@ class TokenStep:
     def _record(self, model: nn.Module, window: int) -> None:
         from console import notice
 
-        graph = torch.cuda.CUDAGraph()
         try:
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 logits = self.run(model, window)
             self.graphs[window] = graph, logits

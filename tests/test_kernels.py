@@ -112,6 +112,57 @@ def test_a_static_token_in_bfloat16(lengths):
     held_against_the_model(random_model(torch.bfloat16), lengths, 0.03)
 
 
+class StandIn:
+    """Of torch.cuda.CUDAGraph and the recording with it: nothing that is recorded happens then; a replay does it."""
+
+    def __init__(self):
+        StandIn.made.append(self)
+
+    def __enter__(self):
+        self.positions = StandIn.step.positions.clone()
+
+    def __exit__(self, *_):
+        StandIn.step.positions.copy_(self.positions)
+
+    def replay(self):
+        StandIn.replays += 1
+        step = StandIn.step
+        ((window, logits),) = [(window, logits) for window, (graph, logits) in step.graphs.items() if graph is self]
+        logits.copy_(step.run(step.model(), window))
+
+
+@torch.inference_mode()
+def test_replayed_tokens_are_the_models_also_after_a_jump_and_into_another_window(monkeypatch):
+    model = random_model()
+    caches, prompt = [KVCache(model.config, 2, 300) for _ in range(2)], torch.randint(101, (2, 123))
+    for cache in caches:
+        model.model(prompt, cache)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    StandIn.step = graphs._steps[caches[0]] = graphs.TokenStep(model, caches[0], "torch")
+    StandIn.step.records, StandIn.made, StandIn.replays, pairs = True, [], 0, []
+    for token in range(15):
+        if token == 9:
+            for cache in caches:
+                cache.truncate([100, 131])
+        ids = torch.randint(101, (2, 1))
+        pairs.append((graphs.step(model, ids, caches[0]), model.head(model.model(ids, caches[1]))))
+    assert sorted(StandIn.step.graphs) == [128, 256] and len(StandIn.made) == 2 and StandIn.replays == 13
+    for found, expected in pairs:  # compared last: no token may change the logits of an earlier one
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_where_recording_fails_decoding_goes_on(monkeypatch, capsys):
+    model, ids = random_model(), torch.tensor([[3]])
+    cache, other = KVCache(model.config, 1, 10), KVCache(model.config, 1, 10)
+    step = graphs._steps[cache] = graphs.TokenStep(model, cache, "torch")
+    step.records = True
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: (_ for _ in ()).throw(RuntimeError("no graph\nhere")))
+    torch.testing.assert_close(graphs.step(model, ids, cache), model.head(model.model(ids, other)))
+    assert graphs.step(model, ids, cache) is None and "no CUDA graph" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 @torch.no_grad()
 def test_a_static_token_of_a_quantized_model_has_a_quantized_head(quantization):
@@ -202,5 +253,5 @@ def test_which_kernels_run_where(monkeypatch):
         pick_kernels("triton", "cpu", "--kernels")
     monkeypatch.setattr(machine, "find_spec", lambda name: None)
     assert pick_kernels("auto", "cuda", "--kernels") == "torch"
-    with pytest.raises(ValueError, match="--kernels triton: Triton .* is not installed here"):
+    with pytest.raises(ValueError, match=r"--kernels triton: Triton .* is not installed here"):
         pick_kernels("triton", "cuda", "--kernels")
