@@ -307,14 +307,16 @@ def test_a_closed_pipe_and_an_interrupt_end_quietly(tiny_checkpoint):
     pipe.stdout.close()
     assert b"Traceback" not in pipe.stderr.read() and pipe.wait() in (0, 130)
     waiting = subprocess.Popen(
-        [*command[:2], "--model", str(tiny_checkpoint)],
+        [*command[:2], "--model", str(tiny_checkpoint), "--multi-turn", "--json", "--max-new-tokens", "3"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (a background job ignores it)
     )
-    time.sleep(4)
+    waiting.stdin.write(b"hi\n")
+    waiting.stdin.flush()
+    assert waiting.stdout.readline()  # it has loaded, and waits for the next line
     waiting.send_signal(signal.SIGINT)
     _, error = waiting.communicate()
     assert waiting.returncode == 130 and b"Traceback" not in error
