@@ -23,7 +23,7 @@ ROOMS = {
     ),
     "convert": ({"model", "formats", "ops", "chat", "console"}, {"torch", "safetensors"}),
     "train": (
-        {"model", "ops", "objectives", "stages", "lora", "configs", "chat", "decode", "sampling", "formats"}
+        {"model", "ops", "objectives", "stages", "lora", "configs", "data", "chat", "decode", "sampling", "formats"}
         | {"console"},
         {"torch", "matplotlib", "rich", "wandb"},
     ),
