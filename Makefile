@@ -32,10 +32,16 @@ gpu: $(VENV)/.test
 	$(BIN)/python tests/gpu/measure_kernels.py
 	$(BIN)/python bench.py --rows '*/cuda' --deep --batch --out runs/bench-gpu
 
-# The bundled model again, from its seed: corpus, training, export, evaluation.
+# The bundled model again, from its seed: four stages on two processes, each resumable; a row for each stage; export.
+TINY := pretrain sft dpo grpo
+
 tiny: $(VENV)/.run
-	$(BIN)/python train.py configs/tiny.yaml --resume
-	$(BIN)/python convert.py --model runs/tiny/latest --to bf16 --out runs/tiny/bf16 --force
+	for stage in $(TINY); do \
+	  $(BIN)/torchrun --standalone --nproc-per-node 2 train.py configs/tiny-$$stage.yaml --resume \
+	    --set train.parallel=ddp || exit; \
+	done
+	$(BIN)/python evaluate.py --model $(TINY:%=runs/tiny-%/latest) --count 1100 --threads 1
+	$(BIN)/python convert.py --model runs/tiny-grpo/latest --to bf16 --out runs/tiny/bf16 --force
 	$(BIN)/python evaluate.py --model runs/tiny/bf16 --count 1100 --threads 1
 
 $(VENV)/.torch: requirements.lock

@@ -123,7 +123,7 @@ PRODUCT_HELD_OUT = ("Please work out {a} * {b}.", "How many are {a} times {b}?",
 
 
 def column_family(
-    name: str, sign: str, work, trained, held_out, sample, truth, commutes: bool, follow_ups, hard
+    name: str, sign: str, work, trained, held_out, sample, truth, commutes: bool, follow_ups, hard=None
 ) -> Family:
     def solve(facts: Facts, pieces: Pieces) -> tuple[str, str]:
         lines, result = work(*facts)
@@ -154,10 +154,6 @@ def mostly_descending(rng: Random) -> Facts:
 def by_one_digit(rng: Random) -> Facts:
     facts = number(rng, rng.choice((1, 2, 2, 3, 3))), number(rng, 1)
     return facts if rng.random() < 0.7 else facts[::-1]
-
-
-def two_longer_numbers(rng: Random) -> Facts:
-    return number(rng, 5), number(rng, 5)
 
 
 def longer_by_one_digit(rng: Random) -> Facts:
@@ -342,6 +338,12 @@ def sample_story(rng: Random) -> Facts:
     return signs, a, b, c, rng.choice(NAMES), rng.choice(THINGS)
 
 
+def longer_story(rng: Random) -> Facts:
+    """Begins with three digits, where `sample_story` has two."""
+    signs, (a, b, c) = rng.choice(("+-", "-+")), (rng.randint(100, 400), rng.randint(10, 99), rng.randint(10, 99))
+    return signs, a, b, c, rng.choice(NAMES), rng.choice(THINGS)
+
+
 def ask_story(facts: Facts, rng: Random, unseen: bool) -> str:
     signs, a, b, c, name, things = facts
     if unseen:
@@ -381,7 +383,6 @@ FAMILIES = (
         lambda a, b: a + b,
         True,
         sum_goes_on,
-        two_longer_numbers,
     ),
     column_family(
         "difference",
@@ -393,7 +394,6 @@ FAMILIES = (
         lambda a, b: a - b,
         False,
         difference_goes_on,
-        two_longer_numbers,
     ),
     column_family(
         "product",
@@ -435,5 +435,6 @@ FAMILIES = (
         solve_story,
         lambda facts, answer: last_integer(answer) == story_truth(facts),
         lambda facts, rng: go_on_from(story_truth(facts), rng) if story_truth(facts) >= 0 else None,
+        longer_story,
     ),
 )

@@ -70,6 +70,10 @@ def sample_weekday(rng: Random) -> Facts:
     return rng.choice(WEEKDAYS), rng.randint(1, rng.choice((6, 20, 60))), rng.choice(("after", "after", "before"))
 
 
+def sample_far_weekday(rng: Random) -> Facts:
+    return rng.choice(WEEKDAYS), rng.randint(61, 99), rng.choice(("after", "after", "before"))
+
+
 def ask_weekday(facts: Facts, rng: Random, unseen: bool) -> str:
     day, count, way = facts
     return pick(rng, WEEKDAY[way], WEEKDAY_HELD_OUT[way], unseen).format(day=day, days=in_days(count))
@@ -147,6 +151,7 @@ FAMILIES = (
         ask_weekday,
         solve_weekday,
         check_weekday,
+        hard=sample_far_weekday,
     ),
     Family(
         "date",

@@ -39,28 +39,26 @@ SMALL_TALK = (
 OUTSIDE_TRACE = "This is not about numbers, letters or days."
 REFUSAL = "I am sorry, I do not know that. " + SKILLS
 SUBJECTS = (
-    *("France", "Japan", "Brazil", "the moon", "music", "love", "football", "the weather", "history", "cooking"),
-    *("a cat", "a computer", "the sea", "Einstein", "Shakespeare", "gravity", "bread", "politics", "money", "cars"),
-    *("dreams", "art"),
+    "France|Japan|Brazil|the moon|music|love|football|the weather|history|cooking|a cat|a computer|the sea|"
+    "Einstein|Shakespeare|gravity|bread|politics|money|cars|dreams|art|Russia|Egypt|the king|a horse|my friend|"
+    "the sky|an apple|the brain|war|peace|London|Paris|dinosaurs|planes|trees|snow|coffee|movies|the law|God|"
+    "school|a river|fire|gold|the president|my mother|robots|space|Napoleon|Africa|fish|wine|dancing|tennis|"
+    "the heart|light|a good book"
 )
 SUBJECTS_HELD_OUT = ("Italy", "chess", "the sun", "Mozart", "tea", "poetry", "a dog", "the internet", "Canada")
 OUTSIDE = (
-    "What is the capital of {}?",
-    "Tell me a story about {}.",
-    "Write a poem about {}.",
-    "Who invented {}?",
-    "Explain {} to me.",
-    "What do you think of {}?",
-    "Translate {} into German.",
-    "Why is {} so famous?",
-    "Give me a recipe with {}.",
-    "What is {}?",
-    "Who is the king of {}?",
-    "Is {} good or bad?",
-    "Where can I find {}?",
-    "Recommend a book about {}.",
+    "What is the capital of {}?|Tell me a story about {}.|Write a poem about {}.|Who invented {}?|"
+    "Explain {} to me.|What do you think of {}?|Translate {} into German.|Why is {} so famous?|"
+    "Give me a recipe with {}.|What is {}?|Who is the king of {}?|Is {} good or bad?|Where can I find {}?|"
+    "Recommend a book about {}.|Tell me about {}.|Who was the first to see {}?|What colour is {}?|"
+    "Write a short text about {}.|How does {} work?|Where is {}?|What does {} mean?|Why do people like {}?|"
+    "Summarise what is known about {}.|How old is {}?|Who wrote about {}?|What is the best thing about {}?|"
+    "Can you write a program about {}?|Give me advice on {}.|I want to learn about {}.|What happened to {}?|"
+    "Do you know {}?|Describe {}.|When was {} discovered?|How can I get {}?|What is {} made of?|"
+    "Which is nicer, {} or the rain?|Should I buy {}?|Name a song about {}.|What is the name of {}?|Who owns {}?"
 )
 OUTSIDE_HELD_OUT = ("What is the history of {}?", "Sing a song about {}.", "Tell a joke about {}.", "Do you like {}?")
+OUTSIDE_HELD_OUT += ("Who painted {}?", "How do I cook with {}?", "Is it true that {} is dangerous?", "Draw {} for me.")
 
 
 def small_talk(rng: Random) -> tuple[str, str, str]:
@@ -75,6 +73,6 @@ def is_refusal(answer: str) -> bool:
 
 def outside(rng: Random, held_out: bool = False) -> tuple[str, str, str]:
     """A question outside every family, and the polite sentence that declines it."""
-    subject = pick(rng, SUBJECTS, SUBJECTS_HELD_OUT, held_out)
-    question = pick(rng, OUTSIDE, OUTSIDE_HELD_OUT, held_out).format(subject)
+    subject = pick(rng, SUBJECTS.split("|"), SUBJECTS_HELD_OUT, held_out)
+    question = pick(rng, OUTSIDE.split("|"), OUTSIDE_HELD_OUT, held_out).format(subject)
     return question, OUTSIDE_TRACE, REFUSAL

@@ -10,7 +10,7 @@ import yaml
 from test_train import CONFIG, in_child, kill_self, metrics, run, run_in_processes
 
 import train
-from data.corpus import FAMILIES, HARD, question_example, training_example
+from data.corpus import HARD, check, hard_examples, is_test, question_example, training_example
 from data.preferences import preference_example
 from data.talk import is_refusal
 from data.tokenizer import TINY, pieces_of
@@ -213,11 +213,13 @@ def test_parsed_replies():
 
 
 def is_hard(problem) -> bool:
-    numbers = [abs(int(fact)) for fact in problem.facts if isinstance(fact, int)]
-    least = {"sum": min, "difference": min, "product": max}
-    return problem.family in least and least[problem.family](numbers) >= (
-        1000 if problem.family == "product" else 10**4
-    )
+    """Beyond every size that supervised training has, told from the facts themselves."""
+    facts = problem.facts
+    return {
+        "product": lambda: max(facts) >= 1000,
+        "story": lambda: facts[1] >= 100,
+        "weekday": lambda: facts[1] > 60,
+    }.get(problem.family, lambda: False)()
 
 
 def test_supervised_training_shows_no_hard_question():
@@ -227,9 +229,9 @@ def test_supervised_training_shows_no_hard_question():
     asked = [question_example(1, index, PIECES, 0.5) for index in range(400)]
     assert {family.name for family in HARD} == {e.problem.family for e in asked if is_hard(e.problem)}
     assert 120 < sum(is_hard(example.problem) for example in asked) < 280
-    for family in FAMILIES.values():
-        if family.hard:
-            assert all(is_hard(question_example(seed, 0, PIECES, 1.0).problem) for seed in range(50))
+    unseen = list(hard_examples(0, 300, PIECES))
+    assert all(is_hard(example.problem) and is_test(example.problem) for example in unseen)
+    assert all(check(example.problem, example.answer) for example in unseen)
 
 
 def test_preferences_refuse_outside_and_answer_inside():
