@@ -6,14 +6,16 @@ Results go to standard output; all that this file prints goes to standard error.
 import argparse
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 stderr = Console(stderr=True, highlight=False)
+T = TypeVar("T")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -32,6 +34,16 @@ class ArgumentParser(argparse.ArgumentParser):
 def notice(message: str) -> None:
     """One line to the person at the terminal that is neither a result nor an error."""
     print(message, file=sys.stderr, flush=True)
+
+
+def counted(items: Iterable[T], what: str, every: float = 15.0) -> Iterator[T]:
+    """The items as they are; how many there were is told every so many seconds, for work that takes long."""
+    last = time.monotonic()
+    for number, item in enumerate(items):
+        if time.monotonic() - last > every:
+            last = time.monotonic()
+            notice(f"{what}: {number:,}")
+        yield item
 
 
 def byte_progress() -> Progress:

@@ -91,7 +91,11 @@ class Evaluation:
         hard = list(hard_examples(self.seed, self.count, self.pieces))
         solved = self.right("hard", hard, replies(self.model, self.chat, hard, thinking=True))
         outside = list(outside_examples(self.seed, self.count))
-        declined = [is_refusal(reply.answer) for reply in replies(self.model, self.chat, outside, thinking=True)]
+        found = replies(self.model, self.chat, outside, thinking=True)
+        declined = [is_refusal(reply.answer) for reply in found]
+        for example, reply, is_declined in zip(outside, found, declined, strict=True):
+            if not is_declined:
+                self.wrong.append(("outside", example.messages[-1]["content"], reply))
         return families["all"] | {"hard": statistics.mean(solved), "declined outside": statistics.mean(declined)}
 
     def by_budget(self, budgets: Sequence[int]) -> dict[int, float]:

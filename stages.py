@@ -266,8 +266,11 @@ class PreferenceStage(Stage):
             console.notice(f"reference log-probabilities of {len(found):,} pairs")
         keys = sorted(found, key=lambda key: found[key].length)
         size, logprobs = max(1, train.batch // train.accumulate), torch.zeros(len(keys), 2, device=self.device)
+        starts = self.processes.mine(range(0, len(keys), size))
+        if self.processes.rank == 0:
+            starts = console.counted(starts, f"reference: batches of {len(starts):,}")
         with torch.no_grad(), self.autocast():
-            for start in self.processes.mine(range(0, len(keys), size)):
+            for start in starts:
                 batch = self._pairs([found[key] for key in keys[start : start + size]])
                 logprobs[start : start + size] = answer_logprobs(self.model, batch).view(-1, 2)
         pairs = torch.tensor([list(key) for key in keys], dtype=torch.uint8)

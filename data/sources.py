@@ -203,7 +203,7 @@ def read_items(
     ValueError names the row that is no such item."""
     rows, items, too_long, unusable = 0, [], 0, 0
     digest = hashlib.blake2b(digest_size=8)
-    for where, record in found:
+    for where, record in console.counted(found, f"{name}: rows"):
         try:
             made = make(record)
         except ValueError as error:

@@ -55,7 +55,8 @@ OUTSIDE = (
     "Summarise what is known about {}.|How old is {}?|Who wrote about {}?|What is the best thing about {}?|"
     "Can you write a program about {}?|Give me advice on {}.|I want to learn about {}.|What happened to {}?|"
     "Do you know {}?|Describe {}.|When was {} discovered?|How can I get {}?|What is {} made of?|"
-    "Which is nicer, {} or the rain?|Should I buy {}?|Name a song about {}.|What is the name of {}?|Who owns {}?"
+    "Which is nicer, {} or the rain?|Should I buy {}?|Name a song about {}.|Do you want {}?|Have you ever seen {}?|"
+    "Are you afraid of {}?|Who built {}?|Play {} for me.|Who likes {}?|What is the name of {}?|Who owns {}?"
 )
 OUTSIDE_HELD_OUT = ("What is the history of {}?", "Sing a song about {}.", "Tell a joke about {}.", "Do you like {}?")
 OUTSIDE_HELD_OUT += ("Who painted {}?", "How do I cook with {}?", "Is it true that {} is dangerous?", "Draw {} for me.")

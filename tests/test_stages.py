@@ -188,6 +188,25 @@ def test_grpo_in_two_processes(config):
 # --- replies and their rewards ---
 
 
+@pytest.mark.parametrize("average", ["reply", "token", "constant"])
+def test_what_the_losses_of_replies_are_divided_by(config, average):
+    """The paper's mean over each reply's tokens, DAPO's over all tokens, Dr. GRPO's constant."""
+    overrides = [f"train.out={config.parent / 'run'}", "stage=grpo", *STAGES["grpo"], f"grpo.average={average}"]
+    stage = train.Trainer(train.schema.load(config, overrides), resume=False).stage
+    parts = stage.batches(0)
+    assert [len(part.ids) for part in parts] == [8, 8]
+    tokens = [(part.targets != -100).sum(1) for part in parts]
+    shares, count = {"reply": (1 / torch.cat(tokens), 16), "constant": (torch.full((16,), 1 / 20), 16)}.get(
+        average, (torch.ones(16), int(torch.cat(tokens).sum()))
+    )
+    assert torch.equal(torch.cat([part.shares for part in parts]), shares)
+    assert sum(part.count for part in parts) == count
+    assert sum(float(part.advantages.sum()) for part in parts) == pytest.approx(0, abs=1e-4)
+    again = stage.batches(0)
+    assert all(torch.equal(a.ids, b.ids) and torch.equal(a.old, b.old) for a, b in zip(parts, again, strict=True))
+    assert not torch.equal(stage.batches(1)[0].ids[:, :30], parts[0].ids[:, :30])
+
+
 def test_parsed_replies():
     from chat import Chat
 
