@@ -203,10 +203,12 @@ class Stage:
         chat: Chat,
         source,
         model: Qwen3,
+        reference: Qwen3 | None,
         processes,
         autocast: Callable[[], AbstractContextManager],
     ):
-        self.settings, self.chat, self.source, self.model = settings, chat, source, model
+        """`reference`: a frozen copy of the starting weights; None: the model itself without its adapters."""
+        self.settings, self.chat, self.source, self.model, self.reference = settings, chat, source, model, reference
         self.processes, self.device, self.autocast = processes, processes.device, autocast
         self.objective = self.build_objective()
 
@@ -252,7 +254,7 @@ class PreferenceStage(Stage):
                 with atomic_file(path) as temporary:
                     save_file(saved, temporary)
         keys = (bytes(key) for key in saved["pairs"].numpy())
-        self.reference = dict(zip(keys, saved["logprobs"], strict=True))
+        self.logprobs = dict(zip(keys, saved["logprobs"], strict=True))
 
     def _reference(self) -> dict[str, Tensor]:
         """pairs uint8 [U, 16], a hash of each; logprobs float32 [U, 2] of its chosen and its rejected answer."""
@@ -285,7 +287,7 @@ class PreferenceStage(Stage):
 
     def _look_up(self, pairs: list[Pair]) -> Tensor:
         try:
-            return torch.cat([self.reference[fingerprint(pair)] for pair in pairs]).to(self.device)
+            return torch.cat([self.logprobs[fingerprint(pair)] for pair in pairs]).to(self.device)
         except KeyError:
             raise ValueError("a pair has no saved reference: the data is not what this run began with") from None
 
@@ -304,9 +306,6 @@ class Sampled(NamedTuple):
 
 class RewardStage(Stage):
     """GRPO: every question is answered `group` times, and each reply is held against the others to its question."""
-
-    reference: Qwen3 | None = None
-    """A frozen copy of the starting weights; None: the model itself without its adapters."""
 
     def build_objective(self) -> GRPO:
         grpo = self.settings.grpo

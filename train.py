@@ -328,8 +328,7 @@ class Trainer:
         source = Ahead(build_source(settings, self.chat), train.steps)
         self.run, self.model, reference = self._run_and_model(resume)
         stage = STAGES[settings.stage]
-        self.stage = stage(settings, self.chat, source, self.model, self.processes, self.autocast)
-        self.stage.reference = reference
+        self.stage = stage(settings, self.chat, source, self.model, reference, self.processes, self.autocast)
         self.stage.prepare(self.run)
         fused = "torch" if train.kernels == "auto" and train.compile else train.kernels  # a compiler fuses by itself
         use_kernels(self.model, fused, "train.kernels")
@@ -473,9 +472,10 @@ class Trainer:
     def train(self) -> None:
         train, stop = self.settings.train, Stop()
         if self.is_first:
+            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             console.notice(
-                f"{sum(p.numel() for p in self.model.parameters()):,} parameters on {self.device.type}, "
-                f"{train.batch} rows a step, steps {self.run.step + 1} to {train.steps}"
+                f"{trained:,} parameters to train on {self.device.type}, {train.batch} rows a step, "
+                f"steps {self.run.step + 1} to {train.steps}"
             )
         with progress_bar(train.steps, self.run.step, self.is_first) as update, self._log() as log:
             for step in range(self.run.step + 1, train.steps + 1):

@@ -41,7 +41,7 @@ def preference_example(seed: int, index: int, pieces: Pieces) -> Preference:
 
 
 def made_up(question: str, rng: Random, pieces: Pieces) -> tuple[str, str]:
-    """-> (trace, answer) of some other problem, or of small talk; or the answer is a number or a word of the question."""
+    """-> (trace, answer) of another problem or of small talk; or the answer is a number or a word of the question."""
     if rng.random() < 0.3:
         return talk.small_talk(rng)[1:]
     family = rng.choice(tuple(FAMILIES.values()))

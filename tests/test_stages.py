@@ -135,12 +135,12 @@ def test_grpo_raises_the_reward(config):
     assert all(0 <= record["format_errors"] <= 1 and record["length"] > 0 for record in records)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_two_processes_give_the_losses_of_one(config, stage):
+@pytest.mark.parametrize(("stage", "parallel"), [("sft", "ddp"), ("dpo", "fsdp")])
+def test_two_processes_give_the_losses_of_one(config, stage, parallel):
     chosen = [f"stage={stage}", *STAGES[stage], "optimizer.lr=3e-4", "train.steps=3"]
     alone = run(config, *chosen)
     (config.parent / "run").rename(config.parent / "alone")
-    assert run_in_processes(2, lambda: run(config, *chosen, "train.parallel=ddp")) == [0, 0]
+    assert run_in_processes(2, lambda: run(config, *chosen, f"train.parallel={parallel}")) == [0, 0]
     for record, expected in zip(metrics(config.parent / "run"), alone, strict=True):
         for name in ("loss", "margin", "accuracy"):
             assert record.get(name, 0) == pytest.approx(expected.get(name, 0), rel=1e-4, abs=1e-5)
