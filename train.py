@@ -4,12 +4,18 @@
     python train.py configs/toy.yaml --resume
     python train.py --keys                     lists every key of a config
 
+`stage` in the YAML is pretrain, sft, dpo or grpo: where a step's batches come from and which loss they have (stages.py,
+objectives.py). All else is the same.
+
 A run writes its folder `train.out`:
     config.yaml      the resolved settings; --resume refuses others
     metrics.jsonl    one object a step: step, loss (mean over the step's targets), tokens (rows' tokens up to here), ...
-    checkpoints/     the last `train.keep` checkpoints: the official layout, trainer.safetensors and trainer.json beside
+    checkpoints/     the last `train.keep` checkpoints: the official layout, trainer.safetensors and trainer.json beside;
+                     with lora the merged weights, and the adapters in adapter/
     latest           the last of them
     loss.png         the curve
+    reference.safetensors   dpo: log-probabilities under the starting weights
+    rows-*.jsonl     the rows of a streamed data set
 
 The data of a step is a pure function of its number (data/sources.py), so what a checkpoint has to hold is the weights,
 the optimizers' state, the random state and the step. A run that was killed at any moment and resumed gives losses
