@@ -10,8 +10,8 @@ objectives.py). All else is the same.
 A run writes its folder `train.out`:
     config.yaml      the resolved settings; --resume refuses others
     metrics.jsonl    one object a step: step, loss (mean over the step's targets), tokens (rows' tokens up to here), ...
-    checkpoints/     the last `train.keep` checkpoints: the official layout, trainer.safetensors and trainer.json beside;
-                     with lora the merged weights, and the adapters in adapter/
+    checkpoints/     the last `train.keep` checkpoints: the official layout, trainer.safetensors and trainer.json beside
+                     (with lora the merged weights, and the adapters in adapter/)
     latest           the last of them
     loss.png         the curve
     reference.safetensors   dpo: log-probabilities under the starting weights
