@@ -178,8 +178,8 @@ class GRPO(Objective):
 def advantages(rewards: Tensor, group: int, divide_by_std: bool) -> Tensor:
     """Each reply's reward above the mean of its group's, over their standard deviation (GRPO, section 4.1.2).
 
-    rewards float32 [B], the replies to one prompt side by side -> float32 [B]. Without the division hard and easy
-    questions count by how far their rewards lie apart (Dr. GRPO, https://arxiv.org/abs/2503.20783, section 3.1).
+    rewards [B], the replies to one prompt side by side -> [B]. Without the division hard and easy questions count by
+    how far their rewards lie apart (Dr. GRPO, https://arxiv.org/abs/2503.20783, section 3.1).
     """
     groups = rewards.view(-1, group)
     above = groups - groups.mean(1, keepdim=True)

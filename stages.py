@@ -316,7 +316,7 @@ class RewardStage(Stage):
     def batches(self, step: int) -> list[Rollouts]:
         grpo = self.settings.grpo
         asked = [question for question in self._questions(step) for _ in range(grpo.group)]
-        replies = generate_batch(self.model, [question.prompt for question in asked], self._sampling(step, len(asked)))
+        replies = self._replies([question.prompt for question in asked], step)
         weights = advantages(self._rewards(asked, replies), grpo.group, grpo.divide_by_std)
         written = [
             Sampled(row_of(question.prompt, reply), weight, len(reply))
@@ -338,25 +338,28 @@ class RewardStage(Stage):
     def validation_batches(self, index: int) -> list:
         return []  # a loss over replies of its own says nothing; evaluate.py asks for right answers
 
-    def _sampling(self, step: int, rows: int) -> list[SamplingParams]:
-        """A seed for each reply, so that a run gone on with writes the same ones."""
+    def _replies(self, prompts: list[list[int]], step: int) -> list[list[int]]:
+        """Each has a seed of its own, so that a run gone on with writes the same ones."""
         grpo, seed = self.settings.grpo, self.settings.train.seed
-        names = (f"{seed} {step} {self.processes.rank} {row}".encode() for row in range(rows))
+        names = (f"{seed} {step} {self.processes.rank} {row}".encode() for row in range(len(prompts)))
         digests = (hashlib.blake2b(name, digest_size=8).digest() for name in names)
         limits = {"temperature": grpo.temperature, "max_new_tokens": grpo.max_new_tokens}
-        return [SamplingParams(**limits, seed=int.from_bytes(digest) >> 1) for digest in digests]
+        params = [SamplingParams(**limits, seed=int.from_bytes(digest) >> 1) for digest in digests]
+        chunks = [slice(start, start + grpo.rollout_batch) for start in range(0, len(prompts), grpo.rollout_batch)]
+        return [reply for rows in chunks for reply in generate_batch(self.model, prompts[rows], params[rows])]
 
     def _rewards(self, asked: list[Question], written: list[list[int]]) -> Tensor:
-        """float32 [replies]"""
+        """float64 [replies]: in float32 the mean of equal rewards need not be one of them."""
         grpo, ends = self.settings.grpo, end_tokens(self.model)
         replies = [parse(self.chat, q.prompt, ids, q.thinking, ends) for q, ids in zip(asked, written, strict=True)]
-        rewards = torch.tensor([reward(r, q.is_right, grpo.format_reward) for r, q in zip(replies, asked, strict=True)])
+        worth = [reward(r, q.is_right, grpo.format_reward) for r, q in zip(replies, asked, strict=True)]
+        rewards = torch.tensor(worth, dtype=torch.float64)
         self.objective.measure(
             reward=rewards,
             correct=[q.is_right(r.answer) for r, q in zip(replies, asked, strict=True)],
             format_errors=[not r.well_formed for r in replies],
             length=[len(ids) for ids in written],
-            idle_groups=rewards.view(-1, grpo.group).std(1) == 0,  # nothing to learn from: all the same
+            idle_groups=[len(set(worth[i : i + grpo.group])) == 1 for i in range(0, len(worth), grpo.group)],
         )
         return rewards
 

@@ -111,6 +111,7 @@ class Grpo:
     updates: int = key(1, "optimizer updates on the replies of one step", low=1)
     temperature: float = key(1.0, "of the replies' sampling", low=0.01, high=100)
     max_new_tokens: int = key(256, "longest reply; a prompt with it is within train.sequence", low=1)
+    rollout_batch: int = key(64, "replies written at once; their keys and values are in memory together", low=1)
     thinking: bool = key(True, "rows: whether the replies think")
     format_reward: float = key(0.1, "for closed thinking and an answer that ends; a right answer has 1", low=0)
     divide_by_std: bool = key(True, "advantages over the group's standard deviation, as in the paper; Dr. GRPO: false")

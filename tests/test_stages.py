@@ -23,7 +23,7 @@ STAGES = {
     "dpo": ["data.source=corpus", "dpo.nll=0.1", "train.validate_batches=1"],
     "grpo": ["data.source=rows", "grpo.thinking=false", "train.batch=16", "grpo.group=4", "grpo.max_new_tokens=20"],
 }
-STAGES["grpo"] += ["grpo.updates=2", "data.validation=null"]
+STAGES["grpo"] += ["grpo.updates=2", "grpo.rollout_batch=12", "data.validation=null"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
