@@ -183,29 +183,33 @@ struct Step {
 
     // One row of weight·x + bias for N tokens.
     template <int N>
-    static void row(const Linear& w, int64_t row, Input* inputs, float* y) {
+    static void row(const Linear& w, const Scales& scales, int64_t row, const void* const* prepared,
+                    const float* const* x, float* y) {
         const char* weight = (const char*)w.weight + row * w.row_bytes;
         const auto* scale = (const bfloat16*)w.scale + row * w.groups;
-        const float* x[N];
-        const void* prepared[N];
-        for (int i = 0; i < N; i++) x[i] = inputs[i].x;
-        for (int i = 0; i < N && w.scale; i++) prepared[i] = inputs[i].prepared(w.bits);
         if (!w.scale)
             dot<N>((const T*)weight, x, w.columns, y);
         else if (w.bits == 4)
-            dot_packed<4, N>((const uint8_t*)weight, scale, prepared, x, w.columns, w.groups, y);
+            dot_packed<4, N>((const uint8_t*)weight, scale, scales, prepared, x, w.columns, y);
         else
-            dot_packed<8, N>((const uint8_t*)weight, scale, prepared, x, w.columns, w.groups, y);
+            dot_packed<8, N>((const uint8_t*)weight, scale, scales, prepared, x, w.columns, y);
         for (int i = 0; i < N && w.bias; i++) y[i] += to_float(((const T*)w.bias)[row]);
     }
 
     // Rows begin .. end for `count` tokens: put(token, row, y).
     template <class Put>
     static void rows(const Linear& w, int64_t begin, int64_t end, Input* inputs, int64_t count, Put put) {
+        const Scales scales(w.columns, std::max(w.groups, int64_t(1)), w.bits == 4 ? 4 : 8);
+        const float* x[FEW];
+        const void* prepared[FEW];
+        for (int64_t i = 0; i < count; i++) {
+            x[i] = inputs[i].x;
+            prepared[i] = w.scale ? inputs[i].prepared(w.bits) : nullptr;
+        }
         for (int64_t i = begin; i < end; i++)
             by_fours(count, [&](int64_t token, auto at_once) {
                 float y[at_once];
-                row<at_once>(w, i, inputs + token, y);
+                row<at_once>(w, scales, i, prepared + token, x + token, y);
                 for (int k = 0; k < at_once; k++) put(token + k, i, y[k]);
             });
     }

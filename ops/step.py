@@ -31,6 +31,7 @@ SOURCE = Path(__file__).with_name("step.cpp")
 HEADERS = ("vectors.h", "matmul.h")
 FEW = 8  # tokens that step.cpp takes row by row, in both of its dtypes
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+FLAGS += ("-fvisibility-inlines-hidden", "-fno-semantic-interposition")
 TUNED = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())  # the first that compiles
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 HEAD_GROUP = 16  # columns that share a scale in a head of 4 bits: with 32, int4 would err more than Q4_0 does

@@ -179,67 +179,76 @@ struct alignas(64) Chunk {  // what meets 64 bytes of weights
     float scale;
 
     void prepare(const float* x) {
-        float largest = 0;
-        for (int i = 0; i < COLUMNS; i++) largest = std::max(largest, std::abs(x[i]));
-        scale = largest / 32639;  // 127 · 256 + 127
-        const float inverse = largest > 0 ? 1 / scale : 0;
-        int32_t whole[COLUMNS];
-        for (int i = 0; i < COLUMNS; i++) whole[i] = int32_t(x[i] * inverse + ROUND - ROUND);
-        for (int part = 0; part < 8 / BITS; part++)
-            for (int i = 0; i < 64; i++) {
-                int32_t value = whole[i * (8 / BITS) + part], upper = (value + 128) >> 8;
-                high[part][i] = upper;
-                low[part][i] = value - 256 * upper;
-            }
-        for (int lane = 0; lane < 16; lane++) {
-            int32_t total = 0;
-            for (int i = 0; i < COLUMNS / 16; i++) total += whole[lane * (COLUMNS / 16) + i];
-            start[lane] = -total * (1 << (BITS - 1));
+        const __m512i ones = _mm512_set1_epi8(1);
+        __m512 largest = _mm512_setzero_ps();
+        for (int i = 0; i < COLUMNS; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+        scale = _mm512_reduce_max_ps(largest) / 32639;  // 127 · 256 + 127
+        const __m512 inverse = _mm512_set1_ps(scale > 0 ? 1 / scale : 0);
+        for (int i = 0; i < COLUMNS; i += 16) {
+            __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
+            __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+            store(high, i, upper), store(low, i, whole);  // the low byte is what the high one leaves
+        }
+        __m512i above = _mm512_setzero_si512(), below = above;
+        for (int part = 0; part < 8 / BITS; part++) {
+            above = _mm512_dpbusd_epi32(above, ones, _mm512_load_si512(high[part]));
+            below = _mm512_dpbusd_epi32(below, ones, _mm512_load_si512(low[part]));
+        }
+        __m512i total = _mm512_add_epi32(_mm512_slli_epi32(above, 8), below);
+        _mm512_store_si512(start, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(total, BITS - 1)));
+    }
+
+    // The lowest bytes of 16 numbers to their places.
+    static void store(int8_t to[8 / BITS][64], int column, __m512i numbers) {
+        if constexpr (BITS == 8) {
+            _mm_storeu_si128((__m128i*)&to[0][column], _mm512_cvtepi32_epi8(numbers));
+        } else {
+            _mm_storel_epi64((__m128i*)&to[0][column / 2], _mm512_cvtepi64_epi8(numbers));
+            _mm_storel_epi64((__m128i*)&to[1][column / 2], _mm512_cvtepi64_epi8(_mm512_srli_epi64(numbers, 32)));
         }
     }
 };
 
-// The scales of 64 bytes of weights, one for each 32-bit lane: up to 8 numbers that lie side by side, each over some lanes.
-class Scales {
+// How the scales of 64 bytes of weights spread over the 32-bit lanes: up to 8 numbers that lie side by side.
+struct Scales {
     __m512i where;
     __mmask8 which;
-    int64_t group_size, columns;
-    bool mixed;
+    int64_t groups, group_size, step;  // of a row; numbers from one 64 bytes to the next, 0 where that is no whole one
 
-  public:
-    Scales(int64_t group_size, int64_t columns) : group_size(group_size), columns(columns) {
-        const int64_t groups = std::max(int64_t(1), columns / group_size);
-        mixed = groups > 8 || (groups > 1 ? columns % group_size : group_size % columns);
+    Scales(int64_t n, int64_t groups, int bits) : groups(groups), group_size(n / groups) {
+        const int64_t columns = 512 / bits;
+        step = columns % group_size || columns / group_size > 8 ? 0 : columns / group_size;
         alignas(64) uint8_t bytes[64];
-        for (int i = 0; i < 64; i++) bytes[i] = i % 4 < 2 ? 128 : 2 * (i / 4 * groups / 16) + i % 4 - 2;
-        where = _mm512_load_si512(bytes), which = (1 << groups) - 1;
-    }
-
-    __m512 at(const bfloat16* scale, int64_t column) const {
-        if (mixed) return (__m512)lane_scales(scale, column, group_size, columns / 16);
-        __m128i numbers = _mm_maskz_loadu_epi16(which, scale + column / group_size);
-        return (__m512)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(numbers), where);
+        for (int i = 0; i < 64; i++) bytes[i] = i % 4 < 2 ? 128 : 2 * (i / 4 * step / 16) + i % 4 - 2;
+        where = _mm512_load_si512(bytes), which = (1 << step) - 1;
     }
 };
 
 // y[i] = w·x[i] for N vectors and a row of n weights.
 template <int BITS, int N>
-inline void dot_packed(const uint8_t* w, const bfloat16* scale, const void* const* prepared, const float* const* x,
-                       int64_t n, int64_t groups, float* y) {
+inline void dot_packed(const uint8_t* w, const bfloat16* scale, const Scales& scales, const void* const* prepared,
+                       const float* const* x, int64_t n, float* y) {
     constexpr int64_t COLUMNS = Chunk<BITS>::COLUMNS;
-    const __m512i nibbles = _mm512_set1_epi8(15);
-    const Scales scales(n / groups, COLUMNS);
+    const __m512i nibbles = _mm512_set1_epi8(15), where = scales.where;
+    const __mmask8 which = scales.which;
+    const int64_t groups = scales.groups, step = scales.step;
+    const Chunk<BITS>* chunks[N];
+    for (int i = 0; i < N; i++) chunks[i] = (const Chunk<BITS>*)prepared[i];
     for (int64_t i = 0; i < groups && groups > 1; i += 32) __builtin_prefetch(scale + i + SCALES_AHEAD);
-    __m512 total[N] = {};
-    int64_t column = 0;
-    for (; column + COLUMNS <= n; column += COLUMNS) {
-        const uint8_t* bytes = w + column * BITS / 8;
-        __builtin_prefetch(bytes + PREFETCH);
-        const __m512i codes = _mm512_loadu_si512(bytes), even = _mm512_and_si512(codes, nibbles);
+    __m512 total[N] = {}, of_w = _mm512_set1_ps(to_float(*scale));
+    const int64_t whole = n / COLUMNS;
+    for (int64_t at = 0; at < whole; at++) {
+        __builtin_prefetch(w + 64 * at + PREFETCH);
+        const __m512i codes = _mm512_loadu_si512(w + 64 * at), even = _mm512_and_si512(codes, nibbles);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibbles);
-        const __m512 of_w = groups > 1 ? scales.at(scale, column) : _mm512_set1_ps(1);
+        if (step) {
+            __m512i numbers = _mm512_broadcast_i32x4(_mm_maskz_loadu_epi16(which, scale + at * step));
+            of_w = (__m512)_mm512_shuffle_epi8(numbers, where);
+        } else if (groups > 1) {
+            of_w = (__m512)lane_scales(scale, at * COLUMNS, scales.group_size, COLUMNS / 16);
+        }
         for (int i = 0; i < N; i++) {
-            const auto& chunk = ((const Chunk<BITS>*)prepared[i])[column / COLUMNS];
+            const Chunk<BITS>& chunk = chunks[i][at];
             __m512i high = _mm512_setzero_si512(), low = _mm512_load_si512(chunk.start);
             high = _mm512_dpbusd_epi32(high, BITS == 8 ? codes : even, _mm512_load_si512(chunk.high[0]));
             low = _mm512_dpbusd_epi32(low, BITS == 8 ? codes : even, _mm512_load_si512(chunk.low[0]));
@@ -252,9 +261,9 @@ inline void dot_packed(const uint8_t* w, const bfloat16* scale, const void* cons
         }
     }
     for (int i = 0; i < N; i++) {
-        y[i] = sum((Vector)total[i]) * (groups > 1 ? 1 : to_float(*scale));
-        for (int64_t rest = column; rest < n; rest++)
-            y[i] += x[i][rest] * code_at(w, rest, BITS) * to_float(scale[rest / (n / groups)]);
+        y[i] = sum((Vector)total[i]);
+        for (int64_t rest = whole * COLUMNS; rest < n; rest++)
+            y[i] += x[i][rest] * code_at(w, rest, BITS) * to_float(scale[rest / scales.group_size]);
     }
 }
 
@@ -308,10 +317,15 @@ inline float dot_packed(const uint8_t* w, const bfloat16* scale, const void* pre
     return rest;
 }
 
+struct Scales {
+    int64_t group_size;
+    Scales(int64_t n, int64_t groups, int) : group_size(n / groups) {}
+};
+
 template <int BITS, int N>
-inline void dot_packed(const uint8_t* w, const bfloat16* scale, const void* const* prepared, const float* const* x,
-                       int64_t n, int64_t groups, float* y) {
-    for (int i = 0; i < N; i++) y[i] = dot_packed<BITS>(w, scale, prepared[i], x[i], n, n / groups);
+inline void dot_packed(const uint8_t* w, const bfloat16* scale, const Scales& scales, const void* const* prepared,
+                       const float* const* x, int64_t n, float* y) {
+    for (int i = 0; i < N; i++) y[i] = dot_packed<BITS>(w, scale, prepared[i], x[i], n, scales.group_size);
 }
 
 #endif
