@@ -621,30 +621,30 @@ void quantize_rows(const T* weight, Linear w, int threads) {
     std::vector<float> ranges = {1};
     if (w.bits == 4) ranges = {0.86, 0.93, 1, 1.06, 1.13, 1.2};
     const float low = -(1 << (w.bits - 1));
-#pragma omp parallel for num_threads(threads)
-    for (int64_t row = 0; row < w.rows; row++) {
-        std::vector<float> x(w.columns);
-        std::vector<int32_t> q(w.columns);
-        for (int64_t i = 0; i < w.columns; i++) x[i] = to_float(weight[row * w.columns + i]);
-        for (int64_t group = 0, size = w.columns / w.groups; group < w.groups; group++) {
-            const float* part = &x[group * size];
-            auto smaller = [](float a, float b) { return std::abs(a) < std::abs(b); };
-            float largest = *std::max_element(part, part + size, smaller), least = INFINITY;
-            bfloat16 scale, best = {};
-            for (float range : ranges) {
-                assign(scale, largest / (low * range));
-                float error = quantize(part, size, w.bits, to_float(scale), &q[group * size]);
-                if (error < least) least = error, best = scale;
+    const int64_t columns = w.columns, size = columns / w.groups;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> x(columns);
+        std::vector<int32_t> q(columns);
+#pragma omp for
+        for (int64_t row = 0; row < w.rows; row++) {
+            for (int64_t i = 0; i < columns; i++) x[i] = to_float(weight[row * columns + i]);
+            for (int64_t group = 0; group < w.groups; group++) {
+                const float *part = &x[group * size], largest = largest_of(part, size);
+                bfloat16 scale, best = {};
+                float least = INFINITY;
+                for (float range : ranges) {
+                    assign(scale, largest / (low * range));
+                    float error = quantize(part, size, w.bits, to_float(scale), &q[group * size]);
+                    if (error < least) least = error, best = scale;
+                }
+                if (best.bits != scale.bits) quantize(part, size, w.bits, to_float(best), &q[group * size]);
+                ((bfloat16*)w.scale)[row * w.groups + group] = best;
             }
-            quantize(part, size, w.bits, to_float(best), &q[group * size]);
-            ((bfloat16*)w.scale)[row * w.groups + group] = best;
+            uint8_t* packed = (uint8_t*)w.weight + row * w.row_bytes;
+            for (int64_t i = 0; i < columns && w.bits == 8; i++) packed[i] = q[i] + 128;
+            for (int64_t i = 0; i < columns / 2 && w.bits == 4; i++) packed[i] = (q[2 * i] + 8) | (q[2 * i + 1] + 8) << 4;
         }
-        uint8_t* packed = (uint8_t*)w.weight + row * w.row_bytes;
-        for (int64_t i = 0; i < w.columns; i++)
-            if (w.bits == 8)
-                packed[i] = q[i] + 128;
-            else if (i % 2 == 0)
-                packed[i / 2] = (q[i] + 8) | (q[i + 1] + 8) << 4;
     }
 }
 

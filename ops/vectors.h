@@ -356,12 +356,36 @@ class Input {
     }
 };
 
+// The number of x [n] that is furthest from zero, with its sign.
+inline float largest_of(const float* x, int64_t n) {
+    Vector least = {}, greatest = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Vector v = load(x + i);
+        least = v < least ? v : least, greatest = v > greatest ? v : greatest;
+    }
+    float low = 0, high = 0;
+    for (int lane = 0; lane < LANES; lane++) low = std::min(low, least[lane]), high = std::max(high, greatest[lane]);
+    for (; i < n; i++) low = std::min(low, x[i]), high = std::max(high, x[i]);
+    return -low > high ? low : high;
+}
+
 // Weights x [n] as whole numbers q of so many bits, x ≈ q · scale: see ops/quant.py. Returns the squared error.
 inline float quantize(const float* x, int64_t n, int bits, float scale, int32_t* q) {
     const float low = -(1 << (bits - 1)), high = -low - 1, inverse = scale == 0 ? 0 : 1 / scale;
-    float error = 0;
-#pragma omp simd reduction(+ : error)
-    for (int64_t i = 0; i < n; i++) {
+    Vector errors = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Vector v = load(x + i), rounded = v * inverse + ROUND - ROUND;
+        rounded = rounded < low ? Vector{} + low : rounded;
+        rounded = rounded > high ? Vector{} + high : rounded;
+        Vector error = rounded * scale - v;
+        errors += error * error;
+        Integers whole = __builtin_convertvector(rounded, Integers);
+        std::memcpy(q + i, &whole, sizeof whole);
+    }
+    float error = sum(errors);
+    for (; i < n; i++) {
         float rounded = std::min(std::max(x[i] * inverse + ROUND - ROUND, low), high);
         q[i] = rounded;
         error += (rounded * scale - x[i]) * (rounded * scale - x[i]);
