@@ -30,7 +30,7 @@ SCHEMES = {
     "GGUF q4_0": ("--to", "gguf", "--type", "q4_0"),
     "GGUF q4_k_m": ("--to", "gguf", "--type", "q4_k_m"),
 }
-AT_ONCE = 8  # tokens of a forward pass, few enough to be computed as one by one
+AT_ONCE = 16  # tokens of a forward pass, few enough to be computed as one by one
 
 
 def conversations(chat: Chat, count: int) -> list[list[int]]:

@@ -226,7 +226,7 @@ struct Scales {
 
 // y[i] = w·x[i] for N vectors and a row of n weights.
 template <int BITS, int N>
-inline void dot_packed(const uint8_t* w, const bfloat16* scale, const Scales& scales, const void* const* prepared,
+__attribute__((always_inline)) inline void dot_packed(const uint8_t* w, const bfloat16* scale, const Scales& scales, const void* const* prepared,
                        const float* const* x, int64_t n, float* y) {
     constexpr int64_t COLUMNS = Chunk<BITS>::COLUMNS;
     const __m512i nibbles = _mm512_set1_epi8(15), where = scales.where;

@@ -28,7 +28,7 @@ class Transformers:
 
     def next(self, ids: list[list[int]], cache: DynamicCache) -> list[list[int]]:
         ids = torch.tensor(ids, device=self.job.device)
-        return self.model(ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1).tolist()
+        return self.model(ids, past_key_values=cache, logits_to_keep=1).logits.float().argmax(-1).tolist()
 
     def sizes(self) -> dict[str, int]:
         return {}  # it reads the same weights, which bench.py counts
