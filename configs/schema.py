@@ -63,7 +63,7 @@ class Model:
     fingerprint: str | None = key(
         None, "lora, grpo with kl: hash of the starting weights; null: computed. Others are refused"
     )
-    tokenizer: str = key(..., "directory or hub id with tokenizer.json, or the path of a tokenizer.json")
+    tokenizer: str = key(..., "directory or hub id with a tokenizer.json")
 
 
 @dataclass(kw_only=True)
