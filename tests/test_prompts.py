@@ -123,6 +123,7 @@ def test_ctrl_c_leaves_whole_lines(tmp_path):
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        bufsize=0,  # or what is read behind the first line is lost to communicate
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
