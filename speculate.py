@@ -22,7 +22,7 @@ from decode import end_tokens, forward, new_cache
 from model import KVCache, Qwen3
 from sampling import SamplingParams, sample
 
-MOST_GUESSES = 7  # with the token before them the 8 that ops/step.cpp reads each weight once for
+MOST_GUESSES = 7  # more are seldom right; ops/step.cpp would take 15 with the token before them row by row
 ALLOWANCE = 0.02  # of the time without guesses may be lost to guesses that were wrong
 FIRST = 4  # passes without guesses, to know what one takes
 SAVINGS = 4  # passes; what was gained before excuses no more than so much

@@ -115,6 +115,11 @@ struct Span {
     int64_t token(int64_t n) const { return first + n % T; }
 };
 
+// Blocks of positions of row b, up to the last new one of the span.
+inline int64_t blocks(const KVCache& cache, const Span& span, int64_t b) {
+    return (cache.lengths[b] + span.first + span.T + BLOCK - 1) / BLOCK;
+}
+
 // What all threads share.
 struct Shared {
     std::vector<float> x;         // [N, C] the residual stream
@@ -258,7 +263,7 @@ struct Step {
     }
 
     static void prefetch(const Linear& w, const Linear& v, int64_t row, int64_t step, int64_t token, int64_t count) {
-        const int64_t parts = (count + TILE - 1) / TILE, bytes = (step == 16 ? 16 : 32) * w.row_bytes;
+        const int64_t parts = (count + TILE - 1) / TILE, bytes = step * w.row_bytes;
         for (int64_t at = token / TILE * bytes / parts / 64 * 64; at < (token / TILE + 1) * bytes / parts; at += 64) {
             __builtin_prefetch((const char*)w.weight + row * w.row_bytes + at, 0, 2);
             if (step == 16) __builtin_prefetch((const char*)v.weight + row * v.row_bytes + at, 0, 2);
@@ -359,8 +364,7 @@ struct Step {
         wait_for_all();
     }
 
-    // Blocks of positions of row b, up to its last new one.
-    int64_t blocks(int64_t b) const { return (cache.lengths[b] + span.first + span.T + BLOCK - 1) / BLOCK; }
+    int64_t blocks(int64_t b) const { return ::blocks(cache, span, b); }
 
     // What a block of positions gives the queries of a key head: [T, G] largest scores, [T, G] sums of exponentials,
     // [T, G, D] the values weighted by the exponentials.
@@ -598,7 +602,7 @@ void step(const Qwen3& model, const KVCache& cache, const Tokens& tokens, Span s
     const bool many = span.N > FEW;
     int64_t parts = 0, D = model.head_dim;
     for (int64_t b = 0; b < span.B && !many; b++)
-        parts += ((cache.lengths[b] + span.first + span.T + BLOCK - 1) / BLOCK) * model.num_attention_heads * span.T;
+        parts += blocks(cache, span, b) * model.num_attention_heads * span.T;
     Shared shared(model, span.N, many, parts);
     for (int64_t n = 0; n < span.N; n++) {
         int64_t id = tokens.ids[span.row(n) * tokens.T + span.token(n)];

@@ -263,7 +263,8 @@ class Bound:
             struct.row_bytes = columns * self.dtype.itemsize
         elif isinstance(module, QuantizedLinear):
             words, groups = packed_columns(columns, module.bits), module.weight_scale.shape[1]
-            if columns % groups or (module.bits == 4 and columns // groups % 8):
+            whole_words = columns // groups % (32 // module.bits) == 0  # a word of codes has one scale
+            if columns % groups or not (whole_words or (module.bits == 8 and groups == 1)):
                 raise NotServed(f"{groups} groups in {columns} columns")
             struct.weight = self._address(module.weight_packed, rows, words, dtype=torch.int32)
             struct.scale = self._address(module.weight_scale, rows, groups, dtype=torch.bfloat16)

@@ -226,8 +226,9 @@ struct Scales {
 
 // y[i] = w·x[i] for N vectors and a row of n weights.
 template <int BITS, int N>
-__attribute__((always_inline)) inline void dot_packed(const uint8_t* w, const bfloat16* scale, const Scales& scales, const void* const* prepared,
-                       const float* const* x, int64_t n, float* y) {
+__attribute__((always_inline)) inline void dot_packed(const uint8_t* w, const bfloat16* scale, const Scales& scales,
+                                                      const void* const* prepared, const float* const* x, int64_t n,
+                                                      float* y) {
     constexpr int64_t COLUMNS = Chunk<BITS>::COLUMNS;
     const __m512i nibbles = _mm512_set1_epi8(15), where = scales.where;
     const __mmask8 which = scales.which;
@@ -269,16 +270,21 @@ __attribute__((always_inline)) inline void dot_packed(const uint8_t* w, const bf
 
 #else
 
+template <int BITS>
+struct Chunk {  // weights of 8 bits meet x as it is
+    static constexpr int64_t COLUMNS = LANES;
+    void prepare(const float*) {}
+};
+
 // 8 weights of 4 bits to a 32-bit lane, lowest bits first. Where the mantissa of 1.0 begins, the bits of a number q make
 // 1.5 + q / 16 without a conversion, and those of its neighbour, four places lower, 1 + (q + 8) / 256.
-template <int BITS>
-struct Chunk {
-    static constexpr int64_t COLUMNS = BITS == 4 ? 8 * LANES : LANES;
-    float arranged[BITS == 4 ? 9 : 1][LANES];  // for 4 bits what takes away all that is too much, then lane by lane
+template <>
+struct Chunk<4> {
+    static constexpr int64_t COLUMNS = 8 * LANES;
+    float arranged[9][LANES];  // what takes away all that is too much, then lane by lane
 
     void prepare(const float* x) {
-        if (BITS == 8) std::copy(x, x + LANES, arranged[0]);
-        for (int lane = 0; BITS == 4 && lane < LANES; lane++) {
+        for (int lane = 0; lane < LANES; lane++) {
             float even = 0, odd = 0;
             for (int i = 0; i < 8; i += 2) {
                 even += arranged[1 + i][lane] = 16 * x[8 * lane + i];

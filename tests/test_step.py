@@ -353,7 +353,9 @@ def test_several_processes_build_at_once(tmp_path):
     assert [file.suffix for file in (tmp_path / "new").iterdir()] == [".so"]
 
 
-@pytest.mark.parametrize("scheme, group_size", [("int8", None), ("int8", 8), ("int4", None), ("int4", 16), ("int4", 8)])
+@pytest.mark.parametrize(
+    "scheme, group_size", [("int8", None), ("int8", 8), ("int8", 4), ("int4", None), ("int4", 16), ("int4", 8)]
+)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -375,6 +377,12 @@ def test_quantised_weights(scheme, group_size, fields, in_pytorch, monkeypatch):
         assert (
             error(model(ids, caches[0]), in_pytorch(model, ids, caches[1])) < 2e-4
         )  # activations are rounded to 16 bits
+
+
+def test_groups_that_end_within_a_word_of_codes_are_left_to_pytorch():
+    model = random_model()
+    quantize_(model, "int8", 2)
+    assert not is_served(model)
 
 
 @pytest.mark.parametrize("tied", [True, False])
