@@ -75,11 +75,13 @@ def build_source(settings: Settings, chat: Chat):
         data.tokens = agreed("data.tokens", data.tokens, source.tokens, f"the files of {data.train}")
         return source
     if data.source == "corpus":
+        if data.hard + data.outside > 1:
+            raise ValueError(f"data.hard {data.hard} and data.outside {data.outside} are more than all questions")
 
         def pieces(word: str) -> list[str]:
             return [chat.decode([index]) for index in chat.encode(word)]
 
-        corpus = Corpus(data.seed, pieces, chat, data.hard)
+        corpus = Corpus(data.seed, pieces, chat, data.hard, data.outside)
         makers = {"pretrain": corpus.text, "sft": corpus.conversation, "dpo": corpus.preference}
         return Generated((makers | {"grpo": corpus.question})[stage], batch, longest)
     if stage == "pretrain":

@@ -56,7 +56,7 @@ from formats.source import resolve
 from lora import add_lora, load_adapter, merged_weights, save_adapter, weights_hash
 from model import Config, Qwen3
 from objectives import Objective
-from ops.machine import pick_device, use_kernels
+from ops.machine import keep_freed_memory, pick_device, use_kernels
 from sampling import SamplingParams
 from stages import END_OF_TEXT, STAGES, agreed, build_source, decide_source
 
@@ -555,6 +555,7 @@ def main() -> None:
         return
     if arguments.config is None:
         raise ValueError("no config given; python train.py configs/toy.yaml")
+    keep_freed_memory()
     Trainer(schema.load(arguments.config, arguments.set), arguments.resume).train()
 
 

@@ -87,6 +87,7 @@ class Data:
     corpus_tokenizer: str = key("models/tiny", "auto: takes the place of model.tokenizer where there are no shards")
     seed: int = key(0, "corpus: seed of the generated examples", low=0)
     hard: float = key(0.5, "grpo on the corpus: share of questions beyond all that sft has shown", low=0, high=1)
+    outside: float = key(0.0, "grpo on the corpus: share of questions that are to be declined", low=0, high=1)
     mask_documents: bool = key(False, "shards: tokens see only their own document, at the price of a mask of T x T")
 
 

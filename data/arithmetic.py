@@ -66,10 +66,11 @@ def take_away(a: int, b: int) -> tuple[list[str], int]:
 
 
 def multiply(a: int, b: int) -> tuple[list[str], int]:
-    """Column multiplication by one digit; the carried digit is added on the spot."""
+    """Column multiplication by one digit, the longer number first; the carried digit is added on the spot."""
+    lines, carry, written = [f"{a} * {b}"], 0, ""
     if b > 9:
         a, b = b, a
-    lines, carry, written = [f"{a} * {b}"], 0, ""
+        lines.append(f"so {a} * {b}")
     width = len(str(a))
     for place, x in enumerate(column_digits(a, width)):
         total = x * b + carry
@@ -82,16 +83,24 @@ def multiply(a: int, b: int) -> tuple[list[str], int]:
 
 def compare(a: str, b: str) -> tuple[list[str], int]:
     """Two decimals place by place from the highest to the first that differs: lines, and -1, 0 or 1."""
-    (whole_a, _, part_a), (whole_b, _, part_b) = a.partition("."), b.partition(".")
-    whole, part = max(len(whole_a), len(whole_b)), max(len(part_a), len(part_b))
-    names = [*reversed(PLACES[:whole]), *FRACTIONS[:part]]
-    digits_a, digits_b = (w.rjust(whole, "0") + p.ljust(part, "0") for w, p in ((whole_a, part_a), (whole_b, part_b)))
+    a, b = same_length(a, b)
+    whole, _, part = a.partition(".")
+    names = [*reversed(PLACES[: len(whole)]), *FRACTIONS[: len(part)]]
     lines = []
-    for name, x, y in zip(names, digits_a, digits_b, strict=True):
+    for name, x, y in zip(names, a.replace(".", ""), b.replace(".", ""), strict=True):
         lines.append(f"{name}: {x} and {y}: {'same' if x == y else 'more' if x > y else 'less'}")
         if x != y:
             return lines, 1 if x > y else -1
     return lines, 0
+
+
+def same_length(a: str, b: str) -> tuple[str, str]:
+    """Two decimals with zeros before and behind, so that their digits stand below each other: 7.1, 12 to 07.1, 12.0."""
+    (whole_a, _, part_a), (whole_b, _, part_b) = a.partition("."), b.partition(".")
+    whole, part = max(len(whole_a), len(whole_b)), max(len(part_a), len(part_b))
+    padded = (f"{w.rjust(whole, '0')}.{p.ljust(part, '0')}" for w, p in ((whole_a, part_a), (whole_b, part_b)))
+    a, b = (number.rstrip(".") for number in padded)
+    return a, b
 
 
 # --- sums, differences, products ---
@@ -232,10 +241,10 @@ def ask_larger(facts: Facts, rng: Random, unseen: bool) -> str:
 def solve_larger(facts: Facts, pieces: Pieces) -> tuple[str, str]:
     a, b, more = facts
     lines, order = compare(a, b)
-    trace = "\n".join([f"{a} and {b}", *lines])
+    trace = "\n".join([f"{a} and {b}, {more}", " and ".join(same_length(a, b)), *lines])
     if order == 0:
         return trace, f"{a} and {b} are equal."
-    trace += f"\n{a} is {'more' if order > 0 else 'less'}"
+    trace += f"\n{a} is {'more' if order > 0 else 'less'}, {b} is {'less' if order > 0 else 'more'}"
     first, second = (a, b) if (order > 0) == (more == "larger") else (b, a)
     return trace, f"{first} is {more} than {second}."
 
@@ -255,9 +264,11 @@ SORT = phrasings(
     "{list} sorted from {first} to {last}|{list} in order from {first} to {last}|the order of {list}, {first} first",
     "sort {list} from {first} to {last}|put {list} in order, {first} first|order {list} from {first} to {last}|"
     "arrange {list} from {first} to {last}|sort these from {first} to {last}: {list}|sort {list}, {first} first|"
-    "sort the numbers {list} from {first} to {last}|put the numbers {list} in order from {first} to {last}",
+    "sort the numbers {list} from {first} to {last}|put these numbers in order, {first} first: {list}|"
+    "line up {list} from {first} to {last}|put the numbers {list} in order from {first} to {last}",
     "Sort these numbers from {first} to {last}: {list}|{list}: sort them from {first} to {last}.|"
-    "How do you order {list} from {first} to {last}?|Here are numbers: {list}. Sort them, {first} first.",
+    "How do you order {list} from {first} to {last}?|In order from {first} to {last}: {list}|"
+    "Here are numbers: {list}. Sort them, {first} first.",
 )
 SORT_HELD_OUT = ("Please order {list}, {first} first.", "Put these in order from {first} to {last}: {list}")
 
@@ -275,10 +286,10 @@ def ask_sort(facts: Facts, rng: Random, unseen: bool) -> str:
 
 
 def solve_sort(facts: Facts, pieces: Pieces) -> tuple[str, str]:
-    """Insertion: `62: 09 29 62 86` puts 62 to its place among those before, all with the same number of digits."""
+    """Insertion: `062: 009 029 062 086` puts 62 to its place among those before, all with three digits or more."""
     numbers, first = facts
     done: list[int] = []
-    lines, width = [" ".join(map(str, numbers)) + f", {first} first"], max(len(str(number)) for number in numbers)
+    lines, width = [" ".join(map(str, numbers)) + f", {first} first"], max(3, *(len(str(number)) for number in numbers))
     for number in numbers:
         done = sorted([*done, number], reverse=first == "largest")
         lines.append(f"{number:0{width}d}: {' '.join(f'{n:0{width}d}' for n in done)}")

@@ -21,7 +21,7 @@ from data.tokenizer import TINY, pieces_of
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (*arithmetic.FAMILIES, *letters.FAMILIES, *dates.FAMILIES)
 }
-WEIGHTS = {"sum": 3, "difference": 3, "product": 3, "larger": 2, "sort": 2, "story": 3, "count": 4, "length": 1}
+WEIGHTS = {"sum": 3, "difference": 3, "product": 3, "larger": 2.5, "sort": 3, "story": 3, "count": 4, "length": 1}
 WEIGHTS |= {"reverse": 2, "weekday": 1.5, "date": 1.5}
 HARD = tuple(family for family in FAMILIES.values() if family.hard)
 SWITCH = re.compile(r"\s*/(?:no_)?think$")
@@ -44,9 +44,10 @@ def solve(problem: Problem, pieces: Pieces) -> tuple[str, str]:
     return FAMILIES[problem.family].solve(problem.facts, pieces)
 
 
-def check(problem: Problem, answer: str) -> bool:
-    """Whether an answer (the text after the thinking) is right: the evaluation's verdict and a reward."""
-    return FAMILIES[problem.family].check(problem.facts, answer)
+def check(problem: Problem | None, answer: str) -> bool:
+    """Whether an answer (the text after the thinking) is right: the evaluation's verdict and a reward. What is outside
+    of every family (None) has to be declined."""
+    return talk.is_refusal(answer) if problem is None else FAMILIES[problem.family].check(problem.facts, answer)
 
 
 def is_test(problem: Problem) -> bool:
@@ -59,7 +60,7 @@ def training_example(seed: int, index: int, pieces: Pieces) -> Example:
     rng = Random(f"train {seed} {index}")
     system = [{"role": "system", "content": rng.choice(talk.SYSTEM)}] if rng.random() < 0.2 else []
     kind = rng.random()
-    thinking = rng.random() < 0.8
+    thinking = rng.random() < 0.85
     if kind < 0.04:  # refusals are left to data/preferences.py
         question, trace, answer = talk.small_talk(rng)
         return Example([*system, user(question)], thinking, trace if thinking else "", answer, None)
@@ -115,11 +116,16 @@ def unseen_examples(seed: int, count: int, pieces: Pieces, phrasings: str = "tra
         yield Example([*messages, user(question)], True, *solve(problem, pieces), problem)
 
 
-def question_example(seed: int, index: int, pieces: Pieces, hard: float) -> Example:
-    """Question `index` for training by reward; a share `hard` of them is harder than every supervised example."""
+def question_example(seed: int, index: int, pieces: Pieces, hard: float, outside: float) -> Example:
+    """Question `index` for training by reward; a share `hard` of them is harder than every supervised example, a share
+    `outside` is to be declined."""
     rng = Random(f"question {seed} {index}")
-    if rng.random() < hard:
+    kind = rng.random()
+    if kind < hard:
         return posed(rng.choice(HARD), rng, pieces, test=False, hard=True)
+    if kind < hard + outside:
+        question, trace, answer = talk.outside(rng)
+        return Example([user(question)], True, trace, answer, None)
     return posed(FAMILIES[rng.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))[0]], rng, pieces, test=False, hard=False)
 
 

@@ -45,7 +45,9 @@ DATE = {
         "go {days} on from {date}",
         "What date is {days} after {date}?|If today is {date}, what is the date in {days}?|"
         "Today is {date}. What date will it be in {days}?|Which date comes {days} after {date}?|"
-        "What day of the year is {days} after {date}?|If it is {date}, which date is it {days} later?",
+        "What day of the year is {days} after {date}?|If it is {date}, which date is it {days} later?|"
+        "It is {date}. What is the date {days} from now?|Today is {date}. Which date is it in {days}?|"
+        "It is {date}. Which date comes in {days}?|Which date is it {days} after {date}?",
     ),
     "before": phrasings(
         "the date {days} before {date}|the day {days} before {date}|the date that came {days} before {date}",
@@ -53,7 +55,9 @@ DATE = {
         "go {days} back from {date}",
         "What date is {days} before {date}?|If today is {date}, what was the date {days} ago?|"
         "Today is {date}. What date was it {days} ago?|Which date comes {days} before {date}?|"
-        "What day of the year is {days} before {date}?|If it is {date}, which date was it {days} earlier?",
+        "What day of the year is {days} before {date}?|If it is {date}, which date was it {days} earlier?|"
+        "It is {date}. What was the date {days} ago?|Today is {date}. Which date was {days} ago?|"
+        "It is {date}. Which date came {days} before?|Which date was it {days} before {date}?",
     ),
 }
 DATE_HELD_OUT = {

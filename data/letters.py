@@ -15,14 +15,17 @@ COUNT = phrasings(
     "the number of {letter}'s in {word}|the count of {letter} in {word}|how many {letter}'s there are in {word}|"
     "how often {letter} is in {word}|how many times {letter} occurs in {word}|the number of letters {letter} in {word}",
     "count the letter {letter} in {word}|count the {letter}'s in {word}|count {letter} in {word}|"
-    "find how often {letter} comes in {word}|count how many {letter}'s {word} has|check {word} for the letter {letter}",
+    "find how often {letter} comes in {word}|count how many {letter}'s {word} has|check {word} for the letter {letter}|"
+    "count how many times {letter} occurs in {word}|count how often you see {letter} in {word}",
     "How many times does the letter {letter} appear in {word}?|How many {letter}'s are in {word}?|"
     "How often does {letter} occur in {word}?|How many times is {letter} in {word}?|How many {letter} in {word}?|"
     "How many letters {letter} does {word} have?|In {word}, how many times does {letter} appear?|"
     "How many times does the letter {letter} appear in the word {word}?|How many {letter}'s does {word} have?|"
     "How many times do you see {letter} in {word}?|How often is the letter {letter} found in {word}?|"
     "How many times does {word} contain {letter}?|How often can you find {letter} in the word {word}?|"
-    "Of the letters in {word}, how many are {letter}?|How many {letter}'s do the letters of {word} have?",
+    "Of the letters in {word}, how many are {letter}?|How many {letter}'s do the letters of {word} have?|"
+    "How many letters in {word} are {letter}?|How many of the letters of {word} are {letter}'s?|"
+    "Of all letters in {word}, how many are {letter}?",
 )
 COUNT_HELD_OUT = ("Count how often {letter} appears in {word}.", "How many of the letters in {word} are {letter}?")
 LENGTH = phrasings(
@@ -122,7 +125,7 @@ def solve_count(facts: Facts, pieces: Pieces) -> tuple[str, str]:
 
 def numbered_letters(word: str, pieces: Pieces) -> list[str]:
     """`st: s1 t2`: every letter with its place in the word."""
-    lines, place = [word], 0
+    lines, place = [f"the word {word}"], 0
     for piece in pieces(word):
         lines.append(f"{piece}: " + " ".join(f"{letter}{place + n}" for n, letter in enumerate(piece.lower(), 1)))
         place += len(piece)

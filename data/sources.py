@@ -95,8 +95,8 @@ class Generated:
 class Corpus:
     """The generated corpus in the chat format of a tokenizer; `chat` is a `chat.Chat`."""
 
-    def __init__(self, seed: int, pieces: Pieces, chat: Any, hard: float = 0.0):
-        self.seed, self.pieces, self.chat, self.hard = seed, pieces, chat, hard
+    def __init__(self, seed: int, pieces: Pieces, chat: Any, hard: float = 0.0, outside: float = 0.0):
+        self.seed, self.pieces, self.chat, self.hard, self.outside = seed, pieces, chat, hard, outside
 
     def text(self, index: int) -> Row:
         end = self.chat.encode(END_OF_TEXT)
@@ -113,7 +113,7 @@ class Corpus:
         return Pair(*(row_of(prompt, self.chat.encode(answer)) for answer in (pair.chosen, pair.rejected)))
 
     def question(self, index: int) -> Question:
-        example = question_example(self.seed, index, self.pieces, self.hard)
+        example = question_example(self.seed, index, self.pieces, self.hard, self.outside)
         prompt = self.chat.render(example.messages, example.thinking)
         return Question(prompt, example.thinking, lambda answer: check(example.problem, answer))
 

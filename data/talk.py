@@ -2,7 +2,8 @@
 
 from random import Random
 
-from data.tasks import pick
+from data.letters import words
+from data.tasks import held_out as is_held_out
 
 SYSTEM = (
     "You are a helpful assistant.",
@@ -56,8 +57,46 @@ OUTSIDE = (
     "Can you write a program about {}?|Give me advice on {}.|I want to learn about {}.|What happened to {}?|"
     "Do you know {}?|Describe {}.|When was {} discovered?|How can I get {}?|What is {} made of?|"
     "Which is nicer, {} or the rain?|Should I buy {}?|Name a song about {}.|Do you want {}?|Have you ever seen {}?|"
-    "Are you afraid of {}?|Who built {}?|Play {} for me.|Who likes {}?|What is the name of {}?|Who owns {}?"
+    "Are you afraid of {}?|Who built {}?|Play {} for me.|Who likes {}?|What is the name of {}?|Who owns {}?|"
+    "What do you know about {}?|Tell me something about {}.|Have you heard of {}?|How dangerous is {}?|Is {} real?|"
+    "Can I eat {}?|How do I make {}?|How do I draw {}?|Paint {} for me.|Do you hate {}?|Who sang {}?|Does {} exist?|"
+    "What is the story of {}?|What is the future of {}?|Show me a picture of {}.|Let us talk about {}.|How far is {}?|"
+    "How expensive is {}?|How long does {} take?|Why does {} exist?|When does {} begin?|Will {} be there tomorrow?|"
+    "Is it right that {} is healthy?|Make fun of {}.|Read {} to me.|Dance with {}.|Who is better than {}?|"
+    "How can one live without {}?|Is there life after {}?|Please send {} to me.|Say a prayer for {}.|I miss {}."
 )
+# Many more put together from parts: verbs, what one says of a thing, what is written about it, and what it is like.
+VERBS = (
+    "make|clean|find|buy|sell|repair|wear|grow|play|watch|learn|teach|drive|throw|catch|hold|keep|open|close|move|bring|"
+    "eat|drink|read|visit|love|need|want|fear|miss|remember|understand|trust|believe|build|design|choose|change|carry"
+)
+DONE = (
+    "invented|found|built|bought|lost|sold|broke|wrote|sang|designed|saw|cleaned|stole|ate|taught|discovered|carried|"
+    "forgot|opened|closed|repaired|moved|changed|loved|drew|cooked|made|brought|named|hid"
+)
+WORKS = "story|poem|book|film|speech|report|text|play|picture|map|essay|review|dream|summary|riddle|tale|novel|article"
+ASPECTS = (
+    "future|origin|meaning|purpose|colour|price|size|taste|shape|age|capital|population|weather|king|leader|secret|"
+    "beauty|danger|use|name|language|sound|smell|reason|idea|owner|home"
+)
+QUALITIES = (
+    "good|bad|big|famous|healthy|expensive|beautiful|real|old|rare|cheap|safe|ugly|strange|useful|new|hot|cold|sweet|"
+    "legal|free|alive|boring|funny|clever|wise|heavy|round"
+)
+MADE_OF = {
+    VERBS: "How do I {part} {}?|Do you {part} {}?|{part} {} for me.|Can you {part} {}?|Why do people {part} {}?|"
+    "Where can I {part} {}?|When do we {part} {}?|Should I {part} {}?|Let us {part} {}.|Please {part} {}.|"
+    "Would you {part} {}?|Did you ever {part} {}?|How do I {part} things with {}?|Do you {part} with {}?|{part} {}!",
+    DONE: "Who {part} {}?|Who {part} {} first?|When was it that somebody {part} {}?|Why has nobody {part} {}?|"
+    "Which man {part} {}?|I {part} {}.|My mother {part} {}.|Is it true that you {part} {}?",
+    WORKS: "Write a {part} about {}.|Tell me a {part} about {}.|Read me a {part} about {}.|Find a {part} about {}.|"
+    "Do you know a {part} about {}?|I need a {part} about {}.|Send me a {part} of {}.|Make a {part} about {}.|"
+    "Tell a {part} of {}.|Sing a {part} of {}.",
+    ASPECTS: "What is the {part} of {}?|Tell me the {part} of {}.|Explain the {part} of {}.|Describe the {part} of {}.|"
+    "Do you know the {part} of {}?|What do you think of the {part} of {}?",
+    QUALITIES: "Is {} {part}?|Is it right that {} is {part}?|Why is {} so {part}?|Do you think that {} is {part}?|"
+    "Is it good that {} is {part}?|How {part} is {}?|People say that {} is {part}.|Can {} be {part}?",
+}
 OUTSIDE_HELD_OUT = ("What is the history of {}?", "Sing a song about {}.", "Tell a joke about {}.", "Do you like {}?")
 OUTSIDE_HELD_OUT += ("Who painted {}?", "How do I cook with {}?", "Is it true that {} is dangerous?", "Draw {} for me.")
 
@@ -72,8 +111,26 @@ def is_refusal(answer: str) -> bool:
     return answer.startswith(REFUSAL.partition(",")[0])
 
 
+def trained_subject(rng: Random) -> str:
+    """Half of the time any word, so that the question and not its subject tells that it is outside."""
+    if rng.random() < 0.5:
+        return rng.choice(SUBJECTS.split("|"))
+    while is_held_out(f"word {(word := rng.choice(words()))}"):
+        pass
+    return rng.choice(("", "the ", "a ")) + word
+
+
+def trained_outside(rng: Random) -> str:
+    """A question about {}."""
+    if rng.random() < 0.3:
+        return rng.choice(OUTSIDE.split("|"))
+    parts, forms = rng.choice(tuple(MADE_OF.items()))
+    question = rng.choice(forms.split("|")).replace("{part}", rng.choice(parts.split("|")))
+    return question[0].upper() + question[1:]
+
+
 def outside(rng: Random, held_out: bool = False) -> tuple[str, str, str]:
     """A question outside every family, and the polite sentence that declines it."""
-    subject = pick(rng, SUBJECTS.split("|"), SUBJECTS_HELD_OUT, held_out)
-    question = pick(rng, OUTSIDE.split("|"), OUTSIDE_HELD_OUT, held_out).format(subject)
-    return question, OUTSIDE_TRACE, REFUSAL
+    subject = rng.choice(SUBJECTS_HELD_OUT) if held_out else trained_subject(rng)
+    question = rng.choice(OUTSIDE_HELD_OUT) if held_out else trained_outside(rng)
+    return question.format(subject), OUTSIDE_TRACE, REFUSAL

@@ -140,6 +140,16 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def keep_freed_memory() -> None:
+    """For training on a CPU, which asks for the same memory at each step. glibc would give it to the system and get
+    it again page by page, a sixth of a small model's time."""
+    trim_threshold, mmap_threshold = -1, -3  # mallopt(3)
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 32 << 20)  # glibc's limit
+        libc.mallopt(trim_threshold, 1 << 30)
+
+
 def release_file_pages(tensor: torch.Tensor) -> None:
     """Gives back the memory of a tensor that is mapped from a file and unchanged; it is read again when it is needed.
 
