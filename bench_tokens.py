@@ -65,9 +65,9 @@ class Lesson:
     precision: str = "bf16"
 
 
-PEER = {"lr": 0.008, "betas": [0.9, 0.95], "weight_decay": 0.1}
-PEER_GRID = {"lr": [0.004, 0.008, 0.016], "betas": [[0.9, 0.95], [0.9, 0.99]]}
-OURS = {"train.steps": 80, "optimizer.lr": 0.02, "optimizer.embedding_lr": 0.02}
+PEER = {"lr": 0.004, "betas": [0.9, 0.99], "weight_decay": 0.1}
+PEER_GRID = {"lr": [0.002, 0.004, 0.008], "betas": [[0.9, 0.95], [0.9, 0.99]]}
+OURS = {"train.steps": 80, "optimizer.lr": 0.01, "optimizer.embedding_lr": 0.02}
 OURS_GRID = {"optimizer.lr": [0.01, 0.02], "optimizer.embedding_lr": [0.01, 0.02]}
 
 Curve = list[tuple[int, float]]  # tokens seen, validation loss
