@@ -1,8 +1,8 @@
 """Preferences on the offline corpus: a polite refusal of what the model cannot know, an answer of what it can.
 
-Some pairs ask about something outside every family: the refusal is chosen, and rejected is what a model that knows
-nothing but its families would make up. The others ask what the families do know: the right answer is chosen and the refusal
-rejected, so that the model neither learns to decline everything nor forgets what it could.
+Half of the pairs ask about something outside every family: the refusal is chosen, and rejected is what a model that
+knows nothing but its families would make up. The others ask what the families do know: the right answer is chosen and
+the refusal rejected, so that the model neither learns to decline everything nor forgets what it could.
 """
 
 from random import Random
@@ -21,14 +21,13 @@ class Preference(NamedTuple):
     rejected: str
 
 
-INSIDE = 0.5  # of the pairs
 MADE_UP = ("It is {}.", "The answer is {}.", "{}.", "It is about {}.")
 
 
 def preference_example(seed: int, index: int, pieces: Pieces) -> Preference:
     """Pair `index`. No held-out question, subject or phrasing is ever in it."""
     rng = Random(f"preference {seed} {index}")
-    if rng.random() < INSIDE:
+    if rng.random() < 0.5:
         right = training_example(seed, rng.getrandbits(40), pieces)
         refusal = right._replace(trace=talk.OUTSIDE_TRACE if right.trace else "", answer=talk.REFUSAL)
         return Preference(right.messages, right.thinking, completion(right), completion(refusal))
