@@ -564,9 +564,10 @@ def test_logits_far_apart_lose_nothing():
 
 
 def test_several_batches_of_each_process_are_summed_before_they_are_shared(config, tmp_path):
-    alone = run(config, "train.accumulate=4")
+    chosen = "train.accumulate=4", "optimizer.name=adamw"  # Muon's bfloat16 products enlarge the order of the sums
+    alone = run(config, *chosen)
     (tmp_path / "run").rename(tmp_path / "alone")
-    assert run_in_processes(2, lambda: run(config, "train.accumulate=4", "train.parallel=ddp")) == [0, 0]
+    assert run_in_processes(2, lambda: run(config, *chosen, "train.parallel=ddp")) == [0, 0]
     for record, expected in zip(metrics(tmp_path / "run"), alone, strict=True):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
