@@ -39,7 +39,6 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -57,6 +56,7 @@ from lora import add_lora, load_adapter, merged_weights, save_adapter, weights_h
 from model import Config, Qwen3
 from objectives import Objective
 from ops.machine import keep_freed_memory, pick_device, use_kernels
+from optimizers import Optimizers, learning_rate_factor, whole
 from sampling import SamplingParams
 from stages import END_OF_TEXT, STAGES, agreed, build_source, decide_source
 
@@ -64,7 +64,7 @@ from stages import END_OF_TEXT, STAGES, agreed, build_source, decide_source
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
-# --- what is trained, and how its weights move ---
+# --- what is trained ---
 
 
 def build_model(settings: Settings, chat: Chat, device: torch.device) -> Qwen3:
@@ -103,101 +103,6 @@ def rebuilt(model: Qwen3, weights: dict[str, Tensor]) -> Qwen3:
     copy.generation_config = model.generation_config
     copy.model.rope_frequencies = model.model.rope_frequencies.to(next(iter(weights.values())).device)
     return copy
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may lie cut over processes; every process has to ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def everywhere(tensor: Tensor) -> Tensor:
-    """A cut tensor as one that every process holds as a whole: Muon's bfloat16 products must not be summed in parts."""
-    return tensor.redistribute(placements=[Replicate()]) if isinstance(tensor, DTensor) else tensor
-
-
-def placed_like(model: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor laid over the processes as `model` is."""
-    return distribute_tensor(tensor, model.device_mesh, model.placements) if isinstance(model, DTensor) else tensor
-
-
-class Optimizers:
-    """Muon for the hidden matrices and AdamW for embeddings, head and norms, or AdamW for all, stepped as one.
-
-    Muon (https://kellerjordan.github.io/posts/muon/) with updates scaled to the size of AdamW's
-    (https://arxiv.org/abs/2502.16982), so that one learning rate serves both.
-    """
-
-    def __init__(self, model: Qwen3, settings: schema.Optimizer):
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        hidden = {name: p for name, p in named.items() if p.ndim == 2 and ".layers." in name}
-        matrices = {name: p for name, p in named.items() if p.ndim == 2 and name not in hidden}
-        vectors = {name: p for name, p in named.items() if p.ndim < 2}
-        decay, other_lr = settings.weight_decay, settings.lr if settings.embedding_lr is None else settings.embedding_lr
-        groups = [(matrices, other_lr, decay), (vectors, other_lr, 0.0)]
-        if settings.name == "adamw":
-            groups.insert(0, (hidden, settings.lr, decay))
-        self.names = {id(p): name for name, p in named.items()}
-        groups = [{"params": list(p.values()), "lr": lr, "weight_decay": wd} for p, lr, wd in groups if p]
-        self.all: dict[str, torch.optim.Optimizer] = {
-            "adamw": torch.optim.AdamW(groups, betas=tuple(settings.betas), eps=1e-8, fused=True)
-        }
-        if settings.name == "muon":
-            self.all["muon"] = torch.optim.Muon(
-                list(hidden.values()),
-                lr=settings.lr,
-                weight_decay=decay,
-                momentum=settings.momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        for optimizer in self.all.values():
-            for group in optimizer.param_groups:
-                group["peak_lr"] = group["lr"]
-
-    def step(self, factor: float) -> None:
-        """One update at `factor` times the peak learning rates; the gradients are gone afterwards."""
-        for kind, optimizer in self.all.items():
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-                for p in group["params"] if kind == "muon" else ():
-                    p.grad = everywhere(p.grad)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    def state(self) -> dict[str, Tensor]:
-        """`muon.model.layers.0.mlp.up_proj.weight.momentum_buffer` and the like."""
-        return {
-            f"{kind}.{self.names[id(p)]}.{key}": whole(value.detach())
-            for kind, optimizer in self.all.items()
-            for p, slots in optimizer.state.items()
-            for key, value in slots.items()
-        }
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Whole tensors, each cut as its parameter is."""
-        for kind, optimizer in self.all.items():
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    prefix = f"{kind}.{self.names[id(p)]}."
-                    slots = {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
-                    if slots:
-                        placed = everywhere(p) if kind == "muon" else p
-                        optimizer.state[p] = {
-                            key: t.clone() if t.ndim == 0 else placed_like(placed, t.to(p.device, copy=True))
-                            for key, t in slots.items()
-                        }
-
-
-def learning_rate_factor(step: int, steps: int, settings: schema.Schedule) -> float:
-    """The share of the peak learning rate at a step from 1 to `steps`."""
-    warmup = settings.warmup * steps
-    if step < warmup:
-        return step / warmup
-    if settings.name == "wsd":
-        decay = settings.decay * steps
-        left = min(1.0, (steps - step + 1) / decay) if decay else 1.0
-    else:
-        left = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1.0, steps - warmup)))
-    return settings.final + (1 - settings.final) * left
 
 
 # --- many processes ---
@@ -344,7 +249,7 @@ class Trainer:
             block.compile()
         self.flops = flops_per_token(self.model)
         self.objective = self.processes.spread(self.stage.objective)
-        self.optimizers = Optimizers(self.model, settings.optimizer)
+        self.optimizers = Optimizers(self.model, settings.optimizer, getattr(torch, train.dtype))
         self.tokens = 0
         if self.run.step:
             state, self.tokens = self.run.load_state()

@@ -129,7 +129,7 @@ class Grpo:
 
 @dataclass(kw_only=True)
 class Optimizer:
-    name: str = key("muon", "muon: torch.optim.Muon for the hidden matrices, AdamW for the rest", ("muon", "adamw"))
+    name: str = key("muon", "muon: Muon for the hidden matrices, AdamW for the rest", ("muon", "adamw"))
     lr: float = key(..., "peak learning rate of AdamW, and of Muon, whose updates are scaled to AdamW's size", low=0)
     embedding_lr: float | None = key(None, "peak learning rate of embeddings, head and norms; null: lr", low=0)
     weight_decay: float = key(0.1, "decay of matrices and embeddings; norms have none", low=0)

@@ -23,7 +23,20 @@ ROOMS = {
     ),
     "convert": ({"model", "formats", "ops", "chat", "console"}, {"torch", "safetensors"}),
     "train": (
-        {"model", "ops", "objectives", "stages", "lora", "configs", "data", "chat", "decode", "sampling", "formats"}
+        {
+            "model",
+            "ops",
+            "objectives",
+            "optimizers",
+            "stages",
+            "lora",
+            "configs",
+            "data",
+            "chat",
+            "decode",
+            "sampling",
+            "formats",
+        }
         | {"console"},
         {"torch", "matplotlib", "rich", "wandb"},
     ),
@@ -33,6 +46,7 @@ ROOMS = {
         {"torch", "safetensors"},
     ),
     "objectives": ({"model", "ops"}, {"torch"}),
+    "optimizers": ({"model", "configs"}, {"torch"}),
     "rewards": ({"chat"}, set()),
     "lora": ({"model"}, {"torch", "safetensors"}),
     "evaluate": (
