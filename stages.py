@@ -20,6 +20,7 @@ from torch import Tensor
 import console
 from chat import Chat
 from configs.schema import Settings
+from data.ahead import Ahead
 from data.sources import (
     Corpus,
     Generated,
@@ -212,6 +213,8 @@ class Stage:
         """`reference`: a frozen copy of the starting weights; None: the model itself without its adapters."""
         self.settings, self.chat, self.source, self.model, self.reference = settings, chat, source, model, reference
         self.processes, self.device, self.autocast = processes, processes.device, autocast
+        self.parts = settings.train.accumulate // processes.count
+        self.ahead = Ahead(source, settings.train.steps, processes.share)
         self.objective = self.build_objective()
 
     def build_objective(self) -> Objective:
@@ -221,22 +224,26 @@ class Stage:
         """What has to be known of the starting weights. At step 0 the model still has them."""
 
     def batches(self, step: int) -> list:
-        """This process's share of those of one step (0 is the first)."""
-        parts = self.collate(self.source.rows(step))
-        if not parts or len(parts) % self.processes.count:
-            raise ValueError(f"step {step + 1}: too few rows are within train.sequence; raise it")
-        return self.processes.mine(parts)
+        """Those of this process's share of the rows of one step (0 is the first)."""
+        return self.collate(self._rows(step))
+
+    def _rows(self, step: int) -> list[Item]:
+        """Enough of them that every process has as many batches as the others, which FSDP takes together."""
+        rows = self.ahead.rows(step)
+        if len(rows) < (self.parts if self.processes.count > 1 else 1):
+            raise ValueError(f"step {step + 1}: too few rows are within train.sequence; raise it or train.batch")
+        return rows
 
     def validation_batches(self, index: int) -> list:
         """Those of one validation, the same in every process."""
-        return self.collate(self.source.validation_rows(index))
+        return self.collate(self.ahead.validation_rows(index))
 
     def collate(self, rows: list[Row]) -> list[Batch]:
         train, data = self.settings.train, self.settings.data
         if data.pack:
-            return packed_batches(rows, train.accumulate, self.device, train.sequence)
+            return packed_batches(rows, self.parts, self.device, train.sequence)
         end_of_text = self.chat.tokenizer.token_to_id(END_OF_TEXT) if data.mask_documents else None
-        return batches(rows, train.accumulate, self.device, end_of_text)
+        return batches(rows, self.parts, self.device, end_of_text)
 
 
 class PreferenceStage(Stage):
@@ -270,7 +277,7 @@ class PreferenceStage(Stage):
             console.notice(f"reference log-probabilities of {len(found):,} pairs")
         keys = sorted(found, key=lambda key: found[key].length)
         size, logprobs = max(1, train.batch // train.accumulate), torch.zeros(len(keys), 2, device=self.device)
-        starts = self.processes.mine(range(0, len(keys), size))
+        starts = range(0, len(keys), size)[self.processes.share]
         if self.processes.rank == 0:
             starts = console.counted(starts, f"reference: batches of {len(starts):,}")
         with torch.no_grad(), self.autocast():
@@ -281,7 +288,7 @@ class PreferenceStage(Stage):
         return {"pairs": pairs, "logprobs": self.processes.sum_tensor(logprobs).cpu()}
 
     def collate(self, rows: list[Pair]) -> list[Pairs]:
-        return [self._pairs(chosen, self._look_up(chosen)) for chosen in in_parts(rows, self.settings.train.accumulate)]
+        return [self._pairs(chosen, self._look_up(chosen)) for chosen in in_parts(rows, self.parts)]
 
     def _pairs(self, pairs: list[Pair], reference: Tensor | None = None) -> Pairs:
         ids, targets = padded_rows([row for pair in pairs for row in pair], self.device)
@@ -317,25 +324,14 @@ class RewardStage(Stage):
 
     def batches(self, step: int) -> list[Rollouts]:
         grpo = self.settings.grpo
-        asked = [question for question in self._questions(step) for _ in range(grpo.group)]
+        asked = [question for question in self._rows(step) for _ in range(grpo.group)]  # a group in one process
         replies = self._replies([question.prompt for question in asked], step)
         weights = advantages(self._rewards(asked, replies), grpo.group, grpo.divide_by_std)
         written = [
             Sampled(row_of(question.prompt, reply), weight, len(reply))
             for question, reply, weight in zip(asked, replies, weights.tolist(), strict=True)
         ]
-        parts = in_parts(written, self.settings.train.accumulate // self.processes.count)
-        return [self._rollouts(chosen) for chosen in parts]
-
-    def _questions(self, step: int) -> list[Question]:
-        """Of this process; the replies to a question stay together."""
-        questions, count = self.source.rows(step), self.processes.count
-        if len(questions) % count or not questions:
-            raise ValueError(
-                f"step {step + 1}: {len(questions)} questions that leave room for a reply in train.sequence can't be "
-                f"shared out evenly to {count} processes; change train.batch, or raise train.sequence"
-            )
-        return self.processes.mine(questions)
+        return [self._rollouts(chosen) for chosen in in_parts(written, self.parts)]
 
     def validation_batches(self, index: int) -> list:
         return []  # a loss over replies of its own says nothing; evaluate.py asks for right answers

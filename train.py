@@ -28,7 +28,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
@@ -46,7 +45,6 @@ import console
 from chat import Chat
 from configs import schema
 from configs.schema import Settings
-from data.ahead import Ahead
 from decode import generate
 from formats.checkpoint import read_json
 from formats.files import atomic_file
@@ -151,8 +149,10 @@ class Processes:
                 f"another process of this run ended ({error}); go on from {run.latest} with --resume"
             ) from None
 
-    def mine(self, parts: Sequence) -> Sequence:
-        return parts[self.rank :: self.count]
+    @property
+    def share(self) -> slice:
+        """What this process takes of a list that all of them see."""
+        return slice(self.rank, None, self.count)
 
     def sum(self, value: float) -> float:
         """Of one number over all processes."""
@@ -236,7 +236,7 @@ class Trainer:
         self._check_parallel()
         self.tokenizer = resolve(settings.model.tokenizer)
         self.chat = Chat.from_pretrained(settings.model.tokenizer)
-        source = Ahead(build_source(settings, self.chat), train.steps)
+        source = build_source(settings, self.chat)
         self.run, self.model, reference = self._run_and_model(resume)
         stage = STAGES[settings.stage]
         self.stage = stage(settings, self.chat, source, self.model, reference, self.processes, self.autocast)

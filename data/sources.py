@@ -1,7 +1,8 @@
 """What a training step learns from, as a pure function of the step: the data's cursor is the number of the step.
 
-So a resumed run continues with exactly the rows it would have seen, and processes never overlap. A source gives the
-items of one optimizer step, `rows(step)` (0 is the first), and of a validation, `validation_rows(index)`:
+So a resumed run continues with exactly the rows it would have seen. A source gives the items of one optimizer step,
+`rows(step, share)` (0 is the first; `share` is the slice of them that one process takes: the rest is not made),
+and of a validation, `validation_rows(index)`:
 
     Generated   the offline corpus          Row, Pair or Question
     Listed      files and streamed sets     Row, Pair or Question
@@ -27,6 +28,7 @@ from data.tasks import Pieces
 from formats.files import atomic_file
 
 IGNORED = -100
+ALL = slice(None)
 
 
 class Row(NamedTuple):
@@ -84,8 +86,8 @@ class Generated:
     def __init__(self, make: Callable[[int], Item], batch: int, longest: int):
         self.make, self.batch, self.longest = make, batch, longest
 
-    def rows(self, step: int) -> list[Item]:
-        items = (self.make(step * self.batch + i) for i in range(self.batch))
+    def rows(self, step: int, share: slice = ALL) -> list[Item]:
+        items = (self.make(step * self.batch + i) for i in range(self.batch)[share])
         return [item for item in items if item.length <= self.longest]
 
     def validation_rows(self, index: int) -> list[Item]:
@@ -128,8 +130,8 @@ class Listed:
         self.items, self.unseen, self.batch, self.seed = items, unseen, batch, seed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
-    def rows(self, step: int) -> list[Item]:
-        return [self._item(step * self.batch + i) for i in range(self.batch)]
+    def rows(self, step: int, share: slice = ALL) -> list[Item]:
+        return [self._item(step * self.batch + i) for i in range(self.batch)[share]]
 
     def validation_rows(self, index: int) -> list[Item]:
         return self.unseen[index * self.batch : (index + 1) * self.batch]
@@ -264,8 +266,8 @@ class Shards:
         self.tokens = sum(len(shard) for shard in self.train.shards)
         self.validation = Windows(matching(validation), length, vocabulary, 0, shuffle=False) if validation else None
 
-    def rows(self, step: int) -> list[Row]:
-        return [window_row(self.train.row(step * self.batch + i)) for i in range(self.batch)]
+    def rows(self, step: int, share: slice = ALL) -> list[Row]:
+        return [window_row(self.train.row(step * self.batch + i)) for i in range(self.batch)[share]]
 
     def validation_rows(self, index: int) -> list[Row]:
         if self.validation is None:

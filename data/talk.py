@@ -117,7 +117,7 @@ def trained_subject(rng: Random) -> str:
         return rng.choice(SUBJECTS.split("|"))
     while is_held_out(f"word {(word := rng.choice(words()))}"):
         pass
-    return rng.choice(("", "the ", "a ")) + word
+    return rng.choice((word, f"the {word}", with_article(word)))
 
 
 def trained_outside(rng: Random) -> str:
@@ -125,8 +125,13 @@ def trained_outside(rng: Random) -> str:
     if rng.random() < 0.3:
         return rng.choice(OUTSIDE.split("|"))
     parts, forms = rng.choice(tuple(MADE_OF.items()))
-    question = rng.choice(forms.split("|")).replace("{part}", rng.choice(parts.split("|")))
+    question, part = rng.choice(forms.split("|")), rng.choice(parts.split("|"))
+    question = with_article(part).join(question.split("a {part}")).replace("{part}", part)
     return question[0].upper() + question[1:]
+
+
+def with_article(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def outside(rng: Random, held_out: bool = False) -> tuple[str, str, str]:

@@ -61,20 +61,16 @@ class TemplateSandbox:
         if len(request) > CHARACTERS:
             raise ValueError(f"can be given {CHARACTERS:,} characters, not {len(request):,}; shorten the messages")
         with self._lock:
-            child = self.start()
-            timer = threading.Timer(SECONDS, child.kill)
-            timer.start()
-            reply = {}
+            child, reply = self.start(), {}
             try:
                 reply = _exchange(child, request)
             finally:
-                timer.cancel()
                 if "text" not in reply:  # after Ctrl-C too: a late reply must not answer the next request
                     status = self._stop()
         if "text" in reply:
             return reply["text"]
         error = reply.get("error", f"ended its process (exit status {status})")
-        if status in (-signal.SIGXCPU, -signal.SIGKILL) and not reply:
+        if status in (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM) and not reply:
             error = f"ran for more than {CPU_SECONDS} s of processor time or {SECONDS} s in all"
         error = "".join(character if character.isprintable() else " " for character in error[:300])
         raise ValueError(f"{error}; mend the template or the messages, or use --raw")
@@ -121,6 +117,7 @@ def _serve_templates() -> None:
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     for request in sys.stdin.buffer:
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + CPU_SECONDS, hard))
+        signal.alarm(SECONDS)  # which ends the process
         try:
             template, variables = json.loads(request.decode("utf-8", "surrogatepass"))
             reply = {"text": _rendered(compiled(template), variables)}
@@ -130,6 +127,7 @@ def _serve_templates() -> None:
             reply = {"error": f"failed ({type(error).__name__}: {str(error)[:200]})"}
         sys.stdout.write(json.dumps(reply) + "\n")
         sys.stdout.flush()
+        signal.alarm(0)
 
 
 def _rendered(template: "jinja2.Template", variables: dict[str, Any]) -> str:

@@ -144,7 +144,8 @@ def test_two_processes_give_the_losses_of_one(config, stage, parallel):
     (config.parent / "run").rename(config.parent / "alone")
     assert run_in_processes(2, lambda: run(config, *chosen, f"train.parallel={parallel}")) == [0, 0]
     for record, expected in zip(metrics(config.parent / "run"), alone, strict=True):
-        for name in ("loss", "margin", "accuracy"):
+        first = record["step"] == 1  # when all margins are 0 but for rounding, and so is their sign
+        for name in ("loss", "margin") if first else ("loss", "margin", "accuracy"):
             assert record.get(name, 0) == pytest.approx(expected.get(name, 0), rel=1e-4, abs=1e-5)
 
 
