@@ -225,7 +225,7 @@ class Stage:
 
     def batches(self, step: int) -> list:
         """Those of this process's share of the rows of one step (0 is the first)."""
-        return self.collate(self._rows(step))
+        return self.collate(self._rows(step), self.parts)
 
     def _rows(self, step: int) -> list[Item]:
         """Enough of them that every process has as many batches as the others, which FSDP takes together."""
@@ -236,14 +236,14 @@ class Stage:
 
     def validation_batches(self, index: int) -> list:
         """Those of one validation, the same in every process."""
-        return self.collate(self.ahead.validation_rows(index))
+        return self.collate(self.ahead.validation_rows(index), self.settings.train.accumulate)
 
-    def collate(self, rows: list[Row]) -> list[Batch]:
-        train, data = self.settings.train, self.settings.data
+    def collate(self, rows: list[Row], parts: int) -> list[Batch]:
+        data = self.settings.data
         if data.pack:
-            return packed_batches(rows, self.parts, self.device, train.sequence)
+            return packed_batches(rows, parts, self.device, self.settings.train.sequence)
         end_of_text = self.chat.tokenizer.token_to_id(END_OF_TEXT) if data.mask_documents else None
-        return batches(rows, self.parts, self.device, end_of_text)
+        return batches(rows, parts, self.device, end_of_text)
 
 
 class PreferenceStage(Stage):
@@ -287,8 +287,8 @@ class PreferenceStage(Stage):
         pairs = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
         return {"pairs": pairs, "logprobs": self.processes.sum_tensor(logprobs).cpu()}
 
-    def collate(self, rows: list[Pair]) -> list[Pairs]:
-        return [self._pairs(chosen, self._look_up(chosen)) for chosen in in_parts(rows, self.parts)]
+    def collate(self, rows: list[Pair], parts: int) -> list[Pairs]:
+        return [self._pairs(chosen, self._look_up(chosen)) for chosen in in_parts(rows, parts)]
 
     def _pairs(self, pairs: list[Pair], reference: Tensor | None = None) -> Pairs:
         ids, targets = padded_rows([row for pair in pairs for row in pair], self.device)
