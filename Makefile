@@ -47,7 +47,7 @@ tiny: $(VENV)/.run
 	done
 	$(BIN)/python evaluate.py --model $(TINY:%=$(OUT)/%/latest) --count 1100 --threads 1
 	$(BIN)/python convert.py --model $(OUT)/grpo/latest --to bf16 --out $(OUT)/bf16 --force
-	$(BIN)/python evaluate.py --model $(OUT)/bf16 --count 1100 --threads 1
+	$(BIN)/python evaluate.py --model $(OUT)/bf16 --count 3300 --threads 1
 
 $(VENV)/.torch: requirements.lock
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 run" >&2; exit 2; }
