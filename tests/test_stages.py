@@ -182,7 +182,7 @@ def test_grpo_in_two_processes(config):
     chosen.append("train.parallel=ddp")
     assert run_in_processes(2, work) == [0, 0]
     first = without_speed(metrics(config.parent / "run"))
-    assert len(first) == 3 and first[0]["grad_norm"] > 0
+    assert len(first) == 3 and max(record["grad_norm"] for record in first) > 0
     (config.parent / "run").rename(config.parent / "first")
     assert run_in_processes(2, work) == [0, 0]
     assert without_speed(metrics(config.parent / "run")) == first
