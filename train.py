@@ -231,6 +231,7 @@ class Trainer:
         self.settings, train = settings, settings.train
         if train.threads:
             torch.set_num_threads(train.threads)
+        keep_freed_memory()
         self.processes = Processes(train.parallel, train.device)
         self.device, self.is_first = self.processes.device, self.processes.rank == 0
         self._check_parallel()
@@ -460,7 +461,6 @@ def main() -> None:
         return
     if arguments.config is None:
         raise ValueError("no config given; python train.py configs/toy.yaml")
-    keep_freed_memory()
     Trainer(schema.load(arguments.config, arguments.set), arguments.resume).train()
 
 
