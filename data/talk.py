@@ -126,7 +126,7 @@ def trained_outside(rng: Random) -> str:
         return rng.choice(OUTSIDE.split("|"))
     parts, forms = rng.choice(tuple(MADE_OF.items()))
     question, part = rng.choice(forms.split("|")), rng.choice(parts.split("|"))
-    question = with_article(part).join(question.split("a {part}")).replace("{part}", part)
+    question = question.replace("a {part}", with_article(part)).replace("{part}", part)
     return question[0].upper() + question[1:]
 
 
