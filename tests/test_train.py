@@ -464,6 +464,7 @@ def test_two_processes_give_the_losses_of_one(config, tmp_path, parallel, optimi
     assert run_in_processes(2, lambda: run(config, chosen, f"train.parallel={parallel}", resume=True)) == [0, 0]
     records = metrics(tmp_path / "run")
     tokens = [record["tokens"] for record in alone]  # with the padding, which is another where rows are shared out
+    assert [record["tokens"] for record in records[:4]] == tokens[:4]
     assert [record["tokens"] for record in records] == pytest.approx(tokens, rel=0.2)
     for record, expected in zip(records, alone, strict=True):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
