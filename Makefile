@@ -28,8 +28,8 @@ interop: $(VENV)/.test
 
 # On a machine with an NVIDIA GPU: the kernels against PyTorch, then what they and the model reach.
 gpu: $(VENV)/.test
-	$(BIN)/python -m pytest tests/test_kernels.py
-	$(BIN)/python tests/gpu/measure_kernels.py
+	$(BIN)/python -m pytest tests/ops/test_kernels.py
+	$(BIN)/python tests/ops/gpu/measure_kernels.py
 	$(BIN)/python bench.py --rows '*/cuda' --deep --batch --out runs/bench-gpu
 
 # The bundled model again, from its seed (SEED=1 is another): four stages on two processes, each resumable; then a row of

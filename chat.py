@@ -63,7 +63,7 @@ class Chat:
 
         path = resolve(src)
         if path.is_file():
-            from formats.gguf import GGUF
+            from formats.gguf.reader import GGUF
 
             tokenizer_json, tokenizer_config = GGUF(path).tokenizer()
             return cls(str(path), json.dumps(tokenizer_json), tokenizer_config)

@@ -27,12 +27,13 @@ from typing import Any
 import torch
 
 import console
-from formats import gguf_write, record
+from formats import record
 from formats.checkpoint import open_checkpoint
 from formats.compressed_tensors import BITS, Dequantized, quantization_config
 from formats.files import atomic_directory, atomic_file
-from formats.gguf import GGUF
-from formats.kquants import map_in_threads
+from formats.gguf import writer
+from formats.gguf.kquants import map_in_threads
+from formats.gguf.reader import GGUF
 from formats.safetensors_write import SafetensorsWriter, Shard, plan_shards
 from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, resolve_default
 from model import EMBEDDING, HEAD, all_finite, refuse, skeleton
@@ -348,7 +349,7 @@ def write_record(directory: Path, result: Result, *about: Any) -> None:
 
 def convert_to_gguf(source: Source, out: Path, options: argparse.Namespace) -> Result:
     """One .gguf file; for qwen3.c a directory with one and its three text files."""
-    planned = gguf_write.plan(source.checkpoint, options.type or "f32")
+    planned = writer.plan(source.checkpoint, options.type or "f32")
     check_disk(out, sum(tensor.size for tensor in planned) * (2 if options.reader else 1))  # there the head comes twice
     if options.reader:
         with atomic_directory(out) as directory:
@@ -375,9 +376,9 @@ def write_gguf(source: Source, planned: list[Any], path: Path, name: str, option
             progress.update(task, advance=size)
 
         if options.reader:
-            gguf_write.write_qwen3c(Checked(source), path, on_tensor)
+            writer.write_qwen3c(Checked(source), path, on_tensor)
         else:
-            found = gguf_write.write_gguf(Checked(source), path, options.type, on_tensor, errors=True)
+            found = writer.write_gguf(Checked(source), path, options.type, on_tensor, errors=True)
     written, origins = GGUF(path), {tensor.name: tensor.sources for tensor in planned}
     for tensor, (format, shape, start, size) in written.stored.items():
         official_names = origins.get(tensor, [HEAD])  # qwen3.c wants the head of a tied model too
@@ -418,7 +419,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--to", choices=TARGETS, help="a container, or a precision in the official layout")
     add("--model", metavar="SRC", help=f"directory, hub id or .gguf file (default: {DEFAULT_MODEL})")
     add("--out", type=Path, metavar="PATH", help="file or directory of the result (default: named after the model)")
-    add("--type", choices=gguf_write.TYPES, help="precision of the GGUF (default: q8_0)")
+    add("--type", choices=writer.TYPES, help="precision of the GGUF (default: q8_0)")
     add("--for", dest="reader", choices=["qwen3.c"], help="F32 GGUF and text files as qwen3.c maps them")
     add("--group-size", type=parse_group_size, metavar="N", help="weights that share a scale (int4: 32, int8: a row)")
     add("--max-shard-size", type=parse_size, metavar="SIZE", help="of one safetensors file (default: 5GB)")

@@ -21,13 +21,13 @@ import torch
 
 import console
 from chat import Chat
-from data.corpus import FAMILIES, Example, check, hard_examples, outside_examples, unseen_examples
-from data.talk import is_refusal
-from decode import ThinkingBudget, end_tokens, generate_batch
+from data.corpus.examples import FAMILIES, Example, check, hard_examples, outside_examples, unseen_examples
+from data.corpus.talk import is_refusal
 from formats.files import atomic_file
+from inference.decode import ThinkingBudget, end_tokens, generate_batch
+from inference.replies import Reply, parse
+from inference.sampling import SamplingParams
 from model import Qwen3
-from rewards import Reply, parse
-from sampling import SamplingParams
 
 LONGEST = 400  # tokens of a reply
 BUDGETS = (0, 8, 16, 24, 32, 48, 64, 96, 128, 192)

@@ -2,9 +2,9 @@
 
     text -> Chat.render -> ids -> model -> logits -> sample -> id -> ReplyStream -> text on the screen
 
-This file is the command. The loop from ids to ids is decode.py, a chat that keeps its cache between turns session.py,
-many prompts of a file prompts.py; the names that other programs need can be imported from here. Results go to standard
-output, everything else to standard error.
+This file is the command. In inference/: the loop from ids to ids (decode.py), a chat that keeps its cache between turns
+(session.py), many prompts of a file (prompts.py); the names that other programs need can be imported from here.
+Results go to standard output, everything else to standard error.
 """
 
 import os
@@ -18,15 +18,17 @@ import torch
 
 import console
 from chat import Chat
-from decode import PromptTooLong, end_tokens, generate, generate_batch, new_cache, steps
 from formats.checkpoint import open_checkpoint
 from formats.source import resolve, resolve_default
+from inference.decode import PromptTooLong, end_tokens, generate, generate_batch, new_cache, steps
+from inference.prompts import answer_prompts
+from inference.sampling import SamplingParams, recommended
+from inference.session import Answer, Session, weight_bytes_per_token
+from inference.speculate import MOST_GUESSES, DraftModel, PromptLookup, Speculation
 from model import Qwen3, load
-from ops.machine import pick_device, pick_kernels, read_bandwidth, release_freed_memory, use_kernels
-from prompts import answer_prompts
-from sampling import SamplingParams, recommended
-from session import Answer, Session, weight_bytes_per_token
-from speculate import MOST_GUESSES, DraftModel, PromptLookup, Speculation
+from ops.devices import pick_device, pick_kernels, use_kernels
+from ops.limits import read_bandwidth
+from ops.memory import release_freed_memory
 
 __all__ = ["SamplingParams", "Session", "end_tokens", "generate", "generate_batch", "new_cache", "steps"]
 __all__ += ["weight_bytes_per_token"]

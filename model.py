@@ -90,7 +90,7 @@ class Config:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Config":
-        from formats.checkpoint import read_json
+        from formats.tensors import read_json
 
         given = read_json(Path(path))
         try:
@@ -541,7 +541,7 @@ class Qwen3(nn.Module):
     `Qwen3(config)` has random initial weights; `Qwen3.from_pretrained(src)` those of a checkpoint.
     """
 
-    kernels = "auto"  # of the token step on a GPU: torch, triton, or auto (ops/machine.py: pick_kernels)
+    kernels = "auto"  # of the token step on a GPU: torch, triton, or auto (ops/devices.py: pick_kernels)
 
     def __init__(self, config: Config):
         super().__init__()
@@ -565,12 +565,12 @@ class Qwen3(nn.Module):
             with torch.no_grad():
                 return self.forward(ids, cache, last)
         if cache is not None and ids.is_cpu:
-            from ops.step import step  # this very computation in C++
+            from ops.cpu.step import step  # this very computation in C++
 
             if (logits := step(self, ids, cache, last)) is not None:
                 return logits
         if cache is not None and ids.is_cuda and ids.shape[1] == 1:
-            from ops.graphs import step  # the same for one token on a GPU, its launches recorded once
+            from ops.gpu.graphs import step  # the same for one token on a GPU, its launches recorded once
 
             if (logits := step(self, ids, cache)) is not None:
                 return logits

@@ -4,8 +4,8 @@
     python train.py configs/toy.yaml --resume
     python train.py --keys                     lists every key of a config
 
-`stage` in the YAML is pretrain, sft, dpo or grpo: where a step's batches come from and which loss they have (stages.py,
-objectives.py). All else is the same.
+`stage` in the YAML is pretrain, sft, dpo or grpo: where a step's batches come from and which loss they have
+(training/stages.py, training/objectives.py). All else is the same.
 
 A run writes its folder `train.out`:
     config.yaml      the resolved settings; --resume refuses others
@@ -43,20 +43,21 @@ from torch.utils.checkpoint import checkpoint
 
 import console
 from chat import Chat
-from configs import schema
-from configs.schema import Settings
-from decode import generate
-from formats.checkpoint import read_json
 from formats.files import atomic_file
-from formats.run import Run
 from formats.source import resolve
-from lora import add_lora, load_adapter, merged_weights, save_adapter, weights_hash
+from formats.tensors import read_json
+from inference.decode import generate
+from inference.sampling import SamplingParams
 from model import Config, Qwen3
-from objectives import Objective
-from ops.machine import keep_freed_memory, pick_device, use_kernels
-from optimizers import Optimizers, learning_rate_factor, whole
-from sampling import SamplingParams
-from stages import END_OF_TEXT, STAGES, agreed, build_source, decide_source
+from ops.devices import pick_device, use_kernels
+from ops.memory import keep_freed_memory
+from training import schema
+from training.lora import add_lora, load_adapter, merged_weights, save_adapter, weights_hash
+from training.objectives import Objective
+from training.optimizers import Optimizers, learning_rate_factor, whole
+from training.run import Run
+from training.schema import Settings
+from training.stages import END_OF_TEXT, STAGES, agreed, build_source, decide_source
 
 # Dense bf16 peaks in FLOP/s from the makers' data sheets, by a part of the device's name. Others: MFU n/a.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}

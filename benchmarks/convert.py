@@ -1,4 +1,4 @@
-"""How long a conversion to GGUF takes, beside llama.cpp's own tools: `python bench_convert.py --model SRC`.
+"""How long a conversion to GGUF takes, beside llama.cpp's own tools: `python bench.py convert --model SRC`.
 
 NANOQWEN_LLAMA_CPP names llama.cpp's folder: convert_hf_to_gguf.py in it writes f16, bf16 and q8_0, its llama-quantize
 makes the others out of a bf16 file. The two take turns; wall time, processor time and peak memory are the operating
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import console
-from bench import ROOT, cache_directory, llama_program, peak_bytes
+from benchmarks.speed import ROOT, cache_directory, llama_program, peak_bytes
 from formats.source import resolve_default
 
 CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -84,12 +84,12 @@ def measure(model: Path, type: str, repeats: int, folder: Path) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = console.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", metavar="SRC", help="directory or hub id (default: Qwen/Qwen3-0.6B)")
     parser.add_argument("--types", nargs="+", default=DEFAULT_TYPES, metavar="TYPE", help="as of convert.py")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds of the two in turn (default: 3)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.repeats < 1:
         raise ValueError(f"--repeats {options.repeats}: give at least 1")
     model = resolve_default(options.model)
@@ -101,7 +101,3 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|")
         for type in options.types:
             print("\n".join(measure(model, type, options.repeats, Path(folder))), flush=True)
-
-
-if __name__ == "__main__":
-    console.run(main)

@@ -1,4 +1,4 @@
-"""What fewer bits cost: `python bench_quality.py --model models/tiny`.
+"""What fewer bits cost: `python bench.py quality --model models/tiny`.
 
 Each scheme's logits beside those of the same weights in float32, over unseen questions with their gold traces, token by
 token as they would be decoded: the relative error ‖l - l₀‖ / ‖l₀‖ of the logits (each position's mean taken away, as
@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 import console
-from bench import ROOT, cache_directory, run_script
+from benchmarks.speed import ROOT, cache_directory, run_script
 from chat import Chat
-from data.corpus import completion, unseen_examples
-from data.tokenizer import TINY, pieces_of
-from decode import new_cache
+from data.corpus.examples import completion, unseen_examples
+from data.corpus.tokenizer import TINY, pieces_of
 from formats.source import BUNDLED_MODEL, resolve
+from inference.decode import new_cache
 from model import Qwen3
 
 SCHEMES = {
@@ -62,12 +62,12 @@ def compare(found: torch.Tensor, exact: torch.Tensor) -> tuple[float, float, flo
     return error.item(), divergence.item(), (found.argmax(-1) == exact.argmax(-1)).float().mean().item()
 
 
-def main() -> None:
-    parser = console.ArgumentParser(prog="bench_quality.py", description=__doc__.partition("\n")[0])
+def main(arguments: list[str]) -> None:
+    parser = console.ArgumentParser(prog="bench.py quality", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default=str(BUNDLED_MODEL), metavar="SRC", help="default: the bundled model")
     parser.add_argument("--count", type=int, default=110, metavar="N", help="conversations (default: 110)")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.count < 1:
         raise ValueError(f"--count {options.count}: give at least 1")
     model = resolve(options.model)
@@ -83,7 +83,3 @@ def main() -> None:
             run_script(ROOT / "convert.py", *flags, "--model", str(model), "--out", str(path), "--force")
             error, divergence, same = compare(logits(Qwen3.from_pretrained(path), texts), exact)
             print(f"| {name} | {100 * error:.3f} | {divergence:.2e} | {100 * same:.2f} |", flush=True)
-
-
-if __name__ == "__main__":
-    console.run(main)

@@ -101,7 +101,7 @@ def markdown_table(head: list[str], body: list[list[str]]) -> list[str]:
 
 
 def hardware(machine: Report) -> str:
-    """What ops.machine.describe found and how busy it was, in words."""
+    """What ops.limits.describe found and how busy it was, in words."""
     words = (
         f"{machine['cpu']} ({machine['instructions']}, {machine['cores']} cores), {machine['memory'] / 2**30:.0f} GiB"
     )

@@ -31,17 +31,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import console
-from bench_report import draw, markdown, number, ratios, show, summary, tables, title
+from benchmarks.report import draw, markdown, number, ratios, show, summary, tables, title
 from formats.files import atomic_directory, sha256, write_text
 from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, HubUnreachable, resolve
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ROOT / "configs" / "qwen3-0.6b.json"  # of the random weights that stand in where the real ones are not at hand
-PEERS = ROOT / "tests" / "peers"  # no part of the product, so that it never imports transformers
+PEERS = ROOT / "benchmarks" / "peers"  # no part of the product, so that it never imports transformers
 SCRIPTS = {
-    "nanoqwen": ROOT / "bench.py",
-    "transformers": PEERS / "transformers_row.py",
-    "llama.cpp": PEERS / "llama_row.py",
+    "nanoqwen": (ROOT / "bench.py", "speed"),
+    "transformers": (PEERS / "transformers_row.py",),
+    "llama.cpp": (PEERS / "llama_row.py",),
 }
 QUESTION = [{"role": "user", "content": "Which is larger, 9.11 or 9.9?"}]
 SHORT, BATCHES = 32, (4, 16)
@@ -88,7 +88,7 @@ class Nanoqwen:
 
     def __init__(self, job: Job):
         from chat import Chat
-        from ops.machine import release_freed_memory
+        from ops.memory import release_freed_memory
 
         self.job = job
         self.prompt = Chat.from_pretrained(job.model).render(QUESTION)
@@ -99,7 +99,7 @@ class Nanoqwen:
 
         from formats.checkpoint import open_checkpoint
         from model import load
-        from ops.machine import use_kernels
+        from ops.devices import use_kernels
 
         dtype = {"f32": torch.float32, "bf16": torch.bfloat16}.get(self.job.precision)  # else as it was converted
         self.model = load(open_checkpoint(Path(self.job.model)), self.job.device, dtype)
@@ -171,7 +171,7 @@ def _decode(engine: Any, rows: int, depth: int, count: int) -> float:
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
-    from ops.machine import describe, limits
+    from ops.limits import describe, limits
 
     return {**describe(), "load_average": os.getloadavg()[0], "limits": limits(threads)}
 
@@ -179,7 +179,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
 def bandwidth_now(device: str, threads: int) -> float:
     import torch
 
-    from ops.machine import read_bandwidth
+    from ops.limits import read_bandwidth
 
     torch.set_num_threads(threads)
     return read_bandwidth(device)
@@ -192,7 +192,7 @@ def model_facts(path: str) -> dict[str, Any]:
     from formats.checkpoint import open_checkpoint
     from generate import weight_bytes_per_token
     from model import Config, Qwen3
-    from ops.step import library
+    from ops.cpu.step import library
 
     checkpoint = open_checkpoint(Path(path))
     config = Config(**checkpoint.config)
@@ -278,7 +278,7 @@ def run_row(row: Row, model: Path, job: Job, weights: int, worker: ProcessPoolEx
     job = replace(job, model=str(model.resolve()), precision=row.precision, device=row.device)
     before = worker.submit(bandwidth_now, row.device, job.threads).result()
     job.started = time.time()
-    run = json.loads(run_script(SCRIPTS[row.engine], "--measure", json.dumps(asdict(job))).splitlines()[-1])
+    run = json.loads(run_script(*SCRIPTS[row.engine], "--measure", json.dumps(asdict(job))).splitlines()[-1])
     if "bytes_per_token" not in run:  # a peer reads the same weights in a type of its own
         run["bytes_per_token"] = weights * run.pop("bytes_per_weight", BYTES.get(row.precision))
     run["read_bandwidth"] = max(before, worker.submit(bandwidth_now, row.device, job.threads).result())
@@ -311,7 +311,7 @@ def run_all(model: Path, rows: list[Row], job: Job, repeats: int, weights: int, 
 
 
 def parse_arguments(arguments: list[str]) -> Any:
-    parser = console.ArgumentParser(prog="bench.py", description="Measure this machine and this model on it.")
+    parser = console.ArgumentParser(prog="bench.py speed", description="Measure this machine and this model on it.")
     add = parser.add_argument
     add("--model", metavar="SRC", help=f"directory, hub id or .gguf file (default: {DEFAULT_MODEL} or its shape)")
     add("--rows", nargs="+", metavar="ROW", help="such as nanoqwen/bf16 or '*/bf16' (default: all that can run)")
@@ -393,8 +393,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    options = parse_arguments(sys.argv[1:])
+def main(arguments: list[str]) -> None:
+    options = parse_arguments(arguments)
     if options.measure:
         print(json.dumps(measure(Nanoqwen, Job(**json.loads(options.measure)))))
         return
@@ -413,7 +413,7 @@ def main() -> None:
     report = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit(),
-        "command": shlex.join(["python", "bench.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "bench.py", "speed", *arguments]),
         "machine": machine,
         "versions": versions(),
         "model": {"name": name, **facts},

@@ -1,8 +1,8 @@
 """From how few tokens train.py learns, beside AdamW in the usual loop:
 
-    python bench_tokens.py --corpus TEXT... --tokenizer SRC
+    python bench.py tokens --corpus TEXT... --tokenizer SRC
 
-The texts are tokenised, the last tenth of each for validation. The peer (tests/peers/train_transformers.py) trains
+The texts are tokenised, the last tenth of each for validation. The peer (benchmarks/peers/train_transformers.py) trains
 transformers' Qwen3 with a tuned AdamW; the loss that all of its seeds reach at the end is the mark, and a run's figure
 is how many tokens it had seen when its validation loss first was as low. Same model, rows, batch and validation rows;
 weights and order of the rows by seed. `--tune` first tries the grids below on other seeds and takes the best of each.
@@ -29,10 +29,10 @@ from typing import Any
 import yaml
 
 import console
-from bench import ROOT, describe_machine, run_script
-from bench_report import number
-from bench_train import DTYPES, SCRIPTS, finish, header
-from data.shards import Shard, write_shard
+from benchmarks.report import number
+from benchmarks.speed import ROOT, describe_machine, run_script
+from benchmarks.train import DTYPES, SCRIPTS, finish, header
+from data.shard_format import Shard, write_shard
 from data.texts import load_tokenizer, vocabulary_of
 from formats.files import write_text
 
@@ -132,7 +132,7 @@ def ours(config: Path, seed: int, settings: dict[str, Any], out: Path) -> Curve:
 def peers(config: Path, seed: int, settings: dict[str, Any], out: Path) -> Curve:
     """A whole run of the peer, from the beginning."""
     lesson = Lesson(str(config), seed, STEPS, **settings)
-    return json.loads(run_script(SCRIPTS["transformers"], "--learn", json.dumps(asdict(lesson))).splitlines()[-1])
+    return json.loads(run_script(*SCRIPTS["transformers"], "--learn", json.dumps(asdict(lesson))).splitlines()[-1])
 
 
 def recorded(run: Callable, config: Path, seed: int, settings: dict[str, Any], out: Path) -> Curve:
@@ -170,8 +170,8 @@ def tuned(run: Callable, start: dict, grid: dict, config: Path, out: Path, pool:
     return best
 
 
-def main() -> None:
-    parser = console.ArgumentParser(prog="bench_tokens.py", description="Tokens to a validation loss, beside AdamW.")
+def main(arguments: list[str]) -> None:
+    parser = console.ArgumentParser(prog="bench.py tokens", description="Tokens to a validation loss, beside AdamW.")
     parser.add_argument("--corpus", type=Path, nargs="+", required=True, metavar="TEXT", help="text files")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json or its folder")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each side (default: 3)")
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="try the grids of both sides first (long)")
     parser.add_argument("--mark", type=float, metavar="LOSS", help="default: what all seeds of the peer reach")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-train"), metavar="DIR", help="for report and runs")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)}: give at least 1")

@@ -1,11 +1,11 @@
-"""How fast train.py trains beside the usual loops, and how much memory it takes: `python bench_train.py`.
+"""How fast train.py trains beside the usual loops, and how much memory it takes: `python bench.py train`.
 
     the machine's limits -> rows, alternated A B C A B C -> speed.json and speed.md
 
 A row is a shape with an engine and a precision. Every run is a fresh process, on the same rows of the same shard, from
-the same weights where the model is the same: then the losses have to agree as well. Peers are scripts under tests/peers
-(transformers' Qwen3, nanoGPT's model), so that the product never imports transformers. bench_tokens.py measures from
-how few tokens a model learns.
+the same weights where the model is the same: then the losses have to agree as well. Peers are scripts under
+benchmarks/peers (transformers' Qwen3, nanoGPT's model), so that the product never imports transformers.
+benchmarks/tokens.py measures from how few tokens a model learns.
 """
 
 import argparse
@@ -30,15 +30,15 @@ from typing import Any, NamedTuple
 import yaml
 
 import console
-from bench import PEERS, ROOT, cache_directory, commit, describe_machine, peak_bytes, run_script, versions
-from bench_report import hardware, markdown_table, show, summary, table
+from benchmarks.report import hardware, markdown_table, show, summary, table
+from benchmarks.speed import PEERS, ROOT, cache_directory, commit, describe_machine, peak_bytes, run_script, versions
 from formats.files import write_text
 from formats.source import BUNDLED_MODEL
 
 SCRIPTS = {
-    "nanoqwen": ROOT / "bench_train.py",
-    "transformers": PEERS / "train_transformers.py",
-    "nanogpt": PEERS / "train_nanogpt.py",
+    "nanoqwen": (ROOT / "bench.py", "train"),
+    "transformers": (PEERS / "train_transformers.py",),
+    "nanogpt": (PEERS / "train_nanogpt.py",),
 }
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 # Qwen3 of width 256; nanoGPT's has the same width, layers and heads, and an MLP of 4 x 256.
@@ -96,8 +96,8 @@ class Nanoqwen:
     """train.py's own steps."""
 
     def __init__(self, job: Job):
-        from configs import schema
         from train import Trainer
+        from training import schema
 
         out = Path(job.config).with_suffix(f".{os.getpid()}")
         settings = schema.load(job.config, [f"train.dtype={DTYPES[job.precision]}", f"train.out={out}"])
@@ -111,8 +111,8 @@ class PeerRows:
     """The rows that train.py would have for a config, for the peers: LongTensors ids, targets [B, T]."""
 
     def __init__(self, config: str, seed: int | None = None):
-        from configs import schema
         from data.sources import Shards
+        from training import schema
 
         self.settings = schema.load(config)
         train, data = self.settings.train, self.settings.data
@@ -157,7 +157,7 @@ def prepare(folder: str, shape: Shape, threads: int) -> dict[str, Any]:
     import torch
 
     from chat import Chat
-    from data.shards import write_shard
+    from data.shard_format import write_shard
     from model import Config, Qwen3
     from train import flops_per_token
 
@@ -204,7 +204,7 @@ def run_all(rows: list[Row], options: Any, threads: int, facts: dict, rates: dic
         config = str(folder / row.shape / "config.yaml")
         job = Job(config, row.precision, threads, count, shape.batch * shape.sequence)
         try:
-            printed = run_script(SCRIPTS[row.engine], "--measure", json.dumps(asdict(job)))
+            printed = run_script(*SCRIPTS[row.engine], "--measure", json.dumps(asdict(job)))
             run = json.loads(printed.splitlines()[-1])
             result["losses"] = max(result["losses"], run.pop("losses"), key=len)
             if row.engine != "nanogpt":  # whose operations are others
@@ -332,7 +332,7 @@ def finish(report: dict, path: Path, name: str, found: dict[str, list[list[str]]
 
 
 def parse_arguments(arguments: list[str]) -> Any:
-    parser = console.ArgumentParser(prog="bench_train.py", description="Measure training on this machine.")
+    parser = console.ArgumentParser(prog="bench.py train", description="Measure training on this machine.")
     add = parser.add_argument
     add("--rows", nargs="+", metavar="ROW", help="such as gpt2/nanogpt/bf16 or 'qwen3/*' (default: all that can run)")
     add("--repeats", type=int, default=3, metavar="N", help="rounds over all rows (default: 3)")
@@ -349,8 +349,8 @@ def parse_arguments(arguments: list[str]) -> Any:
     return options
 
 
-def main() -> None:
-    options = parse_arguments(sys.argv[1:])
+def main(arguments: list[str]) -> None:
+    options = parse_arguments(arguments)
     if options.measure:
         print(json.dumps(measure(Nanoqwen, Job(**json.loads(options.measure)))))
         return

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 import console
-from data.shards import HEADER_BYTES, Shard
+from data.shard_format import HEADER_BYTES, Shard
 from formats.download import transfer
 from formats.files import publish
 

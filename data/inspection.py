@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from data.shards import END_OF_TEXT, Shard
+from data.shard_format import END_OF_TEXT, Shard
 
 # Without a tokenizer: uint16 shards are GPT-2's as a rule, and the uint32 variant is here for Qwen3's vocabulary.
 USUAL_SEPARATOR = {2: 50256, 4: 151643}

@@ -1,9 +1,5 @@
 """Files of token ids, in the format of the fineweb10B-gpt2 shards.
 
-    python data/shards.py inspect FILE... [--tokenizer SRC]      header, counts, document lengths, decoded samples
-    python data/shards.py tokenize SOURCE... --tokenizer SRC --out DIR      texts to shards (data/texts.py)
-    python data/shards.py download NUMBER... [--out DIR]      FineWeb's shards (data/fineweb.py)
-
 A shard is a header of 256 little-endian int32 ([0] magic, [1] version, [2] number of tokens, the rest unused) and then
 the ids: uint16 (magic 20240520, version 1), or uint32 where the vocabulary is larger (magic 20240801, version 7), both
 as in llm.c (https://github.com/karpathy/llm.c, dev/data). An end-of-text token precedes each document; a document may
@@ -11,17 +7,12 @@ go on from one shard into the next. A shard is somebody else's file: header and 
 each id when it is read, so that opening a hundred shards costs nothing.
 """
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-import console
 from formats.files import atomic_file
 
 HEADER_BYTES = 1024
@@ -141,18 +132,3 @@ class Windows:
         shard = int(np.searchsorted(self.ends, place, side="right"))
         start = (place - int(self.ends[shard]) + self.rows[shard]) * self.length
         return self.shards[shard].read(start, self.length + 1, self.vocabulary)
-
-
-def main() -> None:
-    from data import fineweb, inspection, texts
-
-    parser = console.ArgumentParser(description="Shards of token ids: look into them, make them, download them.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (inspection, texts, fineweb):
-        module.add_command(commands)
-    arguments = parser.parse_args()
-    arguments.run(arguments)
-
-
-if __name__ == "__main__":
-    console.run(main)

@@ -20,11 +20,11 @@ import numpy as np
 
 import console
 from data import conversations
-from data.corpus import check, completion, document, question_example, training_example
+from data.corpus.examples import check, completion, document, question_example, training_example
+from data.corpus.preferences import preference_example
+from data.corpus.tasks import Pieces
 from data.documents import is_data_set, read_records
-from data.preferences import preference_example
-from data.shards import END_OF_TEXT, Windows
-from data.tasks import Pieces
+from data.shard_format import END_OF_TEXT, Windows
 from formats.files import atomic_file
 
 IGNORED = -100

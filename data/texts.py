@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 
 import console
 from data.documents import parted, read_documents
-from data.shards import END_OF_TEXT, MOST_TOKENS, write_pieces
+from data.shard_format import END_OF_TEXT, MOST_TOKENS, write_pieces
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # what a process gets at once: whichever is reached first
 

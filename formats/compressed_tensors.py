@@ -189,7 +189,7 @@ def _glob(entry: str) -> str:
 
 class Dequantized:
     """A compressed-tensors checkpoint seen as an ordinary one: each quantised `weight` reads as its values in float32,
-    so that every converter can start from it. Has what formats/checkpoint.py's `Checkpoint` has."""
+    so that every converter can start from it. Has what formats/safetensors_read.py's `Checkpoint` has."""
 
     def __init__(self, checkpoint: Any):
         self._checkpoint, self.path, self.files = checkpoint, checkpoint.path, checkpoint.files

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from formats.checkpoint import read_json
 from formats.files import sha256, write_text
+from formats.tensors import read_json
 
 NAME = "conversion.json"
 BLOCK = 1 << 22  # bytes

@@ -1,4 +1,4 @@
-"""Open a checkpoint: strict checks first, then one tensor at a time by its official name.
+"""A directory in the official layout: strict checks first, then one tensor at a time by its official name.
 
 The safetensors format (https://github.com/huggingface/safetensors#format): 8 bytes of header length N, little-endian,
 N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data, contiguous and without holes. A file from elsewhere
@@ -13,48 +13,15 @@ import re
 from collections.abc import Iterator
 from os.path import lexists
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
+from formats.tensors import DTYPES, PICKLE_SUFFIXES, TensorInfo, read_json
+
 MAX_HEADER = 32_000_000  # bytes; the names of 10^5 tensors stay far below, and parsing it stays within a gigabyte
 MAX_NAME = 256  # characters; the official names stay below 60
-MAX_JSON = 32_000_000  # bytes; as many as in a header
 SHARD_NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-class TensorInfo(NamedTuple):
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a stranger's file; ValueError names the file where it is none."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file, but a checkpoint directory needs one; download it again")
-    if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes is too large for this file; download it again")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({str(error)[:80]}); download the file again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON {type(value).__name__}, not an object {{...}}; download the file again")
-    return value
 
 
 class SafetensorsFile:
@@ -191,16 +158,6 @@ class Checkpoint:
         for name in self.tensors:
             yield name, self.read(name)
             self.release(name)
-
-
-def open_checkpoint(path: str | Path):
-    """A directory or a .gguf file as a checkpoint object: path, config, tensors, files, read, release, iteration."""
-    path = Path(path)
-    if path.suffix == ".gguf" and path.is_file():
-        from formats.gguf import GGUF
-
-        return GGUF(path)
-    return Checkpoint(path)
 
 
 def _weight_files(path: Path) -> list[Path]:

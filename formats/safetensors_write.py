@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-from formats.checkpoint import DTYPES, TensorInfo
+from formats.tensors import DTYPES, TensorInfo
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"

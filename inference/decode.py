@@ -3,27 +3,37 @@
     prompt ids -> model(ids, cache) -> logits -> Reply.choose -> the next ids -> model ...
 
 What becomes of the logits of a position is decided in `Reply` alone, for both loops: the draw, the ids that a thinking
-budget puts in, and the end. A draft (speculate.py) only lets one pass of the model serve several positions.
+budget puts in, and the end. A draft (inference/speculate.py) only lets one pass of the model serve several positions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from chat import EARLY_STOP_TEXT, Chat, ReplyStream
+from inference.sampling import SamplingParams, recommended, sample
 from model import KVCache, Qwen3
-from sampling import SamplingParams, recommended, sample
-
-if TYPE_CHECKING:
-    from speculate import Speculation
 
 PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once; bounds the memory of a long prompt
 CACHE_ROOM = 256  # positions behind the longest prompt that a batch's cache begins with
 
 Intervene = Callable[[list[int]], list[int]]
 Until = Callable[[list[int]], bool]
+
+
+class Speculator(Protocol):
+    """Guesses the next tokens of a reply; inference/speculate.py has the one that is used."""
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """A new reply to this prompt begins."""
+
+    def propose(self, reply: Sequence[int], most: int, params: SamplingParams, generator: torch.Generator) -> list[int]:
+        """At most `most` ids that may follow the prompt and the reply so far. The generator is only looked at."""
+
+    def learn(self, pending: int, drafted: int, accepted: int) -> None:
+        """After a pass over `pending` known and `drafted` guessed tokens, of which `accepted` were right."""
 
 
 def generate(model: Qwen3, ids: Sequence[int], params: SamplingParams | None = None, **options) -> Iterator[int]:
@@ -44,7 +54,7 @@ def steps(
     chat: Chat | None = None,
     cache: KVCache | None = None,
     intervene: Intervene | None = None,
-    speculation: "Speculation | None" = None,
+    speculation: Speculator | None = None,
 ) -> Iterator[tuple[int, Tensor | None]]:
     """The loop of `generate`: yields (token id, the logits [V] that it was drawn from).
 

@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from decode import ThinkingBudget, check_prompt, generate_batch
-from session import Answer, Listener, Session
+from inference.decode import ThinkingBudget, check_prompt, generate_batch
+from inference.session import Answer, Listener, Session
 
 WINDOW = 4  # batches that are read ahead and sorted by length, so that rows of a batch are about as long
 

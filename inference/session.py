@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from chat import Chat, ReplyStream, assistant_message
-from decode import ThinkingBudget, check_prompt, end_tokens, new_cache, repetition_period, steps
+from inference.decode import ThinkingBudget, check_prompt, end_tokens, new_cache, repetition_period, steps
+from inference.sampling import SamplingParams
+from inference.speculate import Speculation, common_prefix
 from model import EMBEDDING, HEAD, KVCache, Qwen3
-from ops.step import head_copy_bytes
-from sampling import SamplingParams
-from speculate import Speculation, common_prefix
+from ops.cpu.step import head_copy_bytes
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Listener:
         return pieces
 
     def heard(self, tokens: list[int]) -> bool:
-        """The `until` of decode.py's `Reply`: whether the reply so far is to end here."""
+        """The `until` of inference/decode.py's `Reply`: whether the reply so far is to end here."""
         for token in tokens[len(self.answer.token_ids) :]:
             if not self.ended:
                 self.push(token)

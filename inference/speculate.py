@@ -1,10 +1,10 @@
 """Speculation: guess the next tokens cheaply, and let one pass of the model verify them all.
 
 A pass of few tokens reads the weights once, as a pass of one token does. So where a guess is right, a token is saved
-(Leviathan et al. 2023, https://arxiv.org/abs/2211.17192). The loop of decode.py draws each position's token from the
-model's own distribution with the reply's own random numbers, and keeps the pass as far as the guesses agree. A guessed
-token x is thus accepted with probability p(x), and otherwise the token comes from p without x, as in that paper for a
-draft that is certain; moreover the text is that of the same seed without speculation, whatever was guessed
+(Leviathan et al. 2023, https://arxiv.org/abs/2211.17192). The loop of inference/decode.py draws each position's token
+from the model's own distribution with the reply's own random numbers, and keeps the pass as far as the guesses agree. A
+guessed token x is thus accepted with probability p(x), and otherwise the token comes from p without x, as in that paper
+for a draft that is certain; moreover the text is that of the same seed without speculation, whatever was guessed
 (Daliri, Musco and Suresh 2024, https://arxiv.org/abs/2408.07978, call this drafter-invariant).
 
     PromptLookup   what followed the last few tokens where they stood before
@@ -18,11 +18,11 @@ from typing import Protocol
 
 import torch
 
-from decode import end_tokens, forward, new_cache
+from inference.decode import end_tokens, forward, new_cache
+from inference.sampling import SamplingParams, sample
 from model import KVCache, Qwen3
-from sampling import SamplingParams, sample
 
-MOST_GUESSES = 7  # more are seldom right; ops/step.cpp would take 15 with the token before them row by row
+MOST_GUESSES = 7  # more are seldom right; ops/cpu/step.cpp would take 15 with the token before them row by row
 ALLOWANCE = 0.02  # of the time without guesses may be lost to guesses that were wrong
 FIRST = 4  # passes without guesses, to know what one takes
 SAVINGS = 4  # passes; what was gained before excuses no more than so much

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ops.machine import pick_kernels
+from ops.devices import pick_kernels
 
 # Bytes of a chunk of logits: in smaller ones the head's matrix is read, and its gradient written, more often.
 CHUNK_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
@@ -23,12 +23,12 @@ def linear_cross_entropy(
     (0: as many as CHUNK_BYTES allows). Under autocast the products are in its dtype; the rest is float32.
 
     x [N, C], weight [V, C], targets LongTensor [N] -> float32 [] or [N]. Differentiable once in x and weight.
-    `kernels`: of the softmax, see ops/machine.py: pick_kernels.
+    `kernels`: of the softmax, see ops/devices.py: pick_kernels.
     """
     assert reduction in ("sum", "none")
     errors = _errors
     if pick_kernels(kernels, x.device, "kernels") == "triton":
-        from ops.kernels import cross_entropy_errors as errors
+        from ops.gpu.kernels import cross_entropy_errors as errors
     return _LinearCrossEntropy.apply(x, weight, targets, chunk, reduction == "sum", errors)
 
 

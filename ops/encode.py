@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from formats.checkpoint import TensorInfo
 from formats.compressed_tensors import dequantize, pack, packed_columns
+from formats.tensors import TensorInfo
 from ops import quant
 
 EMBEDDING = "model.embed_tokens.weight"

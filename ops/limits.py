@@ -1,54 +1,18 @@
 """What this machine can do at most: the figures that a measured speed is held against."""
 
-import ctypes
-import mmap
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ops.devices import synchronize
+
 MEASURED_BYTES = 1 << 28  # far above the caches of all but the largest servers, small enough for a laptop
-
-
-def pick_device(name: str, place: str) -> str:
-    """`auto` is the first of CUDA, Apple's GPU and the CPU that is there. `place` is where the name came from."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device, is_there in there.items() if is_there)
-    if not there[name]:
-        raise ValueError(f"{place} {name}: PyTorch finds no such device here; use auto")
-    return name
-
-
-def pick_kernels(name: str, device: str | torch.device, place: str) -> str:
-    """`auto` is triton on CUDA where Triton and a C compiler are installed, which it builds its launches with, else
-    torch. `place` is where the name came from."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    installed, cuda = find_spec("triton") is not None and compiler, torch.device(device).type == "cuda"
-    if name == "auto":
-        return "triton" if cuda and installed else "torch"
-    if name == "triton" and not installed:
-        raise ValueError(f"{place} triton: Triton (pip install triton) or gcc is not installed here; use auto")
-    if name == "triton" and not cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"{place} triton: Triton's kernels run on CUDA, but the device is {device}; use auto")
-    return name
-
-
-def use_kernels(model: torch.nn.Module, name: str, place: str) -> None:
-    """Gives a Qwen3 the kernels that `pick_kernels` says, in place: for its layers, its token step and its loss."""
-    model.kernels = pick_kernels(name, model.model.embed_tokens.weight.device, place)
-    if model.kernels == "triton":
-        from ops.kernels import use  # imports Triton
-
-        use(model)
 
 
 def read_bandwidth(device: str | torch.device = "cpu", seconds: float = 0.1) -> float:
@@ -132,43 +96,3 @@ def _processor_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-def release_freed_memory() -> None:
-    """Gives freed memory back to the system; glibc would keep the 110 MB that reading a tokenizer.json takes."""
-    with suppress(OSError, AttributeError):  # another C library has no malloc_trim
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def keep_freed_memory() -> None:
-    """For training on a CPU, which asks for the same memory at each step. glibc would give it to the system and get
-    it again page by page, a sixth of a small model's time."""
-    trim_threshold, mmap_threshold = -1, -3  # mallopt(3)
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 32 << 20)  # glibc's limit
-        libc.mallopt(trim_threshold, 1 << 30)
-
-
-def release_file_pages(tensor: torch.Tensor) -> None:
-    """Gives back the memory of a tensor that is mapped from a file and unchanged; it is read again when it is needed.
-
-    Whatever else the tensor's memory is, it stays: the kernel is asked about each page (Linux, admin-guide/mm/pagemap).
-    """
-    page = mmap.PAGESIZE
-    first, last = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
-    with suppress(OSError, AttributeError):
-        with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
-            file.seek(8 * first)
-            entries = bytearray(file.read(max(0, 8 * (last - first))))
-        pages = torch.frombuffer(entries, dtype=torch.int64) if entries else torch.empty(0, dtype=torch.int64)
-        present, swapped, of_file = (pages >> bit & 1 == 1 for bit in (63, 62, 61))
-        if len(pages) == last - first and not swapped.any() and not (present & ~of_file).any():
-            madvise = ctypes.CDLL(None, use_errno=True).madvise
-            madvise(ctypes.c_void_p(page * first), ctypes.c_size_t(page * len(pages)), mmap.MADV_DONTNEED)
-
-
-def synchronize(device: str | torch.device) -> None:
-    """Waits for a GPU's queue, so that a clock read afterwards includes the work."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)

@@ -6,13 +6,13 @@ import pytest
 
 import evaluate
 from chat import Chat
-from data.corpus import hard_examples, outside_examples, training_example, unseen_examples
-from data.talk import is_refusal
-from data.tokenizer import TINY, pieces_of
-from decode import ThinkingBudget, steps
+from data.corpus.examples import hard_examples, outside_examples, training_example, unseen_examples
+from data.corpus.talk import is_refusal
+from data.corpus.tokenizer import TINY, pieces_of
 from evaluate import Evaluation, replies
+from inference.decode import ThinkingBudget, steps
+from inference.sampling import SamplingParams
 from model import Qwen3
-from sampling import SamplingParams
 
 PIECES = pieces_of(TINY)
 

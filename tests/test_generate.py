@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from chat import EARLY_STOP_TEXT, Chat
-from decode import ThinkingBudget, generate, generate_batch, repetition_period, steps
 from generate import expand_switches
+from inference.decode import ThinkingBudget, generate, generate_batch, repetition_period, steps
+from inference.sampling import SamplingParams, sample
+from inference.session import Session
 from model import KVCache, Qwen3
-from sampling import SamplingParams, sample
-from session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = SamplingParams(temperature=0, max_new_tokens=40)

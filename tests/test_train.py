@@ -18,16 +18,15 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-import formats.run
-import optimizers
 import train
-from configs import schema
-from data.ahead import Ahead
+import training.run
 from data.sources import Corpus, Generated, row_of
 from model import Config, Qwen3
-from objectives import IGNORED, Batch, linear_cross_entropy, next_token_loss
 from ops import cross_entropy
-from optimizers import Muon, Optimizers, learning_rate_factor, orthogonal
+from training import optimizers, schema
+from training.objectives import IGNORED, Batch, linear_cross_entropy, next_token_loss
+from training.optimizers import Muon, Optimizers, learning_rate_factor, orthogonal
+from training.prefetch import Ahead
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {
@@ -122,7 +121,7 @@ def losses(records: list[dict]) -> list[tuple[int, float, int]]:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_loads(path):
     loaded = schema.load(path)
-    assert formats.run.differences(schema.resolved(loaded), schema.resolved(schema.load(path))) == []
+    assert training.run.differences(schema.resolved(loaded), schema.resolved(schema.load(path))) == []
     if loaded.model.config:
         Config(vocab_size=1000, **{k: v for k, v in loaded.model.config.items() if k != "vocab_size"})
 
@@ -348,7 +347,7 @@ def test_killed_twice_and_resumed_is_equal_to_the_bit(config, unbroken, monkeypa
     with (config.parent / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
     with monkeypatch.context() as patch:
-        patch.setattr(formats.run, "save_file", killed_halfway)
+        patch.setattr(training.run, "save_file", killed_halfway)
         assert in_child(lambda: run(config, resume=True)) == -signal.SIGKILL
     assert losses(run(config, resume=True)) == losses(unbroken)
     assert not list((config.parent / "run" / "checkpoints").glob(".*"))
@@ -356,7 +355,7 @@ def test_killed_twice_and_resumed_is_equal_to_the_bit(config, unbroken, monkeypa
 
 def test_killed_before_the_first_checkpoint(config, unbroken, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(formats.run, "save_file", lambda tensors, path: kill_self())
+        patch.setattr(training.run, "save_file", lambda tensors, path: kill_self())
         assert in_child(lambda: run(config)) == -signal.SIGKILL
     assert losses(run(config, resume=True)) == losses(unbroken)
 
@@ -511,7 +510,7 @@ def refuse(self, address):
     return connect(self, address)
 socket.socket.connect = refuse
 import train
-from configs import schema
+from training import schema
 train.Trainer(schema.load(sys.argv[1], sys.argv[2:]), False).train()
 """
     overrides = [f"train.out={tmp_path / 'run'}", "train.steps=3", "train.wandb=offline", "train.validate_batches=1"]

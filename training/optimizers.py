@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from configs import schema
 from model import Qwen3
+from training import schema
 
 TOGETHER = 2**22  # elements of matrices that Muon makes orthogonal at a time: many small ones, or one large
 

@@ -93,7 +93,9 @@ class Data:
 
 @dataclass(kw_only=True)
 class Lora:
-    rank: int = key(0, "rank of the adapters, which then are all that is trained (lora.py); 0: no adapters", low=0)
+    rank: int = key(
+        0, "rank of the adapters, which then are all that is trained (training/lora.py); 0: no adapters", low=0
+    )
     alpha: float = key(32.0, "an adapter's output is multiplied by alpha / rank", low=0)
     targets: list[str] = key(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "layers with an adapter"

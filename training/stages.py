@@ -19,8 +19,6 @@ from torch import Tensor
 
 import console
 from chat import Chat
-from configs.schema import Settings
-from data.ahead import Ahead
 from data.sources import (
     Corpus,
     Generated,
@@ -37,14 +35,17 @@ from data.sources import (
     records,
     row_of,
 )
-from decode import end_tokens, generate_batch
 from formats.files import atomic_file
-from formats.run import Run
-from lora import without_adapters
+from inference.decode import end_tokens, generate_batch
+from inference.replies import parse
+from inference.sampling import SamplingParams
 from model import Qwen3
-from objectives import DPO, GRPO, IGNORED, Batch, Objective, Pairs, Rollouts, advantages, answer_logprobs
-from rewards import parse, reward
-from sampling import SamplingParams
+from training.lora import without_adapters
+from training.objectives import DPO, GRPO, IGNORED, Batch, Objective, Pairs, Rollouts, advantages, answer_logprobs
+from training.prefetch import Ahead
+from training.rewards import reward
+from training.run import Run
+from training.schema import Settings
 
 END_OF_TEXT = "<|endoftext|>"
 

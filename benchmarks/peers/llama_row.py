@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from bench import QUESTION, SHORT, Job, llama_program, peak_bytes
+from benchmarks.speed import QUESTION, SHORT, Job, llama_program, peak_bytes
 
 
 def run(program: str, job: Job, *options: object) -> str:

@@ -1,4 +1,4 @@
-"""bench_train.py's second peer: nanoGPT's model in the loop of train_transformers.py.
+"""benchmarks/train.py's second peer: nanoGPT's model in the loop of train_transformers.py.
 
 Written after the description of GPT-2 in nanoGPT (https://github.com/karpathy/nanoGPT, model.py and train.py), whose
 choices it has: learned positions, LayerNorm without bias, one matrix for queries, keys and values, attention by
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from train_transformers import Measured
 
-from bench_train import Job, PeerRows, measure
+from benchmarks.train import Job, PeerRows, measure
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""bench_train.py's first peer: transformers' own Qwen3 in the usual loop, in a process of its own.
+"""benchmarks/train.py's first peer: transformers' own Qwen3 in the usual loop, in a process of its own.
 
 --measure JSON    speed of some steps (bench_train.Job)
 --learn JSON      a whole run on texts with a schedule, and its validation losses (bench_tokens.Lesson)
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3Config, get_linear_schedule_with_warmup
 from transformers.utils import logging
 
-from bench_tokens import Lesson
-from bench_train import Job, PeerRows, measure
+from benchmarks.tokens import Lesson
+from benchmarks.train import Job, PeerRows, measure
 
 
 class Loop:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
-from bench import QUESTION, Job, measure
+from benchmarks.speed import QUESTION, Job, measure
 
 
 class Transformers:

@@ -8,7 +8,7 @@ import re
 from decimal import Decimal
 from random import Random
 
-from data.tasks import Facts, Family, Pieces, Problem, phrasings, pick
+from data.corpus.tasks import Facts, Family, Pieces, Problem, phrasings, pick
 
 PLACES = ("ones", "tens", "hundreds", "thousands", "ten-thousands", "hundred-thousands", "millions", "ten-millions")
 FRACTIONS = ("tenths", "hundredths", "thousandths")

@@ -4,8 +4,8 @@ import datetime
 import re
 from random import Random
 
-from data.arithmetic import add, compare, take_away
-from data.tasks import Facts, Family, Pieces, phrasings, pick
+from data.corpus.arithmetic import add, compare, take_away
+from data.corpus.tasks import Facts, Family, Pieces, phrasings, pick
 
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = {"January": 31, "February": 28, "March": 31, "April": 30, "May": 31, "June": 30, "July": 31, "August": 31}

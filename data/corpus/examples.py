@@ -1,6 +1,6 @@
 """The offline corpus: conversations with thinking traces, generated from a seed, example i always the same.
 
-python data/corpus.py --seed 0 --count 3        prints examples
+python data/corpus/examples.py --seed 0 --count 3        prints examples
 """
 
 import re
@@ -11,12 +11,12 @@ from random import Random
 from typing import NamedTuple
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 import console
-from data import arithmetic, dates, letters, talk
-from data.tasks import Family, Pieces, Problem, draw, held_out, pick, with_courtesy
-from data.tokenizer import TINY, pieces_of
+from data.corpus import arithmetic, dates, letters, talk
+from data.corpus.tasks import Family, Pieces, Problem, draw, held_out, pick, with_courtesy
+from data.corpus.tokenizer import TINY, pieces_of
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (*arithmetic.FAMILIES, *letters.FAMILIES, *dates.FAMILIES)
@@ -61,7 +61,7 @@ def training_example(seed: int, index: int, pieces: Pieces) -> Example:
     system = [{"role": "system", "content": rng.choice(talk.SYSTEM)}] if rng.random() < 0.2 else []
     kind = rng.random()
     thinking = rng.random() < 0.85
-    if kind < 0.04:  # refusals are left to data/preferences.py
+    if kind < 0.04:  # refusals are left to data/corpus/preferences.py
         question, trace, answer = talk.small_talk(rng)
         return Example([*system, user(question)], thinking, trace if thinking else "", answer, None)
     family = FAMILIES[rng.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))[0]]

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from random import Random
 
-from data.tasks import Facts, Family, Pieces, Problem, held_out, phrasings, pick
+from data.corpus.tasks import Facts, Family, Pieces, Problem, held_out, phrasings, pick
 
 COUNT = phrasings(
     "the number of {letter}'s in {word}|the count of {letter} in {word}|how many {letter}'s there are in {word}|"

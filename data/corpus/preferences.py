@@ -8,9 +8,9 @@ the refusal rejected, so that the model neither learns to decline everything nor
 from random import Random
 from typing import NamedTuple
 
-from data import talk
-from data.corpus import FAMILIES, Example, completion, training_example, user
-from data.tasks import Pieces, draw
+from data.corpus import talk
+from data.corpus.examples import FAMILIES, Example, completion, training_example, user
+from data.corpus.tasks import Pieces, draw
 
 
 class Preference(NamedTuple):

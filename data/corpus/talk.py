@@ -2,8 +2,8 @@
 
 from random import Random
 
-from data.letters import words
-from data.tasks import held_out as is_held_out
+from data.corpus.letters import words
+from data.corpus.tasks import held_out as is_held_out
 
 SYSTEM = (
     "You are a helpful assistant.",

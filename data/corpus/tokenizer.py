@@ -1,6 +1,6 @@
 """The bundled model's tokenizer: a small byte-level BPE in the Qwen2 form, with the official special tokens.
 
-    python data/tokenizer.py OUT        writes tokenizer.json, tokenizer_config.json, generation_config.json
+    python data/corpus/tokenizer.py OUT        writes tokenizer.json, tokenizer_config.json, generation_config.json
 
 Merges inside words rank before merges that take in the space before a word. So a word is cut the same way wherever
 it stands (` straw`, `"straw`, `straw`), and what the model knows of the spelling of its pieces holds everywhere.
@@ -15,14 +15,14 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 import console
-from data import dates, letters
-from data.tasks import Pieces
+from data.corpus import dates, letters
+from data.corpus.tasks import Pieces
 from formats.files import write_text
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = ROOT / "models" / "tiny"
 
 # tokenizer.json of the official checkpoints: NFC, this pattern (each digit alone), then bytes.

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from formats import gguf_names, gguf_tokenizer
-from formats.checkpoint import read_json
+from formats.gguf import names as names
+from formats.gguf import tokenizer as tokenizer
+from formats.tensors import read_json
 
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", UINT32: "I", INT32: "i", FLOAT32: "f", BOOL: "?", 10: "Q", 11: "q", 12: "d"}
@@ -54,12 +55,12 @@ def pack(key: str, value: Value) -> bytes:
 def pairs(checkpoint: Any, type: str, shapes: dict[str, tuple[int, ...]]) -> Pairs:
     """All metadata for `checkpoint` written as `type`. `shapes`: the tensors' GGUF names and shapes."""
     config = checkpoint.config
-    arch = {official: ours for ours, official in gguf_names.MODEL_TYPES.items()}.get(config.get("model_type"))
+    arch = {official: ours for ours, official in names.MODEL_TYPES.items()}.get(config.get("model_type"))
     if arch is None:
         raise ValueError(f"{checkpoint.path}: model_type {config.get('model_type')!r} cannot be written as GGUF")
     result = {"general.architecture": Value(STRING, arch), "general.type": Value(STRING, "model")}
     result |= _general(checkpoint, shapes)
-    result |= _architecture(checkpoint.path, config, arch, gguf_names.FILE_TYPES[type])
+    result |= _architecture(checkpoint.path, config, arch, names.FILE_TYPES[type])
     result["general.quantization_version"] = Value(UINT32, QUANTIZATION_VERSION)
     rows = shapes["token_embd.weight"][0] if "token_embd.weight" in shapes else 0
     return result | _tokenizer(checkpoint, rows)
@@ -128,7 +129,7 @@ def _architecture(path: Path, config: dict, arch: str, file_type: int) -> Pairs:
     if arch == "qwen3moe":
         if not config.get("norm_topk_prob", False):
             raise ValueError(f"{path}: norm_topk_prob is false, but GGUF has no key for it and llama.cpp normalises")
-        keys["expert_count"] = Value(UINT32, gguf_names.expert_count(config))
+        keys["expert_count"] = Value(UINT32, names.expert_count(config))
         keys["expert_used_count"] = Value(UINT32, need("num_experts_per_tok"))
     if config.get("head_dim") is not None:
         keys |= {f"attention.{name}_length": Value(UINT32, config["head_dim"]) for name in ("key", "value")}
@@ -152,7 +153,7 @@ def _rope_scaling(path: Path, rope: dict) -> Pairs:
         "rope.scaling.factor": Value(FLOAT32, rope["factor"]),
         "rope.scaling.original_context_length": Value(UINT32, rope["original_max_position_embeddings"]),
     }
-    for name, key in gguf_names.YARN.items():
+    for name, key in names.YARN.items():
         keys |= {} if rope.get(name) is None else {f"rope.scaling.{key}": Value(FLOAT32, rope[name])}
     return keys
 
@@ -167,7 +168,7 @@ def _tokenizer(checkpoint: Any, rows: int) -> Pairs:
         if template.is_file() and "chat_template" not in tokenizer_config:
             tokenizer_config["chat_template"] = template.read_text(encoding="utf-8")
     try:
-        parts = gguf_tokenizer.to_metadata(tokenizer, tokenizer_config, checkpoint.config, rows)
+        parts = tokenizer.to_metadata(tokenizer, tokenizer_config, checkpoint.config, rows)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{checkpoint.path}: the tokenizer cannot be written as GGUF: {error}") from None
     kinds = {bool: BOOL, int: UINT32, str: STRING}

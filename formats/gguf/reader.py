@@ -5,8 +5,8 @@ the pairs; for each tensor its name, shape (innermost dimension first), type and
 `general.alignment`, the tensors' bytes in the same order. Every count, length and offset is held against the size of
 the file before it is used, and the tensors must fill the file exactly, so that no later reader meets a surprise.
 
-The names are translated in formats/gguf_names.py, the tokenizer in formats/gguf_tokenizer.py, the blocks of quantised
-values are explained in formats/kquants.py, and formats/gguf_write.py writes what this file reads.
+The names are translated in formats/gguf/names.py, the tokenizer in formats/gguf/tokenizer.py, the blocks of quantised
+values are explained in formats/gguf/kquants.py, and formats/gguf/writer.py writes what this file reads.
 """
 
 import mmap
@@ -19,8 +19,10 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 
-from formats import gguf_names, gguf_tokenizer, kquants
-from formats.checkpoint import TensorInfo
+from formats.gguf import kquants
+from formats.gguf import names as names
+from formats.gguf import tokenizer as tokenizer
+from formats.tensors import TensorInfo
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -213,9 +215,9 @@ class GGUF:
         self.metadata, self.types, self.elements = head.metadata, head.types, head.elements
         self.stored, self.alignment = head.tensors, head.alignment
         try:
-            self.config = gguf_names.config_from_metadata(self.metadata, self.stored)
-            self.generation_config = gguf_names.generation_config_from_metadata(self.metadata)
-            self._places = gguf_names.official_places(self.stored, self.config)
+            self.config = names.config_from_metadata(self.metadata, self.stored)
+            self.generation_config = names.generation_config_from_metadata(self.metadata)
+            self._places = names.official_places(self.stored, self.config)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
         self.tensors = {name: self._info(*place) for name, place in self._places.items()}
@@ -257,6 +259,6 @@ class GGUF:
         """(tokenizer.json, tokenizer_config.json) as Hugging Face's tokenizers would have them: equal ids for every
         text. Raises ValueError where the file holds another tokenizer than Qwen's byte-level BPE."""
         try:
-            return gguf_tokenizer.from_metadata(self.metadata, self.config["vocab_size"])
+            return tokenizer.from_metadata(self.metadata, self.config["vocab_size"])
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None

@@ -24,11 +24,13 @@ from typing import Any, BinaryIO
 
 import torch
 
-from formats import gguf_metadata, gguf_names, kquants
-from formats.checkpoint import read_json
-from formats.gguf import DEFAULT_ALIGNMENT, MAGIC, padded
+from formats.gguf import kquants
+from formats.gguf import metadata as metadata
+from formats.gguf import names as names
+from formats.gguf.reader import DEFAULT_ALIGNMENT, MAGIC, padded
+from formats.tensors import read_json
 
-TYPES = tuple(gguf_names.FILE_TYPES)
+TYPES = tuple(names.FILE_TYPES)
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # written by the converter, all others by the quantiser
 DEFAULT_FORMAT = {"q4_k_s": "Q4_K", "q4_k_m": "Q4_K", "q5_k_m": "Q5_K"}  # the others are named like their format
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are not whole blocks of 256
@@ -70,17 +72,17 @@ def _stacked(checkpoint: Any) -> list[Planned]:
         index = checkpoint.path / "model.safetensors.index.json"
         shards = read_json(index).get("weight_map", {}) if index.is_file() else {}
         names.sort(key=lambda name: (shards.get(name, ""), name))
-    experts = gguf_names.expert_count(checkpoint.config)
+    experts = names.expert_count(checkpoint.config)
     tensors, pending = [], {}
     for official in names:
-        name, shape = gguf_names.gguf_name(official), checkpoint.tensors[official].shape
-        if gguf_names.expert_number(official) is None:
+        name, shape = names.gguf_name(official), checkpoint.tensors[official].shape
+        if names.expert_number(official) is None:
             tensors.append(Planned(name, [official], shape))
             continue
         layer = pending.setdefault(name.rpartition(".ffn_")[0], {})
         layer.setdefault(name, []).append(official)
         if sum(map(len, layer.values())) == 3 * experts:
-            for kind in gguf_names.EXPERTS.values():
+            for kind in names.EXPERTS.values():
                 tensors.append(_stack(checkpoint, f"{name.rpartition('.ffn_')[0]}.{kind}.weight", layer, experts))
             del pending[name.rpartition(".ffn_")[0]]
     if pending:
@@ -89,9 +91,9 @@ def _stacked(checkpoint: Any) -> list[Planned]:
 
 
 def _stack(checkpoint: Any, name: str, layer: dict[str, list[str]], experts: int) -> Planned:
-    sources = sorted(layer.get(name, []), key=gguf_names.expert_number)
+    sources = sorted(layer.get(name, []), key=names.expert_number)
     shapes = {checkpoint.tensors[source].shape for source in sources}
-    if [gguf_names.expert_number(source) for source in sources] != list(range(experts)) or len(shapes) != 1:
+    if [names.expert_number(source) for source in sources] != list(range(experts)) or len(shapes) != 1:
         raise ValueError(f"{checkpoint.path}: {name} cannot be stacked from {len(sources)} of {experts} equal experts")
     return Planned(name, sources, (experts, *shapes.pop()))
 
@@ -115,7 +117,7 @@ def _quantizer_order(tensor: Planned) -> tuple[int, str]:
 def _choose_formats(tensors: list[Planned], type: str, config: dict) -> None:
     """llama_tensor_get_type of llama.cpp's src/llama-quant.cpp, for Qwen's tensors and the types written here."""
     tied = not any(tensor.name == "output.weight" for tensor in tensors)
-    layers, experts = config["num_hidden_layers"], gguf_names.expert_count(config)
+    layers, experts = config["num_hidden_layers"], names.expert_count(config)
     values = [tensor for tensor in tensors if tensor.name.endswith("attn_v.weight")]
     down = 0
     for tensor in tensors:
@@ -169,7 +171,7 @@ def write_gguf(
     Raises ValueError where the checkpoint has something that GGUF or the type cannot hold.
     """
     tensors = plan(checkpoint, type)
-    pairs = gguf_metadata.pairs(checkpoint, type, {tensor.name: tensor.shape for tensor in tensors})
+    pairs = metadata.pairs(checkpoint, type, {tensor.name: tensor.shape for tensor in tensors})
     if type not in CONVERTED:  # the quantiser sets these two anew, at the end
         for key in ("general.quantization_version", "general.file_type"):
             pairs[key] = pairs.pop(key)
@@ -178,13 +180,13 @@ def write_gguf(
         return _write_data(file, checkpoint, tensors, on_tensor, errors)
 
 
-def _head(pairs: gguf_metadata.Pairs, tensors: list[Planned]) -> bytes:
+def _head(pairs: metadata.Pairs, tensors: list[Planned]) -> bytes:
     parts = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(pairs))]
-    parts += [gguf_metadata.pack(key, value) for key, value in pairs.items()]
+    parts += [metadata.pack(key, value) for key, value in pairs.items()]
     offset = 0
     for tensor in tensors:
         count = len(tensor.shape)
-        parts.append(gguf_metadata.string(tensor.name))
+        parts.append(metadata.string(tensor.name))
         parts.append(struct.pack(f"<I{count}QIQ", count, *tensor.shape[::-1], tensor.format.id, offset))
         offset += padded(tensor.size, DEFAULT_ALIGNMENT)
     return b"".join(parts)
@@ -277,7 +279,7 @@ def write_qwen3c(checkpoint: Any, path: Path, on_tensor: OnTensor | None = None)
         embedding = next(tensor for tensor in tensors if tensor.name == "token_embd.weight")
         tensors.append(Planned("output.weight", embedding.sources, embedding.shape))
     tensors.sort(key=_quantizer_order)
-    pairs = gguf_metadata.pairs(checkpoint, "f32", {tensor.name: tensor.shape for tensor in tensors})
+    pairs = metadata.pairs(checkpoint, "f32", {tensor.name: tensor.shape for tensor in tensors})
     pairs = {key: value for key, value in pairs.items() if not key.startswith("general.sampling.")}
     texts = _qwen3c_texts(checkpoint.path, pairs, tensors)
     with path.open("wb") as file:
@@ -287,30 +289,30 @@ def write_qwen3c(checkpoint: Any, path: Path, on_tensor: OnTensor | None = None)
         path.with_name(name).write_text(text, encoding="utf-8")
 
 
-def _filled(path: Path, pairs: gguf_metadata.Pairs, tensors: list[Planned]) -> gguf_metadata.Pairs:
+def _filled(path: Path, pairs: metadata.Pairs, tensors: list[Planned]) -> metadata.Pairs:
     """The pairs with a filler, so that the data begin at QWEN3C_HEAD; where there is no room, less of what it skips."""
     card = tuple(
         f"general.{name}" for name in ("author", "url", "license", "base_model", "tags", "languages", "dataset")
     )
     for optional in ((), card, (*card, "tokenizer.chat_template")):
         kept = {key: value for key, value in pairs.items() if not key.startswith(optional)}
-        empty = kept | {"qwen3c.filler": gguf_metadata.Value(gguf_metadata.STRING, "")}
+        empty = kept | {"qwen3c.filler": metadata.Value(metadata.STRING, "")}
         room = QWEN3C_HEAD - len(_head(empty, tensors))
         if room >= 0:
-            return kept | {"qwen3c.filler": gguf_metadata.Value(gguf_metadata.STRING, " " * room)}
+            return kept | {"qwen3c.filler": metadata.Value(metadata.STRING, " " * room)}
     raise ValueError(f"{path}: the metadata are longer than the {QWEN3C_HEAD} bytes that qwen3.c skips")
 
 
-def _qwen3c_texts(path: Path, pairs: gguf_metadata.Pairs, tensors: list[Planned]) -> dict[str, str]:
+def _qwen3c_texts(path: Path, pairs: metadata.Pairs, tensors: list[Planned]) -> dict[str, str]:
     tokens, merges = (pairs[f"tokenizer.ggml.{name}"].value for name in ("tokens", "merges"))
     kept = sum(not merge.startswith("#") for merge in merges)  # the program skips the others as comments
     if kept > QWEN3C_MERGES or any(len(token.encode()) > 500 or not token.strip() for token in tokens):
         raise ValueError(f"{path}: qwen3.c has no room for these tokens and {kept} merges (it knows Qwen3's own)")
     lines = ["MAGIC=GGUF", "VERSION=3", f"TENSOR_COUNT={len(tensors)}"]
     for key, (kind, value, element) in pairs.items():
-        if kind == gguf_metadata.ARRAY:
+        if kind == metadata.ARRAY:
             lines.append(f"{_c_name(key)}=ARRAY_TYPE={element},ARRAY_LENGTH={len(value)}")
-        elif kind != gguf_metadata.STRING:  # a text could hold lines that look like keys
+        elif kind != metadata.STRING:  # a text could hold lines that look like keys
             lines.append(f"{_c_name(key)}={value}")
     return {
         "header.txt": "\n".join(lines) + "\n",

@@ -9,7 +9,7 @@
 // A token's logits are the same bits whether it comes alone or as one of a few, so that a guess that is checked by one
 // step together with others is judged as if the tokens had come one by one.
 //
-// The interface is plain C over pointers into the model's own tensors; ops/step.py fills the structs and checks them.
+// The interface is plain C over pointers into the model's own tensors; ops/cpu/step.py fills the structs and checks them.
 //
 // Letters for sizes as in model.py:  B batch   T tokens   N = B * T   C hidden size   H query heads   K key/value heads
 //                                    G = H / K   D head dim   S cached positions with the new ones   V vocabulary
@@ -24,12 +24,12 @@
 inline int omp_get_num_threads() { return 1; }
 #endif
 
-constexpr int64_t FEW = 16;            // tokens that a step takes row by row; ops/step.py knows it too
+constexpr int64_t FEW = 16;            // tokens that a step takes row by row; ops/cpu/step.py knows it too
 constexpr int64_t AT_ONCE = 512;       // tokens of a prompt: bounds the memory of a long one
 constexpr int64_t SHORTEST = 1 << 15;  // bytes that a thread takes on at a time at least
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What ops/step.py hands over. `void*` is a tensor of the model's dtype; nullptr where the model has none.
+// What ops/cpu/step.py hands over. `void*` is a tensor of the model's dtype; nullptr where the model has none.
 
 extern "C" {
 struct Linear {

@@ -1,4 +1,4 @@
-"""The token step in C++: builds ops/step.cpp, binds a model's tensors to it by address and runs some tokens.
+"""The token step in C++: builds ops/cpu/step.cpp, binds a model's tensors to it by address and runs some tokens.
 
 `model.py` asks here first when tokens meet a cache on the CPU. The weights stay where they are, memory-mapped files
 included, and are read in place. What the C++ file does not cover (mixed dtypes, other layers, hooks; many tokens in
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from formats.compressed_tensors import packed_columns
-from ops.machine import release_file_pages
+from ops.memory import release_file_pages
 from ops.quant import QuantizedLinear
 
 SOURCE = Path(__file__).with_name("step.cpp")

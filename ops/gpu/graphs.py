@@ -5,10 +5,10 @@ At batch 1 a token of Qwen3-0.6B takes a fast GPU less time than Python needs to
 nothing in it may depend on where the token stands: positions are a tensor on the device, and attention looks at a
 window of the cache that is wide enough for now. There is a graph for each width, a power of two.
 
-`model.py` asks here first when one token for each row meets a cache on the GPU, as it asks ops/step.py on the CPU. What
-is not served here (a mixture of experts, hooks, mixed dtypes) goes on in PyTorch as before. `linear` and `attend` are
-the twins of those in ops/token_kernels.py and take their place where `model.kernels` says "torch". NANOQWEN_STEP=off
-turns the graphs off. Nothing is copied but the head of a quantised model, as on the CPU.
+`model.py` asks here first when one token for each row meets a cache on the GPU, as it asks ops/cpu/step.py on the CPU.
+What is not served here (a mixture of experts, hooks, mixed dtypes) goes on in PyTorch as before. `linear` and `attend`
+are the twins of those in ops/gpu/token_kernels.py and take their place where `model.kernels` says "torch".
+NANOQWEN_STEP=off turns the graphs off. Nothing is copied but the head of a quantised model, as on the CPU.
 """
 
 import os
@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from formats.compressed_tensors import Scheme
-from ops.machine import pick_kernels
+from ops.devices import pick_kernels
 from ops.quant import QuantizedLinear
 
 WINDOW = 128  # the narrowest
-HEAD_GROUP = 16  # columns that share a scale in a head of 4 bits, as in ops/step.py
+HEAD_GROUP = 16  # columns that share a scale in a head of 4 bits, as in ops/cpu/step.py
 
 
 def linear(
@@ -86,7 +86,7 @@ class TokenStep:
         self.is_served = not self.seen.hooked
         self.linear, self.attend = linear, attend
         if kernels == "triton":
-            from ops import token_kernels
+            from ops.gpu import token_kernels
 
             if rows <= token_kernels.MOST_ROWS:
                 self.linear, self.attend = token_kernels.linear, token_kernels.attend
@@ -163,7 +163,8 @@ class _Look:
         self.attributes = [m.__dict__ for m in modules]
         self.kept = [tensor.detach() for part in self.parts for tensor in part.values() if tensor is not None]
         self.seen = self._look()
-        self.hooked = any(self.hooks) or any(getattr(f, "__module__", None) != "ops.kernels" for f in self.seen[2] if f)
+        foreign = (getattr(f, "__module__", None) != "ops.gpu.kernels" for f in self.seen[2] if f)
+        self.hooked = any(self.hooks) or any(foreign)
 
     def is_current(self) -> bool:
         """Asked for each token: 0.2 ms for 28 layers, while the GPU computes."""

@@ -11,9 +11,9 @@ A GPU does such an operation as fast as it reads and writes memory, so an interm
 registers is time saved (the case for it, with measurements: Liger Kernel, https://arxiv.org/abs/2410.10989). Values are
 rounded to the tensors' dtype where the twins round them, everything between is float32.
 
-`use(model)` puts these in the place of the modules' own forward functions; no name of a weight changes. ops/graphs.py
-has the step of one token. Importing this file needs Triton, which comes with PyTorch's CUDA build for Linux. Without a
-GPU its interpreter runs the same code very slowly: set TRITON_INTERPRET=1 before the import.
+`use(model)` puts these in the place of the modules' own forward functions; no name of a weight changes.
+ops/gpu/graphs.py has the step of one token. Importing this file needs Triton, which comes with PyTorch's CUDA build for
+Linux. Without a GPU its interpreter runs the same code very slowly: set TRITON_INTERPRET=1 before the import.
 """
 
 from types import MethodType
@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from ops import token_kernels
-from ops.token_kernels import norm_rotated
+from ops.gpu import token_kernels
+from ops.gpu.token_kernels import norm_rotated
 
 WIDEST = 1 << 16  # columns of a row that one program holds in registers
 

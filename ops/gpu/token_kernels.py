@@ -1,4 +1,4 @@
-"""One token through a layer in five kernels: Triton's share of ops/graphs.py, which has the twins in PyTorch.
+"""One token through a layer in five kernels: Triton's share of ops/gpu/graphs.py, which has the twins in PyTorch.
 
 At batch 1 a token is one read of every weight, and on a fast GPU even the time between two kernels counts: at 4.8 TB/s
 a layer of Qwen3-0.6B (31 MB) takes 7 µs, a launch within a CUDA graph one or two. So there are two operations only:
@@ -158,7 +158,7 @@ def linear(
     residual: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """x [B, in], B up to MOST_ROWS → [B, the modules' out_features side by side]. The twin is ops/graphs.py's `linear`.
+    """x [B, in], B up to MOST_ROWS → [B, the modules' out_features side by side]. Twin: `linear` in ops/gpu/graphs.py.
 
     The one to three modules (linear layers, or an embedding as a head) are all of one kind and width. `norm` is put in
     front, `gated` makes silu(first)·second of two, and `residual` [B, out] is added at the end.
@@ -170,7 +170,7 @@ def linear(
     rows = [len(weight) for weight in weights[:count]] + [0] * (3 - count)
     groups = scales[0].shape[1] if bits < 16 else 1
     group_size = columns if groups == 1 else columns // groups
-    widest = 1024 if tokens == 1 else 128 if gated else 256  # so that registers do not spill, see tests/gpu
+    widest = 1024 if tokens == 1 else 128 if gated else 256  # so that registers do not spill, see tests/ops/gpu
     block_k = max(16, min(widest, triton.next_power_of_2(columns)))
     block_n = 16 if tokens > 1 else 4 if bits == 16 or gated else 8
     blocks = [triton.cdiv(count, block_n) for count in (rows[:1] if gated else rows)]
@@ -291,7 +291,7 @@ def attend(
     values: Tensor,
     window: int,
 ) -> Tensor:
-    """qkv [B, (H + 2K)·D] of a new token for each row → attention's output [B, H·D]. The twin is ops/graphs.py's.
+    """qkv [B, (H + 2K)·D] of a new token for each row → attention's output [B, H·D]. The twin is ops/gpu/graphs.py's.
 
     Row b's token stands at positions[b] (on the device) and sees the cache's earlier ones; its key and value are stored
     there. cos, sin [max_len, D]; keys, values [B, K, max_len, D]; `window` is at least the largest position + 1.

@@ -1,9 +1,9 @@
-"""bench_quality.py: the figures are what they say, and fewer bits err more."""
+"""benchmarks/quality.py: the figures are what they say, and fewer bits err more."""
 
 import pytest
 import torch
 
-from bench_quality import compare, conversations, logits
+from benchmarks.quality import compare, conversations, logits
 from chat import Chat
 from formats.source import BUNDLED_MODEL
 from model import Qwen3

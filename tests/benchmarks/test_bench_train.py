@@ -1,4 +1,4 @@
-"""bench_train.py and bench_tokens.py on tiny shapes: that peers learn the same, and what the reports say; no clock."""
+"""bench.py train and tokens on tiny shapes: that peers learn the same, and what the reports say; no clock."""
 
 import json
 import os
@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench_tokens
-import bench_train
+from benchmarks import tokens as bench_tokens
+from benchmarks import train as bench_train
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> str:
-    """What bench_train.py prepares, of a shape in which an optimizer step takes milliseconds."""
+    """What benchmarks/train.py prepares, of a shape in which an optimizer step takes milliseconds."""
     folder = tmp_path_factory.mktemp("shape")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_train, "SIZES", bench_train.SIZES | TINY)
@@ -124,7 +124,7 @@ def test_tokens_on_a_text(tmp_path):
     text = tmp_path / "words.txt"
     text.write_text("the quick brown fox jumps over the lazy dog and runs away again " * 400)
     out = tmp_path / "out"
-    code = "import console, bench_tokens as b; b.BATCH, b.SEQUENCE, b.STEPS, b.VALIDATION_ROWS = 4, 16, 8, 4; "
+    code = "from benchmarks import tokens as b; b.BATCH, b.SEQUENCE, b.STEPS, b.VALIDATION_ROWS = 4, 16, 8, 4; "
     code += f"b.SIZES |= {TINY}; b.OURS['train.steps'] = 6; console.run(b.main)"
     command = [sys.executable, "-c", code, "--corpus", str(text), "--tokenizer", str(ROOT / "models" / "tiny")]
     command += ["--seeds", "1", "--out", str(out)]
@@ -160,8 +160,7 @@ def test_tokens_on_a_text(tmp_path):
         (bench_tokens, ["--tokenizer", "models/tiny"], "--corpus"),
     ],
 )
-def test_bad_flags_are_one_line(program, arguments, said, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+def test_bad_flags_are_one_line(program, arguments, said):
     with pytest.raises(ValueError) as error:
-        program.main()
+        program.main(arguments)
     assert said in str(error.value) and "\n" not in str(error.value)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
-import bench_report
+from benchmarks import report as bench_report
+from benchmarks import speed as bench
 from chat import Chat
 from model import Config, Qwen3
-from ops import machine
+from ops import limits
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SIZES = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 
@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bench")
     shape = folder / "shape.json"
     shape.write_text(json.dumps({**SIZES, **HEADS, "max_position_embeddings": 256, "tie_word_embeddings": True}))
-    code = f"import bench; from pathlib import Path; bench.SHAPE = Path({str(shape)!r})"
+    code = f"from benchmarks import speed as bench; from pathlib import Path; bench.SHAPE = Path({str(shape)!r})"
     code += f"; bench.write_random_model({str(folder / 'random')!r})"
     code += "; assert bench.model_facts(bench.SHAPE.with_name('random'))['active_parameters'] > 100_000"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -62,7 +62,7 @@ def finished(checkpoint, tmp_path_factory) -> Path:
     program.write_text(LLAMA_BENCH.format(python=sys.executable))
     program.chmod(stat.S_IRWXU)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOQWEN_STEP", "off")  # tests/test_step.py compiles it; here a run must only be short
+        patch.setenv("NANOQWEN_STEP", "off")  # tests/ops/test_step.py compiles it; here a run must only be short
         rows = ("--rows", "*/bf16", "nanoqwen/int8", "llama.cpp/q8_0")
         result = run(out, "--model", str(checkpoint), "--deep", "--batch", *rows, llama=out.parent / "llama")
     assert result.returncode == 0, result.stderr
@@ -135,9 +135,8 @@ def test_llama_cpp_runs_on_what_convert_writes_and_a_failure_stays_in_the_report
 )
 def test_bad_flags_are_one_line(arguments, said, monkeypatch, tmp_path):
     monkeypatch.setattr(bench.shutil, "which", lambda name, path=None: None)
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--out", str(tmp_path), *arguments])
     with pytest.raises((ValueError, OSError)) as error:
-        bench.main()
+        bench.main(["--out", str(tmp_path), *arguments])
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -172,17 +171,17 @@ def test_figures_of_several_rounds():
 def test_the_machine_is_measured_by_what_it_did(monkeypatch):
     """With a clock that says each run takes a quarter of a second, the rates are known."""
     ticks = iter(range(1000))
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(ticks) / 4)
-    monkeypatch.setattr(machine, "MEASURED_BYTES", 1 << 12)
-    assert machine.read_bandwidth() == 4 * (1 << 12)
-    assert machine.matrix_rate(torch.float32) == 4 * 2 * 1024**3
+    monkeypatch.setattr(limits.time, "perf_counter", lambda: next(ticks) / 4)
+    monkeypatch.setattr(limits, "MEASURED_BYTES", 1 << 12)
+    assert limits.read_bandwidth() == 4 * (1 << 12)
+    assert limits.matrix_rate(torch.float32) == 4 * 2 * 1024**3
 
 
 def test_limits_leave_the_threads_as_they_were(monkeypatch):
-    monkeypatch.setattr(machine, "MEASURED_BYTES", 1 << 12)
-    monkeypatch.setattr(machine, "matrix_rate", lambda dtype, device: float(torch.get_num_threads()))
+    monkeypatch.setattr(limits, "MEASURED_BYTES", 1 << 12)
+    monkeypatch.setattr(limits, "matrix_rate", lambda dtype, device: float(torch.get_num_threads()))
     before = torch.get_num_threads()
-    found = machine.limits(3)
+    found = limits.limits(3)
     assert torch.get_num_threads() == before
     cpu = {name: limit["matrix_rate"]["bf16"] for name, limit in found.items() if limit["device"] == "cpu"}
     assert cpu == {"1 thread": 1, "2 threads": 2, "3 threads": 3}

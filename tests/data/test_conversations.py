@@ -10,7 +10,7 @@ from chat import Chat
 from data.conversations import conversation, last_number, preference, question
 from data.sources import IGNORED, Listed, Pair, Row, WrittenRows, read_items, records
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 ASK, TELL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 AGAIN, BYE = {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Goodbye!"}
 

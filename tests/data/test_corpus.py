@@ -8,10 +8,10 @@ from random import Random
 import pytest
 from tokenizers import Tokenizer
 
-from data import letters
-from data.corpus import FAMILIES, SWITCH, check, document, is_test, solve, training_example, unseen_examples
-from data.tasks import SHOWCASE, Problem, draw, held_out
-from data.tokenizer import KEYWORDS, TINY, pieces_of, tokenizer_config, train
+from data.corpus import letters
+from data.corpus.examples import FAMILIES, SWITCH, check, document, is_test, solve, training_example, unseen_examples
+from data.corpus.tasks import SHOWCASE, Problem, draw, held_out
+from data.corpus.tokenizer import KEYWORDS, TINY, pieces_of, tokenizer_config, train
 
 PIECES = pieces_of(TINY)
 ASSETS = os.environ.get("NANOQWEN_ASSETS")

@@ -17,14 +17,15 @@ import yaml
 from rich.console import Console
 
 import train
-from configs import schema
-from data import documents, fineweb, inspection, shards, texts
-from data.shards import Shard, Windows, write_shard
+from data import documents, fineweb, inspection, texts
+from data import shard_format as shards
+from data.shard_format import Shard, Windows, write_shard
 from data.sources import Shards
 from formats import download
-from stages import document_mask
+from training import schema
+from training.stages import document_mask
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "models" / "tiny"
 
 

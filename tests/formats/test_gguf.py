@@ -1,4 +1,4 @@
-"""formats/gguf*.py: what is written reads back and is what llama.cpp writes; a stranger's file gets its one line."""
+"""formats/gguf/: what is written reads back and is what llama.cpp writes; a stranger's file gets its one line."""
 
 import json
 import os
@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from test_chat import TEXTS, write_checkpoint
 from tokenizers import Tokenizer
 
-from formats import gguf_write
-from formats.checkpoint import TensorInfo, open_checkpoint
-from formats.gguf import GGUF
-from formats.gguf_write import TYPES, plan, write_gguf, write_qwen3c
-from formats.kquants import dequantize, quantize
+from formats.checkpoint import open_checkpoint
+from formats.gguf import writer
+from formats.gguf.kquants import dequantize, quantize
+from formats.gguf.reader import GGUF
+from formats.gguf.writer import TYPES, plan, write_gguf, write_qwen3c
+from formats.tensors import TensorInfo
 
 ASSETS = Path(os.environ.get("NANOQWEN_ASSETS", ""))
 without_assets = pytest.mark.skipif("NANOQWEN_ASSETS" not in os.environ, reason="NANOQWEN_ASSETS is not set")
@@ -358,9 +359,9 @@ def test_qwen3c_finds_everything_in_its_place(checkpoints, tmp_path, monkeypatch
     with pytest.raises(ValueError, match=r"only runs Qwen3-0\.6B, hidden_size 1024 \(here 256"):
         write_qwen3c(source, path)
     names = ("model_type", "hidden_size", "vocab_size", "rms_norm_eps")
-    monkeypatch.setattr(gguf_write, "QWEN3C_CONFIG", {name: source.config[name] for name in names})
-    monkeypatch.setattr(gguf_write, "QWEN3C_ROPE_THETA", source.config["rope_theta"])
-    monkeypatch.setattr(gguf_write, "QWEN3C_HEAD", 50016)
+    monkeypatch.setattr(writer, "QWEN3C_CONFIG", {name: source.config[name] for name in names})
+    monkeypatch.setattr(writer, "QWEN3C_ROPE_THETA", source.config["rope_theta"])
+    monkeypatch.setattr(writer, "QWEN3C_HEAD", 50016)
     write_qwen3c(source, path)
     found = GGUF(path)
     names = list(found.stored)
@@ -378,7 +379,7 @@ def test_qwen3c_finds_everything_in_its_place(checkpoints, tmp_path, monkeypatch
     assert header["TOKENIZER_GGML_TOKENS"] == "ARRAY_TYPE=8,ARRAY_LENGTH=512"
     assert (tmp_path / "vocab.txt").read_text().splitlines() == found.metadata["tokenizer.ggml.tokens"]
     assert (tmp_path / "merges.txt").read_text().splitlines() == found.metadata["tokenizer.ggml.merges"]
-    monkeypatch.setattr(gguf_write, "QWEN3C_HEAD", 10016)
+    monkeypatch.setattr(writer, "QWEN3C_HEAD", 10016)
     with pytest.raises(ValueError, match="longer than the 10016 bytes"):
         write_qwen3c(source, path)
 

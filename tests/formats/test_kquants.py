@@ -13,10 +13,10 @@ from golden.make_kquants import ordinary, special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from formats import kquants
-from formats.kquants import FORMATS, dequantize, map_in_threads, quantize
+from formats.gguf import kquants
+from formats.gguf.kquants import FORMATS, dequantize, map_in_threads, quantize
 
-GOLDEN = json.loads((Path(__file__).parent / "golden/kquants.json").read_text())
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden/kquants.json").read_text())
 PACKED = [format.name for format in FORMATS.values() if format.pack]
 UNPACKED = [format.name for format in FORMATS.values() if format.unpack]
 # Where the float16 scales lie in a block.

@@ -1,4 +1,4 @@
-"""prompts.py: a record for each line of a file, in its order, the one that the prompt gets alone."""
+"""inference/prompts.py: a record for each line of a file, in its order, the one that the prompt gets alone."""
 
 import json
 import os
@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from chat import Chat
+from inference.prompts import WINDOW, answer_prompts, read_prompts
+from inference.sampling import SamplingParams
+from inference.session import Session
 from model import Qwen3
-from prompts import WINDOW, answer_prompts, read_prompts
-from sampling import SamplingParams
-from session import Session
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -1,4 +1,4 @@
-"""sampling.py: the filters are transformers' own on random logits, and a draw depends on its arguments alone."""
+"""The filters of sampling are transformers' own on random logits, and a draw depends on its arguments alone."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as oracle
 
-from sampling import SamplingParams, candidates, penalized, recommended, sample
+from inference.sampling import SamplingParams, candidates, penalized, recommended, sample
 
 SETTINGS = list(itertools.product((0.3, 0.6, 1.7), (0, 1, 5, 20), (1.0, 0.95, 0.5, 0.0), (0.0, 0.05, 0.4)))
 

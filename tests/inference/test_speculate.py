@@ -1,4 +1,4 @@
-"""speculate.py: whatever is guessed, the reply is the one without guesses; guesses are made where they pay."""
+"""Speculation: whatever is guessed, the reply is the one without guesses; guesses are made where they pay."""
 
 import itertools
 import json
@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from chat import Chat
-from decode import ThinkingBudget, generate, generate_batch, steps
+from inference.decode import ThinkingBudget, generate, generate_batch, steps
+from inference.sampling import SamplingParams, candidates, penalized
+from inference.session import Session
+from inference.speculate import DraftModel, PromptLookup, Speculation, common_prefix
 from model import Config, KVCache, Qwen3
-from sampling import SamplingParams, candidates, penalized
-from session import Session
-from speculate import DraftModel, PromptLookup, Speculation, common_prefix
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = SamplingParams(temperature=0, max_new_tokens=60)
 PENALIZED = {"presence_penalty": 0.7, "repetition_penalty": 1.1}

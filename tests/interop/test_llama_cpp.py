@@ -6,7 +6,7 @@ import torch
 from test_chat import TEXTS, write_checkpoint
 
 from formats.checkpoint import open_checkpoint
-from formats.gguf_write import write_gguf
+from formats.gguf.writer import write_gguf
 from generate import SamplingParams, generate
 from model import Qwen3
 

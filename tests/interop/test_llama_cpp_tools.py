@@ -20,7 +20,7 @@ import torch
 from golden.make_kquants import golden
 
 from formats.checkpoint import open_checkpoint
-from formats.gguf_write import CONVERTED, TYPES, write_gguf
+from formats.gguf.writer import CONVERTED, TYPES, write_gguf
 
 ASSETS = Path(os.environ.get("NANOQWEN_ASSETS", ""))
 TOOLS = Path(os.environ.get("NANOQWEN_LLAMA_CPP", ""))

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch._dynamo
 
-import ops.step
-from decode import generate
+import ops.cpu.step
+from inference.decode import generate
+from inference.sampling import SamplingParams
 from model import KVCache, Qwen3
 from ops.compiled import compile_
-from sampling import SamplingParams
 
-TINY = Path(__file__).resolve().parent.parent / "models" / "tiny"
+TINY = Path(__file__).resolve().parent.parent.parent / "models" / "tiny"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

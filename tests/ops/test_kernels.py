@@ -1,4 +1,4 @@
-"""Triton's kernels (ops/kernels.py, ops/token_kernels.py) against their twins in PyTorch, and the static token step.
+"""Triton's kernels (ops/gpu/) against their twins in PyTorch, and the static token step.
 
 Without a GPU the kernels run in Triton's interpreter, a process of its own as that is decided at import; with one, on
 the GPU as well. The interpreter cuts bfloat16 off where a GPU rounds to the nearest, so the tests round for it.
@@ -16,13 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora import add_lora
 from model import Config, KVCache, Qwen3
-from ops import graphs, machine
-from ops.machine import pick_kernels
+from ops import devices
+from ops.devices import pick_kernels
+from ops.gpu import graphs
 from ops.quant import QuantizedLinear, quantize_
+from training.lora import add_lora
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 PLACES = [pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="gpu")]
 SIZES = {"vocab_size": 101, "hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20, "max_position_embeddings": 2048}
@@ -40,11 +41,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: it is for Linux only")
 @pytest.mark.parametrize("device", PLACES)
 def test_the_kernels_agree_with_pytorch(device):
-    """tests/gpu/check_kernels.py, each of whose tests holds one operation against its twin."""
+    """tests/ops/gpu/check_kernels.py, each of whose tests holds one operation against its twin."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device here")
     interpret = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/gpu/check_kernels.py"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/ops/gpu/check_kernels.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANOQWEN_TEST_DEVICE": device, **interpret}
     result = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
@@ -55,11 +56,11 @@ def test_the_kernels_compile_for_an_h200(tmp_path):
     """Also without a GPU. No kernel spills registers, none loads packed weights byte by byte."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "tests/gpu/compile_kernels.py"]
+    command = [sys.executable, "tests/ops/gpu/compile_kernels.py"]
     result = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     names = {line.split()[0] for line in result.stdout.splitlines()}
-    sources = [(ROOT / "ops" / name).read_text() for name in ("kernels.py", "token_kernels.py")]
+    sources = [(ROOT / "ops" / "gpu" / name).read_text() for name in ("kernels.py", "token_kernels.py")]
     jitted = {name for text in sources for name in re.findall(r"@triton\.jit.*\ndef (\w+)", text)}
     assert jitted - names == {"_stored", "_scales", "_values", "norm_rotated"}, "a kernel that was not compiled"
 
@@ -246,12 +247,12 @@ def test_nothing_is_kept_of_a_cache_or_a_model_that_is_gone():
 def test_which_kernels_run_where(monkeypatch):
     assert pick_kernels("auto", "cpu", "--kernels") == "torch" == pick_kernels("torch", "cuda", "--kernels")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(machine, "find_spec", lambda name: object())
+    monkeypatch.setattr(devices, "find_spec", lambda name: object())
     monkeypatch.setenv("CC", "gcc")
     assert pick_kernels("auto", "cuda:1", "--kernels") == "triton"
     with pytest.raises(ValueError, match="--kernels triton: Triton's kernels run on CUDA, but the device is cpu"):
         pick_kernels("triton", "cpu", "--kernels")
-    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    monkeypatch.setattr(devices, "find_spec", lambda name: None)
     assert pick_kernels("auto", "cuda", "--kernels") == "torch"
     with pytest.raises(ValueError, match=r"--kernels triton: Triton .* is not installed here"):
         pick_kernels("triton", "cuda", "--kernels")

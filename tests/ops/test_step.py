@@ -1,4 +1,4 @@
-"""The token step in C++ (ops/step.cpp) against PyTorch's (model.py): the same logits, never stale, or not served."""
+"""The token step in C++ (ops/cpu/) against PyTorch's (model.py): the same logits, never stale, or not served."""
 
 import gc
 import os
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from model import Config, KVCache, Linear, Qwen3
-from ops import step as ops_step
+from ops.cpu import step as ops_step
 from ops.quant import quantize_
 
 SIZES = {"vocab_size": 301, "hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 3}
@@ -348,7 +348,7 @@ def test_several_processes_build_at_once(tmp_path):
     code = "import sys, ctypes; from pathlib import Path; from ops.step import build; "
     code += "ctypes.CDLL(str(build(Path(sys.argv[1])))).step_float32"
     run = [sys.executable, "-c", code, str(tmp_path / "new")]
-    children = [subprocess.Popen(run, cwd=Path(__file__).parent.parent) for _ in range(2)]
+    children = [subprocess.Popen(run, cwd=Path(__file__).parent.parent.parent) for _ in range(2)]
     assert [child.wait() for child in children] == [0, 0]
     assert [file.suffix for file in (tmp_path / "new").iterdir()] == [".so"]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.tokenizer import TINY
-from lora import TARGETS, LoRALinear, add_lora, load_adapter, merged_weights, save_adapter, without_adapters
+from data.corpus.tokenizer import TINY
 from model import Qwen3
+from training.lora import TARGETS, LoRALinear, add_lora, load_adapter, merged_weights, save_adapter, without_adapters
 
 IDS = torch.arange(300, 330).view(2, 15)
 
@@ -129,8 +129,8 @@ def test_peft_opens_it(tmp_path):
 
 def test_a_run_leaves_merged_weights_and_its_adapter(tmp_path):
     from chat import Chat
-    from configs import schema
     from train import Trainer
+    from training import schema
 
     text = f"stage: sft\nmodel: {{init: {TINY}, tokenizer: {TINY}}}\ntrain: {{out: {tmp_path / 'run'}, steps: 2, "
     text += "save_every: 2, batch: 2, sequence: 256, threads: 1, device: cpu, dtype: bfloat16, validate_batches: 1}\n"

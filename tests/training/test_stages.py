@@ -10,12 +10,13 @@ import yaml
 from test_train import CONFIG, in_child, kill_self, metrics, run, run_in_processes
 
 import train
-from data.corpus import HARD, check, hard_examples, is_test, question_example, training_example
-from data.preferences import preference_example
-from data.talk import is_refusal
-from data.tokenizer import TINY, pieces_of
+from data.corpus.examples import HARD, check, hard_examples, is_test, question_example, training_example
+from data.corpus.preferences import preference_example
+from data.corpus.talk import is_refusal
+from data.corpus.tokenizer import TINY, pieces_of
+from inference.replies import parse
 from model import Qwen3
-from rewards import parse, reward
+from training.rewards import reward
 
 PIECES = pieces_of(TINY)
 STAGES = {

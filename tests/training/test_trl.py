@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.tokenizer import TINY
+from data.corpus.tokenizer import TINY
 from model import Qwen3
-from objectives import DPO, GRPO, IGNORED, Batch, Objective, Pairs, Rollouts, advantages, answer_logprobs
+from training.objectives import DPO, GRPO, IGNORED, Batch, Objective, Pairs, Rollouts, advantages, answer_logprobs
 
 trl = pytest.importorskip("trl")
 

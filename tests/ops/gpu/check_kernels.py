@@ -1,7 +1,7 @@
 """Each fused operation against its twin, forward and backward, on odd shapes, in float32 and bfloat16.
 
-Run by tests/test_kernels.py, or for the GPU alone: `python -m pytest tests/gpu/check_kernels.py`. A process of its own
-because TRITON_INTERPRET=1 has to be set before Triton is imported.
+Run by tests/ops/test_kernels.py, or for the GPU alone: `python -m pytest tests/ops/gpu/check_kernels.py`. A process of
+its own because TRITON_INTERPRET=1 has to be set before Triton is imported.
 """
 
 import os
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from formats.compressed_tensors import Scheme
 from model import Config, KVCache, Linear, Qwen3, RMSNorm, rotate
-from ops import graphs
 from ops.cross_entropy import _errors, linear_cross_entropy
+from ops.gpu import graphs
 from ops.quant import QuantizedLinear, quantize_
 
 DEVICE = os.environ.get("NANOQWEN_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -21,7 +21,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from ops import kernels, token_kernels  # noqa: E402
+from ops.gpu import kernels, token_kernels  # noqa: E402
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SIZES = {"vocab_size": 301, "hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 2}
@@ -292,7 +292,7 @@ def test_a_quantized_model_with_the_kernels_in_it(quantization):
 @pytest.mark.parametrize("rows, dtype", [(1, torch.float32), (3, torch.bfloat16)], ids=["fp32", "bf16, three rows"])
 @torch.no_grad()
 def test_tokens_through_the_static_step(rows, dtype):
-    """Triton's kernels under ops/graphs.py (on a GPU recorded and replayed) against model.py's own way."""
+    """Triton's kernels under ops/gpu/graphs.py (on a GPU recorded and replayed) against model.py's own way."""
     model = random_model(dtype, vocab_size=61, intermediate_size=52, num_attention_heads=2, num_hidden_layers=1)
     model.kernels = "triton"
     caches = [KVCache(model.config, rows, 300, device=DEVICE, dtype=dtype) for _ in range(2)]

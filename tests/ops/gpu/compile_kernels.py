@@ -1,8 +1,8 @@
 """Compiles the kernels for an H200 (sm_90) without one, and looks at what the assembler says of them.
 
-Run by tests/test_kernels.py in a process of its own: Triton believes here that it has a GPU, and nothing is launched.
-Shapes are those of Qwen3-0.6B. The interpreter takes what the compiler refuses; and a kernel that spills registers, or
-loads its weights by single bytes, is right and slow. Prints the names of the kernels.
+Run by tests/ops/test_kernels.py in a process of its own: Triton believes here that it has a GPU, and nothing is
+launched. Shapes are those of Qwen3-0.6B. The interpreter takes what the compiler refuses; and a kernel that spills
+registers, or loads its weights by single bytes, is right and slow. Prints the names of the kernels.
 """
 
 import re
@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from formats.compressed_tensors import Scheme
 from model import RMSNorm
-from ops import kernels, token_kernels
+from ops.gpu import kernels, token_kernels
 from ops.quant import QuantizedLinear
 
 compiled, compile_and_launch = {}, JITFunction.run

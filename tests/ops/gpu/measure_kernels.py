@@ -1,4 +1,7 @@
-"""Times each fused operation beside its twin on the GPU, at Qwen3-0.6B's sizes: `python tests/gpu/measure_kernels.py`.
+"""Times each fused operation beside its twin on the GPU, at Qwen3-0.6B's sizes.
+
+    python tests/ops/gpu/measure_kernels.py
+
 
 Prints a Markdown table: milliseconds of the twin and of the kernel, and the bytes that have to be moved per second.
 Forward and backward together where there is a backward. Those of one token are replayed from a CUDA graph, as they are
@@ -11,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent.parent))
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +22,9 @@ from torch import Tensor
 
 from formats.compressed_tensors import Scheme
 from model import Linear, RMSNorm, rotate
-from ops import graphs, kernels, token_kernels
 from ops.cross_entropy import linear_cross_entropy
-from ops.machine import best_time, read_bandwidth
+from ops.gpu import graphs, kernels, token_kernels
+from ops.limits import best_time, read_bandwidth
 from ops.quant import QuantizedLinear
 
 C, WIDE, H, K, D, V, EPS = 1024, 3072, 16, 8, 128, 151936, 1e-6

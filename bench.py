@@ -1,0 +1,33 @@
+"""Measure nanoqwen on this machine, beside what people would use instead: `python bench.py [SUBJECT]`.
+
+    python bench.py [speed]     tokens a second and memory of a model, with the machine's limits beside them
+    python bench.py train       training: tokens a second and memory, beside transformers and nanoGPT
+    python bench.py tokens      training: tokens to a validation loss, beside AdamW
+    python bench.py convert     seconds of a conversion to GGUF, beside llama.cpp's tools
+    python bench.py quality     what fewer bits cost
+
+`python bench.py SUBJECT --help` lists a subject's options. Each lives in benchmarks/.
+"""
+
+import difflib
+import sys
+from importlib import import_module
+
+import console
+
+SUBJECTS = ("speed", "train", "tokens", "convert", "quality")
+
+
+def main() -> None:
+    subject, *options = sys.argv[1:] or ["speed"]
+    if subject.startswith("-"):  # options alone are those of the speed table
+        subject, options = "speed", sys.argv[1:]
+    if subject not in SUBJECTS:
+        near = difflib.get_close_matches(subject, SUBJECTS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"no subject {subject!r} (there are {', '.join(SUBJECTS)}){hint}")
+    import_module(f"benchmarks.{subject}").main(options)
+
+
+if __name__ == "__main__":
+    console.run(main)

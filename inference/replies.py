@@ -1,0 +1,29 @@
+"""What a finished reply consists of: thinking, answer, and whether both have their form."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from chat import Chat
+
+
+class Reply(NamedTuple):
+    thinking: str
+    answer: str
+    tokens: int
+    """Of the thinking."""
+    well_formed: bool
+    """The thinking is closed (where there is one) and the answer came to its end."""
+
+
+def parse(chat: Chat, prompt: Sequence[int], ids: Sequence[int], thinking: bool, ends: set[int]) -> Reply:
+    """The ids of a reply to a prompt, parted at the end of its thinking. `ends`: the tokens that end a reply."""
+    ended = bool(ids) and ids[-1] in ends
+    ids = list(ids[:-1] if ended else ids)
+    if not thinking:
+        return Reply("", chat.decode(ids), 0, ended)
+    opened = chat.opens_thinking(prompt) or ids[:1] == [chat.think_start_id]
+    closed = chat.think_end_id in ids
+    cut = ids.index(chat.think_end_id) if closed else len(ids)
+    answer = chat.decode(ids[cut + 1 :]).strip() if closed else ""
+    thought = [token for token in ids[:cut] if token != chat.think_start_id]
+    return Reply(chat.decode(thought).strip(), answer, cut, ended and closed and opened)
