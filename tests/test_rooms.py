@@ -26,6 +26,11 @@ ROOMS = {
         {"model", "chat", "inference", "data", "formats", "ops"},
         {"torch", "safetensors", "yaml", "rich", "wandb", "matplotlib"},
     ),
+    "inspection": (
+        {"model", "chat", "inference", "formats", "data"},
+        {"torch", "numpy", "markupsafe", "jinja2", "yaml", "jsonschema", "cyclonedx", "huggingface_hub", "tokenizers"},
+    ),
+    "audit": ({"model", "chat", "inspection", "formats"}, set()),
     "generate": ({"model", "chat", "inference", "formats", "ops"}, {"torch"}),
     "convert": ({"model", "chat", "formats", "ops"}, {"torch", "safetensors"}),
     "train": (
