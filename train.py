@@ -22,208 +22,38 @@ the optimizers' state, the random state and the step. A run that was killed at a
 equal to the bit to one that never stopped, on a CPU and on a GPU in deterministic mode.
 """
 
-import json
 import math
-import os
 import signal
 import sys
 import time
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import console
 from chat import Chat
-from formats.files import atomic_file
 from formats.source import resolve
-from formats.tensors import read_json
 from inference.decode import generate
 from inference.sampling import SamplingParams
-from model import Config, Qwen3
-from ops.devices import pick_device, use_kernels
+from model import Qwen3
+from ops.devices import use_kernels
 from ops.memory import keep_freed_memory
 from training import schema
 from training.lora import add_lora, load_adapter, merged_weights, save_adapter, weights_hash
-from training.objectives import Objective
 from training.optimizers import Optimizers, learning_rate_factor, whole
+from training.processes import Processes, Stop
+from training.reporting import flops_per_token, headline, peak_flops, plot, progress_bar
 from training.run import Run
 from training.schema import Settings
-from training.stages import END_OF_TEXT, STAGES, agreed, build_source, decide_source
-
-# Dense bf16 peaks in FLOP/s from the makers' data sheets, by a part of the device's name. Others: MFU n/a.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-
-
-# --- what is trained ---
-
-
-def build_model(settings: Settings, chat: Chat, device: torch.device) -> Qwen3:
-    """The model that a run begins with: from a checkpoint, or with random weights that depend on the seed alone.
-
-    In float32; under adapters, which leave the weights as they are, in train.dtype.
-    """
-    if (settings.model.init is None) == (settings.model.config is None):
-        raise ValueError("exactly one of model.init and model.config must be given")
-    if settings.lora.rank and settings.model.init is None:
-        raise ValueError("lora adapts a trained model; name it by model.init, or leave lora out")
-    vocabulary = chat.tokenizer.get_vocab_size()
-    tokens = {"eos_token_id": chat.eos_token_id, "pad_token_id": chat.tokenizer.token_to_id(END_OF_TEXT)}
-    if settings.model.init is not None:
-        dtype = getattr(torch, settings.train.dtype) if settings.lora.rank else torch.float32
-        model = Qwen3.from_pretrained(settings.model.init, dtype=dtype)
-    else:
-        torch.manual_seed(settings.train.seed)
-        model = Qwen3(Config(**{"vocab_size": vocabulary, **tokens, **settings.model.config}))
-    if model.config.vocab_size < vocabulary:
-        raise ValueError(
-            f"vocab_size {model.config.vocab_size} in model.config is less than the {vocabulary} tokens of "
-            f"{settings.model.tokenizer}; leave it out"
-        )
-    advice = resolve(settings.model.tokenizer) / "generation_config.json"
-    if advice.is_file():
-        model.generation_config = read_json(advice)  # what the run's checkpoints will say
-    return model.to(device).train()
-
-
-def rebuilt(model: Qwen3, weights: dict[str, Tensor]) -> Qwen3:
-    """A plain model of other weights."""
-    with torch.device("meta"):
-        copy = Qwen3(model.config)
-    copy.load_state_dict(weights, assign=True)
-    copy.generation_config = model.generation_config
-    copy.model.rope_frequencies = model.model.rope_frequencies.to(next(iter(weights.values())).device)
-    return copy
-
-
-# --- many processes ---
-
-
-class Processes:
-    """This process among those that torchrun started, or alone. https://pytorch.org/docs/stable/elastic/run.html"""
-
-    def __init__(self, parallel: str, device: str):
-        self.count, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        self.parallel = parallel
-        if self.count > 1 and parallel == "none":
-            raise ValueError(f"torchrun started {self.count} processes, but train.parallel is none; set ddp or fsdp")
-        if parallel != "none" and "RANK" not in os.environ:
-            raise ValueError(f"train.parallel is {parallel}: start with torchrun --nproc-per-node N train.py …")
-        self.device = torch.device(pick_device(device, "train.device"))
-        if self.device.type == "cuda" and self.count > 1:
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
-        if parallel != "none":
-            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-
-    def spread(self, objective: Objective) -> nn.Module:
-        """The objective with its model whole in every process (gradients are averaged), or cut over all of them."""
-        if self.parallel == "ddp":
-            return DistributedDataParallel(objective)
-        if self.parallel == "fsdp":
-            for block in objective.model.model.layers:
-                fully_shard(block)
-            fully_shard(objective)
-        return objective
-
-    def shared_at_once(self, objective: nn.Module, is_last: bool) -> AbstractContextManager:
-        """DDP sends the gradients of a step's last batch alone, which are the sums over all of its batches."""
-        return objective.no_sync() if self.parallel == "ddp" and not is_last else nullcontext()
-
-    @contextmanager
-    def together(self, run: Run):
-        """What is done in step with the others: that one of them died is reported by the libraries in many ways."""
-        try:
-            yield
-        except RuntimeError as error:
-            if self.count == 1:
-                raise
-            raise ValueError(
-                f"another process of this run ended ({error}); go on from {run.latest} with --resume"
-            ) from None
-
-    @property
-    def share(self) -> slice:
-        """What this process takes of a list that all of them see."""
-        return slice(self.rank, None, self.count)
-
-    def sum(self, value: float) -> float:
-        """Of one number over all processes."""
-        if self.count == 1:
-            return value
-        return float(self.sum_tensor(torch.tensor(value, dtype=torch.float64, device=self.device)))
-
-    def sum_tensor(self, values: Tensor) -> Tensor:
-        if self.count > 1:
-            distributed.all_reduce(values)
-        return values
-
-
-# --- the loop ---
-
-
-class Stop:
-    """Ctrl-C and SIGTERM let the step under way finish, then the run is saved; a second Ctrl-C ends at once."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._caught)
-
-    def _caught(self, number: int, frame: Any) -> None:
-        if self.signal == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.signal = number
-
-
-def flops_per_token(model: Qwen3) -> tuple[float, float]:
-    """Of a forward and backward pass: 6 for every weight that multiplies; attention's, to be multiplied by the mean
-    number of positions that a token looks at (PaLM, https://arxiv.org/abs/2204.02311, appendix B)."""
-    config = model.config
-    weights = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
-    head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return 6.0 * (weights + head), float(attention)
-
-
-def peak_flops(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-@contextmanager
-def progress_bar(steps: int, start: int, shown: bool):
-    """Yields update(step, text): a bar in a terminal, else a line now and then."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    last = time.monotonic()
-    with Progress(*columns, console=console.stderr, disable=not (shown and console.stderr.is_terminal)) as progress:
-        task = progress.add_task("", total=steps, completed=start)
-
-        def update(step: int, text: str) -> None:
-            nonlocal last
-            progress.update(task, completed=step, description=text)
-            if progress.disable and shown and (time.monotonic() - last > 15 or step == steps):
-                last = time.monotonic()
-                console.notice(f"step {step}/{steps}  {text}")
-
-        yield update
-
-
-def headline(record: dict[str, Any]) -> str:
-    """What the progress bar shows of a step."""
-    shown = [f"{name} {record[name]:.3f}" for name in ("accuracy", "margin", "reward", "kl") if name in record]
-    mfu = f"MFU {record['mfu']:.0%}" if "mfu" in record else "MFU n/a"
-    return "  ".join([f"loss {record['loss']:.4f}", *shown, f"{record['tokens_per_second']:,.0f} tokens/s", mfu])
+from training.sources import agreed, build_source, decide_source
+from training.stages import STAGES
+from training.weights import build_model, rebuilt
 
 
 class Trainer:
@@ -431,23 +261,6 @@ class Trainer:
                 run.log(record, step=record["step"])
 
             yield log
-
-
-def plot(metrics: Path, picture: Path) -> None:
-    """The loss over the steps, and the validation loss where there is one; of replies, the reward."""
-    from matplotlib.figure import Figure
-
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    curve = "reward" if "reward" in records[0] else "loss"
-    axes.plot([r["step"] for r in records], [r[curve] for r in records], linewidth=0.8, label="training")
-    validated = [r for r in records if "validation_loss" in r]
-    axes.plot([r["step"] for r in validated], [r["validation_loss"] for r in validated], "o-", label="validation")
-    axes.set(xlabel="step", ylabel=curve, yscale="log" if curve == "loss" else "linear")
-    axes.legend()
-    with atomic_file(picture) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
 
 
 def main() -> None:

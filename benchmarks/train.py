@@ -159,7 +159,7 @@ def prepare(folder: str, shape: Shape, threads: int) -> dict[str, Any]:
     from chat import Chat
     from data.shard_format import write_shard
     from model import Config, Qwen3
-    from train import flops_per_token
+    from training.reporting import flops_per_token
 
     path = Path(folder)
     torch.manual_seed(0)

@@ -548,7 +548,7 @@ def wandb_history(path: Path) -> list[dict]:
 
 
 def test_wandb_off_imports_nothing(config):
-    code = "import sys, train; from configs import schema; "
+    code = "import sys, train; from training import schema; "
     code += "train.Trainer(schema.load(sys.argv[1], sys.argv[2:]), False).train(); sys.exit('wandb' in sys.modules)"
     command = [sys.executable, "-c", code, str(config), f"train.out={config.parent / 'run'}", "train.steps=1"]
     assert subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0

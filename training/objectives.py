@@ -11,7 +11,6 @@ The logits of Qwen3's vocabulary would be the largest tensor of a training step 
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,54 +18,7 @@ from torch import Tensor, nn
 
 from model import Qwen3
 from ops.cross_entropy import linear_cross_entropy
-
-IGNORED = -100  # the target of a position that teaches nothing: padding, the prompt
-
-
-class Batch(NamedTuple):
-    """ids [B, T]; targets [B, T], the token that follows each position or IGNORED; mask bool [B, 1, T, T] or None."""
-
-    ids: Tensor
-    targets: Tensor
-    mask: Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        """Targets."""
-        return int((self.targets != IGNORED).sum())
-
-
-class Pairs(NamedTuple):
-    """Rows 2i and 2i + 1 are the chosen and the rejected answer to one prompt; targets are those of the answers."""
-
-    ids: Tensor
-    targets: Tensor
-    reference: Tensor
-    """float32 [B]: log-probability of each answer under the weights that training began with."""
-    mask: None = None
-
-    @property
-    def count(self) -> int:
-        """Pairs."""
-        return len(self.ids) // 2
-
-
-class Rollouts(NamedTuple):
-    """Replies that the model wrote itself; targets are the replies' tokens, N of them in row-major order."""
-
-    ids: Tensor
-    targets: Tensor
-    advantages: Tensor
-    """float32 [B]"""
-    shares: Tensor
-    """float32 [B]: the weight of each token of a reply."""
-    count: float
-    """What the sum over all parts is divided by, as the share of this part."""
-    old: Tensor | None = None
-    """float32 [N]: log-probabilities when the replies were written; None: those of now."""
-    reference: Tensor | None = None
-    """float32 [N]: log-probabilities under the weights that training began with; None: no KL."""
-    mask: None = None
+from training.batches import IGNORED, Batch, Pairs, Rollouts
 
 
 def target_losses(model: Qwen3, batch: Batch | Pairs | Rollouts, reduction: str, temperature: float = 1.0) -> Tensor:

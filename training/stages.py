@@ -10,7 +10,6 @@ A step's batches are a pure function of its number and, for grpo, of the weights
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,179 +18,20 @@ from torch import Tensor
 
 import console
 from chat import Chat
-from data.sources import (
-    Corpus,
-    Generated,
-    Item,
-    Listed,
-    Pair,
-    Question,
-    Row,
-    Shards,
-    WrittenRows,
-    fingerprint,
-    matching,
-    read_items,
-    records,
-    row_of,
-)
+from data.shard_format import END_OF_TEXT
+from data.sources import Item, Pair, Question, Row, fingerprint, row_of
 from formats.files import atomic_file
 from inference.decode import end_tokens, generate_batch
 from inference.replies import parse
 from inference.sampling import SamplingParams
 from model import Qwen3
+from training.batches import Batch, Pairs, Rollouts, batches, in_parts, packed_batches, padded_rows
 from training.lora import without_adapters
-from training.objectives import DPO, GRPO, IGNORED, Batch, Objective, Pairs, Rollouts, advantages, answer_logprobs
+from training.objectives import DPO, GRPO, Objective, advantages, answer_logprobs
 from training.prefetch import Ahead
 from training.rewards import reward
 from training.run import Run
 from training.schema import Settings
-
-END_OF_TEXT = "<|endoftext|>"
-
-# --- where the rows come from ---
-
-
-def decide_source(settings: Settings) -> None:
-    """`data.source: auto` becomes what there is."""
-    data = settings.data
-    if data.source == "auto":
-        try:
-            matching(data.train or "")
-            data.source = "shards"
-        except ValueError as error:
-            data.source, settings.model.tokenizer = "corpus", data.corpus_tokenizer
-            console.notice(f"{error}. Until then this run trains on the generated corpus.")
-
-
-def build_source(settings: Settings, chat: Chat):
-    """The items of each step; see data/sources.py."""
-    train, data, stage, batch, longest = settings.train, settings.data, settings.stage, *row_limits(settings)
-    if data.source != "corpus" and data.train is None:
-        raise ValueError(f"data.train must name the files of data.source {data.source}")
-    if data.source == "shards":
-        if stage != "pretrain":
-            raise ValueError(f"data.source shards has no conversations for stage {stage}; use rows or corpus")
-        vocabulary = chat.tokenizer.get_vocab_size()
-        source = Shards(data.train, data.validation, train.seed, batch, longest, vocabulary)
-        data.tokens = agreed("data.tokens", data.tokens, source.tokens, f"the files of {data.train}")
-        return source
-    if data.source == "corpus":
-        if data.hard + data.outside > 1:
-            raise ValueError(f"data.hard {data.hard} and data.outside {data.outside} are more than all questions")
-
-        def pieces(word: str) -> list[str]:
-            return [chat.decode([index]) for index in chat.encode(word)]
-
-        corpus = Corpus(data.seed, pieces, chat, data.hard, data.outside)
-        makers = {"pretrain": corpus.text, "sft": corpus.conversation, "dpo": corpus.preference}
-        return Generated((makers | {"grpo": corpus.question})[stage], batch, longest)
-    if stage == "pretrain":
-        raise ValueError("data.source rows is for sft, dpo and grpo; make shards of texts with data/shards.py tokenize")
-    rows = WrittenRows(chat, data.turns, settings.grpo.thinking)
-    make = {"sft": rows.conversation, "dpo": rows.preference, "grpo": rows.question}[stage]
-
-    def read(place: str, split: str) -> tuple[list[Item], str]:
-        return read_items(place, records(place, split, data.subset, data.limit, Path(train.out)), make, longest)
-
-    items, digest = read(data.train, data.split)
-    data.fingerprint = agreed("data.fingerprint", data.fingerprint, digest, f"the rows of {data.train}")
-    unseen = read(data.validation, data.validation_split)[0] if data.validation else []
-    return Listed(items, unseen, batch, train.seed)
-
-
-def row_limits(settings: Settings) -> tuple[int, int]:
-    """How many items a step takes, and how many tokens the longest may have."""
-    train, grpo = settings.train, settings.grpo
-    if settings.stage != "grpo":
-        return train.batch, train.sequence
-    if train.batch % grpo.group:
-        raise ValueError(f"train.batch {train.batch} is no multiple of grpo.group {grpo.group}")
-    if grpo.max_new_tokens >= train.sequence:
-        raise ValueError(
-            f"grpo.max_new_tokens {grpo.max_new_tokens} leaves no room for a prompt in train.sequence {train.sequence}"
-        )
-    return train.batch // grpo.group, train.sequence - grpo.max_new_tokens
-
-
-def agreed(key: str, stated, found, whose: str):
-    """A key that is computed and saved with the run, so that going on with something else is refused."""
-    if stated not in (None, found):
-        raise ValueError(f"{key} is {stated}, but {whose} have {found}; use those it was made for, or leave it out")
-    return found
-
-
-# --- from rows to tensors ---
-
-
-def in_parts(items: list, parts: int) -> list[list]:
-    """Items of similar length together, in at most `parts` lists."""
-    items = sorted(items, key=lambda item: item.length)
-    cut = [items[part * len(items) // parts : (part + 1) * len(items) // parts] for part in range(parts)]
-    return [chosen for chosen in cut if chosen]
-
-
-def batches(rows: list[Row], parts: int, device: torch.device, end_of_text: int | None = None) -> list[Batch]:
-    """Rows of similar length together, in `parts` padded batches; the padding lies behind and is never learnt.
-
-    With `end_of_text` a token sees nothing before the last such token: documents packed in a row stay apart.
-    """
-    made = []
-    for chosen in in_parts(rows, parts):
-        ids, targets = padded_rows(chosen, device)
-        mask = None if end_of_text is None else document_mask((ids == end_of_text).cumsum(1))
-        made.append(Batch(ids, targets, mask))
-    return made
-
-
-def packed_batches(rows: list[Row], parts: int, device: torch.device, longest: int) -> list[Batch]:
-    """The same rows, several to a sequence of at most `longest` tokens, in `parts` batches; none sees another.
-
-    Within a sequence a row does not begin at position 0. Rotary positions enter attention as differences alone
-    (RoFormer, section 3.4.1), so that its loss is that of the row by itself.
-    """
-    rows, made = sorted(rows, key=lambda row: -row.length), []
-    for part in range(min(parts, len(rows))):
-        sequences = packed(rows[part::parts], longest)
-        ids = padded([[token for row in rows for token in row.ids] for rows in sequences], 0)
-        targets = padded([[token for row in rows for token in row.targets] for rows in sequences], IGNORED)
-        document = padded([[n for n, row in enumerate(rows) for _ in row.ids] for rows in sequences], -1)
-        made.append(Batch(ids.to(device), targets.to(device), document_mask(document.to(device))))
-    return made
-
-
-def packed(rows: list[Row], longest: int) -> list[list[Row]]:
-    """Rows, the longest first, each into the first sequence that has room for it."""
-    sequences, room = [], []
-    for row in rows:
-        place = next((place for place, left in enumerate(room) if left >= row.length), len(room))
-        if place == len(room):
-            sequences.append([])
-            room.append(longest)
-        sequences[place].append(row)
-        room[place] -= row.length
-    return sequences
-
-
-def padded_rows(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
-    """-> ids and targets, LongTensors [rows, longest]"""
-    return padded([row.ids for row in rows], 0).to(device), padded([row.targets for row in rows], IGNORED).to(device)
-
-
-def padded(rows: list, filling: int) -> Tensor:
-    """Rows of ids, as lists or numpy arrays -> LongTensor [rows, longest]"""
-    filled = torch.full((len(rows), max(map(len, rows))), filling)
-    for place, row in zip(filled, rows, strict=True):
-        place[: len(row)] = torch.as_tensor(row)
-    return filled
-
-
-def document_mask(document: Tensor) -> Tensor:
-    """document [B, T], which one each token belongs to -> bool [B, 1, T, T]: causal, and within one document."""
-    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
-
-
-# --- the stages ---
 
 
 class Stage:

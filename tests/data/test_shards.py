@@ -23,7 +23,7 @@ from data.shard_format import Shard, Windows, write_shard
 from data.sources import Shards
 from formats import download
 from training import schema
-from training.stages import document_mask
+from training.batches import document_mask
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "models" / "tiny"

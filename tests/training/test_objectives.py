@@ -7,8 +7,8 @@ from torch import Tensor
 from data.sources import Row
 from model import Config, Qwen3
 from ops.cross_entropy import linear_cross_entropy
+from training.batches import batches, packed, packed_batches
 from training.objectives import DPO, GRPO, IGNORED, Batch, Pairs, Rollouts, advantages, next_token_loss, target_losses
-from training.stages import batches, packed, packed_batches
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
 SIZES |= {"num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64}

@@ -1,0 +1,121 @@
+"""From rows to tensors: the batches that an objective takes."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.sources import IGNORED, Row
+
+
+class Batch(NamedTuple):
+    """ids [B, T]; targets [B, T], the token that follows each position or IGNORED; mask bool [B, 1, T, T] or None."""
+
+    ids: Tensor
+    targets: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """Targets."""
+        return int((self.targets != IGNORED).sum())
+
+
+class Pairs(NamedTuple):
+    """Rows 2i and 2i + 1 are the chosen and the rejected answer to one prompt; targets are those of the answers."""
+
+    ids: Tensor
+    targets: Tensor
+    reference: Tensor
+    """float32 [B]: log-probability of each answer under the weights that training began with."""
+    mask: None = None
+
+    @property
+    def count(self) -> int:
+        """Pairs."""
+        return len(self.ids) // 2
+
+
+class Rollouts(NamedTuple):
+    """Replies that the model wrote itself; targets are the replies' tokens, N of them in row-major order."""
+
+    ids: Tensor
+    targets: Tensor
+    advantages: Tensor
+    """float32 [B]"""
+    shares: Tensor
+    """float32 [B]: the weight of each token of a reply."""
+    count: float
+    """What the sum over all parts is divided by, as the share of this part."""
+    old: Tensor | None = None
+    """float32 [N]: log-probabilities when the replies were written; None: those of now."""
+    reference: Tensor | None = None
+    """float32 [N]: log-probabilities under the weights that training began with; None: no KL."""
+    mask: None = None
+
+
+def in_parts(items: list, parts: int) -> list[list]:
+    """Items of similar length together, in at most `parts` lists."""
+    items = sorted(items, key=lambda item: item.length)
+    cut = [items[part * len(items) // parts : (part + 1) * len(items) // parts] for part in range(parts)]
+    return [chosen for chosen in cut if chosen]
+
+
+def batches(rows: list[Row], parts: int, device: torch.device, end_of_text: int | None = None) -> list[Batch]:
+    """Rows of similar length together, in `parts` padded batches; the padding lies behind and is never learnt.
+
+    With `end_of_text` a token sees nothing before the last such token: documents packed in a row stay apart.
+    """
+    made = []
+    for chosen in in_parts(rows, parts):
+        ids, targets = padded_rows(chosen, device)
+        mask = None if end_of_text is None else document_mask((ids == end_of_text).cumsum(1))
+        made.append(Batch(ids, targets, mask))
+    return made
+
+
+def packed_batches(rows: list[Row], parts: int, device: torch.device, longest: int) -> list[Batch]:
+    """The same rows, several to a sequence of at most `longest` tokens, in `parts` batches; none sees another.
+
+    Within a sequence a row does not begin at position 0. Rotary positions enter attention as differences alone
+    (RoFormer, section 3.4.1), so that its loss is that of the row by itself.
+    """
+    rows, made = sorted(rows, key=lambda row: -row.length), []
+    for part in range(min(parts, len(rows))):
+        sequences = packed(rows[part::parts], longest)
+        ids = padded([[token for row in rows for token in row.ids] for rows in sequences], 0)
+        targets = padded([[token for row in rows for token in row.targets] for rows in sequences], IGNORED)
+        document = padded([[n for n, row in enumerate(rows) for _ in row.ids] for rows in sequences], -1)
+        made.append(Batch(ids.to(device), targets.to(device), document_mask(document.to(device))))
+    return made
+
+
+def packed(rows: list[Row], longest: int) -> list[list[Row]]:
+    """Rows, the longest first, each into the first sequence that has room for it."""
+    sequences, room = [], []
+    for row in rows:
+        place = next((place for place, left in enumerate(room) if left >= row.length), len(room))
+        if place == len(room):
+            sequences.append([])
+            room.append(longest)
+        sequences[place].append(row)
+        room[place] -= row.length
+    return sequences
+
+
+def padded_rows(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
+    """-> ids and targets, LongTensors [rows, longest]"""
+    return padded([row.ids for row in rows], 0).to(device), padded([row.targets for row in rows], IGNORED).to(device)
+
+
+def padded(rows: list, filling: int) -> Tensor:
+    """Rows of ids, as lists or numpy arrays -> LongTensor [rows, longest]"""
+    filled = torch.full((len(rows), max(map(len, rows))), filling)
+    for place, row in zip(filled, rows, strict=True):
+        place[: len(row)] = torch.as_tensor(row)
+    return filled
+
+
+def document_mask(document: Tensor) -> Tensor:
+    """document [B, T], which one each token belongs to -> bool [B, 1, T, T]: causal, and within one document."""
+    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
