@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from formats.gguf import names as names
-from formats.gguf import tokenizer as tokenizer
+from formats.gguf import names
+from formats.gguf.tokenizer import to_metadata
 from formats.tensors import read_json
 
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
@@ -168,7 +168,7 @@ def _tokenizer(checkpoint: Any, rows: int) -> Pairs:
         if template.is_file() and "chat_template" not in tokenizer_config:
             tokenizer_config["chat_template"] = template.read_text(encoding="utf-8")
     try:
-        parts = tokenizer.to_metadata(tokenizer, tokenizer_config, checkpoint.config, rows)
+        parts = to_metadata(tokenizer, tokenizer_config, checkpoint.config, rows)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{checkpoint.path}: the tokenizer cannot be written as GGUF: {error}") from None
     kinds = {bool: BOOL, int: UINT32, str: STRING}

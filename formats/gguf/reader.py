@@ -19,9 +19,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 
-from formats.gguf import kquants
-from formats.gguf import names as names
-from formats.gguf import tokenizer as tokenizer
+from formats.gguf import kquants, names
+from formats.gguf.tokenizer import from_metadata
 from formats.tensors import TensorInfo
 
 MAGIC = b"GGUF"
@@ -259,6 +258,6 @@ class GGUF:
         """(tokenizer.json, tokenizer_config.json) as Hugging Face's tokenizers would have them: equal ids for every
         text. Raises ValueError where the file holds another tokenizer than Qwen's byte-level BPE."""
         try:
-            return tokenizer.from_metadata(self.metadata, self.config["vocab_size"])
+            return from_metadata(self.metadata, self.config["vocab_size"])
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None

@@ -24,9 +24,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from formats.gguf import kquants
-from formats.gguf import metadata as metadata
-from formats.gguf import names as names
+from formats.gguf import kquants, metadata, names
 from formats.gguf.reader import DEFAULT_ALIGNMENT, MAGIC, padded
 from formats.tensors import read_json
 
@@ -67,14 +65,14 @@ def plan(checkpoint: Any, type: str) -> list[Planned]:
 
 def _stacked(checkpoint: Any) -> list[Planned]:
     """The tensors in the converter's order: shard by shard and by name; experts when the last one of a layer came."""
-    names = list(checkpoint.tensors)
+    officials = list(checkpoint.tensors)
     if checkpoint.path.is_dir():
         index = checkpoint.path / "model.safetensors.index.json"
         shards = read_json(index).get("weight_map", {}) if index.is_file() else {}
-        names.sort(key=lambda name: (shards.get(name, ""), name))
+        officials.sort(key=lambda official: (shards.get(official, ""), official))
     experts = names.expert_count(checkpoint.config)
     tensors, pending = [], {}
-    for official in names:
+    for official in officials:
         name, shape = names.gguf_name(official), checkpoint.tensors[official].shape
         if names.expert_number(official) is None:
             tensors.append(Planned(name, [official], shape))

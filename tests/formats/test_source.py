@@ -156,7 +156,7 @@ def assert_same(path: Path, server: Hub) -> None:
 def test_data_files_alone_are_downloaded(server):
     path = source.resolve("org/name")
     assert_same(path, server)
-    assert path.parent.parent.parent.name == "models--org--name" and path.name == COMMITS["main"]
+    assert path.parent.parent.name == "models--org--name" and path.name == COMMITS["main"]
     assert sorted(server.fetched()) == sorted((name, None) for name in server.files if name not in FORBIDDEN)
     assert server.fetched()[-1][0] == "model.safetensors"  # once it is there, everything is
 
