@@ -32,7 +32,7 @@ def run_peer(name: str, config: str, precision: str, **environment: str) -> dict
     with pytest.MonkeyPatch.context() as patch:
         for key, value in environment.items():
             patch.setenv(key, value)
-        printed = bench_train.run_script(bench_train.SCRIPTS[name], "--measure", json.dumps(vars(job)))
+        printed = bench_train.run_script(*bench_train.SCRIPTS[name], "--measure", json.dumps(vars(job)))
     return json.loads(printed)
 
 
@@ -57,7 +57,7 @@ def test_the_second_peer_learns_too(runs):
 def test_the_second_peer_is_gpt_2(monkeypatch):
     """Its logits are those of transformers' GPT-2 with the same weights (whose biases are zero)."""
     transformers = pytest.importorskip("transformers")
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "peers"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "peers"))
     import train_nanogpt
 
     torch.manual_seed(0)
@@ -124,8 +124,9 @@ def test_tokens_on_a_text(tmp_path):
     text = tmp_path / "words.txt"
     text.write_text("the quick brown fox jumps over the lazy dog and runs away again " * 400)
     out = tmp_path / "out"
-    code = "from benchmarks import tokens as b; b.BATCH, b.SEQUENCE, b.STEPS, b.VALIDATION_ROWS = 4, 16, 8, 4; "
-    code += f"b.SIZES |= {TINY}; b.OURS['train.steps'] = 6; console.run(b.main)"
+    code = "import sys, console; from benchmarks import tokens as b; "
+    code += "b.BATCH, b.SEQUENCE, b.STEPS, b.VALIDATION_ROWS = 4, 16, 8, 4; "
+    code += f"b.SIZES |= {TINY}; b.OURS['train.steps'] = 6; console.run(lambda: b.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--corpus", str(text), "--tokenizer", str(ROOT / "models" / "tiny")]
     command += ["--seeds", "1", "--out", str(out)]
     result = subprocess.run(command, check=False, cwd=ROOT, env={**os.environ}, capture_output=True, text=True)

@@ -17,8 +17,7 @@ import yaml
 from rich.console import Console
 
 import train
-from data import documents, fineweb, inspection, texts
-from data import shard_format as shards
+from data import documents, fineweb, inspection, shard_format, shards, texts
 from data.shard_format import Shard, Windows, write_shard
 from data.sources import Shards
 from formats import download
@@ -106,11 +105,11 @@ def test_documents_stay_apart():
 def test_ids_piece_by_piece_are_the_same_file(tmp_path, monkeypatch):
     ids = np.arange(1000)
     write_shard(tmp_path / "a.bin", ids, 1000)
-    assert shards.write_pieces(tmp_path / "b.bin", np.split(ids, [1, 1, 700]), 1000) == 1000
+    assert shard_format.write_pieces(tmp_path / "b.bin", np.split(ids, [1, 1, 700]), 1000) == 1000
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
-    monkeypatch.setattr(shards, "MOST_TOKENS", 999)
+    monkeypatch.setattr(shard_format, "MOST_TOKENS", 999)
     with pytest.raises(ValueError, match="more than 999 tokens"):
-        shards.write_pieces(tmp_path / "c.bin", [ids[:500], ids[500:]], 1000)
+        shard_format.write_pieces(tmp_path / "c.bin", [ids[:500], ids[500:]], 1000)
     assert not (tmp_path / "c.bin").exists()
 
 
@@ -161,7 +160,7 @@ def test_the_histogram_counts_by_powers_of_two():
 
 def test_what_inspect_shows(tmp_path):
     tokenizer = texts.load_tokenizer(TINY)
-    end = tokenizer.token_to_id(shards.END_OF_TEXT)
+    end = tokenizer.token_to_id(shard_format.END_OF_TEXT)
     first, hostile = tokenizer.encode("[red]one\ntwo").ids, tokenizer.encode("three \x1b[2J").ids
     write_shard(tmp_path / "a.bin", [7, 8, end, *first, end, *hostile], 768)
     text = shown(tmp_path / "a.bin", TINY, None, 9)
@@ -217,7 +216,7 @@ def documents_in(paths: list[Path]) -> list[str]:
     """The texts that shards hold, by their separators."""
     tokenizer = texts.load_tokenizer(TINY)
     ids = np.concatenate([Shard(path).tokens for path in paths])
-    parts = np.split(ids, np.flatnonzero(ids == tokenizer.token_to_id(shards.END_OF_TEXT)))
+    parts = np.split(ids, np.flatnonzero(ids == tokenizer.token_to_id(shard_format.END_OF_TEXT)))
     assert not len(parts[0])
     return [tokenizer.decode(part[1:].tolist(), skip_special_tokens=False) for part in parts[1:]]
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_compiled_layers_give_the_same_logits_with_a_cache(monkeypatch):
     """The capture of the graphs is what can go wrong; with `aot_eager` PyTorch's own kernels run them."""
-    monkeypatch.setattr(ops.step, "library", lambda: None)  # PyTorch computes
+    monkeypatch.setattr(ops.cpu.step, "library", lambda: None)  # PyTorch computes
     torch._dynamo.reset()
     plain, compiled, graphs = Qwen3.from_pretrained(TINY), Qwen3.from_pretrained(TINY), []
 

@@ -345,7 +345,7 @@ def test_switched_off(monkeypatch, capfd):
 
 
 def test_several_processes_build_at_once(tmp_path):
-    code = "import sys, ctypes; from pathlib import Path; from ops.step import build; "
+    code = "import sys, ctypes; from pathlib import Path; from ops.cpu.step import build; "
     code += "ctypes.CDLL(str(build(Path(sys.argv[1])))).step_float32"
     run = [sys.executable, "-c", code, str(tmp_path / "new")]
     children = [subprocess.Popen(run, cwd=Path(__file__).parent.parent.parent) for _ in range(2)]
