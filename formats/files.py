@@ -6,7 +6,9 @@ atomically; the fsyncs order the data before the name).
 
 import hashlib
 import os
+import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +23,9 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _temporary(path: Path, suffix: str = "tmp") -> Path:
+    """A name beside `path` that nobody guesses, and no other thread or node of the same disk uses."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{suffix}")
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -34,11 +37,20 @@ def publish(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what was written there takes the final name when the block succeeds."""
+    """Yields a temporary path beside `path`; what was written there takes the final name when the block succeeds.
+
+    The temporary file is there already, empty and new (never through a link). The final one has the mode that the
+    umask asks for, whatever wrote it.
+    """
     path = Path(path)
     temporary = _temporary(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
     try:
         yield temporary
+        temporary.chmod(mode)
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -48,21 +60,30 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 def atomic_directory(path: Path | str) -> Iterator[Path]:
     """The same for a directory of files. An older directory of that name gives way only when the new one is whole."""
     path = Path(path)
-    temporary, old = _temporary(path), path.with_name(f".{path.name}.{os.getpid()}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary, old = _temporary(path), _temporary(path, "old")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+    mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(mode)
             fsync(file)
         fsync(temporary)
         if path.exists():
             path.rename(old)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
         fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -8,7 +8,6 @@ Weights are memory-mapped: nothing is copied until somebody changes it, and `rel
 
 import json
 import math
-import mmap
 import re
 from collections.abc import Iterator
 from os.path import lexists
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from formats.mapping import map_file, release
 from formats.tensors import DTYPES, PICKLE_SUFFIXES, TensorInfo, read_json
 
 MAX_HEADER = 32_000_000  # bytes; the names of 10^5 tensors stay far below, and parsing it stays within a gigabyte
@@ -30,8 +30,7 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         self.tensors, self._offsets = _read_header(path)
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._map = map_file(path)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor as stored, a view of the mapping."""
@@ -43,11 +42,7 @@ class SafetensorsFile:
 
     def release(self, name: str) -> None:
         """Gives the memory of a tensor's pages back; its values stay readable (from the file again)."""
-        start, end = self._offsets[name]
-        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = end - start
-        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, start, length)
+        release(self._map, *self._offsets[name])
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:

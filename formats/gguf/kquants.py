@@ -419,20 +419,29 @@ def quantize(values: torch.Tensor, format: Format) -> torch.Tensor:
     return out.view(-1)
 
 
+def _alone() -> None:
+    """In this thread torch uses one thread. Asked first, as the first question sets it to the process's default."""
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
 def map_in_threads(function: Callable, pieces: Iterable) -> Iterator:
     """function(piece) for each piece, in order: computed by as many threads as torch uses, a few ahead of the consumer,
     so that the memory stays small however many pieces there are."""
     threads = torch.get_num_threads()
     remaining = iter(pieces)
-    torch.set_num_threads(1)  # the threads of the pool are the parallelism; torch's own would only be in their way
+    # In each thread of the pool torch uses that thread alone. The caller's setting is its own and stays, also where it
+    # stops early; only the default for new threads has to be put back.
     try:
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(threads, initializer=_alone) as pool:
             waiting = deque(pool.submit(function, piece) for piece in islice(remaining, threads + 1))
             while waiting:
-                yield waiting.popleft().result()
+                result = waiting.popleft().result()
+                torch.set_num_threads(torch.get_num_threads())
+                yield result
                 waiting.extend(pool.submit(function, piece) for piece in islice(remaining, 1))
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(torch.get_num_threads())
 
 
 def dequantize(data: torch.Tensor, format: Format, shape: tuple[int, ...]) -> torch.Tensor:
