@@ -5,6 +5,7 @@
     python bench.py tokens      training: tokens to a validation loss, beside AdamW
     python bench.py convert     seconds of a conversion to GGUF, beside llama.cpp's tools
     python bench.py quality     what fewer bits cost
+    python bench.py sampling    what choosing a token costs
 
 `python bench.py SUBJECT --help` lists a subject's options. Each lives in benchmarks/.
 """
@@ -15,7 +16,7 @@ from importlib import import_module
 
 import console
 
-SUBJECTS = ("speed", "train", "tokens", "convert", "quality")
+SUBJECTS = ("speed", "train", "tokens", "convert", "quality", "sampling")
 
 
 def main() -> None:

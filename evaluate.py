@@ -25,8 +25,8 @@ from data.corpus.examples import FAMILIES, Example, check, hard_examples, outsid
 from data.corpus.talk import is_refusal
 from formats.files import atomic_file
 from inference.decode import ThinkingBudget, end_tokens, generate_batch
+from inference.params import SamplingParams
 from inference.replies import Reply, parse
-from inference.sampling import SamplingParams
 from model import Qwen3
 
 LONGEST = 400  # tokens of a reply

@@ -21,8 +21,8 @@ from chat import Chat
 from formats.checkpoint import open_checkpoint
 from formats.source import resolve, resolve_default
 from inference.decode import PromptTooLong, end_tokens, generate, generate_batch, new_cache, steps
+from inference.params import SamplingParams, recommended
 from inference.prompts import answer_prompts
-from inference.sampling import SamplingParams, recommended
 from inference.session import Answer, Session, weight_bytes_per_token
 from inference.speculate import MOST_GUESSES, DraftModel, PromptLookup, Speculation
 from model import Qwen3, load

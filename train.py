@@ -40,7 +40,7 @@ import console
 from chat import Chat
 from formats.source import resolve
 from inference.decode import generate
-from inference.sampling import SamplingParams
+from inference.params import SamplingParams
 from model import Qwen3
 from ops.devices import use_kernels
 from ops.memory import keep_freed_memory

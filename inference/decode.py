@@ -6,6 +6,7 @@ What becomes of the logits of a position is decided in `Reply` alone, for both l
 budget puts in, and the end. A draft (inference/speculate.py) only lets one pass of the model serve several positions.
 """
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from chat import EARLY_STOP_TEXT, Chat, ReplyStream
-from inference.sampling import SamplingParams, recommended, sample
+from inference.params import SamplingParams, recommended
+from inference.sampling import sample
 from model import KVCache, Qwen3
 
 PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once; bounds the memory of a long prompt
@@ -116,17 +118,19 @@ class Reply:
         # The last token itself need not be computed on, so it may lie behind the context.
         self.limit = min(self.params.max_new_tokens, model.config.max_position_embeddings - len(ids) + 1)
         self.generator, self.ends = self.params.generator(), end_tokens(model)
+        self.seen = array("q", ids), array("q")  # prompt and reply once more, as the penalties read them fast
         self.intervene, self.until = intervene, until
         self.text = ReplyStream(chat, ids, self.params.stop, raw=True) if self.params.stop else None
 
     def choose(self, logits: Tensor) -> list[tuple[int, Tensor | None]]:
         """The token drawn from logits [V] and, without logits, the ids that `intervene` puts behind it."""
-        token = sample(logits, self.params, self.generator, self.ids, self.tokens)
+        token = sample(logits, self.params, self.generator, *self.seen)
         self.tokens.append(token)
         over = token in self.ends
         forced = [] if over or self.intervene is None else self.intervene(self.tokens)
         forced = forced[: self.limit - len(self.tokens)]
         self.tokens += forced
+        self.seen[1].extend((token, *forced))
         if self.text is not None:
             for token_id in (token, *forced):
                 self.text.push(token_id)

@@ -3,124 +3,118 @@
 `sample` is a pure function of logits, parameters, history and generator, so the same seed gives the same text alone, in
 a batch, with or without a cache. The order of the filters is that of transformers: penalties, temperature, top-k
 (https://arxiv.org/abs/1805.04833), top-p (https://arxiv.org/abs/1904.09751), min-p (https://arxiv.org/abs/2407.01082).
+
+All of it runs on the CPU, in NumPy where that is the faster library for one row of logits, and nothing sorts the
+vocabulary: top-k is a partition, and top-p sorts only the few tokens around its edge (`nucleus`).
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# What the model card advises (https://huggingface.co/Qwen/Qwen3-0.6B#best-practices). generation_config.json of a model
-# that can do both holds the thinking values alone.
-THINKING_ADVICE = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0}
-ANSWER_ADVICE = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
+from inference.params import SamplingParams
+
+FEW = 2048  # probabilities that are sorted as they are; more are narrowed down first
+BLOCK = 512  # probabilities that a draw adds up before it looks at each
 
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to choose tokens and when to stop. Raises ValueError for a value out of its range."""
-
-    temperature: float = 1.0  # divides the logits; 0 takes the likeliest token (greedy)
-    top_k: int = 0  # only the k likeliest; 0: all
-    top_p: float = 1.0  # only the fewest tokens that hold this probability together
-    min_p: float = 0.0  # only tokens at least this likely, relative to the likeliest
-    presence_penalty: float = 0.0  # taken off the logit of each token that was generated before
-    repetition_penalty: float = 1.0  # makes each token of prompt and reply less likely by this factor
-    max_new_tokens: int = 32768
-    stop: tuple[str, ...] = ()  # texts that end the reply; they are not part of it
-    seed: int | None = None  # None: a fresh one each time
-
-    def __post_init__(self):
-        for name, low, high, meaning in (
-            ("temperature", 0, 100, "0 is greedy"),
-            ("top_k", 0, math.inf, "0 is off"),
-            ("top_p", 0, 1, "1 is off"),
-            ("min_p", 0, 1, "0 is off"),
-            ("presence_penalty", -2, 2, "0 is off"),
-            ("repetition_penalty", 0.01, 100, "1 is off"),
-            ("max_new_tokens", 1, math.inf, "tokens"),
-        ):
-            value = getattr(self, name)
-            whole = name in ("top_k", "max_new_tokens")
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-                raise ValueError(f"{name} is {value!r}, which is not a {'whole ' if whole else ''}number")
-            if not low <= value <= high:
-                raise ValueError(f"{name} is {value}, but has to lie from {low} to {high} ({meaning})")
-        if self.seed is not None and not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"seed is {self.seed}, but has to lie from 0 to 2^63 - 1")
-        if not all(self.stop):
-            raise ValueError("stop has an empty text, which would end every reply at once")
-
-    def generator(self) -> torch.Generator:
-        """The random state of one reply. On the CPU, so that a seed means the same text on every device."""
-        generator = torch.Generator()
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
-
-
-def recommended(generation_config: dict[str, Any], thinking: bool, **chosen: Any) -> SamplingParams:
-    """The checkpoint's own settings, the model card's advice where it has none, and `chosen` above both.
-
-    `chosen` values of None do not count. Raises ValueError for a generation_config.json with impossible values.
-    """
-    names = {field.name for field in fields(SamplingParams)} - {"max_new_tokens", "stop", "seed"}
-    stated = {name: value for name, value in generation_config.items() if name in names and value is not None}
-    if generation_config.get("do_sample") is False:
-        stated["temperature"] = 0.0
-    is_thinking_advice = all(stated.get(name, value) == value for name, value in THINKING_ADVICE.items())
-    if not thinking and (not stated or is_thinking_advice):
-        stated |= ANSWER_ADVICE
-    try:
-        params = SamplingParams(**(THINKING_ADVICE | stated))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"generation_config.json: {error}") from None
-    return replace(params, **{name: value for name, value in chosen.items() if value is not None})
-
-
-def penalized(logits: Tensor, params: SamplingParams, prompt: Sequence[int], reply: Sequence[int]) -> Tensor:
+def penalized(logits: np.ndarray, params: SamplingParams, prompt: Sequence[int], reply: Sequence[int]) -> np.ndarray:
     """Logits [V] with what was said before made less likely; the input is not changed."""
-    if params.repetition_penalty != 1.0 and (prompt or reply):
-        seen = torch.tensor(sorted({*prompt, *reply}), device=logits.device)
+    repetition = params.repetition_penalty != 1.0 and len(prompt) + len(reply) > 0
+    presence = params.presence_penalty != 0.0 and len(reply) > 0
+    if not repetition and not presence:
+        return logits
+    logits = logits.copy()
+    said = np.asarray(reply, np.int64)
+    if repetition:
+        seen, factor = np.concatenate((np.asarray(prompt, np.int64), said)), np.float32(params.repetition_penalty)
         score = logits[seen]
-        penalty = params.repetition_penalty
-        logits = logits.index_put((seen,), torch.where(score < 0, score * penalty, score / penalty))
-    if params.presence_penalty != 0.0 and reply:
-        seen = torch.tensor(sorted(set(reply)), device=logits.device)
-        logits = logits.index_put((seen,), logits[seen] - params.presence_penalty)
+        logits[seen] = np.where(score < 0, score * factor, score / factor)  # a token that stands twice has one value
+    if presence:
+        logits[said] = logits[said] - np.float32(params.presence_penalty)
     return logits
 
 
-def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The tokens that the filters leave, in ascending order, and their probabilities. float32 [V] → ids [n], [n].
+def scaled(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """logits / temperature, float32 [V]. Where that overflows, the largest is 0 and the others lie below it.
 
-    Greedy is the one likeliest token with probability 1. After top-k only the few that are left are sorted.
+    Raises ValueError for logits that are not finite.
+    """
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        scores = logits / np.float32(temperature)
+        if np.isfinite(scores.max()):
+            return scores
+        largest = logits.max()
+        if not np.isfinite(largest):
+            raise ValueError("the model's logits are not finite; float16 overflows on some models: try --dtype float32")
+        return ((logits.astype(np.float64) - largest) / temperature).astype(np.float32)
+
+
+def nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """Which tokens top-p keeps: bool [n] for float32 weights [n], which are proportional to the probabilities.
+
+    Walking up from the least likely token, those are dropped whose running sum is at most 1 - top_p of the whole; of
+    equally likely ones, the lower ids first. Of many tokens only those of one bin around that edge are sorted: bins are
+    the leading bits of a float, which order non-negative numbers.
+    """
+    if len(weights) > FEW:
+        bins = weights.view(np.int32) >> 17  # 64 to an octave
+        # PyTorch's bincount, for it is three times as fast as NumPy's
+        sums = torch.bincount(torch.from_numpy(bins), torch.from_numpy(weights.astype(np.float64))).numpy().cumsum()
+        most = (1 - top_p) * sums[-1]
+        edge = min(int(np.searchsorted(sums, most, side="right")), len(sums) - 1)
+        kept, inside, below = bins > edge, np.flatnonzero(bins == edge), sums[edge - 1] if edge else 0.0
+    else:
+        most = (1 - top_p) * weights.sum(dtype=np.float64)
+        kept, inside, below = np.zeros(len(weights), bool), np.arange(len(weights)), 0.0
+    order = inside[weights[inside].argsort(kind="stable")]
+    running = below + weights[order].cumsum(dtype=np.float64)
+    dropped = int(np.searchsorted(running, most, side="right"))
+    kept[order[min(dropped, len(order) - 1) :]] = True
+    return kept
+
+
+def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray]:
+    """What one draw chooses from: float32 logits [V] → ids [n] in ascending order, or None for all; weights [n].
+
+    Weights are 0 where a filter dropped a token, else proportional to the probabilities. Greedy is the one likeliest
+    token with weight 1. Raises ValueError for logits that are not finite.
     """
     if params.temperature == 0:
-        return logits.argmax()[None], torch.ones(1, device=logits.device)
-    scores = logits / params.temperature
+        best = logits.argmax()
+        scaled(logits[best : best + 1], 1.0)  # is it finite?
+        return best[None], np.ones(1, np.float32)
+    scores, ids = scaled(logits, params.temperature), None
     if 0 < params.top_k < len(scores):
-        smallest = scores.topk(params.top_k).values[-1]
-        ids = (scores >= smallest).nonzero()[:, 0]
+        smallest = np.partition(scores, -params.top_k)[-params.top_k]
+        ids = np.flatnonzero(scores >= smallest)
         scores = scores[ids]
-    else:
-        ids = torch.arange(len(scores), device=scores.device)
+    scores -= scores.max()
+    weights = np.exp(scores, out=scores)
     if params.top_p < 1:
-        ascending, order = scores.sort(stable=True)
-        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - params.top_p
-        dropped[-1] = False
-        kept = order[~dropped].sort().values
-        ids, scores = ids[kept], scores[kept]
-    probabilities = scores.softmax(-1)
+        weights *= nucleus(weights, params.top_p)
     if params.min_p > 0:
-        kept = probabilities >= params.min_p * probabilities.max()
-        ids, probabilities = ids[kept], scores[kept].softmax(-1)
-    return ids, probabilities
+        weights *= weights >= np.float32(params.min_p)  # the likeliest has weight 1
+    return ids, weights
+
+
+def draw(weights: np.ndarray, generator: torch.Generator) -> int:
+    """An index with a chance proportional to its weight, float32 [n]: one uniform number held against the running sum.
+
+    Since the running sum goes in the order of the ids, a last-bit difference in the logits (another device, a batch)
+    almost never changes the token. The sum over blocks comes first, then that inside one block.
+    """
+    ends = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK)).cumsum(dtype=np.float64)
+    drawn = float(torch.rand((), generator=generator, dtype=torch.float64)) * ends[-1]
+    block = int(np.searchsorted(ends, drawn, side="right"))
+    if block < len(ends):
+        inside = weights[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
+        index = int(np.searchsorted(inside + (ends[block - 1] if block else 0.0), drawn, side="right"))
+        if index < len(inside):
+            return block * BLOCK + index
+    return int(np.flatnonzero(weights[: (block + 1) * BLOCK])[-1])  # rounding put the number on the very end
 
 
 def sample(
@@ -132,15 +126,9 @@ def sample(
 ) -> int:
     """One token id from logits [V]; `prompt` and `reply` are the ids before it, which the penalties look at.
 
-    The draw is one uniform number held against the cumulative probabilities in order of the ids, so a last-bit
-    difference in the logits (another device, a batch) almost never changes the token.
+    Long ones had better be `array.array("q")`, which NumPy reads in place: a list is converted at every call.
     """
-    logits = penalized(logits.float(), params, prompt, reply)
-    if not torch.isfinite(logits.max()):
-        raise ValueError("the model's logits are not finite; float16 overflows on some models, so try --dtype float32")
-    ids, probabilities = candidates(logits, params)
-    if len(ids) == 1:
-        return int(ids)
-    cumulative = probabilities.double().cpu().cumsum(-1)
-    drawn = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
-    return int(ids[min(int(torch.searchsorted(cumulative, drawn, right=True)), len(ids) - 1)])
+    scores = penalized(logits.detach().float().cpu().numpy(), params, prompt, reply)
+    ids, weights = distribution(scores, params)
+    index = 0 if len(weights) == 1 else draw(weights, generator)
+    return index if ids is None else int(ids[index])

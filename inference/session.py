@@ -10,7 +10,7 @@ from torch import Tensor
 
 from chat import Chat, ReplyStream, assistant_message
 from inference.decode import ThinkingBudget, check_prompt, end_tokens, new_cache, repetition_period, steps
-from inference.sampling import SamplingParams
+from inference.params import SamplingParams
 from inference.speculate import Speculation, common_prefix
 from model import EMBEDDING, HEAD, KVCache, Qwen3
 from ops.cpu.step import head_copy_bytes

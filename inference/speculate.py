@@ -19,7 +19,8 @@ from typing import Protocol
 import torch
 
 from inference.decode import end_tokens, forward, new_cache
-from inference.sampling import SamplingParams, sample
+from inference.params import SamplingParams
+from inference.sampling import sample
 from model import KVCache, Qwen3
 
 MOST_GUESSES = 7  # more are seldom right; ops/cpu/step.cpp would take 15 with the token before them row by row

@@ -11,7 +11,7 @@ from data.corpus.talk import is_refusal
 from data.corpus.tokenizer import TINY, pieces_of
 from evaluate import Evaluation, replies
 from inference.decode import ThinkingBudget, steps
-from inference.sampling import SamplingParams
+from inference.params import SamplingParams
 from model import Qwen3
 
 PIECES = pieces_of(TINY)

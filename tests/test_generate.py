@@ -17,7 +17,8 @@ import torch
 from chat import EARLY_STOP_TEXT, Chat
 from generate import expand_switches
 from inference.decode import ThinkingBudget, generate, generate_batch, repetition_period, steps
-from inference.sampling import SamplingParams, sample
+from inference.params import SamplingParams
+from inference.sampling import sample
 from inference.session import Session
 from model import KVCache, Qwen3
 

@@ -22,8 +22,8 @@ from data.shard_format import END_OF_TEXT
 from data.sources import Item, Pair, Question, Row, fingerprint, row_of
 from formats.files import atomic_file
 from inference.decode import end_tokens, generate_batch
+from inference.params import SamplingParams
 from inference.replies import parse
-from inference.sampling import SamplingParams
 from model import Qwen3
 from training.batches import Batch, Pairs, Rollouts, batches, in_parts, packed_batches, padded_rows
 from training.lora import without_adapters

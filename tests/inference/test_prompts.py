@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from chat import Chat
+from inference.params import SamplingParams
 from inference.prompts import WINDOW, answer_prompts, read_prompts
-from inference.sampling import SamplingParams
 from inference.session import Session
 from model import Qwen3
 

@@ -1,12 +1,16 @@
 """The filters of sampling are transformers' own on random logits, and a draw depends on its arguments alone."""
 
 import itertools
+import math
+from array import array
 
+import numpy as np
 import pytest
 import torch
 from transformers.generation import logits_process as oracle
 
-from inference.sampling import SamplingParams, candidates, penalized, recommended, sample
+from inference.params import SamplingParams, recommended
+from inference.sampling import BLOCK, FEW, distribution, draw, nucleus, penalized, sample
 
 SETTINGS = list(itertools.product((0.3, 0.6, 1.7), (0, 1, 5, 20), (1.0, 0.95, 0.5, 0.0), (0.0, 0.05, 0.4)))
 
@@ -25,16 +29,76 @@ def test_filters_agree_with_transformers(temperature, top_k, top_p, min_p):
         scores = logits[None].clone()
         for step in chain:
             scores = step(seen[None], scores)
-        left, expected = (scores[0] > -torch.inf).nonzero()[:, 0], scores[0].softmax(-1)
-        ids, probabilities = candidates(penalized(logits, params, seen[:20].tolist(), seen[20:].tolist()), params)
-        assert ids.tolist() == left.tolist()
-        assert torch.allclose(probabilities, expected[ids], atol=1e-6)
+        expected = scores[0].softmax(-1).numpy()
+        found = probabilities(penalized(logits.numpy(), params, seen[:20].tolist(), seen[20:].tolist()), params)
+        assert np.array_equal(found > 0, expected > 0)
+        assert np.allclose(found, expected, atol=1e-6)
+
+
+def probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """Of all tokens: float32 [V]."""
+    ids, weights = distribution(logits, params)
+    found = np.zeros(len(logits), np.float32)
+    found[slice(None) if ids is None else ids] = weights / weights.sum()
+    return found
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("scale", [0.0, 0.01, 0.6, 20.0])
+def test_the_nucleus_of_a_whole_vocabulary_is_that_of_sorting_it(top_p, scale):
+    """Also where all tokens are equally likely, or most of them underflow to 0: ties drop the lower ids first."""
+    logits = scale * torch.randn(151936, generator=torch.Generator().manual_seed(1))
+    logits[::3] = logits[1::3][:50646].mean()  # a third of them tie
+    weights = logits.softmax(-1).numpy()
+    order = weights.argsort(kind="stable")
+    dropped = weights[order].cumsum(dtype=np.float64) <= 1 - top_p
+    dropped[-1] = False
+    expected = np.zeros(len(weights), bool)
+    expected[order[~dropped]] = True
+    differ = np.flatnonzero(expected != nucleus(weights, top_p))
+    # The order of a sum of 151,936 numbers moves its last bits, and with them the edge: among ties by some ids.
+    assert len(differ) <= 1e-9 * len(weights) / weights.max() + (scale == 0) and len(weights) > FEW
+    assert nucleus(np.float32([0.25, 0.25, 0.25, 0.25]), 0.5).tolist() == [False, False, True, True]
+
+
+def test_a_draw_takes_every_token_with_a_weight_and_no_other():
+    generator = torch.Generator().manual_seed(0)
+    weights = np.zeros(3 * BLOCK + 7, np.float32)
+    places = [0, BLOCK - 1, BLOCK, 2 * BLOCK + 5, 3 * BLOCK + 6]
+    weights[places] = [1, 2, 3, 4, 5]
+    counts = np.bincount([draw(weights, generator) for _ in range(6000)], minlength=len(weights))
+    assert counts[places].sum() == 6000
+    assert np.allclose(counts[places] / 6000, np.arange(1, 6) / 15, atol=0.025)
+
+    weights[places[-1]] = 0
+    highest = torch.tensor(math.nextafter(1.0, 0), dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *shape, **options: highest)
+        assert draw(weights, generator) == places[-2]
+        patch.setattr(torch, "rand", lambda *shape, **options: torch.ones(()))  # rounding can put it there
+        assert draw(weights, generator) == places[-2]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-46, 1e-40, 1e-38, 1e-30])
+@pytest.mark.parametrize("logits", [[1.0, 3.0, 2.9, -1e30], [-5.0, -2.0, -2.1, -1e38], [0.0, 1e-20, -4.0, 0.0]])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_temperature_near_zero_is_greedy(temperature, logits, filters):
+    params = SamplingParams(temperature=temperature, seed=1, **filters)
+    assert sample(torch.tensor(logits), params, params.generator()) == 1
 
 
 def test_presence_penalty_counts_a_token_of_the_reply_once_and_leaves_the_prompt_alone():
-    logits = torch.zeros(6)
+    logits = np.zeros(6, np.float32)
     out = penalized(logits, SamplingParams(presence_penalty=1.5), prompt=[0, 1], reply=[2, 2, 4])
     assert out.tolist() == [0, 0, -1.5, 0, -1.5, 0] and not logits.any()
+
+
+def test_penalties_read_an_array_as_they_read_a_list():
+    logits, params = np.linspace(-2, 2, 9, dtype=np.float32), SamplingParams(presence_penalty=0.5, repetition_penalty=2)
+    prompt, reply = [0, 8, 8], [7, 0, 7]
+    expected = penalized(logits, params, prompt, reply)
+    assert np.array_equal(expected, penalized(logits, params, array("q", prompt), array("q", reply)))
+    assert expected.tolist() == [-4.5, -1.5, -1, -0.5, 0, 0.5, 1, 0.25, 1]
 
 
 def test_a_draw_follows_the_probabilities_and_its_seed_alone():
@@ -54,11 +118,15 @@ def test_greedy_is_the_argmax_after_the_penalties():
     assert sample(torch.tensor([1.0, 3.0, 2.0]), params, params.generator(), [], [1]) == 2
 
 
-def test_logits_that_overflowed_are_an_error_with_a_mend():
-    params = SamplingParams()
-    for bad in (torch.nan, torch.inf):
+def test_logits_that_overflowed_are_an_error_that_names_the_fix():
+    for bad, temperature in itertools.product((torch.nan, torch.inf), (0, 1e-40, 1.0)):
+        params = SamplingParams(temperature=temperature)
         with pytest.raises(ValueError, match="--dtype float32"):
             sample(torch.tensor([0.0, bad]), params, params.generator())
+
+
+def test_one_stop_string_may_be_given_by_itself():
+    assert SamplingParams(stop="text").stop == SamplingParams(stop=["text"]).stop == ("text",)
 
 
 OFFICIAL = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [1, 2]}
@@ -90,7 +158,7 @@ def test_defaults_are_the_checkpoints_then_the_model_cards(stated, thinking, tem
     [
         {"temperature": -1}, {"temperature": "hot"}, {"temperature": float("nan")}, {"top_p": 1.1}, {"top_k": -2},
         {"top_k": 2.5}, {"min_p": True}, {"max_new_tokens": 0}, {"seed": -1}, {"stop": ("",)},
-        {"repetition_penalty": 0},
+        {"repetition_penalty": 0}, {"seed": 1.5}, {"seed": True}, {"stop": 5}, {"stop": ("a", 1)},
     ],
 )  # fmt: skip
 def test_impossible_values_are_refused(wrong):

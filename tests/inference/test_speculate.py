@@ -12,7 +12,8 @@ import torch
 
 from chat import Chat
 from inference.decode import ThinkingBudget, generate, generate_batch, steps
-from inference.sampling import SamplingParams, candidates, penalized
+from inference.params import SamplingParams
+from inference.sampling import distribution, penalized
 from inference.session import Session
 from inference.speculate import DraftModel, PromptLookup, Speculation, common_prefix
 from model import Config, KVCache, Qwen3
@@ -102,9 +103,9 @@ def exact_distribution(model: Qwen3, ids: list[int], params: SamplingParams) -> 
                 longer[reply] = share
                 continue
             logits = model(torch.tensor([[*ids, *reply]]))[0, -1].float()
-            tokens, probabilities = candidates(penalized(logits, params, ids, reply), params)
-            for token, p in zip(tokens.tolist(), probabilities.tolist(), strict=True):
-                longer[(*reply, token)] = share * p
+            _, weights = distribution(penalized(logits.detach().numpy(), params, ids, reply), params)
+            for token, weight in enumerate(weights):
+                longer[(*reply, token)] = share * weight / weights.sum()
         found = longer
     return found
 

@@ -8,7 +8,7 @@ import torch._dynamo
 
 import ops.cpu.step
 from inference.decode import generate
-from inference.sampling import SamplingParams
+from inference.params import SamplingParams
 from model import KVCache, Qwen3
 from ops.compiled import compile_
 

@@ -1,0 +1,89 @@
+"""How to choose tokens and when to stop: the settings of a reply, and where their defaults come from.
+
+Needs no PyTorch until a reply begins, so that a command can check its arguments before PyTorch is imported.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+# What the model card advises (https://huggingface.co/Qwen/Qwen3-0.6B#best-practices). generation_config.json of a model
+# that can do both holds the thinking values alone.
+THINKING_ADVICE = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0}
+ANSWER_ADVICE = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. Raises ValueError for a value out of its range."""
+
+    temperature: float = 1.0  # divides the logits; 0 takes the likeliest token (greedy)
+    top_k: int = 0  # only the k likeliest; 0: all
+    top_p: float = 1.0  # only the fewest tokens that hold this probability together
+    min_p: float = 0.0  # only tokens at least this likely, relative to the likeliest
+    presence_penalty: float = 0.0  # taken off the logit of each token that was generated before
+    repetition_penalty: float = 1.0  # makes each token of prompt and reply less likely by this factor
+    max_new_tokens: int = 32768
+    stop: tuple[str, ...] = ()  # texts that end the reply and are not part of it; one alone may be given as a str
+    seed: int | None = None  # None: a fresh one each time
+
+    def __post_init__(self):
+        for name, low, high, meaning in (
+            ("temperature", 0, 100, "0 is greedy"),
+            ("top_k", 0, math.inf, "0 is off"),
+            ("top_p", 0, 1, "1 is off"),
+            ("min_p", 0, 1, "0 is off"),
+            ("presence_penalty", -2, 2, "0 is off"),
+            ("repetition_penalty", 0.01, 100, "1 is off"),
+            ("max_new_tokens", 1, math.inf, "tokens"),
+        ):
+            value = getattr(self, name)
+            whole = name in ("top_k", "max_new_tokens")
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+                raise ValueError(f"{name} is {value!r}, which is not a {'whole ' if whole else ''}number")
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}, but must be from {low} to {high} ({meaning})")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 1 << 63):
+            raise ValueError(f"seed is {self.seed!r}, which is not a whole number from 0 to 2^63 - 1")
+        if isinstance(self.stop, str):  # a str is a sequence of its letters, each of which would end the reply
+            object.__setattr__(self, "stop", (self.stop,))
+        if not isinstance(self.stop, list | tuple) or not all(isinstance(text, str) for text in self.stop):
+            raise ValueError(f"stop is {self.stop!r}, which is neither a text nor a list of texts")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if not all(self.stop):
+            raise ValueError("stop has an empty text, which would end every reply at once")
+
+    def generator(self) -> "torch.Generator":
+        """The random state of one reply. On the CPU, so that a seed means the same text on every device."""
+        import torch
+
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+def recommended(generation_config: dict[str, Any], thinking: bool, **chosen: Any) -> SamplingParams:
+    """The checkpoint's own settings, the model card's advice where it has none, and `chosen` above both.
+
+    `chosen` values of None do not count. Raises ValueError for a generation_config.json with impossible values.
+    """
+    names = {field.name for field in fields(SamplingParams)} - {"max_new_tokens", "stop", "seed"}
+    stated = {name: value for name, value in generation_config.items() if name in names and value is not None}
+    if stated.get("top_k") == -1:  # how vLLM spells that it is off
+        stated["top_k"] = 0
+    if generation_config.get("do_sample") is False:
+        stated["temperature"] = 0.0
+    is_thinking_advice = all(stated.get(name, value) == value for name, value in THINKING_ADVICE.items())
+    if not thinking and (not stated or is_thinking_advice):
+        stated |= ANSWER_ADVICE
+    try:
+        params = SamplingParams(**(THINKING_ADVICE | stated))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"generation_config.json: {error}") from None
+    return replace(params, **{name: value for name, value in chosen.items() if value is not None})
