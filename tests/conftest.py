@@ -1,8 +1,29 @@
 """Fixtures that several rooms' tests share."""
 
+import os
+import sys
+import traceback
 from pathlib import Path
 
 import pytest
+
+forked: list[str] = []  # where this process forked after PyTorch was imported
+
+
+def note_fork() -> None:
+    if "torch" in sys.modules:
+        forked.append("".join(traceback.format_stack(limit=8)))
+
+
+os.register_at_fork(before=note_fork)
+
+
+@pytest.fixture(autouse=True)
+def no_fork():
+    """PyTorch's threads and locks do not survive a fork, and its CUDA build refuses to train in one: see runs.py."""
+    forked.clear()
+    yield
+    assert not forked, f"this test forks a process that has PyTorch: {forked[0]}"
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 
@@ -255,11 +256,12 @@ class Terminal:
     """A command in a terminal of its own: what a person types and sees."""
 
     def __init__(self, *arguments: str):
-        process, self.descriptor = pty.fork()
-        if process == 0:
-            os.chdir(ROOT)
-            os.execve(sys.executable, [sys.executable, "generate.py", *arguments], {**os.environ, "TERM": "xterm"})
-        self.process, self.text = process, ""
+        self.descriptor, theirs = pty.openpty()
+        command = [*launch.COMMAND, "--terminal", sys.executable, "generate.py", *arguments]
+        environment = {**os.environ, "TERM": "xterm"}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        self.text = ""
 
     def read_until(self, wanted: str, seconds: float = 60) -> str:
         end = time.monotonic() + seconds
@@ -278,7 +280,9 @@ class Terminal:
         os.write(self.descriptor, text.encode())
 
     def end(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        code = self.process.wait(timeout=60)
+        os.close(self.descriptor)
+        return code
 
 
 def test_a_chat_in_a_terminal_survives_ctrl_c(tiny_checkpoint, tmp_path):
@@ -308,12 +312,20 @@ def test_a_closed_pipe_and_an_interrupt_end_quietly(tiny_checkpoint):
     pipe.stdout.close()
     assert b"Traceback" not in pipe.stderr.read() and pipe.wait() in (0, 130)
     waiting = subprocess.Popen(
-        [*command[:2], "--model", str(tiny_checkpoint), "--multi-turn", "--json", "--max-new-tokens", "3"],
+        [
+            *launch.COMMAND,
+            *command[:2],
+            "--model",
+            str(tiny_checkpoint),
+            "--multi-turn",
+            "--json",
+            "--max-new-tokens",
+            "3",
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 (a background job ignores it)
     )
     waiting.stdin.write(b"hi\n")
     waiting.stdin.flush()

@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import re
-import resource
 import shutil
 import signal
 import struct
@@ -19,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -50,7 +50,8 @@ def end_of(main: Callable[[], None], capsys) -> str:
 
 def run_apart(arguments: list, stdin: bytes = b"") -> str:
     """The same in a process with bounded memory."""
-    command = [sys.executable, str(ROOT / "generate.py"), *(a if isinstance(a, bytes) else str(a) for a in arguments)]
+    command = [*launch.COMMAND, "--memory", str(ADDRESS_SPACE), sys.executable, str(ROOT / "generate.py")]
+    command += [a if isinstance(a, bytes) else str(a) for a in arguments]
     ended = subprocess.run(
         command,
         check=False,
@@ -58,7 +59,6 @@ def run_apart(arguments: list, stdin: bytes = b"") -> str:
         capture_output=True,
         timeout=SECONDS,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE)),
     )
     return the_line(ended.returncode, ended.stdout.decode(), ended.stderr.decode())
 

@@ -5,10 +5,8 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +14,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from runs import (
+    CONFIG,
+    ROOT,
+    SAID,
+    Fault,
+    fill_disk,
+    in_child,
+    in_processes,
+    kill,
+    killed_while_saving,
+    metrics,
+    run,
+    run_or_say,
+    send,
+    settings,
+)
 from torch import nn
 
 import train
@@ -28,79 +42,12 @@ from training.objectives import IGNORED, Batch, linear_cross_entropy, next_token
 from training.optimizers import Muon, Optimizers, learning_rate_factor, orthogonal
 from training.prefetch import Ahead
 
-ROOT = Path(__file__).parent.parent
-CONFIG = {
-    "stage": "sft",
-    "train": {
-        "steps": 12,
-        "save_every": 4,
-        "batch": 4,
-        "accumulate": 2,
-        "sequence": 256,
-        "threads": 1,
-        "device": "cpu",
-    },
-    "model": {
-        "tokenizer": str(ROOT / "models" / "tiny"),
-        "config": {
-            "hidden_size": 24,
-            "intermediate_size": 40,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "num_key_value_heads": 1,
-            "head_dim": 8,
-            "max_position_embeddings": 1024,
-            "tie_word_embeddings": True,
-        },
-    },
-    "optimizer": {"lr": 0.006},
-}
-
 
 @pytest.fixture
 def config(tmp_path) -> Path:
     path = tmp_path / "test.yaml"
     path.write_text(yaml.safe_dump(CONFIG))
     return path
-
-
-def settings(config: Path, *overrides: str) -> schema.Settings:
-    return schema.load(config, [f"train.out={config.parent / 'run'}", *overrides])
-
-
-def run(config: Path, *overrides: str, resume: bool = False) -> list[dict]:
-    train.Trainer(settings(config, *overrides), resume).train()
-    return metrics(config.parent / "run")
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def start_child(work) -> int:
-    """Forks a process that runs `work`; its number."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            work()
-            os._exit(0)
-        except SystemExit as end:
-            os._exit(end.code)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(99)
-    return child
-
-
-def in_child(work) -> int:
-    """Runs `work` in a forked process and returns how that ended, as `waitstatus_to_exitcode` tells."""
-    return os.waitstatus_to_exitcode(os.waitpid(start_child(work), 0)[1])
-
-
-def kill_self() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -329,34 +276,19 @@ def test_the_last_checkpoints_are_kept(config, keep):
     assert (config.parent / "run" / "latest").resolve().name == "step-00000012"
 
 
-def test_killed_twice_and_resumed_is_equal_to_the_bit(config, unbroken, monkeypatch):
+def test_killed_twice_and_resumed_is_bit_identical(config, unbroken):
     """After step 6 (two steps past a checkpoint), and while the checkpoint of step 8 is half written."""
-    step = train.Trainer.step
-
-    def killed_after_six(self, number):
-        return kill_self() if number == 7 else step(self, number)
-
-    def killed_halfway(tensors, path):
-        Path(path).write_bytes(b"half")
-        kill_self()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "step", killed_after_six)
-        assert in_child(lambda: run(config)) == -signal.SIGKILL
+    assert in_child(run, config, fault=Fault(7, kill)) == -signal.SIGKILL
     assert [record["step"] for record in metrics(config.parent / "run")] == list(range(1, 7))
     with (config.parent / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
-    with monkeypatch.context() as patch:
-        patch.setattr(training.run, "save_file", killed_halfway)
-        assert in_child(lambda: run(config, resume=True)) == -signal.SIGKILL
+    assert in_child(run, config, resume=True, fault=killed_while_saving) == -signal.SIGKILL
     assert losses(run(config, resume=True)) == losses(unbroken)
     assert not list((config.parent / "run" / "checkpoints").glob(".*"))
 
 
-def test_killed_before_the_first_checkpoint(config, unbroken, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(training.run, "save_file", lambda tensors, path: kill_self())
-        assert in_child(lambda: run(config)) == -signal.SIGKILL
+def test_killed_before_the_first_checkpoint(config, unbroken):
+    assert in_child(run, config, fault=killed_while_saving) == -signal.SIGKILL
     assert losses(run(config, resume=True)) == losses(unbroken)
 
 
@@ -373,18 +305,8 @@ def test_autocast_stays_near_float32(config, unbroken):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_first(config, unbroken, monkeypatch, number):
-    step = train.Trainer.step
-
-    def signalled(self, at):
-        if at == 6:
-            os.kill(os.getpid(), number)
-            time.sleep(0.05)
-        return step(self, at)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "step", signalled)
-        assert in_child(lambda: run(config)) == 128 + number
+def test_a_signal_saves_first(config, unbroken, number):
+    assert in_child(run, config, fault=Fault(6, send, (number,))) == 128 + number
     assert (config.parent / "run" / "latest").resolve().name == "step-00000006"
     assert losses(run(config, resume=True)) == losses(unbroken)
 
@@ -404,45 +326,12 @@ def test_a_loss_that_is_no_number_ends_the_run_with_the_last_checkpoint_whole(co
 
 
 def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(config, unbroken):
-    import resource
-
-    def work():
-        step = train.Trainer.step
-
-        def shrunk(self, at):
-            if at == 6:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-            return step(self, at)
-
-        train.Trainer.step = shrunk
-        try:
-            run(config)
-        except OSError as error:
-            sys.exit(7 if str(config.parent) in str(error) else 8)
-
-    assert in_child(work) == 7
+    assert in_child(run_or_say, config, OSError, str(config.parent), fault=Fault(6, fill_disk, (20_000,))) == SAID
     assert (config.parent / "run" / "latest").resolve().name == "step-00000004"
     assert losses(run(config, resume=True)) == losses(unbroken)
 
 
 # --- many processes ---
-
-
-def run_in_processes(count: int, work) -> list[int]:
-    """Runs `work` in `count` forked processes as torchrun would start them; how each of them ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    children = []
-    for rank in range(count):
-
-        def as_rank(rank=rank):
-            os.environ.update(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            work()
-
-        children.append(start_child(as_rank))
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 @pytest.mark.parametrize(
@@ -454,13 +343,8 @@ def test_two_processes_give_the_losses_of_one(config, tmp_path, parallel, optimi
     alone = run(config, chosen)
     (tmp_path / "run").rename(tmp_path / "alone")
 
-    def first_half():
-        step = train.Trainer.step
-        train.Trainer.step = lambda self, at: sys.exit(5) if at == 5 else step(self, at)
-        run(config, chosen)
-
-    assert in_child(first_half) == 5
-    assert run_in_processes(2, lambda: run(config, chosen, f"train.parallel={parallel}", resume=True)) == [0, 0]
+    assert in_child(run, config, chosen, fault=Fault(5, sys.exit, (5,))) == 5
+    assert in_processes(2, run, config, chosen, f"train.parallel={parallel}", resume=True) == [0, 0]
     records = metrics(tmp_path / "run")
     tokens = [record["tokens"] for record in alone]  # with the padding, which is another where rows are shared out
     assert [record["tokens"] for record in records[:4]] == tokens[:4]
@@ -471,19 +355,9 @@ def test_two_processes_give_the_losses_of_one(config, tmp_path, parallel, optimi
 
 
 def test_a_dead_process_ends_the_others_in_one_line(config):
-    def work():
-        step = train.Trainer.step
-
-        def dies(self, at):
-            return kill_self() if at == 6 and os.environ["RANK"] == "1" else step(self, at)
-
-        train.Trainer.step = dies
-        try:
-            run(config, "train.parallel=ddp")
-        except ValueError as error:
-            sys.exit(7 if "another process" in str(error) else 8)
-
-    assert run_in_processes(2, work) == [7, -signal.SIGKILL]
+    parallel, dies = "train.parallel=ddp", Fault(6, kill, rank=1)
+    ends = in_processes(2, run_or_say, config, ValueError, "another process", parallel, fault=dies)
+    assert ends == [SAID, -signal.SIGKILL]
     assert (config.parent / "run" / "latest").resolve().name == "step-00000004"
 
 
@@ -606,7 +480,7 @@ def test_several_batches_of_each_process_are_summed_before_they_are_shared(confi
     chosen = "train.accumulate=4", f"optimizer.name={optimizer}"
     alone = run(config, *chosen)
     (tmp_path / "run").rename(tmp_path / "alone")
-    assert run_in_processes(2, lambda: run(config, *chosen, "train.parallel=ddp")) == [0, 0]
+    assert in_processes(2, run, config, *chosen, "train.parallel=ddp") == [0, 0]
     for record, expected in zip(metrics(tmp_path / "run"), alone, strict=True):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 

@@ -13,7 +13,7 @@ class Ahead:
 
     def __init__(self, source, end: int, share: slice):
         self.source, self.end, self.share = source, end, share
-        self._thread: ThreadPoolExecutor | None = None  # started with the first rows: a fork has no threads
+        self._thread: ThreadPoolExecutor | None = None  # started with the first rows
         self._next: tuple[int, Future] | None = None
 
     def rows(self, step: int) -> list:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 
@@ -119,12 +120,11 @@ def test_the_command_writes_a_record_a_line(tmp_path):
 def test_ctrl_c_leaves_whole_lines(tmp_path):
     path = write(tmp_path / "in.jsonl", *texts_as_json([f"What is {n} + {n}?" for n in range(4000)]))
     process = subprocess.Popen(
-        [*COMMAND, "--prompts", path, "--thinking"],
+        [*launch.COMMAND, *COMMAND, "--prompts", path, "--thinking"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         bufsize=0,  # or what is read behind the first line is lost to communicate
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     first = process.stdout.readline()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_train import CONFIG, in_child, kill_self, metrics, run, run_in_processes
+from runs import CONFIG, Fault, in_child, in_processes, kill, metrics, run, run_with_equal_weights, settings
 
 import train
 from data.corpus.examples import HARD, check, hard_examples, is_test, question_example, training_example
@@ -47,11 +47,8 @@ def without_speed(records: list[dict]) -> list[dict]:
     return [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in records]
 
 
-def killed_at(step: int, monkeypatch, work) -> None:
-    real = train.Trainer.step
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "step", lambda self, at: kill_self() if at == step else real(self, at))
-        assert in_child(work) == -signal.SIGKILL
+def killed_at(step: int, config: Path, *overrides: str) -> None:
+    assert in_child(run, config, *overrides, fault=Fault(step, kill)) == -signal.SIGKILL
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -62,12 +59,12 @@ LORA = ["lora.rank=3", "train.dtype=bfloat16"]
 
 
 @pytest.mark.parametrize(("stage", "lora"), [("sft", LORA), ("dpo", []), ("grpo", []), ("grpo", LORA)])
-def test_killed_and_resumed_is_equal_to_the_bit(config, monkeypatch, stage, lora):
+def test_killed_and_resumed_is_equal_to_the_bit(config, stage, lora):
     """After step 3, one past a checkpoint; all that a stage draws, computes once or copies is as it was."""
     chosen, out = [f"stage={stage}", *STAGES[stage], *lora], config.parent / "run"
     whole = without_speed(run(config, *chosen))
     out.rename(config.parent / "unbroken")
-    killed_at(4, monkeypatch, lambda: run(config, *chosen))
+    killed_at(4, config, *chosen)
     assert [record["step"] for record in metrics(out)] == [1, 2, 3]
     assert without_speed(run(config, *chosen, resume=True)) == whole
     before, after = weights(config.parent / "unbroken" / "latest"), weights(out / "latest")
@@ -97,23 +94,23 @@ def test_dpo_prefers_the_chosen_ones(config):
     assert records[-1]["validation_accuracy"] >= 0.75 and records[-1]["validation_margin"] > 0.5
 
 
-def test_resumed_dpo_needs_no_starting_weights(config, monkeypatch, tmp_path):
+def test_resumed_dpo_needs_no_starting_weights(config, tmp_path):
     import shutil
 
     shutil.copytree(TINY, tmp_path / "start")
     chosen = ["stage=dpo", *STAGES["dpo"], f"model.init={tmp_path / 'start'}"]
-    killed_at(4, monkeypatch, lambda: run(config, *chosen))
+    killed_at(4, config, *chosen)
     (tmp_path / "start" / "model.safetensors").unlink()
     assert len(run(config, *chosen, resume=True)) == 4
 
 
-def test_other_starting_weights_are_refused(config, monkeypatch, tmp_path):
+def test_other_starting_weights_are_refused(config, tmp_path):
     """Adapters are nothing without the weights that they adapt."""
     import shutil
 
     shutil.copytree(TINY, tmp_path / "start")
     chosen = [*STAGES["sft"], "lora.rank=3", f"model.init={tmp_path / 'start'}"]
-    killed_at(4, monkeypatch, lambda: run(config, *chosen))
+    killed_at(4, config, *chosen)
     model = Qwen3.from_pretrained(tmp_path / "start")
     model.model.norm.weight.data[0] += 1
     model.save_pretrained(tmp_path / "start")
@@ -121,8 +118,8 @@ def test_other_starting_weights_are_refused(config, monkeypatch, tmp_path):
         run(config, *chosen, resume=True)
 
 
-def test_other_rows_are_refused(config, monkeypatch):
-    killed_at(4, monkeypatch, lambda: run(config, *STAGES["sft"]))
+def test_other_rows_are_refused(config):
+    killed_at(4, config, *STAGES["sft"])
     with (config.parent / "rows.jsonl").open("a") as file:
         file.write('{"prompt": "x", "completion": "y"}\n')
     with pytest.raises(ValueError, match=r"data\.fingerprint: '\w+' -> '\w+'"):
@@ -143,7 +140,7 @@ def test_two_processes_give_the_losses_of_one(config, stage, parallel):
     chosen = [f"stage={stage}", *STAGES[stage], "optimizer.lr=3e-4", "train.steps=3"]
     alone = run(config, *chosen)
     (config.parent / "run").rename(config.parent / "alone")
-    assert run_in_processes(2, lambda: run(config, *chosen, f"train.parallel={parallel}")) == [0, 0]
+    assert in_processes(2, run, config, *chosen, f"train.parallel={parallel}") == [0, 0]
     for record, expected in zip(metrics(config.parent / "run"), alone, strict=True):
         first = record["step"] == 1  # when all margins are 0 but for rounding, and so is their sign
         for name in ("loss", "margin") if first else ("loss", "margin", "accuracy"):
@@ -172,20 +169,12 @@ def test_what_does_not_fit_together_is_refused(config, overrides, said):
 
 def test_grpo_in_two_processes(config):
     """Each writes replies to its own questions; both then have the same weights, and kills change nothing."""
-    chosen = ["stage=grpo", *STAGES["grpo"], "grpo.kl=0", "train.steps=3"]
-
-    def work():
-        trainer = train.Trainer(train.schema.load(config, [f"train.out={config.parent / 'run'}", *chosen]), False)
-        trainer.train()
-        mean = trainer.processes.sum(float(sum(p.abs().sum() for p in trainer.model.parameters()))) / 2
-        assert mean == float(sum(p.abs().sum() for p in trainer.model.parameters()))
-
-    chosen.append("train.parallel=ddp")
-    assert run_in_processes(2, work) == [0, 0]
+    chosen = ["stage=grpo", *STAGES["grpo"], "grpo.kl=0", "train.steps=3", "train.parallel=ddp"]
+    assert in_processes(2, run_with_equal_weights, config, *chosen) == [0, 0]
     first = without_speed(metrics(config.parent / "run"))
     assert len(first) == 3 and max(record["grad_norm"] for record in first) > 0
     (config.parent / "run").rename(config.parent / "first")
-    assert run_in_processes(2, work) == [0, 0]
+    assert in_processes(2, run_with_equal_weights, config, *chosen) == [0, 0]
     assert without_speed(metrics(config.parent / "run")) == first
 
 
@@ -195,8 +184,8 @@ def test_grpo_in_two_processes(config):
 @pytest.mark.parametrize("average", ["reply", "token", "constant"])
 def test_what_the_losses_of_replies_are_divided_by(config, average):
     """The paper's mean over each reply's tokens, DAPO's over all tokens, Dr. GRPO's constant."""
-    overrides = [f"train.out={config.parent / 'run'}", "stage=grpo", *STAGES["grpo"], f"grpo.average={average}"]
-    stage = train.Trainer(train.schema.load(config, overrides), resume=False).stage
+    chosen = settings(config, "stage=grpo", *STAGES["grpo"], f"grpo.average={average}")
+    stage = train.Trainer(chosen, resume=False).stage
     parts = stage.batches(0)
     assert [len(part.ids) for part in parts] == [8, 8]
     tokens = [(part.targets != -100).sum(1) for part in parts]

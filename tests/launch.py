@@ -1,0 +1,27 @@
+"""Runs a command as a terminal would, or with bounded memory: python launch.py [--terminal] [--memory BYTES] COMMAND...
+
+What subprocess leaves to `preexec_fn`, and pty to a fork, is done here in a process that has not used PyTorch.
+"""
+
+import argparse
+import fcntl
+import os
+import resource
+import signal
+import sys
+import termios
+
+COMMAND = [sys.executable, "-IS", __file__]  # what stands before the command
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--terminal", action="store_true", help="make standard input the controlling terminal")
+    parser.add_argument("--memory", type=int, default=resource.RLIM_INFINITY, help="bytes of address space")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
+    if arguments.terminal:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    resource.setrlimit(resource.RLIMIT_AS, (arguments.memory, arguments.memory))
+    os.execvp(arguments.command[0], arguments.command)
