@@ -67,6 +67,7 @@ class Config:
     norm_topk_prob: bool = False
     decoder_sparse_step: int = 1
     mlp_only_layers: list[int] = field(default_factory=list)
+    router_aux_loss_coef: float = 0.001  # weight of the routers' balance loss in training (training/balance.py)
     quantization_config: dict[str, Any] | None = None  # weights stored in int8 or int4 (compressed-tensors)
 
     def __init__(self, /, **given: Any):
@@ -126,6 +127,9 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
                 raise ValueError(f"config: {name} is {value!r}, which is not a positive number below 1e30")
+        balance = self.router_aux_loss_coef
+        if isinstance(balance, bool) or not isinstance(balance, int | float) or not 0 <= balance < 1e30:
+            raise ValueError(f"config: router_aux_loss_coef is {balance!r}, which is not a number from 0 up")
         if self.rope_theta <= 1:
             raise ValueError(f"config: rope_theta {self.rope_theta} is not above 1, so no position would turn slower")
         for name in ("attention_bias", "tie_word_embeddings", "norm_topk_prob"):
@@ -180,6 +184,7 @@ MOE_FIELDS = (
     "norm_topk_prob",
     "decoder_sparse_step",
     "mlp_only_layers",
+    "router_aux_loss_coef",
 )
 INTEGER_RANGES = {  # far above every published model, far below what would fill a machine before it is noticed
     "vocab_size": (1, 1 << 24),
@@ -462,7 +467,9 @@ class MoE(nn.Module):
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         weights, out = weights.to(x.dtype), torch.zeros_like(flat)
-        for index in chosen.unique().tolist():  # each expert once, with all of its tokens
+        # Each expert once, with all of its tokens. In training also those that got none: all have gradients, if only 0.
+        used = range(len(self.experts)) if self.training and torch.is_grad_enabled() else chosen.unique().tolist()
+        for index in used:
             token, slot = torch.where(chosen == index)
             out.index_add_(0, token, self.experts[index](flat[token]) * weights[token, slot, None])
         return out.view_as(x)

@@ -4,12 +4,12 @@
     python train.py configs/toy.yaml --resume
     python train.py --keys                     lists every key of a config
 
-`stage` in the YAML is pretrain, sft, dpo or grpo: where a step's batches come from and which loss they have
-(training/stages.py, training/objectives.py). All else is the same.
+`stage` in the YAML is pretrain, sft, dpo or grpo. A batch's way: data/sources.py (rows) -> training/stages.py and
+batches.py (micro-batches of tensors) -> training/objectives.py (loss) -> the loop below.
 
 A run writes its folder `train.out`:
-    config.yaml      the resolved settings; --resume refuses others
-    metrics.jsonl    one object a step: step, loss (mean over the step's targets), tokens (rows' tokens up to here), ...
+    config.yaml      the resolved settings; --resume accepts others where they do not change the mathematics
+    metrics.jsonl    one object a step: step, loss (mean over the step's targets), tokens (up to here, no padding), ...
     checkpoints/     the last `train.keep` checkpoints: the official layout, trainer.safetensors and trainer.json beside
                      (with lora the merged weights, and the adapters in adapter/)
     latest           the last of them
@@ -17,17 +17,16 @@ A run writes its folder `train.out`:
     reference.safetensors   dpo: log-probabilities under the starting weights
     rows-*.jsonl     the rows of a streamed data set
 
-The data of a step is a pure function of its number (data/sources.py), so what a checkpoint has to hold is the weights,
-the optimizers' state, the random state and the step. A run that was killed at any moment and resumed gives losses
-equal to the bit to one that never stopped, on a CPU and on a GPU in deterministic mode.
+The data of a step is a pure function of its number (data/sources.py), so a checkpoint holds the weights, the
+optimizers' state, the random state and the step. A run that was killed at any moment and resumed is bit-identical to an
+uninterrupted one on a CPU.
 """
 
 import math
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
-from copy import deepcopy
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,22 +40,23 @@ from chat import Chat
 from formats.source import resolve
 from inference.decode import generate
 from inference.params import SamplingParams
-from model import Qwen3
 from ops.devices import use_kernels
 from ops.memory import keep_freed_memory
 from training import schema
-from training.lora import add_lora, load_adapter, merged_weights, save_adapter, weights_hash
-from training.optimizers import Optimizers, learning_rate_factor, whole
-from training.processes import Processes, Stop
-from training.reporting import flops_per_token, headline, peak_flops, plot, progress_bar
-from training.run import Run
+from training.balance import Balance
+from training.batches import real_lengths
+from training.optimizers import Optimizers, full_tensor, learning_rate_factor
+from training.processes import Processes, Stop, one_line_failures
+from training.reporting import flops_per_token, peak_flops, plot, reports
 from training.schema import Settings
-from training.sources import agreed, build_source, decide_source
+from training.sources import build_source, decide_source
 from training.stages import STAGES
-from training.weights import build_model, rebuilt
+from training.weights import begin, full_model, write_model
 
 
 class Trainer:
+    """A run, set up; `train` is the loop, `step` one round of it."""
+
     def __init__(self, settings: Settings, resume: bool):
         decide_source(settings)
         self.settings, train = settings, settings.train
@@ -64,15 +64,15 @@ class Trainer:
             torch.set_num_threads(train.threads)
         keep_freed_memory()
         self.processes = Processes(train.parallel, train.device)
-        self.device, self.is_first = self.processes.device, self.processes.rank == 0
-        self._check_parallel()
-        self.tokenizer = resolve(settings.model.tokenizer)
+        self.device = self.processes.device
+        check_combinations(settings, self.processes.count)
         self.chat = Chat.from_pretrained(settings.model.tokenizer)
         source = build_source(settings, self.chat)
-        self.run, self.model, reference = self._run_and_model(resume)
+        self.run, self.model, reference = begin(settings, self.chat, self.processes, resume)
         stage = STAGES[settings.stage]
         self.stage = stage(settings, self.chat, source, self.model, reference, self.processes, self.autocast)
         self.stage.prepare(self.run)
+        self.balance = self._balance()
         fused = "torch" if train.kernels == "auto" and train.compile else train.kernels  # a compiler fuses by itself
         use_kernels(self.model, fused, "train.kernels")
         for block in self.model.model.layers if train.checkpoint_activations else ():
@@ -80,194 +80,181 @@ class Trainer:
         for block in self.model.model.layers if train.compile else ():
             block.compile()
         self.flops = flops_per_token(self.model)
-        self.objective = self.processes.spread(self.stage.objective)
+        self.objective = self.processes.wrap(self.stage.objective)
         self.optimizers = Optimizers(self.model, settings.optimizer, getattr(torch, train.dtype))
         self.tokens = 0
         if self.run.step:
             state, self.tokens = self.run.load_state()
             self.optimizers.load_state(state)
 
-    def _check_parallel(self) -> None:
-        settings, count = self.settings, self.processes.count
-        if settings.train.accumulate % count:
-            raise ValueError(
-                f"train.accumulate {settings.train.accumulate} can't be shared out evenly to {count} processes"
-            )
-        if settings.train.parallel == "fsdp" and settings.stage == "grpo":
-            raise ValueError("train.parallel fsdp cuts the model, but stage grpo writes replies with it; set ddp")
-        if settings.train.parallel == "fsdp" and settings.lora.rank:
-            raise ValueError("train.parallel fsdp cuts what is trained, but lora's weights are frozen; set ddp")
-        if settings.lora.rank and settings.optimizer.name == "muon":
-            raise ValueError("optimizer.name muon is for whole matrices, not for lora's factors; set adamw")
+    def train(self) -> None:
+        """The loop: step, validate, log, sample, save."""
+        train, run, processes = self.settings.train, self.run, self.processes
+        if processes.is_first:
+            self._announce()
+        with (
+            one_line_failures(self.settings, processes, run.latest),
+            reports(run, self.settings, processes.is_first) as log,
+            Stop(processes) as stop,
+        ):
+            for step in range(run.step + 1, train.steps + 1):
+                stop.step = step
+                record = self.step(step)
+                stopped = processes.sum(stop.signal) > 0
+                last = step == train.steps
 
-    def _run_and_model(self, resume: bool) -> tuple[Run, Qwen3, Qwen3 | None]:
-        """The run, its model as it stands, and a copy of the starting weights where the stage compares with them."""
-        settings, train, lora = self.settings, self.settings.train, self.settings.lora
-        path, compares = Path(train.out), settings.stage == "grpo" and settings.grpo.kl > 0
-        begins = not (path / "latest").exists()
-        model = reference = None
-        if begins or lora.rank or compares:
-            model = build_model(settings, self.chat, self.device)
-        if lora.rank or compares:
-            found = weights_hash(model)
-            settings.model.fingerprint = agreed("model.fingerprint", settings.model.fingerprint, found, "the weights")
-        run = Run(path, train.keep, schema.resolved(settings), resume, writes=self.is_first)
-        if lora.rank:
-            add_lora(model, lora.rank, lora.alpha, lora.targets, train.seed)
-            if not begins:
-                load_adapter(model, run.latest / "adapter")
-        else:
-            reference = deepcopy(model).requires_grad_(False) if compares else None
-            if not begins:
-                model = Qwen3.from_pretrained(run.latest.resolve(), dtype=torch.float32).to(self.device).train()
-        return run, model, reference
-
-    def autocast(self):
-        enabled = self.settings.train.dtype == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16) if enabled else nullcontext()
+                if last or is_due(step, train.validate_every):
+                    record |= self.validation()
+                log(record)
+                if train.sample_every and (last or is_due(step, train.sample_every)):
+                    self.print_samples()
+                if last or stopped or is_due(step, train.save_every):
+                    self.save(step)
+                if stopped:
+                    if processes.is_first:
+                        console.notice(f"saved {run.latest} at step {step}; continue with --resume")
+                    processes.wait()  # torchrun ends the others once one has left
+                    sys.exit(128 + (stop.signal or signal.SIGTERM))
+        if processes.is_first:
+            plot(run.metrics, run.path / "loss.png")
 
     def step(self, step: int) -> dict[str, Any]:
-        """One step over the rows of all processes, an optimizer update of it or several; the record of it."""
-        train, start = self.settings.train, time.perf_counter()
-        parts = self.stage.batches(step - 1)
-        with self.processes.together(self.run):
-            count = self.processes.sum(sum(batch.count for batch in parts))
-            tokens = int(self.processes.sum(sum(batch.ids.numel() for batch in parts)))
-        factor = learning_rate_factor(step, train.steps, self.settings.schedule)
-        updates = [self._update(step, parts, count, factor) for _ in range(self.stage.updates)]
-        loss, norm = (sum(values) / len(updates) for values in zip(*updates, strict=True))
-        self.tokens += tokens
-        seconds = time.perf_counter() - start
-        record = {"step": step, "loss": loss, "tokens": self.tokens, "lr": self.settings.optimizer.lr * factor}
-        record |= {"grad_norm": norm, **self._measured(), "tokens_per_second": tokens / seconds}
-        if peak := peak_flops(self.device):
-            own = sum(batch.ids.numel() for batch in parts)
-            length = sum(batch.ids.shape[1] * batch.ids.numel() for batch in parts) / own
-            weights, attention = self.flops
-            record["mfu"] = (weights + attention * length / 2) * tokens / seconds / (peak * self.processes.count)
-        return record
+        """One step over the rows of all processes, with one optimizer update or several; returns its record."""
+        start, processes = time.perf_counter(), self.processes
+        micro_batches = self.stage.batches(step - 1)
+        lengths = torch.cat([real_lengths(batch) for batch in micro_batches])
+        own = (sum(batch.count for batch in micro_batches), int(lengths.sum()), int(lengths.square().sum()))
+        count, tokens, pairs = processes.sums(*own)  # what the loss is divided by; tokens; twice the positions seen
+        factor = learning_rate_factor(step, self.settings.train.steps, self.settings.schedule)
+        totals: dict[str, float] = {"loss": 0.0, "grad_norm": 0.0}
 
-    def _update(self, step: int, parts: list, count: float, factor: float) -> tuple[float, float]:
-        """One update of the weights; the mean loss before it, and the gradient's norm. `parts` are this process's,
-        `count` is that of all."""
-        with self.processes.together(self.run):
-            total = self._backward(parts, count)
-            loss = self.processes.sum(total) / count
-            norm = float(whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.train.clip or math.inf)))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise ValueError(
-                f"step {step}: the loss is {loss} and the gradient's norm {norm}; lower optimizer.lr or train.clip; "
-                f"{self.run.latest} is the last good checkpoint"
-            )
-        self.optimizers.step(factor)
-        return loss, norm
-
-    def _backward(self, parts: list, count: float) -> float:
-        """Gradients of the mean loss over all processes' batches; the sum of the losses of this one's."""
-        losses = []
-        for batch in parts:
-            with self.processes.shared_at_once(self.objective, is_last=len(losses) == len(parts) - 1):
+        for _ in range(self.stage.updates):
+            if self.balance:
                 with self.autocast():
-                    loss = self.objective(batch)
-                (loss * (self.processes.count / count)).backward()  # DDP and FSDP take the mean over the processes
-            losses.append(loss.detach())
-        return sum(map(float, losses))  # not before: a GPU would be waited for after each batch
+                    self.balance.begin(micro_batches, tokens)
+            losses = []
+            for number, batch in enumerate(micro_batches, 1):
+                with processes.sync(self.objective, is_last=number == len(micro_batches)):
+                    with self.autocast():
+                        loss = self.objective(batch)
+                    (loss * (processes.count / count)).backward()  # DDP and FSDP take the mean over the processes
+                losses.append(loss.detach())
+            loss = processes.sum(sum(map(float, losses))) / count  # read once: each reading waits for a GPU
+            clip = self.settings.train.clip or math.inf
+            norm = float(full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), clip)))
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise ValueError(
+                    f"step {step}: the loss is {loss} and the gradient's norm {norm}; lower optimizer.lr or "
+                    f"train.clip; {self.run.latest} is the last good checkpoint"
+                )
+            self.optimizers.step(factor)
+            totals["loss"] += loss / self.stage.updates
+            totals["grad_norm"] += norm / self.stage.updates
 
-    def _measured(self) -> dict[str, float]:
-        """What the objective has measured besides, over all processes."""
-        sums = {name: map(self.processes.sum, held) for name, held in self.stage.objective.take_measured().items()}
-        return {name: total / number for name, (total, number) in sums.items()}
-
-    def whole_model(self) -> Qwen3:
-        """The model in one piece, also where it is trained in shares; every process has to ask."""
-        if self.settings.train.parallel != "fsdp":
-            return self.model
-        return rebuilt(self.model, {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()})
-
-    def write_model(self, model: Qwen3, directory: Path) -> None:
-        """A checkpoint in the official layout; adapters are merged into it and lie beside it in PEFT's."""
-        lora = self.settings.lora
-        if not lora.rank:
-            return model.save_pretrained(directory)
-        rebuilt(model, merged_weights(model)).save_pretrained(directory)
-        save_adapter(model, directory / "adapter", self.settings.model.init, lora.rank, lora.alpha, lora.targets)
+        self.tokens += int(tokens)
+        seconds = time.perf_counter() - start
+        record = {"step": step, "loss": totals["loss"], "tokens": self.tokens}
+        record |= {"lr": self.settings.optimizer.lr * factor, "grad_norm": totals["grad_norm"], **self._measured()}
+        if self.balance:
+            record["router_aux_loss"] = self.balance.loss()
+        record["tokens_per_second"] = tokens / seconds
+        if peak := peak_flops(self.device):
+            weights, attention = self.flops
+            operations = (weights * tokens + attention * pairs / 2) * self.stage.updates
+            record["mfu"] = operations / seconds / (peak * processes.count)
+        return record
 
     @torch.no_grad()
     def validation(self) -> dict[str, float]:
-        """The loss over unseen rows, and what the objective measures on them."""
-        total, count = 0.0, 0
+        """The loss over unseen rows, each computed by one process, and what the objective measures on them."""
+        total, count = 0.0, 0.0
         for index in range(self.settings.train.validate_batches):
             for batch in self.stage.validation_batches(index):
                 with self.autocast():
                     total, count = total + float(self.objective(batch)), count + batch.count
+        total, count = self.processes.sums(total, count)
         measured = {"loss": total / count} | self._measured() if count else {}
         return {f"validation_{name}": value for name, value in measured.items()}
 
-    def print_samples(self, model: Qwen3) -> None:
-        """Greedy samples: what the model answers (sft), or how it goes on (pretrain)."""
+    def save(self, step: int) -> None:
+        """One checkpoint; every process has to call this."""
+        model, state = full_model(self.model, self.settings.train.parallel), self.optimizers.state()
+        if self.processes.is_first:
+            write = partial(write_model, model, self.settings)
+            self.run.save(write, state, step, self.tokens, resolve(self.settings.model.tokenizer))
+
+    def print_samples(self) -> None:
+        """Greedy samples: the model's answers (sft), or continuations (pretrain)."""
+        model = full_model(self.model, self.settings.train.parallel)
         greedy = SamplingParams(temperature=0, max_new_tokens=160)
-        for prompt in self.settings.train.sample_prompts:
+        for prompt in self.settings.train.sample_prompts if self.processes.is_first else ():
             asked = self.settings.stage != "pretrain"
             ids = self.chat.render([{"role": "user", "content": prompt}]) if asked else self.chat.encode(prompt)
             written = list(generate(model, ids, greedy))
             console.notice(f"> {prompt}\n{self.chat.decode(written, skip_special_tokens=True)}")
 
-    def train(self) -> None:
-        train, stop = self.settings.train, Stop()
-        if self.is_first:
-            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+    def autocast(self):
+        enabled = self.settings.train.dtype == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16) if enabled else nullcontext()
+
+    def _measured(self) -> dict[str, float]:
+        """The objective's other figures, over all processes."""
+        sums = {name: self.processes.sums(*held) for name, held in self.stage.objective.take_measured().items()}
+        return {name: total / number for name, (total, number) in sums.items()}
+
+    def _balance(self) -> Balance | None:
+        stated, config = self.settings.train.router_aux_loss_coef, self.model.config
+        coefficient = config.router_aux_loss_coef if stated is None else stated
+        sparse = any(map(config.is_sparse, range(config.num_hidden_layers)))
+        return Balance(self.stage.objective, coefficient, self.processes) if sparse and coefficient else None
+
+    def _announce(self) -> None:
+        train, at = self.settings.train, self.run.step + 1
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        console.notice(
+            f"{trained:,} parameters to train on {self.device.type}, {train.batch} rows a step, "
+            f"steps {at} to {train.steps}"
+        )
+        if "train.steps" in self.run.changed:
+            before, now = self.run.changed["train.steps"]
+            factor = partial(learning_rate_factor, settings=self.settings.schedule)
+            instead = f" instead of {factor(at, before):.3f}" if at <= before else ""
             console.notice(
-                f"{trained:,} parameters to train on {self.device.type}, {train.batch} rows a step, "
-                f"steps {self.run.step + 1} to {train.steps}"
+                f"train.steps {before} -> {now}: from here on the schedule is that of {now} steps; step {at} has "
+                f"{factor(at, now):.3f} of the peak learning rate{instead}"
             )
-        with progress_bar(train.steps, self.run.step, self.is_first) as update, self._log() as log:
-            for step in range(self.run.step + 1, train.steps + 1):
-                record = self.step(step)
-                last, stopped = step == train.steps, self.processes.sum(stop.signal) > 0
-                if last or (train.validate_every and step % train.validate_every == 0):
-                    record |= self.validation()
-                if self.is_first:
-                    log(record)
-                    update(step, headline(record))
-                if train.sample_every and (last or step % train.sample_every == 0):
-                    model = self.whole_model()
-                    if self.is_first:
-                        self.print_samples(model)
-                if last or stopped or step % train.save_every == 0:
-                    model, state = self.whole_model(), self.optimizers.state()
-                    if self.is_first:
-                        write = partial(self.write_model, model)
-                        self.run.save(write, state, step, self.tokens, self.tokenizer)
-                if stopped:
-                    console.notice(f"saved {self.run.latest} at step {step}; go on with --resume")
-                    sys.exit(128 + (stop.signal or signal.SIGTERM))
-        if self.is_first:
-            plot(self.run.metrics, self.run.path / "loss.png")
 
-    @contextmanager
-    def _log(self):
-        """Yields log(record): a line of metrics.jsonl, and the same names to Weights & Biases where that is wanted."""
-        mode = self.settings.train.wandb
-        if mode == "off" or not self.is_first:
-            yield self.run.log
-            return
-        import wandb
 
-        config, path = schema.resolved(self.settings), self.run.path
-        with wandb.init(project="nanoqwen", name=path.name, dir=path, mode=mode, config=config) as run:
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
-            def log(record: dict[str, Any]) -> None:
-                self.run.log(record)
-                run.log(record, step=record["step"])
 
-            yield log
+def check_combinations(settings: Settings, processes: int) -> None:
+    """ValueError for settings that are right by themselves but not together."""
+    train, lora, stage = settings.train, settings.lora, settings.stage
+    if train.accumulate % processes:
+        raise ValueError(
+            f"train.accumulate {train.accumulate} can't be divided among {processes} processes; "
+            f"set train.accumulate={-(-train.accumulate // processes) * processes}"
+        )
+    if train.parallel == "fsdp" and stage == "grpo":
+        raise ValueError("train.parallel fsdp shards the model, but stage grpo writes replies with it; set ddp")
+    if train.parallel == "fsdp" and lora.rank:
+        raise ValueError("train.parallel fsdp shards what is trained, but lora's weights are frozen; set ddp")
+    if lora.rank and settings.optimizer.name == "muon":
+        raise ValueError("optimizer.name muon is for whole matrices, not for lora's factors; set adamw")
+    if settings.schedule.name == "wsd" and settings.schedule.warmup + settings.schedule.decay > 1:
+        raise ValueError(
+            f"schedule.warmup {settings.schedule.warmup} and schedule.decay {settings.schedule.decay} are more than "
+            "all steps; lower one of them"
+        )
 
 
 def main() -> None:
     parser = console.ArgumentParser(description="Trains a Qwen3 by a YAML config.")
     parser.add_argument("config", nargs="?", type=Path)
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides keys")
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/latest")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys")
+    parser.add_argument("--resume", action="store_true", help="continue from OUT/latest")
     parser.add_argument("--keys", action="store_true", help="list every key of a config and end")
     arguments = parser.parse_args()
     if arguments.keys:
@@ -275,7 +262,9 @@ def main() -> None:
         return
     if arguments.config is None:
         raise ValueError("no config given; python train.py configs/toy.yaml")
-    Trainer(schema.load(arguments.config, arguments.set), arguments.resume).train()
+    trainer = Trainer(schema.load(arguments.config, arguments.set), arguments.resume)
+    trainer.train()
+    trainer.processes.close()
 
 
 if __name__ == "__main__":

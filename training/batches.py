@@ -1,4 +1,8 @@
-"""From rows to tensors: the batches that an objective takes."""
+"""From rows to tensors: the batches that an objective takes.
+
+Each kind has `ids` and `targets` [B, T] and the `lengths` of its sequences, LongTensor [B] on the CPU (None: all T):
+padding lies behind and is never learnt. `count` is what its loss is divided by.
+"""
 
 from typing import NamedTuple
 
@@ -14,6 +18,7 @@ class Batch(NamedTuple):
     ids: Tensor
     targets: Tensor
     mask: Tensor | None = None
+    lengths: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -27,7 +32,8 @@ class Pairs(NamedTuple):
     ids: Tensor
     targets: Tensor
     reference: Tensor
-    """float32 [B]: log-probability of each answer under the weights that training began with."""
+    """float32 [B]: log-probability of each answer under the starting weights."""
+    lengths: Tensor | None = None
     mask: None = None
 
     @property
@@ -46,11 +52,12 @@ class Rollouts(NamedTuple):
     shares: Tensor
     """float32 [B]: the weight of each token of a reply."""
     count: float
-    """What the sum over all parts is divided by, as the share of this part."""
+    """This micro-batch's share of what the step's loss is divided by."""
     old: Tensor | None = None
-    """float32 [N]: log-probabilities when the replies were written; None: those of now."""
+    """float32 [N]: log-probabilities when the replies were written; None: the current ones."""
     reference: Tensor | None = None
-    """float32 [N]: log-probabilities under the weights that training began with; None: no KL."""
+    """float32 [N]: log-probabilities under the starting weights; None: no KL."""
+    lengths: Tensor | None = None
     mask: None = None
 
 
@@ -70,7 +77,7 @@ def batches(rows: list[Row], parts: int, device: torch.device, end_of_text: int 
     for chosen in in_parts(rows, parts):
         ids, targets = padded_rows(chosen, device)
         mask = None if end_of_text is None else document_mask((ids == end_of_text).cumsum(1))
-        made.append(Batch(ids, targets, mask))
+        made.append(Batch(ids, targets, mask, lengths_of(chosen)))
     return made
 
 
@@ -86,7 +93,8 @@ def packed_batches(rows: list[Row], parts: int, device: torch.device, longest: i
         ids = padded([[token for row in rows for token in row.ids] for rows in sequences], 0)
         targets = padded([[token for row in rows for token in row.targets] for rows in sequences], IGNORED)
         document = padded([[n for n, row in enumerate(rows) for _ in row.ids] for rows in sequences], -1)
-        made.append(Batch(ids.to(device), targets.to(device), document_mask(document.to(device))))
+        lengths = torch.tensor([sum(row.length for row in rows) for rows in sequences])
+        made.append(Batch(ids.to(device), targets.to(device), document_mask(document.to(device)), lengths))
     return made
 
 
@@ -101,6 +109,15 @@ def packed(rows: list[Row], longest: int) -> list[list[Row]]:
         sequences[place].append(row)
         room[place] -= row.length
     return sequences
+
+
+def lengths_of(rows: list[Row]) -> Tensor:
+    return torch.tensor([row.length for row in rows])
+
+
+def real_lengths(batch: Batch | Pairs | Rollouts) -> Tensor:
+    """How many tokens of each sequence are no padding: LongTensor [B]."""
+    return torch.full((len(batch.ids),), batch.ids.shape[1]) if batch.lengths is None else batch.lengths
 
 
 def padded_rows(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,13 @@
 """Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685): y = x·Wᵀ + (alpha/rank) · x·Aᵀ·Bᵀ with W frozen.
 
-Only A [rank, in] and B [out, rank] are trained, in float32 whatever W is stored in, so that neither gradients nor the
-optimizer's states of the large matrices are needed. B begins at zero: the model begins as the one it adapts.
+Only A [rank, in] and B [out, rank] are trained, in float32 whatever W is stored in, so the large matrices need neither
+gradients nor optimizer states. B starts at zero, so the model starts as the one it adapts. W may be in 8 or 4 bits.
 
-Adapters are saved as PEFT does (adapter_config.json, adapter_model.safetensors); the checkpoint beside them has them
-added to its weights.
+Adapters are saved in PEFT's layout (adapter_config.json, adapter_model.safetensors); the checkpoint beside them has
+them merged into its weights.
 """
 
 import difflib
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -22,21 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import Qwen3
+from ops.quant import QuantizedLinear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."
 
 
-class LoRALinear(nn.Linear):
-    """A linear layer with its adapter; the weight keeps its official name and is not trained."""
+class Adapted(nn.Module):
+    """A linear layer with its adapter: the base class of the two below, which bring `product`, the frozen x·Wᵀ + b."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias
-        device = base.weight.device
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device, dtype=torch.float32)
-        drawn = torch.empty(rank, base.in_features)
+    def adapt(self, rank: int, alpha: float, generator: torch.Generator, device: torch.device) -> None:
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=False, device=device, dtype=torch.float32)
+        drawn = torch.empty(rank, self.in_features)
         nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)  # PEFT's
         with torch.no_grad():
             self.lora_A.weight.copy_(drawn)
@@ -44,47 +41,97 @@ class LoRALinear(nn.Linear):
         self.scale, self.enabled = alpha / rank, True
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        y = self.product(x)
         if not self.enabled:
             return y
         low = F.linear(x, self.lora_A.weight.to(x.dtype))
         return y + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.scale
 
+    def added(self) -> Tensor:
+        """What the adapter adds to the weight, float32."""
+        return self.lora_B.weight.detach() @ self.lora_A.weight.detach() * self.scale
+
+
+class LoRALinear(Adapted, nn.Linear):
+    """Over a plain layer, whose weight keeps its official name."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+        nn.Linear.__init__(self, base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.adapt(rank, alpha, generator, base.weight.device)
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
     def merged(self) -> Tensor:
         """The weight with the adapter added, in the weight's dtype."""
-        added = self.lora_B.weight.detach() @ self.lora_A.weight.detach() * self.scale
-        return (self.weight.detach().float() + added).to(self.weight.dtype)
+        return (self.weight.detach().float() + self.added()).to(self.weight.dtype)
+
+
+class QLoRALinear(Adapted, QuantizedLinear):
+    """Over a layer in 8 or 4 bits (QLoRA, https://arxiv.org/abs/2305.14314), whose buffers keep their stored names."""
+
+    def __init__(self, base: QuantizedLinear, rank: int, alpha: float, generator: torch.Generator):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bits = base.in_features, base.out_features, base.bits
+        self._buffers, self.bias = dict(base._buffers), base.bias
+        self.adapt(rank, alpha, generator, base.weight_packed.device)
+
+    def product(self, x: Tensor) -> Tensor:
+        y = FrozenProduct.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def merged(self) -> Tensor:
+        """The weight with the adapter added, in bfloat16."""
+        return (self.dequantize() + self.added()).to(torch.bfloat16)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x·Wᵀ of a quantised layer. The weight is dequantised again in the backward pass, so that none waits for it."""
+
+    @staticmethod
+    def forward(context, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        context.layer, context.dtypes = layer, (x.dtype, dtype)
+        return F.linear(x.to(dtype), layer.dequantize(dtype=dtype))
+
+    @staticmethod
+    def backward(context, grad: Tensor):
+        dtype, product = context.dtypes
+        return (grad.to(product) @ context.layer.dequantize(dtype=product)).to(dtype), None
 
 
 def add_lora(model: Qwen3, rank: int, alpha: float, targets: list[str], seed: int) -> None:
-    """Freezes the model and puts an adapter to every linear layer whose name is among `targets`.
+    """Freezes the model and adds an adapter to every linear layer whose name is among `targets`.
 
     The initial values depend on the seed alone. ValueError for a name that no layer has.
     """
     model.requires_grad_(False)
-    found = {name.rpartition(".")[2] for name, module in model.model.layers.named_modules() if _is_plain(module)}
+    found = {name.rpartition(".")[2] for name, module in model.model.layers.named_modules() if _is_base(module)}
     for target in targets:
         if target not in found:
             near = (difflib.get_close_matches(target, sorted(found), 1) or sorted(found))[0]
             raise ValueError(f"lora.targets: the model has no linear layer {target}; did you mean {near}?")
     generator = torch.Generator().manual_seed(seed)
     for path, module in list(model.model.layers.named_modules()):
-        parent, _, name = path.rpartition(".")
-        if name in targets and _is_plain(module):
+        if path.rpartition(".")[2] in targets and _is_base(module):
             if ".experts." in path:
+                name = path.rpartition(".")[2]
                 raise ValueError(f"lora.targets: {name} is one of many experts here; adapt q_proj to o_proj alone")
-            owner = model.model.layers.get_submodule(parent)
-            setattr(owner, name, LoRALinear(module, rank, alpha, generator))
+            kind = QLoRALinear if isinstance(module, QuantizedLinear) else LoRALinear
+            model.model.layers.set_submodule(path, kind(module, rank, alpha, generator))
 
 
-def _is_plain(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and not isinstance(module, LoRALinear)
+def _is_base(module: nn.Module) -> bool:
+    """Whether an adapter can be added to it: the factors of other adapters are linear layers too, but not targets."""
+    return isinstance(module, nn.Linear | QuantizedLinear) and not isinstance(module, Adapted)
 
 
 @contextmanager
 def without_adapters(model: Qwen3) -> Iterator[None]:
-    """The model as it was before: the reference of preference and reward training."""
-    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    """The model without what was trained: the reference of DPO and GRPO."""
+    adapters = [module for module in model.modules() if isinstance(module, Adapted)]
     for module in adapters:
         module.enabled = False
     try:
@@ -95,12 +142,19 @@ def without_adapters(model: Qwen3) -> Iterator[None]:
 
 
 def merged_weights(model: Qwen3) -> dict[str, Tensor]:
-    """The state dict of a plain model, under the official names."""
+    """The state dict of a plain model, under the official names: adapters merged, and quantised layers as bfloat16
+    with all else."""
     weights = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    is_quantized = False
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, QuantizedLinear):
+            is_quantized = True
+            for buffer in module._buffers:
+                del weights[f"{name}.{buffer}"]
+            weights[f"{name}.weight"] = module.dequantize()
+        if isinstance(module, Adapted):
             weights[f"{name}.weight"] = module.merged()
-    return weights
+    return {name: tensor.bfloat16() for name, tensor in weights.items()} if is_quantized else weights
 
 
 def adapter_weights(model: Qwen3) -> dict[str, Tensor]:
@@ -125,19 +179,9 @@ def load_adapter(model: Qwen3, directory: Path) -> None:
     try:
         saved = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: can't be read ({error}); go on from another checkpoint") from None
+        raise ValueError(f"{path}: can't be read ({error}); continue from another checkpoint") from None
     slots = adapter_weights(model)
     if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in slots.items()}:
         raise ValueError(f"{path}: holds adapters of other ranks or targets than this run's")
     for name, slot in slots.items():
         slot.copy_(saved[name])
-
-
-def weights_hash(model: Qwen3) -> str:
-    """What tells these weights from others, adapters left aside."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if ".lora_" not in name:
-            digest.update(name.encode())
-            digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]

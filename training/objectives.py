@@ -4,7 +4,7 @@
     dpo             DPO         -log sigmoid of the margin of each pair    sum over pairs
     grpo            GRPO        clipped ratio times advantage, and KL      sum over tokens, each with its share
 
-A batch's `count` is what its loss is divided by, so that a step's gradient does not depend on how it is cut in parts.
+A batch's `count` is what its loss is divided by, so that a step's gradient does not depend on its micro-batches.
 
 The logits of Qwen3's vocabulary would be the largest tensor of a training step (4 x 512 tokens x 151,936 x 4 bytes =
 1.2 GB, and as much again for their gradient). ops/cross_entropy.py never holds more than a chunk of them.
@@ -47,9 +47,9 @@ def answer_logprobs(model: Qwen3, batch: Pairs) -> Tensor:
 
 
 class Objective(nn.Module):
-    """A model together with its loss, a batch -> float32 []: what is trained in one or in many processes.
+    """A model together with its loss, a batch -> float32 []: the module that DDP and FSDP wrap.
 
-    `measured` gathers what else is worth knowing of the batches since it was last taken: name -> [sum, number].
+    `measured` gathers other figures of the batches since it was last taken: name -> [sum, number].
     """
 
     def __init__(self, model: Qwen3):
@@ -59,6 +59,10 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return next_token_loss(self.model, batch)
+
+    def hidden_states(self, batch: Batch | Pairs | Rollouts) -> Tensor:
+        """The model's, without the head: [B, T, C]."""
+        return self.model.model(batch.ids, mask=batch.mask)
 
     def measure(self, **values: Iterable) -> None:
         for name, given in values.items():

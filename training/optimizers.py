@@ -12,27 +12,27 @@ from training import schema
 TOGETHER = 2**22  # elements of matrices that Muon makes orthogonal at a time: many small ones, or one large
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may lie cut over processes; every process has to ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor that FSDP may have sharded; every process has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def everywhere(tensor: Tensor) -> Tensor:
-    """A cut tensor as one that every process holds as a whole: Muon's products must not be summed in parts."""
+def replicated(tensor: Tensor) -> Tensor:
+    """A sharded tensor as one that every process holds whole: Muon's products must not be summed in parts."""
     return tensor.redistribute(placements=[Replicate()]) if isinstance(tensor, DTensor) else tensor
 
 
-def placed_like(model: Tensor, tensor: Tensor) -> Tensor:
-    """A whole tensor laid over the processes as `model` is."""
+def sharded_like(model: Tensor, tensor: Tensor) -> Tensor:
+    """A full tensor, sharded as `model` is."""
     return distribute_tensor(tensor, model.device_mesh, model.placements) if isinstance(model, DTensor) else tensor
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon, which makes matrices of one shape orthogonal together, and in `dtype`.
+    """PyTorch's Muon, but matrices of one shape are orthogonalised together, and in `dtype`.
 
-    PyTorch's takes them one by one, always in bfloat16. That rounds the last bit of a gradient to 2^-9 of an update,
-    so that processes whose gradients were summed in another order would part; and small matrices (96 x 96) take five
-    times as long alone as together.
+    PyTorch's takes them one by one, always in bfloat16. That turns the last bit of a gradient into 2^-9 of an update,
+    so that processes whose gradients were summed in another order would diverge; and small matrices (96 x 96) take
+    five times as long alone as together.
 
     The update is that of https://kellerjordan.github.io/posts/muon/, scaled to the size of AdamW's by 0.2 times the
     root of the longer side (https://arxiv.org/abs/2502.16982), so that one learning rate serves both.
@@ -55,30 +55,32 @@ class Muon(torch.optim.Muon):
                     self._step(matrices[start : start + size], group)
 
     def _step(self, matrices: list[Tensor], group: dict) -> None:
-        """Of matrices of one shape."""
+        """The update of matrices of one shape."""
         averages = []
         for p in matrices:
-            p.grad = everywhere(p.grad)
+            p.grad = replicated(p.grad)
             state = self.state[p]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p.grad)
             state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-            averages.append(p.grad.lerp(state["momentum_buffer"], group["momentum"]))  # Nesterov's
-        updates = orthogonal(torch.stack(averages).to(self.dtype), group["ns_coefficients"], group["ns_steps"])
+            average = state["momentum_buffer"]
+            averages.append(p.grad.lerp(average, group["momentum"]) if group["nesterov"] else average)
+        stacked = torch.stack(averages).to(self.dtype)
+        updates = orthogonal(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"])
         for p, update in zip(matrices, updates, strict=True):
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
 
-def orthogonal(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """Matrices (number, rows, columns) with their singular values moved to about 1, between 0.7 and 1.2.
+def orthogonal(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float = 1e-7) -> Tensor:
+    """Matrices [number, rows, columns] with their singular values moved to about 1, between 0.7 and 1.2.
 
     A step of Newton and Schulz applies the odd polynomial a s + b s^3 + c s^5 to all singular values s at once.
     """
     a, b, c = coefficients
     upright = x.size(-2) > x.size(-1)
     x = x.mT if upright else x  # the square below is of the shorter side
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
@@ -124,23 +126,23 @@ class Optimizers:
     def state(self) -> dict[str, Tensor]:
         """`muon.model.layers.0.mlp.up_proj.weight.momentum_buffer` and the like."""
         return {
-            f"{kind}.{self.names[id(p)]}.{key}": whole(value.detach())
+            f"{kind}.{self.names[id(p)]}.{key}": full_tensor(value.detach())
             for kind, optimizer in self.all.items()
             for p, slots in optimizer.state.items()
             for key, value in slots.items()
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Whole tensors, each cut as its parameter is."""
+        """Full tensors, each sharded as its parameter is."""
         for kind, optimizer in self.all.items():
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     prefix = f"{kind}.{self.names[id(p)]}."
                     slots = {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
                     if slots:
-                        placed = everywhere(p) if kind == "muon" else p
+                        placed = replicated(p) if kind == "muon" else p
                         optimizer.state[p] = {
-                            key: t.clone() if t.ndim == 0 else placed_like(placed, t.to(p.device, copy=True))
+                            key: t.clone() if t.ndim == 0 else sharded_like(placed, t.to(p.device, copy=True))
                             for key, t in slots.items()
                         }
 

@@ -1,14 +1,14 @@
-"""One process's rows of the next step, made while the current one is learnt."""
+"""One process's rows of the next step, made while the current one is computed."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
 
-class Ahead:
+class Prefetcher:
     """A share of a source's rows (data/sources.py), made one step early, in a thread, up to those of step `end` - 1.
 
-    Making conversations is work for Python alone, a matrix product none, so that the two go on at once. Rows are a pure
-    function of the step: which thread made them, and when, changes nothing. Everything is asked of the source in that
-    one thread, as it need not bear two.
+    Making conversations is work for Python alone, a matrix product is none, so the two overlap. Rows are a pure
+    function of the step: which thread made them, and when, changes nothing. The source is only ever called from that
+    one thread, so it need not be thread-safe.
     """
 
     def __init__(self, source, end: int, share: slice):

@@ -1,18 +1,25 @@
-"""This process among the others of a run, and the signals that end it."""
+"""This process among the others of a run, what is said when one of them fails, and the signals that end a run."""
 
 import os
 import signal
+import socket
+import threading
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+import console
 from ops.devices import pick_device
 from training.objectives import Objective
-from training.run import Run
+from training.schema import Settings
+
+PATIENCE = timedelta(hours=1)  # how long the others wait while one process writes a checkpoint
 
 
 class Processes:
@@ -20,7 +27,7 @@ class Processes:
 
     def __init__(self, parallel: str, device: str):
         self.count, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        self.parallel = parallel
+        self.parallel, self.is_first = parallel, self.rank == 0
         if self.count > 1 and parallel == "none":
             raise ValueError(f"torchrun started {self.count} processes, but train.parallel is none; set ddp or fsdp")
         if parallel != "none" and "RANK" not in os.environ:
@@ -30,60 +37,134 @@ class Processes:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
         if parallel != "none":
-            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
 
-    def spread(self, objective: Objective) -> nn.Module:
-        """The objective with its model whole in every process (gradients are averaged), or cut over all of them."""
+    def wrap(self, objective: Objective) -> nn.Module:
+        """The objective for DDP (the whole model in every process, gradients averaged) or FSDP (sharded)."""
         if self.parallel == "ddp":
-            return DistributedDataParallel(objective)
+            return DistributedDataParallel(objective, broadcast_buffers=False)  # the only buffers are constants
         if self.parallel == "fsdp":
             for block in objective.model.model.layers:
                 fully_shard(block)
             fully_shard(objective)
+            register_fsdp_forward_method(objective, "hidden_states")
         return objective
 
-    def shared_at_once(self, objective: nn.Module, is_last: bool) -> AbstractContextManager:
-        """DDP sends the gradients of a step's last batch alone, which are the sums over all of its batches."""
+    def sync(self, objective: nn.Module, is_last: bool) -> AbstractContextManager:
+        """DDP averages the gradients once a step, in the backward pass of the last micro-batch."""
         return objective.no_sync() if self.parallel == "ddp" and not is_last else nullcontext()
-
-    @contextmanager
-    def together(self, run: Run):
-        """What is done in step with the others: that one of them died is reported by the libraries in many ways."""
-        try:
-            yield
-        except RuntimeError as error:
-            if self.count == 1:
-                raise
-            raise ValueError(
-                f"another process of this run ended ({error}); go on from {run.latest} with --resume"
-            ) from None
 
     @property
     def share(self) -> slice:
-        """What this process takes of a list that all of them see."""
+        """The items of this process in a list that all processes see."""
         return slice(self.rank, None, self.count)
 
     def sum(self, value: float) -> float:
-        """Of one number over all processes."""
+        """One number, summed over all processes."""
+        return self.sums(value)[0]
+
+    def sums(self, *values: float) -> list[float]:
+        """Several numbers in one exchange."""
         if self.count == 1:
-            return value
-        return float(self.sum_tensor(torch.tensor(value, dtype=torch.float64, device=self.device)))
+            return list(values)
+        return self.sum_tensor(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     def sum_tensor(self, values: Tensor) -> Tensor:
         if self.count > 1:
             distributed.all_reduce(values)
         return values
 
+    def wait(self) -> None:
+        """Until every process has come here."""
+        if self.count > 1:
+            distributed.barrier()
+
+    def close(self) -> None:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+# --- failures ---
+
+
+@contextmanager
+def one_line_failures(settings: Settings, processes: Processes, latest: Path):
+    """Out of memory, and the end of another process, as a ValueError that says what to do. Other errors pass."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        message = str(error).partition("\n")[0]
+        if is_out_of_memory(error):
+            advice = memory_advice(settings, processes.count)
+            raise ValueError(f"out of memory on {processes.device} ({message}); {advice}, then --resume") from None
+        if processes.count > 1 and is_lost_peer(error):
+            raise ValueError(
+                f"another process of this run ended, see its own message ({message}); continue from {latest} "
+                "with --resume"
+            ) from None
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has an error class for it; the CPU's allocator and MPS have not."""
+    said = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """NCCL and the store have error classes; gloo raises a RuntimeError that begins with its source file."""
+    return isinstance(error, distributed.DistError) or "/gloo/" in str(error)
+
+
+def memory_advice(settings: Settings, processes: int) -> str:
+    train = settings.train
+    more = 2 * train.accumulate
+    if more <= max(train.batch, processes):
+        return f"cut a step into smaller micro-batches with train.accumulate={more} (now {train.accumulate})"
+    if not train.checkpoint_activations:
+        return "set train.checkpoint_activations=true"
+    return "shorten train.sequence in a new run, or train adapters (lora.rank)"
+
+
+# --- signals ---
+
 
 class Stop:
-    """Ctrl-C and SIGTERM let the step under way finish, then the run is saved; a second Ctrl-C ends at once."""
+    """Ctrl-C and SIGTERM let the step under way finish, then the run is saved; a second Ctrl-C ends at once.
 
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._caught)
+    Python calls a signal handler only between two of its own operations, and one backward pass may take long. The
+    first word is therefore said by a thread, which the interpreter wakes at once (signal.set_wakeup_fd).
+    """
+
+    def __init__(self, processes: Processes):
+        self.signal, self.step = 0, 0
+        self.speaks, self.alone = processes.is_first, processes.count == 1
+
+    def __enter__(self) -> "Stop":
+        self.before = {number: signal.signal(number, self._caught) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.reader, self.writer = socket.socketpair()
+        self.writer.setblocking(False)
+        self.wakeup = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+        self.thread = threading.Thread(target=self._acknowledge, name="signals", daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        signal.set_wakeup_fd(self.wakeup)
+        self.writer.close()  # ends the thread
+        self.thread.join()
+        self.reader.close()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _caught(self, number: int, frame: Any) -> None:
         if self.signal == signal.SIGINT == number:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = self.signal or number
+
+    def _acknowledge(self) -> None:
+        said = False
+        while received := self.reader.recv(1):
+            if received[0] in self.before and not said and self.speaks:
+                said, again = True, "; Ctrl-C again ends now" if self.alone else ""
+                console.notice(f"{signal.Signals(received[0]).name}: finishing step {self.step}, then saving{again}")

@@ -1,7 +1,8 @@
-"""What a run shows: the progress bar, speeds, the curve."""
+"""What a run reports: metrics.jsonl, the progress line, Weights & Biases, the curve; and how fast it is."""
 
 import json
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,35 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import console
 from formats.files import atomic_file
 from model import Qwen3
+from training import schema
+from training.run import Run
+from training.schema import Settings
 
-# Dense bf16 peaks in FLOP/s from the makers' data sheets, by a part of the device's name. Others: MFU n/a.
+# Dense bf16 peaks in FLOP/s from the makers' data sheets, by a part of the device's name. No MFU for others.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
+# --- speed ---
+
+
 def flops_per_token(model: Qwen3) -> tuple[float, float]:
-    """Of a forward and backward pass: 6 for every weight that multiplies; attention's, to be multiplied by the mean
-    number of positions that a token looks at (PaLM, https://arxiv.org/abs/2204.02311, appendix B)."""
-    config = model.config
-    weights = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name)
-    head = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
+    """Of a forward and backward pass: that of the weights, and of attention for each position that a token looks at
+    (PaLM, https://arxiv.org/abs/2204.02311, appendix B).
+
+    A weight costs 2 operations in the forward pass and 2 for the gradient of its input; 2 more for its own gradient if
+    it is trained. Of a mixture of experts only those count that a token is sent to.
+    """
+    config, weights = model.config, 0.0
+    for name, module in model.named_modules():
+        if hasattr(module, "in_features"):  # Linear, and quantised ones
+            trained = module.weight.requires_grad if hasattr(module, "weight") else False
+            active = config.num_experts_per_tok / config.num_experts if ".experts." in name else 1.0
+            weights += (6 if trained else 4) * module.in_features * module.out_features * active
+    if config.tie_word_embeddings:
+        embedding = model.model.embed_tokens.weight
+        weights += (6 if embedding.requires_grad else 4) * embedding.numel()
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return 6.0 * (weights + head), float(attention)
+    return weights, float(attention)
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -34,33 +51,72 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
+# --- the log ---
+
+
 @contextmanager
-def progress_bar(steps: int, start: int, shown: bool):
+def reports(run: Run, settings: Settings, is_first: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yields log(record): a line of metrics.jsonl, the progress line, and Weights & Biases where that is wanted."""
+    if not is_first:
+        yield lambda record: None
+        return
+    steps = settings.train.steps
+    with progress_bar(steps, run.step) as update, weights_and_biases(run, settings) as also:
+        validation_loss = None
+
+        def log(record: dict[str, Any]) -> None:
+            nonlocal validation_loss
+            validation_loss = record.get("validation_loss", validation_loss)
+            run.log(record)
+            also(record)
+            update(record["step"], headline(record, validation_loss))
+
+        yield log
+
+
+@contextmanager
+def progress_bar(steps: int, start: int) -> Iterator[Callable[[int, str], None]]:
     """Yields update(step, text): a bar in a terminal, else a line now and then."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     last = time.monotonic()
-    with Progress(*columns, console=console.stderr, disable=not (shown and console.stderr.is_terminal)) as progress:
+    with Progress(*columns, console=console.stderr, disable=not console.stderr.is_terminal) as progress:
         task = progress.add_task("", total=steps, completed=start)
 
         def update(step: int, text: str) -> None:
             nonlocal last
             progress.update(task, completed=step, description=text)
-            if progress.disable and shown and (time.monotonic() - last > 15 or step == steps):
+            if progress.disable and (time.monotonic() - last > 15 or step == steps):
                 last = time.monotonic()
                 console.notice(f"step {step}/{steps}  {text}")
 
         yield update
 
 
-def headline(record: dict[str, Any]) -> str:
-    """What the progress bar shows of a step."""
-    shown = [f"{name} {record[name]:.3f}" for name in ("accuracy", "margin", "reward", "kl") if name in record]
-    mfu = f"MFU {record['mfu']:.0%}" if "mfu" in record else "MFU n/a"
-    return "  ".join([f"loss {record['loss']:.4f}", *shown, f"{record['tokens_per_second']:,.0f} tokens/s", mfu])
+def headline(record: dict[str, Any], validation_loss: float | None) -> str:
+    """The progress line of a step."""
+    shown = [f"loss {record['loss']:.4f}"]
+    shown += [f"validation {validation_loss:.4f}"] if validation_loss is not None else []
+    shown += [f"{name} {record[name]:.3f}" for name in ("accuracy", "margin", "reward", "kl") if name in record]
+    shown += [f"{record['tokens_per_second']:,.0f} tokens/s"]
+    shown += [f"MFU {record['mfu']:.0%}"] if "mfu" in record else []
+    return "  ".join(shown)
+
+
+@contextmanager
+def weights_and_biases(run: Run, settings: Settings) -> Iterator[Callable[[dict[str, Any]], None]]:
+    mode = settings.train.wandb
+    if mode == "off":
+        yield lambda record: None
+        return
+    import wandb
+
+    config, path = schema.resolved(settings), run.path
+    with wandb.init(project="nanoqwen", name=path.name, dir=path, mode=mode, config=config) as remote:
+        yield lambda record: remote.log(record, step=record["step"])
 
 
 def plot(metrics: Path, picture: Path) -> None:
-    """The loss over the steps, and the validation loss where there is one; of replies, the reward."""
+    """The loss over the steps, and the validation loss where there is one; for replies, the reward."""
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]

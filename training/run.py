@@ -1,11 +1,11 @@
 """The folder of a training run: resolved config, a line of metrics a step, checkpoints that are whole or absent.
 
-    config.yaml      the resolved settings; going on with others is refused
+    config.yaml      the resolved settings; --resume accepts others where they do not change the mathematics
     metrics.jsonl    one object a step
     checkpoints/     the last ones: the official layout, trainer.safetensors and trainer.json beside it
     latest           a link to the last of them
 
-A kill at any moment leaves at most a temporary folder, half a line or steps past the last checkpoint; going on removes
+A kill at any moment leaves at most a temporary folder, half a line or steps past the last checkpoint; --resume removes
 them.
 """
 
@@ -25,39 +25,67 @@ from torch import Tensor
 
 import console
 from formats.files import atomic_directory, fsync, write_text
+from training import schema
+from training.schema import Settings
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-MAY_CHANGE = ("train.parallel:", "train.wandb:", "train.keep:")  # what a run may be gone on with differently
+CONSEQUENCES = {  # of a change in the middle of a run, by the key's first part
+    "stage": "its weights and optimizer state would go on under another objective",
+    "train": "its remaining steps would take other rows or other updates",
+    "model": "its checkpoints hold the weights of the model that it began with",
+    "data": "its remaining steps would take other rows, some a second time and some never",
+    "lora": "its saved adapters would not fit",
+    "dpo": "its loss would change in the middle",
+    "grpo": "its loss would change in the middle",
+    "optimizer": "its remaining updates would not be those it was planned with",
+    "schedule": "its remaining updates would not be those it was planned with",
+}
 
 
 class Run:
-    """One run, new or gone on with. `step` is that of its last checkpoint, 0 where there is none."""
+    """One run, new or resumed.
 
-    def __init__(self, path: Path, keep: int, resolved: dict[str, Any], resume: bool, writes: bool = True):
-        """`keep` checkpoints stay. Only the process that `writes` touches files; others read where the run stands."""
-        self.path, self.keep = path, keep
-        self.latest, self.metrics = path / "latest", path / "metrics.jsonl"
+    `step` is that of its last checkpoint, 0 where there is none; `changed` the keys that were changed on resume, each
+    with its old and new value.
+    """
+
+    def __init__(self, settings: Settings, resume: bool):
+        """Reads where the run stands; ValueError where these settings do not continue it."""
+        self.path, self.keep = Path(settings.train.out), settings.train.keep
+        self.latest, self.metrics, self.config = (self.path / n for n in ("latest", "metrics.jsonl", "config.yaml"))
         self.step = self._trainer_json()["step"] if self.latest.exists() else 0
-        if not writes:
-            return
-        config = path / "config.yaml"
-        if config.exists():
-            self._check_same(config, resolved, resume)
-        else:
-            if resume:
-                console.notice(f"{path} holds no run yet; it starts from the beginning")
-            path.mkdir(parents=True, exist_ok=True)
-            write_text(config, yaml.safe_dump(resolved, sort_keys=False))
+        self.exists = self.config.exists()
+        self.changed: dict[str, tuple[Any, Any]] = {}
+        if self.exists and not resume:
+            raise ValueError(f"train.out {self.path} already holds a run; add --resume or choose another folder")
+        if self.exists:
+            self._check_changes(settings)
+
+    def open(self, settings: Settings, resume: bool) -> None:
+        """Makes the folder ready for the next step; for one process, when all have read it."""
+        if resume and not self.exists:
+            console.notice(f"{self.path} holds no run yet; it starts from the beginning")
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.config, yaml.safe_dump(schema.resolved(settings), sort_keys=False))
         self._forget_after(self.step)
         self.log_file = self.metrics.open("a", encoding="utf-8")
 
-    def _check_same(self, config: Path, resolved: dict[str, Any], resume: bool) -> None:
-        if not resume:
-            raise ValueError(f"train.out {self.path} already holds a run; go on with --resume or take another folder")
-        saved = yaml.safe_load(config.read_text(encoding="utf-8"))
-        if changed := [change for change in differences(saved, resolved) if not change.startswith(MAY_CHANGE)]:
+    def _check_changes(self, settings: Settings) -> None:
+        """ValueError for what would change the mathematics of the rest of the run."""
+        saved = schema.load(self.config)  # keys that are newer than the run have their defaults
+        if settings.model.fingerprint is None:
+            settings.model.fingerprint = saved.model.fingerprint
+        self.changed = differences(schema.resolved(saved), schema.resolved(settings))
+        refused = [name for name in self.changed if name not in schema.may_change()]
+        if refused:
+            said = "; ".join(f"{name}: {self.changed[name][0]!r} -> {self.changed[name][1]!r}" for name in refused)
+            why = "; ".join(dict.fromkeys(CONSEQUENCES[name.partition(".")[0]] for name in refused))
             raise ValueError(
-                f"--resume: the run of {config} had another config ({'; '.join(changed)}); use that, or a new train.out"
+                f"--resume: {self.config} has other settings ({said}): {why}; use those or a new train.out"
+            )
+        if settings.train.steps < self.step:
+            raise ValueError(
+                f"--resume: train.steps {settings.train.steps} is less than the {self.step} of {self.latest}"
             )
 
     def _trainer_json(self) -> dict[str, int]:
@@ -68,7 +96,7 @@ class Run:
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.metrics.exists() else []
         kept = lines[:step]
         if len(kept) < step or any(json.loads(line)["step"] != at for at, line in enumerate(kept, 1)):
-            raise ValueError(f"{self.metrics}: lacks steps that {self.latest} has; this run can't be gone on with")
+            raise ValueError(f"{self.metrics}: lacks steps that {self.latest} has; this run can't be resumed")
         write_text(self.metrics, "".join(kept))
         for leftover in self.path.glob("checkpoints/.*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -113,15 +141,15 @@ def random_state() -> dict[str, Tensor]:
     return state | ({"random.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-def differences(old: dict, new: dict, place: str = "") -> list[str]:
-    """`train.steps: 100 -> 200` for every key that two nested configs do not share."""
-    changed = []
+def differences(old: dict[str, Any], new: dict[str, Any], place: str = "") -> dict[str, tuple[Any, Any]]:
+    """Keys with different values, dotted: (old, new)."""
+    changed = {}
     for name in dict.fromkeys([*old, *new]):
         before, after, where = old.get(name), new.get(name), f"{place}{name}"
         if isinstance(before, dict) and isinstance(after, dict):
-            changed += differences(before, after, where + ".")
+            changed |= differences(before, after, where + ".")
         elif before != after:
-            changed.append(f"{where}: {before!r} -> {after!r}")
+            changed[where] = (before, after)
     return changed
 
 
@@ -131,7 +159,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise OSError(f"{path} can't be written ({error}); make room, then go on with --resume") from None
+        raise OSError(f"{path} can't be written ({error}); make room, then continue with --resume") from None
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

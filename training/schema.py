@@ -17,9 +17,17 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 
-def key(default: Any, about: str, choices: tuple = (), low: float | None = None, high: float | None = None) -> Any:
-    """A field of a settings class. `default` may be ... for a key that must be given."""
-    metadata = {"about": about, "choices": choices, "low": low, "high": high}
+def key(
+    default: Any,
+    about: str,
+    choices: tuple = (),
+    low: float | None = None,
+    high: float | None = None,
+    may_change: bool = False,
+) -> Any:
+    """A field of a settings class. `default` may be ... for a key that must be given. `may_change`: --resume accepts
+    another value, because it does not change the mathematics of a run."""
+    metadata = {"about": about, "choices": choices, "low": low, "high": high, "may_change": may_change}
     if default is ...:
         return field(metadata=metadata)
     if isinstance(default, tuple):
@@ -29,29 +37,43 @@ def key(default: Any, about: str, choices: tuple = (), low: float | None = None,
 
 @dataclass(kw_only=True)
 class Train:
-    out: str = key(..., "folder of the run: checkpoints, metrics.jsonl, loss.png, config.yaml")
+    out: str = key(..., "folder of the run: checkpoints, metrics.jsonl, loss.png, config.yaml", may_change=True)
     seed: int = key(0, "decides the initial weights and the order of the data", low=0)
-    steps: int = key(..., "optimizer steps in all", low=1)
-    save_every: int = key(..., "steps between checkpoints; the last step is always saved", low=1)
-    keep: int = key(2, "how many of the last checkpoints stay on the disk", low=1)
+    steps: int = key(..., "optimizer steps in all; the schedule is stretched over them", low=1, may_change=True)
+    save_every: int = key(..., "steps between checkpoints; the last step is always saved", low=1, may_change=True)
+    keep: int = key(2, "how many of the last checkpoints stay on the disk", low=1, may_change=True)
     batch: int = key(32, "rows (sequences, conversations, pairs, replies) in one step, over all processes", low=1)
-    accumulate: int = key(1, "parts that a step's rows are cut into; more parts need less memory", low=1)
-    sequence: int = key(512, "longest row in tokens; longer ones are left out", low=8)
-    clip: float = key(1.0, "largest norm of the gradient; what is longer is scaled down. 0: no clipping", low=0)
-    device: str = key("auto", "auto: cuda, then mps, then cpu", ("auto", "cpu", "cuda", "mps"))
-    dtype: str = key("float32", "bfloat16: autocast of the matrix products", ("float32", "bfloat16"))
-    threads: int = key(0, "CPU threads of PyTorch; 0 leaves its own choice", low=0)
-    compile: bool = key(False, "torch.compile the model")
-    kernels: str = key("auto", "triton: fused operations; auto: on CUDA without compile", ("auto", "torch", "triton"))
-    checkpoint_activations: bool = key(False, "recompute each block in the backward pass: less memory, a third slower")
-    parallel: str = key(
-        "none", "torchrun: the whole model in every process (ddp) or a share (fsdp)", ("none", "ddp", "fsdp")
+    accumulate: int = key(
+        1, "micro-batches of a step, over all processes; more of them need less memory", low=1, may_change=True
     )
-    validate_every: int = key(0, "steps between validation losses; 0: only at the end", low=0)
-    validate_batches: int = key(8, "batches of unseen rows in a validation", low=1)
-    sample_every: int = key(0, "steps between printed samples; 0: none", low=0)
-    sample_prompts: list[str] = key((), "what the samples go on from: a question (sft) or the beginning of a text")
-    wandb: str = key("off", "also log to Weights & Biases", ("off", "offline", "online"))
+    sequence: int = key(512, "longest row in tokens; longer ones are left out", low=8)
+    clip: float = key(1.0, "largest norm of the gradient; a longer one is scaled down. 0: no clipping", low=0)
+    device: str = key("auto", "auto: cuda, then mps, then cpu", ("auto", "cpu", "cuda", "mps"), may_change=True)
+    dtype: str = key("float32", "bfloat16: autocast of the matrix products", ("float32", "bfloat16"))
+    threads: int = key(0, "CPU threads of PyTorch; 0: its own choice", low=0, may_change=True)
+    compile: bool = key(False, "torch.compile the model", may_change=True)
+    kernels: str = key(
+        "auto", "triton: fused operations; auto: on CUDA without compile", ("auto", "torch", "triton"), may_change=True
+    )
+    checkpoint_activations: bool = key(
+        False, "recompute each block in the backward pass: less memory, a third slower", may_change=True
+    )
+    parallel: str = key(
+        "none",
+        "torchrun: the whole model in every process (ddp) or a share (fsdp)",
+        ("none", "ddp", "fsdp"),
+        may_change=True,
+    )
+    router_aux_loss_coef: float | None = key(
+        None, "mixture of experts: weight of the routers' balance loss; null: that of config.json", low=0
+    )
+    validate_every: int = key(0, "steps between validation losses; 0: only at the end", low=0, may_change=True)
+    validate_batches: int = key(8, "batches of unseen rows in a validation", low=1, may_change=True)
+    sample_every: int = key(0, "steps between printed samples; 0: none", low=0, may_change=True)
+    sample_prompts: list[str] = key(
+        (), "prompts of the samples: a question (sft) or the beginning of a text", may_change=True
+    )
+    wandb: str = key("off", "also log to Weights & Biases", ("off", "offline", "online"), may_change=True)
 
 
 @dataclass(kw_only=True)
@@ -61,7 +83,7 @@ class Model:
         None, "official config.json fields for random weights; vocab_size may be left out"
     )
     fingerprint: str | None = key(
-        None, "lora, grpo with kl: hash of the starting weights; null: computed. Others are refused"
+        None, "lora, dpo, grpo with kl: hash of the starting weights; null: computed. Others are refused"
     )
     tokenizer: str = key(..., "directory or hub id with a tokenizer.json")
 
@@ -75,9 +97,9 @@ class Data:
         ("corpus", "shards", "rows", "auto"),
     )
     train: str | None = key(None, "shards, rows: glob pattern of the training files; rows: or a data set's id")
-    validation: str | None = key(None, "shards, rows: the same for validation; null: none")
+    validation: str | None = key(None, "shards, rows: the same for validation; null: none", may_change=True)
     split: str = key("train", "rows: which part of a data set's id")
-    validation_split: str = key("test", "rows: the same for validation")
+    validation_split: str = key("test", "rows: the same for validation", may_change=True)
     subset: str | None = key(None, "rows: which configuration of a data set's id")
     limit: int | None = key(None, "rows: only so many, the first ones; null: all", low=1)
     fingerprint: str | None = key(None, "rows: hash of the training rows; null: computed. Others are refused")
@@ -114,7 +136,9 @@ class Grpo:
     updates: int = key(1, "optimizer updates on the replies of one step", low=1)
     temperature: float = key(1.0, "of the replies' sampling", low=0.01, high=100)
     max_new_tokens: int = key(256, "longest reply; a prompt with it is within train.sequence", low=1)
-    rollout_batch: int = key(64, "replies written at once; their keys and values are in memory together", low=1)
+    rollout_batch: int = key(
+        64, "replies written at once; their keys and values are in memory together", low=1, may_change=True
+    )
     thinking: bool = key(True, "rows: whether the replies think")
     format_reward: float = key(0.1, "for closed thinking and an answer that ends; a right answer has 1", low=0)
     divide_by_std: bool = key(True, "advantages over the group's standard deviation, as in the paper; Dr. GRPO: false")
@@ -178,6 +202,14 @@ def load(path: str | Path, overrides: list[str] = ()) -> Settings:
 def resolved(settings: Settings) -> dict[str, Any]:
     """All keys with their values, as they are saved with the run."""
     return asdict(settings)
+
+
+def may_change() -> set[str]:
+    """The keys that --resume accepts with other values than the run began with."""
+    sections = [section for section in fields(Settings) if is_dataclass(section.type)]
+    return {
+        f"{section.name}.{f.name}" for section in sections for f in fields(section.type) if f.metadata["may_change"]
+    }
 
 
 def table() -> str:

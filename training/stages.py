@@ -1,10 +1,10 @@
-"""The four stages of training: where each takes a step's batches from, and which objective it hands them to.
+"""The four stages of training: the micro-batches of a step, and the objective that they go to.
 
-    pretrain, sft   rows of texts and conversations, several of them packed in a sequence where that is wanted
-    dpo             pairs of answers, with their log-probabilities under the weights that the run began with
+    pretrain, sft   rows of texts and conversations, packed several to a sequence if asked for
+    dpo             pairs of answers, with their log-probabilities under the starting weights
     grpo            questions, and the replies that the model itself writes to them, rewarded
 
-A step's batches are a pure function of its number and, for grpo, of the weights; so is what is drawn at random.
+A step's micro-batches are a pure function of its number and, for grpo, of the weights; so is what is drawn at random.
 """
 
 import hashlib
@@ -25,21 +25,23 @@ from inference.decode import end_tokens, generate_batch
 from inference.params import SamplingParams
 from inference.replies import parse
 from model import Qwen3
-from training.batches import Batch, Pairs, Rollouts, batches, in_parts, packed_batches, padded_rows
+from training.batches import Batch, Pairs, Rollouts, batches, in_parts, lengths_of, packed_batches, padded_rows
 from training.lora import without_adapters
 from training.objectives import DPO, GRPO, Objective, advantages, answer_logprobs
-from training.prefetch import Ahead
+from training.prefetch import Prefetcher
+from training.processes import Processes
 from training.rewards import reward
 from training.run import Run
 from training.schema import Settings
+from training.weights import starting_model
 
 
 class Stage:
-    """Pretraining and SFT. `model` is trained; `autocast()` is the context that its forward passes run in; `processes`
-    are those of train.py, of which each gets its own share of a step's batches."""
+    """Pretraining and SFT. `model` is trained; `autocast()` is the context of its forward passes. Each of the
+    `processes` gets its own share of a step's rows."""
 
     updates = 1
-    """Optimizer updates on the batches of one step."""
+    """Optimizer updates on the micro-batches of one step."""
 
     def __init__(
         self,
@@ -48,102 +50,128 @@ class Stage:
         source,
         model: Qwen3,
         reference: Qwen3 | None,
-        processes,
+        processes: Processes,
         autocast: Callable[[], AbstractContextManager],
     ):
         """`reference`: a frozen copy of the starting weights; None: the model itself without its adapters."""
         self.settings, self.chat, self.source, self.model, self.reference = settings, chat, source, model, reference
         self.processes, self.device, self.autocast = processes, processes.device, autocast
-        self.parts = settings.train.accumulate // processes.count
-        self.ahead = Ahead(source, settings.train.steps, processes.share)
+        self.micro_batches = settings.train.accumulate // processes.count
+        self.prefetcher = Prefetcher(source, settings.train.steps, processes.share)
         self.objective = self.build_objective()
 
     def build_objective(self) -> Objective:
         return Objective(self.model)
 
     def prepare(self, run: Run) -> None:
-        """What has to be known of the starting weights. At step 0 the model still has them."""
+        """Whatever needs the starting weights. At step 0 the model still has them."""
 
     def batches(self, step: int) -> list:
-        """Those of this process's share of the rows of one step (0 is the first)."""
-        return self.collate(self._rows(step), self.parts)
+        """The micro-batches of this process's share of one step (0 is the first)."""
+        return self.collate(self._rows(step), self.micro_batches)
 
-    def _rows(self, step: int) -> list[Item]:
-        """Enough of them that every process has as many batches as the others, which FSDP takes together."""
-        rows = self.ahead.rows(step)
-        if len(rows) < (self.parts if self.processes.count > 1 else 1):
-            raise ValueError(f"step {step + 1}: too few rows are within train.sequence; raise it or train.batch")
+    def _rows(self, step: int, each: int = 1) -> list[Item]:
+        """This process's rows, each of which becomes `each` sequences: enough for as many micro-batches as the other
+        processes have, since FSDP computes them in step."""
+        rows = self.prefetcher.rows(step)
+        needed = self.micro_batches if self.processes.count > 1 else 1
+        if len(rows) * each < needed:
+            raise ValueError(
+                f"step {step + 1}: {len(rows) * each} rows are within train.sequence, but process "
+                f"{self.processes.rank} of {self.processes.count} needs {needed}, one for each micro-batch; raise "
+                "train.sequence or train.batch, or lower train.accumulate"
+            )
         return rows
 
     def validation_batches(self, index: int) -> list:
-        """Those of one validation, the same in every process."""
-        return self.collate(self.ahead.validation_rows(index), self.settings.train.accumulate)
+        """The micro-batches of this process's share of one validation. Each process has as many as the others; where
+        there are fewer rows than processes, all of them take all rows, which leaves the mean as it is."""
+        rows, count = self.prefetcher.validation_rows(index), self.processes.count
+        if len(rows) >= count:
+            rows, micro_batches = rows[self.processes.share], min(self.micro_batches, len(rows) // count)
+        else:
+            micro_batches = 1
+        return self.collate(rows, micro_batches)
 
-    def collate(self, rows: list[Row], parts: int) -> list[Batch]:
+    def collate(self, rows: list[Row], micro_batches: int) -> list[Batch]:
         data = self.settings.data
         if data.pack:
-            return packed_batches(rows, parts, self.device, self.settings.train.sequence)
+            return packed_batches(rows, micro_batches, self.device, self.settings.train.sequence)
         end_of_text = self.chat.tokenizer.token_to_id(END_OF_TEXT) if data.mask_documents else None
-        return batches(rows, parts, self.device, end_of_text)
+        return batches(rows, micro_batches, self.device, end_of_text)
 
 
 class PreferenceStage(Stage):
-    """DPO. The reference is computed once, for every pair that the run will see, and saved with it: going on needs
-    neither the starting weights nor a second model in memory."""
+    """DPO. The reference log-probabilities are computed once, for every pair that the run will see, and saved with it,
+    so that resuming needs neither the starting weights nor a second model in memory."""
 
     def build_objective(self) -> DPO:
         return DPO(self.model, self.settings.dpo.beta, self.settings.dpo.nll)
 
     def prepare(self, run: Run) -> None:
         path = run.path / "reference.safetensors"
+        self.logprobs: dict[bytes, Tensor] = {}
         if run.step:
             saved = load_file(path)
-        else:
-            saved = self._reference()
-            if self.processes.rank == 0:
-                with atomic_file(path) as temporary:
-                    save_file(saved, temporary)
-        keys = (bytes(key) for key in saved["pairs"].numpy())
-        self.logprobs = dict(zip(keys, saved["logprobs"], strict=True))
+            keys = (bytes(key) for key in saved["pairs"].numpy())
+            self.logprobs = dict(zip(keys, saved["logprobs"], strict=True))
+            if not run.changed.keys() & {"train.steps", "train.validate_batches", "data.validation"}:
+                return
+        missing = {key: pair for key, pair in self._pairs_of_the_run().items() if key not in self.logprobs}
+        if not missing:
+            return
+        model = self.model  # at step 0, and without its adapters, it has the starting weights
+        if run.step and not self.settings.lora.rank:
+            model = starting_model(self.settings, self.chat, self.device)
+        self.logprobs |= self._reference(missing, model)
+        if self.processes.is_first:
+            pairs = torch.tensor([list(key) for key in self.logprobs], dtype=torch.uint8)
+            with atomic_file(path) as temporary:
+                save_file({"pairs": pairs, "logprobs": torch.stack(list(self.logprobs.values()))}, temporary)
 
-    def _reference(self) -> dict[str, Tensor]:
-        """pairs uint8 [U, 16], a hash of each; logprobs float32 [U, 2] of its chosen and its rejected answer."""
+    def _pairs_of_the_run(self) -> dict[bytes, Pair]:
+        """All of training and validation, by their fingerprints."""
         train = self.settings.train
         steps = [self.source.rows(step) for step in range(train.steps)]
         steps += [self.source.validation_rows(index) for index in range(train.validate_batches)]
         found = {fingerprint(pair): pair for rows in steps for pair in rows}
         if not found:
             raise ValueError(f"no pair is within train.sequence {train.sequence}; raise it")
-        if self.processes.rank == 0:
-            console.notice(f"reference log-probabilities of {len(found):,} pairs")
-        keys = sorted(found, key=lambda key: found[key].length)
+        return found
+
+    def _reference(self, pairs: dict[bytes, Pair], model: Qwen3) -> dict[bytes, Tensor]:
+        """float32 [2] for each pair: the log-probabilities of its chosen and its rejected answer."""
+        train = self.settings.train
+        keys = sorted(pairs, key=lambda key: pairs[key].length)
         size, logprobs = max(1, train.batch // train.accumulate), torch.zeros(len(keys), 2, device=self.device)
         starts = range(0, len(keys), size)[self.processes.share]
-        if self.processes.rank == 0:
+        if self.processes.is_first:
+            console.notice(f"reference log-probabilities of {len(keys):,} pairs")
             starts = console.counted(starts, f"reference: batches of {len(starts):,}")
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.autocast(), without_adapters(model):
             for start in starts:
-                batch = self._pairs([found[key] for key in keys[start : start + size]])
-                logprobs[start : start + size] = answer_logprobs(self.model, batch).view(-1, 2)
-        pairs = torch.tensor([list(key) for key in keys], dtype=torch.uint8)
-        return {"pairs": pairs, "logprobs": self.processes.sum_tensor(logprobs).cpu()}
+                batch = self._pairs([pairs[key] for key in keys[start : start + size]])
+                logprobs[start : start + size] = answer_logprobs(model, batch).view(-1, 2)
+        return dict(zip(keys, self.processes.sum_tensor(logprobs).cpu(), strict=True))
 
-    def collate(self, rows: list[Pair], parts: int) -> list[Pairs]:
-        return [self._pairs(chosen, self._look_up(chosen)) for chosen in in_parts(rows, parts)]
+    def collate(self, rows: list[Pair], micro_batches: int) -> list[Pairs]:
+        return [self._pairs(chosen, self._look_up(chosen)) for chosen in in_parts(rows, micro_batches)]
 
     def _pairs(self, pairs: list[Pair], reference: Tensor | None = None) -> Pairs:
-        ids, targets = padded_rows([row for pair in pairs for row in pair], self.device)
-        return Pairs(ids, targets, torch.zeros(len(ids)) if reference is None else reference)
+        rows = [row for pair in pairs for row in pair]
+        ids, targets = padded_rows(rows, self.device)
+        reference = torch.zeros(len(ids)) if reference is None else reference
+        return Pairs(ids, targets, reference, lengths_of(rows))
 
     def _look_up(self, pairs: list[Pair]) -> Tensor:
         try:
             return torch.cat([self.logprobs[fingerprint(pair)] for pair in pairs]).to(self.device)
         except KeyError:
-            raise ValueError("a pair has no saved reference: the data is not what this run began with") from None
+            raise ValueError("a pair has no saved reference: the data has changed since this run began") from None
 
 
 class Sampled(NamedTuple):
-    """A reply of the model behind its prompt."""
+    """A prompt and the model's own reply to it."""
 
     row: Row
     advantage: float
@@ -155,7 +183,7 @@ class Sampled(NamedTuple):
 
 
 class RewardStage(Stage):
-    """GRPO: every question is answered `group` times, and each reply is held against the others to its question."""
+    """GRPO: every question is answered `group` times, and each reply is compared with the others to its question."""
 
     def build_objective(self) -> GRPO:
         grpo = self.settings.grpo
@@ -165,22 +193,24 @@ class RewardStage(Stage):
 
     def batches(self, step: int) -> list[Rollouts]:
         grpo = self.settings.grpo
-        asked = [question for question in self._rows(step) for _ in range(grpo.group)]  # a group in one process
+        asked = [question for question in self._rows(step, grpo.group) for _ in range(grpo.group)]
         replies = self._replies([question.prompt for question in asked], step)
         weights = advantages(self._rewards(asked, replies), grpo.group, grpo.divide_by_std)
         written = [
             Sampled(row_of(question.prompt, reply), weight, len(reply))
             for question, reply, weight in zip(asked, replies, weights.tolist(), strict=True)
         ]
-        return [self._rollouts(chosen) for chosen in in_parts(written, self.parts)]
+        return [self._rollouts(chosen) for chosen in in_parts(written, self.micro_batches)]
 
     def validation_batches(self, index: int) -> list:
         return []  # a loss over replies of its own says nothing; evaluate.py asks for right answers
 
     def _replies(self, prompts: list[list[int]], step: int) -> list[list[int]]:
-        """Each has a seed of its own, so that a run gone on with writes the same ones."""
+        """Each has a seed of its own, so that a resumed run, and one in other processes, writes the same ones."""
         grpo, seed = self.settings.grpo, self.settings.train.seed
-        names = (f"{seed} {step} {self.processes.rank} {row}".encode() for row in range(len(prompts)))
+        places = (divmod(row, grpo.group) for row in range(len(prompts)))
+        questions = ((self.processes.rank + self.processes.count * question, reply) for question, reply in places)
+        names = (f"{seed} {step} 0 {question * grpo.group + reply}".encode() for question, reply in questions)
         digests = (hashlib.blake2b(name, digest_size=8).digest() for name in names)
         limits = {"temperature": grpo.temperature, "max_new_tokens": grpo.max_new_tokens}
         params = [SamplingParams(**limits, seed=int.from_bytes(digest) >> 1) for digest in digests]
@@ -212,7 +242,8 @@ class RewardStage(Stage):
         }[grpo.average]
         ids, targets = padded_rows([reply.row for reply in written], self.device)
         weights = torch.tensor([reply.advantage for reply in written], device=self.device)
-        batch = Rollouts(ids, targets, weights, torch.tensor(share, device=self.device), count)
+        shares, lengths = torch.tensor(share, device=self.device), lengths_of([reply.row for reply in written])
+        batch = Rollouts(ids, targets, weights, shares, count, lengths=lengths)
         with self.autocast():
             if self.updates > 1:
                 batch = batch._replace(old=self.objective.logprobs(batch))
