@@ -29,7 +29,8 @@ def linear_cross_entropy(
     errors = _errors
     if pick_kernels(kernels, x.device, "kernels") == "triton":
         from ops.gpu.kernels import cross_entropy_errors as errors
-    return _LinearCrossEntropy.apply(x, weight, targets, chunk, reduction == "sum", errors)
+    arguments = (x, weight, targets, chunk, reduction == "sum", errors, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(*arguments)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -41,14 +42,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, summed: bool, errors: Callable
+        context, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, summed: bool, errors: Callable, learns: bool
     ) -> Tensor:
-        """x [N, C], weight [V, C], targets [N] -> float32 [] or [N]"""
+        """x [N, C], weight [V, C], targets [N] -> float32 [] or [N]. Not `learns`: under no_grad, of which the context
+        says nothing here."""
         kind = x.device.type
         product = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         chunk = chunk or max(1, CHUNK_BYTES.get(kind, 1 << 28) // (len(weight) * product.itemsize))
         context.summed, context.settings = summed, (chunk, product, errors)
-        needed = context.needs_input_grad[:2] if summed else (False, False)
+        needed = context.needs_input_grad[:2] if summed and learns else (False, False)
         losses, grad_x, grad_weight = _in_chunks(x, weight, targets, None, needed, *context.settings)
         context.weight_dtype = weight.dtype
         context.save_for_backward(*((grad_x, grad_weight) if summed else (x, weight, targets)))
@@ -64,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             needed = context.needs_input_grad[:2]
             _, grad_x, grad_weight = _in_chunks(*context.saved_tensors, grad, needed, *context.settings)
         grad_weight = grad_weight if grad_weight is None else grad_weight.to(context.weight_dtype)
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None
 
 
 def _in_chunks(

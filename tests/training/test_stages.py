@@ -84,7 +84,7 @@ def test_packing_changes_the_speed_alone(config):
     (config.parent / "run").rename(config.parent / "packed")
     single = run(config, *STAGES["sft"], "train.accumulate=1", "data.pack=false")
     assert [r["loss"] for r in packed] == pytest.approx([r["loss"] for r in single], rel=1e-4)
-    assert packed[-1]["tokens"] < single[-1]["tokens"]
+    assert packed[-1]["tokens"] == single[-1]["tokens"]  # padding is not counted
 
 
 def test_dpo_prefers_the_chosen_ones(config):
