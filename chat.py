@@ -12,14 +12,22 @@ The template is somebody else's program and runs in a process of its own (format
 import codecs
 import json
 import re
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
-from tokenizers import Tokenizer, decoders, models
-
+from formats.messages import Message, normalise, normalise_tools, short, thinks
 from formats.template import TemplateSandbox
+from formats.tokenizer_files import (
+    CONFIG_BYTES,
+    TOKENIZER_BYTES,
+    chat_templates,
+    load_tokenizer,
+    read_json_object,
+    read_text,
+    reraise_unless_library,
+    special_tokens,
+)
 
 THINK_START, THINK_END = "<think>", "</think>"
 
@@ -30,7 +38,9 @@ EARLY_STOP_TEXT = (
     "</think>\n\n"
 )
 
-TOKENIZER_BYTES, CONFIG_BYTES = 128 << 20, 16 << 20  # the official files have 11 MB and 10 kB
+END_OF_TEXT = "<|endoftext|>"  # between documents; what ends a turn of a chat is the template's to say
+# The thinking that a template writes for a turn without any, at the beginning of the turn.
+EMPTY_THINKING = re.compile(r"(?P<tag><think>)?\s*</think>\s*")
 
 
 class Chat:
@@ -42,14 +52,15 @@ class Chat:
 
     def __init__(self, source: str, tokenizer_json: str, tokenizer_config: dict, template: str | None = None):
         self.source = source
-        self.templates = _templates(source, tokenizer_config) if template is None else {"default": template}
+        self.templates = chat_templates(source, tokenizer_config) if template is None else {"default": template}
         self._sandbox = TemplateSandbox()
         if self.templates:
             self._sandbox.start()  # it gets ready while the tokenizer is parsed
-        self.tokenizer = _tokenizer(source, tokenizer_json)
+        self.tokenizer = load_tokenizer(source, tokenizer_json)
         added = self.tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
-        self.special_tokens = _special_tokens(tokenizer_config)
+        self.special_tokens = special_tokens(tokenizer_config)
+        self._added = {index: token.content for index, token in added.items()}
         self.think_start_id = self.tokenizer.token_to_id(THINK_START)
         self.think_end_id = self.tokenizer.token_to_id(THINK_END)
 
@@ -69,29 +80,50 @@ class Chat:
             return cls(str(path), json.dumps(tokenizer_json), tokenizer_config)
         if not (path / "tokenizer.json").exists():
             raise ValueError(f"{path}: no tokenizer.json; take it from the model that this checkpoint was made from")
-        tokenizer_json = _read_text(path / "tokenizer.json", TOKENIZER_BYTES)
+        tokenizer_json = read_text(path / "tokenizer.json", TOKENIZER_BYTES)
         config, template = path / "tokenizer_config.json", path / "chat_template.jinja"
         return cls(
             str(path),
             tokenizer_json,
-            _read_json_object(config, CONFIG_BYTES) if config.exists() else {},
-            _read_text(template, CONFIG_BYTES) if template.exists() else None,
+            read_json_object(config, CONFIG_BYTES) if config.exists() else {},
+            read_text(template, CONFIG_BYTES) if template.exists() else None,
         )
 
     @property
     def eos_token_id(self) -> int | None:
         """The tokenizer's own end token. What ends generation is the set in generation_config.json."""
-        return self.tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
+        stated = self.tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
+        return self.tokenizer.token_to_id(END_OF_TEXT) if stated is None else stated
 
-    def render(self, messages: list[dict], thinking: bool = True, tools: list[dict] | None = None) -> list[int]:
+    @cached_property
+    def end_of_turn_id(self) -> int | None:
+        """The token that the template writes behind an assistant's turn. A base model's eos_token is another one."""
+        said = "What was said."
+        try:
+            turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": said}]
+            text = self.render_text(turns, add_generation_prompt=False)
+        except ValueError:
+            return None
+        behind = self.encode(text.rpartition(said)[2])
+        return next((token_id for token_id in behind if token_id in self._added), None)
+
+    def render(
+        self,
+        messages: list[dict],
+        thinking: bool = True,
+        tools: list[dict] | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """The prompt's ids for a chat, up to where the assistant's turn begins.
 
         `messages` are {"role": "system" | "user" | "assistant" | "tool", "content": str, ...} with, for an assistant,
-        "reasoning_content" and "tool_calls"; `tools` are JSON schemas. The ids are those of transformers'
-        `apply_chat_template(messages, tools, add_generation_prompt=True, enable_thinking=thinking)`. Like there, a
-        special token written out in a message becomes that token.
+        "reasoning_content" and "tool_calls", or any other spelling that formats/messages.py knows; `tools` are JSON
+        schemas. The ids are those of transformers' `apply_chat_template(messages, tools, add_generation_prompt=True,
+        enable_thinking=thinking)`. Like there, a special token written out in a message becomes that token.
+        With `continue_final_message` the last message is the beginning of the assistant's turn.
         """
-        return self.encode(self.render_text(messages, thinking, tools))
+        render = self._continued if continue_final_message else self.render_text
+        return self.encode(render(messages, thinking, tools))
 
     def render_text(
         self,
@@ -103,21 +135,69 @@ class Chat:
         """The text that `render` encodes. Raises ValueError for no template, a bad one, or messages that it rejects."""
         if not self.templates:
             raise ValueError(f"{self.source}: no chat template, as in a base model; use --raw to continue plain text")
+        messages, tools = normalise(messages), normalise_tools(tools)
+        text = self._template_text(messages, thinking, tools, add_generation_prompt)
+        named = [message for message in messages if message.get("name") and message["role"] != "tool"]
+        if named:
+            nameless = [{key: value for key, value in message.items() if key != "name"} for message in messages]
+            if self._template_text(nameless, thinking, tools, add_generation_prompt) == text:
+                name = short(named[0]["name"])
+                raise ValueError(f"{self.source}: the chat template leaves out the name {name}; say it in the content")
+        return text
+
+    def _template_text(self, messages: list[Message], thinking: bool, tools: list | None, ask: bool) -> str:
         named = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
         variables = {
             **self.special_tokens,
-            "messages": [_template_message(message) for message in _dicts(messages, "messages")],
-            "tools": _dicts(tools, "tools") if tools is not None else None,
+            "messages": messages,
+            "tools": tools,
             "documents": None,
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": ask,
             "enable_thinking": thinking,
         }
-        if not messages:
-            raise ValueError("messages: an empty list; a chat needs at least one message")
         try:
             return self._sandbox.render(self.templates[named], variables)
         except ValueError as error:
             raise ValueError(f"{self.source}: the chat template {error}") from None
+
+    def turn(
+        self, asked: list[dict], answer: dict, thinking: bool | None = None, tools: list[dict] | None = None
+    ) -> tuple[str, str]:
+        """-> (what the model sees, what it says) of an assistant's turn: what training learns, and learns it from.
+
+        The first is the generation prompt, and where that opens a thinking that the turn does not have, its end. The
+        second ends as the template ends a turn. `thinking`: what the prompt asks for; None: whether the turn thinks.
+        ValueError where the template leaves out anything that the messages say.
+        """
+        asked, (answer,) = normalise(asked), normalise([answer])
+        thinking = thinks(answer) if thinking is None else thinking
+        prompt = self.render_text(asked, thinking, tools)
+        whole = self.render_text([*asked, answer], thinking, tools, add_generation_prompt=False)
+        if not whole.startswith(prompt):
+            raise ValueError("the chat template writes this turn of the assistant otherwise than it asks for one")
+        said = whole[len(prompt) :]
+        for what, text in _said(asked, answer, normalise_tools(tools)):
+            if text.strip() not in (said if what == "answer" else whole):
+                raise ValueError(f"the chat template leaves out the {what} {short(text)}")
+        empty = None if thinks(answer) else EMPTY_THINKING.match(said)
+        if empty:
+            prompt, said = prompt if empty["tag"] else prompt + empty[0], said[empty.end() :]
+        return prompt, said
+
+    def _continued(self, messages: list[dict], thinking: bool, tools: list[dict] | None) -> str:
+        """The text of a chat whose last message is the beginning of the reply, up to its end."""
+        *asked, last = normalise(messages)
+        content, reasoning = last.get("content") or "", last.get("reasoning_content") or ""
+        if last["role"] != "assistant" or not asked or not content + reasoning or last.get("tool_calls"):
+            raise ValueError("only a text that the assistant has begun, after other messages, can be continued")
+        opened = content.rpartition("<think>")[2] if "<think>" in content and "</think>" not in content else None
+        if opened is not None or not content:  # inside the thinking
+            prompt = self.render_text(asked, True, tools)
+            tag = "" if prompt.rstrip().endswith(THINK_START) else f"{THINK_START}\n"
+            return prompt + tag + (reasoning if opened is None else opened.lstrip("\n"))
+        end = "<<end of what was said>>"  # templates may strip what stands at the end of a content
+        prompt, said = self.turn(asked, {**last, "content": content + end}, tools=tools)
+        return prompt + said[: said.rindex(end)]
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; special tokens written in it become those tokens, and none is added around it."""
@@ -126,20 +206,20 @@ class Chat:
         except TypeError:
             raise ValueError("the text holds a byte that is not UTF-8 or half a surrogate pair; remove it") from None
         except BaseException as error:
-            _reraise_unless_library(error)
+            reraise_unless_library(error)
             raise ValueError(f"{self.source}: tokenizer.json's pattern fails on this text ({error})") from None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of ids, with U+FFFD where their bytes are not UTF-8. Spaces stay as they are."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        skipped = self.special_ids if skip_special_tokens else ()
+        return b"".join(self.token_bytes(index) for index in ids if index not in skipped).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token (an id without a token has none). They need not be whole characters."""
+        if token_id in self._added:
+            return self._added[token_id].encode()  # plain text, also where it looks like bytes in GPT-2's alphabet
         token = self.tokenizer.id_to_token(token_id) or ""
-        try:
-            return bytes(map(BYTE_OF_CHARACTER.__getitem__, token))
-        except KeyError:
-            return token.encode()  # an added token is kept as plain text
+        return bytes(map(BYTE_OF_CHARACTER.__getitem__, token))
 
     def opens_thinking(self, prompt_ids: Sequence[int]) -> bool:
         """Whether a prompt ends inside `<think>`, as Qwen3-Thinking-2507's always do."""
@@ -154,6 +234,25 @@ class Chat:
 def assistant_message(thinking: str, answer: str) -> dict:
     """An assistant's turn for the history. Kept apart like this, the template itself drops thinking that is old."""
     return {"role": "assistant", "content": answer, "reasoning_content": thinking}
+
+
+def _said(asked: list[Message], answer: Message, tools: list[dict] | None) -> Iterator[tuple[str, str]]:
+    """What has to be found in a turn's text: ("answer" or what else it is, text)."""
+    for tool in tools or []:
+        function = tool.get("function", tool)
+        yield "tool", str(function.get("name", "") if isinstance(function, dict) else function)
+    for message in asked:
+        role, content = message["role"], message.get("content") or ""
+        if role == "assistant":  # older thinking may be left out
+            yield "assistant's content", content.rpartition("</think>")[2]
+        else:
+            yield f"{role}'s content", content
+            yield f"{role}'s reasoning", message.get("reasoning_content") or ""
+            yield f"{role}'s name", str(message.get("name", "")) if role == "tool" else ""
+        yield from (("tool call", call["function"]["name"]) for call in message.get("tool_calls", []))
+    parts = [answer.get("reasoning_content") or "", *re.split("</?think>", answer.get("content") or "")]
+    yield from (("answer", part) for part in parts)
+    yield from (("answer", call["function"]["name"]) for call in answer.get("tool_calls", []))
 
 
 # ---- ids to shown text ----
@@ -193,33 +292,39 @@ class StopStrings:
     """Text up to the first stop string. What could be the beginning of one is held back until that is decided.
 
     The stop string that is complete first ends the text, so the result does not depend on how the text is cut into
-    pieces. `stopped` tells that one was found.
+    pieces. Hidden text (that of a special token) is looked through like any other but not returned. `stopped` tells
+    that one was found.
     """
 
     def __init__(self, stop: Sequence[str] = ()):
         if not all(stop):
             raise ValueError("--stop: an empty string would stop at once; give at least one character")
         self._stop = tuple(stop)
-        self._held = ""
+        self._held, self._shown = "", []  # text, and for each of its characters whether it is shown
         self.stopped = False
 
-    def push(self, text: str) -> str:
+    def push(self, text: str, hidden: bool = False) -> str:
         """The text that can be shown now."""
         if self.stopped:
             return ""
-        text = self._held + text
-        found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._stop if stop in text]
+        held = self._held = self._held + text
+        self._shown += [not hidden] * len(text)
+        found = [(held.index(stop) + len(stop), held.index(stop)) for stop in self._stop if stop in held]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        cut = len(text) - self._undecided(text)
-        self._held = text[cut:]
-        return text[:cut]
+            self.stopped = True
+            shown = self._release(min(found)[1])
+            self._held, self._shown = "", []
+            return shown
+        return self._release(len(held) - self._undecided(held))
 
     def flush(self) -> str:
         """At the end of the text: what was held back after all."""
-        held, self._held = self._held, ""
-        return held
+        return self._release(len(self._held))
+
+    def _release(self, count: int) -> str:
+        shown = "".join(c for c, is_shown in zip(self._held[:count], self._shown, strict=False) if is_shown)
+        self._held, self._shown = self._held[count:], self._shown[count:]
+        return shown
 
     def _undecided(self, text: str) -> int:
         """The length of the longest end of `text` with which a stop string begins."""
@@ -238,8 +343,8 @@ class ReplyStream:
     """
 
     def __init__(self, chat: Chat, prompt_ids: Sequence[int] = (), stop: Sequence[str] = (), raw: bool = False):
-        self._text = TextStream(chat, skip_special_tokens=True)
-        self._stop = StopStrings(stop)
+        self._text = TextStream(chat)
+        self._stop, self._special_ids = StopStrings(stop), chat.special_ids
         self._parts: dict[str, list[str]] = {"thinking": [], "answer": []}
         self._tags = {} if raw else {chat.think_start_id: "thinking", chat.think_end_id: "answer"}
         self.kind = "thinking" if not raw and chat.opens_thinking(prompt_ids) else "answer"
@@ -262,9 +367,12 @@ class ReplyStream:
 
     def push(self, token_id: int) -> list[tuple[str, str]]:
         """What the next id allows to be shown: nothing or one (kind, text)."""
-        if token_id not in self._tags:
-            return self._show(self._stop.push(self._text.push(token_id)))
-        shown = self.finish()
+        hidden = token_id in self._tags or token_id in self._special_ids
+        text = self._text.flush() if hidden else ""  # of a character that remained incomplete
+        text = self._stop.push(text) + self._stop.push(self._text.push(token_id), hidden)
+        if token_id not in self._tags or self.stopped:
+            return self._show(text)
+        shown = self._show(text + self._stop.flush())
         self.kind, self._after_tag, self._line_breaks = self._tags[token_id], True, ""
         return shown
 
@@ -284,98 +392,3 @@ class ReplyStream:
         self._after_tag = False
         self._parts[self.kind].append(text)
         return [(self.kind, text)]
-
-
-# ---- what a checkpoint's files and a caller's messages may hold ----
-
-
-def _read_text(path: Path, limit: int) -> str:
-    """A file of at most `limit` bytes of UTF-8."""
-    if not path.is_file():
-        raise ValueError(f"{path}: not a file; replace it by the published one")
-    if path.stat().st_size > limit:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes; a file of this name has at most {limit:,}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start:,}; replace it by the published one") from None
-
-
-def _read_json_object(path: Path, limit: int) -> dict[str, Any]:
-    text = _read_text(path, limit)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); replace it by the published one") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON {type(content).__name__} where an object is expected")
-    return content
-
-
-# A name of an affix with a value, or a letter that is spelt as an escape, as which a name could hide.
-AFFIX = re.compile(r'"(?:continuing_subword_prefix|end_of_word_suffix)"\s*+:\s*+(?!null\b|"")|\\u00[4-7]', re.ASCII)
-
-
-def _tokenizer(source: str, tokenizer_json: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, which must be BPE over bytes: streams of text rely on it."""
-    try:
-        affixed = False
-        if AFFIX.search(tokenizer_json):  # rare, and reading 11 MB of JSON takes a fifth of a second
-            model = json.loads(tokenizer_json)["model"]
-            affixed = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-        # With affixes the library may abort the whole process, so they are not even shown to it.
-        tokenizer = None if affixed else Tokenizer.from_str(tokenizer_json)
-    except BaseException as error:
-        _reraise_unless_library(error)
-        raise ValueError(f"{source}: tokenizer.json can't be read ({error}); replace it by the published one") from None
-    if not tokenizer or not isinstance(tokenizer.model, models.BPE):
-        raise ValueError(f"{source}: tokenizer.json is not a byte-level BPE, the only kind that Qwen3 has")
-    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
-        raise ValueError(f"{source}: tokenizer.json has no ByteLevel decoder, which all of Qwen3's have")
-    tokenizer.no_truncation()  # the file may keep settings of somebody's training
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _reraise_unless_library(error: BaseException) -> None:
-    """A panic of the tokenizers library is a BaseException without a public name; Ctrl-C and exits are not for us."""
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-        raise error
-
-
-def _templates(source: str, tokenizer_config: dict) -> dict[str, str]:
-    """Name to chat template; the field holds one string or a list of {"name", "template"}. A base model has none."""
-    field = tokenizer_config.get("chat_template") or []
-    listed = [{"name": "default", "template": field}] if isinstance(field, str) else field
-    try:
-        templates = {entry["name"]: entry["template"] for entry in listed}
-    except (TypeError, KeyError):
-        templates = {"default": None}
-    if templates and not (
-        isinstance(templates.get("default"), str) and all(isinstance(text, str) for text in templates.values())
-    ):
-        raise ValueError(
-            f"{source}: tokenizer_config.json: chat_template must be a text, or a list of texts with one named default"
-        )
-    return templates
-
-
-def _special_tokens(tokenizer_config: dict) -> dict[str, str]:
-    """bos_token, eos_token, ... as text, for the template; each is stored as text or as {"content": text}."""
-    tokens = {name: value for name, value in tokenizer_config.items() if name.endswith("_token")}
-    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
-
-
-def _dicts(values: list[dict], name: str) -> list[dict]:
-    wrong = [value for value in values if not isinstance(value, dict)]
-    if wrong:
-        raise ValueError(f"{name}: {repr(wrong[0])[:80]} is not a dict; give a list of them, as JSON has them")
-    return values
-
-
-def _template_message(message: dict) -> dict:
-    """A message as templates expect it: no fields that are None, and reasoning under the one name they read."""
-    message = {key: value for key, value in message.items() if value is not None}
-    reasoning = next((message[key] for key in ("reasoning_content", "thinking", "reasoning") if key in message), None)
-    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}

@@ -1,0 +1,181 @@
+"""Chat messages in the one form that chat templates read, from the spellings that files and clients use.
+
+Chats, prompt files and training rows all pass through `normalise`. What changes the text, or what is learnt of it, is
+honoured or refused by name; nothing of it is dropped:
+
+    role            developer is system, human and prompter are user, gpt, model and ai are assistant,
+                    function, observation and tool_response are tool; others are refused
+    from, value     ShareGPT's names of role and content; from: function_call holds a call as JSON
+    content         a text, or a list of parts: texts are joined, thinking goes to the reasoning, images are refused
+    reasoning       under reasoning_content, reasoning or thinking; two that differ are refused
+    tool_calls      OpenAI's or bare calls; arguments as an object or as its JSON; function_call is one of them
+    tool_call_id    results come in the order of their calls, since Qwen's templates write no ids
+    weight          0 or 1, whether training learns the turn; also as train, training (axolotl) and loss (ms-swift)
+
+Fields that are null are left out; others (name, ...) stay as they are and are the template's to read.
+"""
+
+import json
+from typing import Any
+
+Message = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+OTHER_ROLES = {"developer": "system", "human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant"}
+OTHER_ROLES |= {"ai": "assistant", "function": "tool", "observation": "tool", "tool_response": "tool"}
+OTHER_ROLES |= {"function_call": "assistant"}
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the order of transformers' apply_chat_template
+WEIGHTS = ("weight", "train", "training", "loss")
+TEXT_PARTS, THINKING_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
+NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios", "refusal", "reasoning_details")
+
+
+def normalise(messages: Any, place: str = "messages") -> list[Message]:
+    """New messages with role and content (and reasoning_content, tool_calls, weight). ValueError names `place`, the
+    number of the message and its field."""
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f"{place}: {short(messages)} is not a list of messages")
+    if not messages:
+        raise ValueError(f"{place}: an empty list; a chat needs at least one message")
+    return _results_in_order([_message(message, f"{place}[{number}]") for number, message in enumerate(messages)])
+
+
+def normalise_tools(tools: Any, place: str = "tools") -> list[dict] | None:
+    """The tools that a template gets: None where there are none. A JSON text, or a list of such, is read."""
+    tools = _parsed(tools, place) if isinstance(tools, str) and tools.strip() else tools
+    if tools is None or tools == "" or tools == []:
+        return None
+    if isinstance(tools, dict):
+        tools = [tools]
+    if not isinstance(tools, list | tuple):
+        raise ValueError(f"{place}: {short(tools)} is not a list of tools")
+    tools = [_parsed(tool, place) if isinstance(tool, str) else tool for tool in tools]
+    for tool in tools:
+        if not isinstance(tool, dict):
+            raise ValueError(f"{place}: {short(tool)} is not a dict; give a list of them, as JSON has them")
+    return tools
+
+
+def thinks(message: Message) -> bool:
+    """Whether a normalised turn of the assistant says any reasoning, in its field or before a `</think>`."""
+    before, closed, _ = (message.get("content") or "").partition("</think>")
+    return bool(message.get("reasoning_content")) or (bool(closed) and bool(before.replace("<think>", "").strip()))
+
+
+def short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _message(given: Any, place: str) -> Message:
+    if not isinstance(given, dict):
+        raise ValueError(f"{place}: {short(given)} is not a dict; a message has role and content")
+    message = {key: value for key, value in given.items() if value is not None}
+    for other, name in (("from", "role"), ("value", "content")):
+        if other in message:
+            message.setdefault(name, message.pop(other))
+    for name in NOT_TEXT:
+        if message.get(name):
+            raise ValueError(f"{place}.{name}: {short(message[name])} is not text; only text can be said or learnt")
+    role = message.get("role")
+    if role == "function_call":
+        message["tool_calls"] = _parsed(message.pop("content", None), f"{place}.value")
+    if not isinstance(role, str) or OTHER_ROLES.get(role, role) not in ROLES:
+        raise ValueError(f"{place}.role: {short(role)} is none of {', '.join(ROLES)}")
+    message["role"] = OTHER_ROLES.get(role, role)
+    reasoning = [message.pop(name) for name in REASONING if name in message]
+    if "content" in message:
+        message["content"], thought = _content(message["content"], f"{place}.content")
+        reasoning += thought
+    if reasoning:
+        message = {"thinking": (one := _agreed(reasoning, place)), **message, "reasoning_content": one}
+    if message["role"] == "assistant":
+        message.setdefault("content", "")  # beside calls it is often null
+    _join_calls(message, place)
+    _join_weights(message, place)
+    return message
+
+
+def _content(content: Any, place: str) -> tuple[str, list[str]]:
+    """-> (text, reasoning) of a text or of a list of parts."""
+    if isinstance(content, str):
+        return content, []
+    if not isinstance(content, list | tuple):
+        raise ValueError(f"{place}: {short(content)} is no text, nor a list of parts")
+    texts, thoughts = [], []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        found = part if isinstance(part, str) else None
+        if isinstance(part, dict) and kind in TEXT_PARTS + THINKING_PARTS:
+            found = part.get(kind) if isinstance(part.get(kind), str) else part.get("text")
+        if not isinstance(found, str):
+            raise ValueError(f"{place}: a part of type {short(kind)} is not text; only text can be said or learnt")
+        (thoughts if kind in THINKING_PARTS else texts).append(found)
+    return "".join(texts), ["".join(thoughts)] if thoughts else []
+
+
+def _agreed(reasoning: list[Any], place: str) -> str:
+    for text in reasoning:
+        if not isinstance(text, str):
+            raise ValueError(f"{place}: its reasoning {short(text)} is no text")
+    different = set(filter(None, reasoning))
+    if len(different) > 1:
+        raise ValueError(f"{place}: two fields of {', '.join(REASONING)} say different things; keep one")
+    return different.pop() if different else ""
+
+
+def _join_calls(message: Message, place: str) -> None:
+    """All calls under tool_calls as {"type": "function", "function": {"name", "arguments": object}}."""
+    calls = message.pop("tool_calls", None)
+    calls = _parsed(calls, f"{place}.tool_calls") if isinstance(calls, str) and calls.strip() else calls or []
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list | tuple):
+        raise ValueError(f"{place}.tool_calls: {short(calls)} is not a list of calls")
+    if old := message.pop("function_call", None):
+        calls = [*calls, old]
+    if calls:
+        message["tool_calls"] = [_call(call, f"{place}.tool_calls[{number}]") for number, call in enumerate(calls)]
+
+
+def _call(call: Any, place: str) -> dict:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError(f"{place}: {short(call)} is no call of a function by its name")
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, f"{place}.arguments") if arguments.strip() else {}
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{place}.arguments: {short(arguments)} is no JSON object")
+    found = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return found if call is function or call.get("id") is None else {"id": call["id"], **found}
+
+
+def _join_weights(message: Message, place: str) -> None:
+    given = {name: message.pop(name) for name in WEIGHTS if name in message}
+    for name, value in given.items():
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise ValueError(f"{place}.{name}: {short(value)} is neither 0 nor 1")
+    if len({bool(value) for value in given.values()}) > 1:
+        raise ValueError(f"{place}: {' and '.join(given)} say different things; keep one")
+    if given:
+        message["weight"] = int(next(iter(given.values())))
+
+
+def _results_in_order(messages: list[Message]) -> list[Message]:
+    """Results of tools that name their calls in the order of these, wherever several follow one another."""
+    order, start = {}, 0
+    for number, message in enumerate([*messages, {"role": None}]):
+        if message["role"] == "tool":
+            continue
+        results = messages[start:number]
+        if len(results) > 1 and all(str(result.get("tool_call_id", "")) in order for result in results):
+            messages[start:number] = sorted(results, key=lambda result: order[str(result["tool_call_id"])])
+        start, order = number + 1, {str(call.get("id")): at for at, call in enumerate(message.get("tool_calls", []))}
+    return messages
+
+
+def _parsed(text: Any, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{place}: {short(text)} is not JSON ({error})") from None

@@ -1,0 +1,91 @@
+"""The files that a checkpoint keeps its text in: tokenizer.json, tokenizer_config.json and chat_template.jinja.
+
+Each is a stranger's: what is no such file is refused in one line that names it.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models
+
+TOKENIZER_BYTES, CONFIG_BYTES = 128 << 20, 16 << 20  # the official files have 11 MB and 10 kB
+
+
+def read_text(path: Path, limit: int) -> str:
+    """A file of at most `limit` bytes of UTF-8."""
+    if not path.is_file():
+        raise ValueError(f"{path}: not a file; replace it by the published one")
+    if path.stat().st_size > limit:
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes; a file of this name has at most {limit:,}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start:,}; replace it by the published one") from None
+
+
+def read_json_object(path: Path, limit: int) -> dict[str, Any]:
+    text = read_text(path, limit)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); replace it by the published one") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON {type(content).__name__} where an object is expected")
+    return content
+
+
+# A name of an affix with a value, or a letter that is spelt as an escape, as which a name could hide.
+AFFIX = re.compile(r'"(?:continuing_subword_prefix|end_of_word_suffix)"\s*+:\s*+(?!null\b|"")|\\u00[4-7]', re.ASCII)
+
+
+def load_tokenizer(source: str, tokenizer_json: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, which must be BPE over bytes: streams of text rely on it."""
+    try:
+        affixed = False
+        if AFFIX.search(tokenizer_json):  # rare, and reading 11 MB of JSON takes a fifth of a second
+            model = json.loads(tokenizer_json)["model"]
+            affixed = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+        # With affixes the library may abort the whole process, so they are not even shown to it.
+        tokenizer = None if affixed else Tokenizer.from_str(tokenizer_json)
+    except BaseException as error:
+        reraise_unless_library(error)
+        raise ValueError(f"{source}: tokenizer.json can't be read ({error}); replace it by the published one") from None
+    if not tokenizer or not isinstance(tokenizer.model, models.BPE):
+        raise ValueError(f"{source}: tokenizer.json is not a byte-level BPE, the only kind that Qwen3 has")
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        raise ValueError(f"{source}: tokenizer.json has no ByteLevel decoder, which all of Qwen3's have")
+    tokenizer.no_truncation()  # the file may keep settings of somebody's training
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def reraise_unless_library(error: BaseException) -> None:
+    """A panic of the tokenizers library is a BaseException without a public name; Ctrl-C and exits are not for us."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def chat_templates(source: str, tokenizer_config: dict) -> dict[str, str]:
+    """Name to chat template; the field holds one string or a list of {"name", "template"}. A base model has none."""
+    field = tokenizer_config.get("chat_template") or []
+    listed = [{"name": "default", "template": field}] if isinstance(field, str) else field
+    try:
+        templates = {entry["name"]: entry["template"] for entry in listed}
+    except (TypeError, KeyError):
+        templates = {"default": None}
+    if templates and not (
+        isinstance(templates.get("default"), str) and all(isinstance(text, str) for text in templates.values())
+    ):
+        raise ValueError(
+            f"{source}: tokenizer_config.json: chat_template must be a text, or a list of texts with one named default"
+        )
+    return templates
+
+
+def special_tokens(tokenizer_config: dict) -> dict[str, str]:
+    """bos_token, eos_token, ... as text, for the template; each is stored as text or as {"content": text}."""
+    tokens = {name: value for name, value in tokenizer_config.items() if name.endswith("_token")}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in tokens.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
