@@ -184,10 +184,7 @@ def load_speculation(options, chat: Chat, model: Qwen3) -> Speculation | None:
     if tokens[0] != tokens[1]:
         raise ValueError(f"--draft {options.draft}: its tokenizer is another; a draft has to speak the same tokens")
     draft = load(open_checkpoint(path), weight.device, weight.dtype)
-    if draft.config.vocab_size != model.config.vocab_size:
-        sizes = f"{draft.config.vocab_size:,} ids, the model's {model.config.vocab_size:,}"
-        raise ValueError(f"--draft {options.draft}: its vocabulary has {sizes}; a draft has to speak the same tokens")
-    return Speculation(DraftModel(draft))
+    return Speculation(DraftModel(draft, model.config.vocab_size))
 
 
 class Printer:
@@ -223,7 +220,7 @@ def answer_one(session: Session, text: str, options) -> Answer:
     notices = {
         "loop": "The model repeats itself without end: stopped. --presence-penalty 1.5 may help.",
         "length": f"Stopped at --max-new-tokens {session.params.max_new_tokens}.",
-        "context": f"The context of {session.model.config.max_position_embeddings:,} tokens is full: stopped.",
+        "context": f"The context of {session.model.config.context_length:,} tokens is full: stopped.",
         "interrupted": "Interrupted.",
     }
     if answer.finish_reason in notices:

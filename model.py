@@ -17,6 +17,7 @@ Letters for sizes:  B batch   T tokens   C hidden size   H query heads   K key/v
                     D head dim   S cached positions   V vocabulary
 """
 
+import difflib
 import json
 import math
 from dataclasses import MISSING, dataclass, field, fields
@@ -27,17 +28,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from formats.config_json import published_spelling, rope_type
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Config: the fields of config.json under their official names. No size of any model stands in this file.
 
 
 @dataclass(init=False)
 class Config:
-    """The architecture of one checkpoint. `Config(**fields)` takes the fields of any config.json of the family.
+    """The architecture of one checkpoint. `Config(**fields)` takes the fields of any published config.json.
 
     Fields without a default must be given. Both spellings of the rotary settings are read: the published flat one
-    (`rope_theta`, `rope_scaling`) and transformers 5's nested `rope_parameters`. What this file does not implement is a
-    ValueError, never ignored; fields that do not change the arithmetic are kept in `other` and saved again.
+    (`rope_theta`, `rope_scaling`) and transformers 5's nested `rope_parameters`. What this file does not implement and
+    what contradicts itself is a ValueError, never ignored; fields that do not change the arithmetic are kept in `other`
+    and saved again. A field that no config.json of the family has is refused as a misspelling; `from_dict` and
+    `from_json`, which read other people's files, keep it.
     """
 
     vocab_size: int
@@ -71,7 +76,16 @@ class Config:
     quantization_config: dict[str, Any] | None = None  # weights stored in int8 or int4 (compressed-tensors)
 
     def __init__(self, /, **given: Any):
-        given = _published_spelling(given)
+        known = [f.name for f in fields(self)]
+        for name in given:
+            if name not in known and name not in KEPT_FIELDS and not name.startswith("_"):
+                near = difflib.get_close_matches(name, [*known, *KEPT_FIELDS], 1)
+                mean = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
+                raise ValueError(f"config: no field is called {name[:60]!r}; {mean}")
+        self._fill(given)
+
+    def _fill(self, given: dict[str, Any]) -> None:
+        given = published_spelling(given)
         for f in fields(self):
             value = given.pop(f.name, None)
             if value is None and f.default_factory is not MISSING:
@@ -90,12 +104,19 @@ class Config:
         self._check_combinations()
 
     @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> "Config":
+        """The fields of somebody else's config.json, with whatever their tools added to it."""
+        config = cls.__new__(cls)
+        config._fill(given)
+        return config
+
+    @classmethod
     def from_json(cls, path: str | Path) -> "Config":
         from formats.tensors import read_json
 
         given = read_json(Path(path))
         try:
-            return cls(**given)
+            return cls.from_dict(given)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -111,6 +132,15 @@ class Config:
         if self.quantization_config is None:
             del result["quantization_config"]
         return result
+
+    @property
+    def context_length(self) -> int:
+        """The most positions a text can have. YaRN stretches the context of its training by `factor` (vLLM's rule)."""
+        scaling = self.rope_scaling or {}
+        if rope_type(scaling) != "yarn":
+            return self.max_position_embeddings
+        original = scaling.get("original_max_position_embeddings") or self.max_position_embeddings
+        return max(self.max_position_embeddings, int(scaling["factor"] * original))
 
     def is_sparse(self, layer: int) -> bool:
         """Whether a layer's MLP is a mixture of experts."""
@@ -175,6 +205,10 @@ class Config:
         if self.other.get("attention_dropout"):
             raise ValueError("config: attention_dropout is not implemented; every published Qwen has 0.0")
         rope_frequencies(self)  # raises for a rope type that is not implemented
+        if self.context_length > MAX_POSITIONS:
+            raise ValueError(
+                f"config: yarn's factor asks for {self.context_length:,} positions, beyond {MAX_POSITIONS:,}"
+            )
 
 
 MOE_FIELDS = (
@@ -186,6 +220,16 @@ MOE_FIELDS = (
     "mlp_only_layers",
     "router_aux_loss_coef",
 )
+KEPT_FIELDS = (  # of the published files and of transformers' own configs, without an influence on what is computed
+    *("architectures", "torch_dtype", "rope_parameters", "num_local_experts", "transformers_version", "use_cache"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "attention_dropout", "auto_map"),
+    *("output_router_logits", "router_aux_loss_coef", "output_attentions", "output_hidden_states", "return_dict"),
+    *("id2label", "label2id", "num_labels", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder"),
+    *("is_decoder", "pretraining_tp", "name_or_path", "task_specific_params", "tokenizer_class", "classifier_dropout"),
+    *("qkv_bias", "mlp_bias", "shared_expert_intermediate_size", "use_qk_norm", "model_name", "unsloth_fixed"),
+    *("unsloth_version", "quantization", "sep_token_id", "decoder_start_token_id", "add_cross_attention"),
+)
+MAX_POSITIONS = 1 << 24  # positions past it are not exact in float32
 INTEGER_RANGES = {  # far above every published model, far below what would fill a machine before it is noticed
     "vocab_size": (1, 1 << 24),
     "hidden_size": (1, 1 << 20),
@@ -194,7 +238,7 @@ INTEGER_RANGES = {  # far above every published model, far below what would fill
     "num_attention_heads": (1, 1 << 12),
     "num_key_value_heads": (0, 1 << 12),
     "head_dim": (0, 1 << 14),
-    "max_position_embeddings": (1, 1 << 24),  # positions past 2^24 are not exact in float32
+    "max_position_embeddings": (1, MAX_POSITIONS),
     "num_experts": (0, 1 << 12),
     "num_experts_per_tok": (1, 1 << 12),
     "moe_intermediate_size": (0, 1 << 22),
@@ -207,23 +251,6 @@ def check_end_tokens(place: str, value: Any) -> None:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token) is not int or token < 0 for token in ids):
         raise ValueError(f"{place}: eos_token_id is {value!r}, which is neither a token id nor a list of them")
-
-
-def _published_spelling(given: dict[str, Any]) -> dict[str, Any]:
-    """The fields as the published files spell them, where transformers 5 writes others (nested rope, renamed names)."""
-    given = dict(given)
-    for new, old in (("num_local_experts", "num_experts"), ("torch_dtype", "dtype")):
-        if (value := given.pop(new, None)) is not None:
-            given.setdefault(old, value)
-    nested = given.pop("rope_parameters", None)
-    if nested is None:
-        return given
-    if not isinstance(nested, dict):
-        raise ValueError(f"config: rope_parameters is {nested!r}, which is not an object {{...}}")
-    scaling = {name: value for name, value in nested.items() if name != "rope_theta"}
-    given["rope_theta"] = nested.get("rope_theta", given.get("rope_theta"))
-    given["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-    return given
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,14 +300,10 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
     frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
     if scaling is None:
         return frequencies, 1.0
-    if not isinstance(scaling, dict):
-        raise ValueError(f"config: rope_scaling is {scaling!r}, which is neither null nor an object {{...}}")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return frequencies, 1.0
+    kind = rope_type(scaling)
     if kind != "yarn":
         raise ValueError(f"config: rope type {kind!r} is not implemented; the Qwen family uses default and yarn")
-    known = {"rope_type", "type", "factor", "original_max_position_embeddings", "attention_factor", "rope_theta"}
+    known = {"rope_type", "factor", "original_max_position_embeddings", "attention_factor"}
     known |= {"beta_fast", "beta_slow", "truncate"}
     for name, value in scaling.items():
         if name not in known and value is not None:
@@ -331,10 +354,8 @@ class KVCache:
     """
 
     def __init__(self, config: Config, batch_size: int = 1, max_len: int = 256, device=None, dtype=None):
-        if not 1 <= max_len <= config.max_position_embeddings:
-            raise ValueError(
-                f"cache of {max_len:,} positions: the model's context is {config.max_position_embeddings:,}"
-            )
+        if not 1 <= max_len <= config.context_length:
+            raise ValueError(f"cache of {max_len:,} positions: the model's context is {config.context_length:,}")
         shape = (batch_size, config.num_key_value_heads, max_len, config.head_dim)
         # One row needs no zeros, and the operating system hands out pages only when a position is first written. Rows
         # of different lengths look (with weight 0) at slots that were never written, where 0 · NaN would be NaN.

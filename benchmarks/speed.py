@@ -195,7 +195,7 @@ def model_facts(path: str) -> dict[str, Any]:
     from ops.cpu.step import library
 
     checkpoint = open_checkpoint(Path(path))
-    config = Config(**checkpoint.config)
+    config = Config.from_dict(checkpoint.config)
     with torch.device("meta"):
         model = Qwen3(config)
     library()
@@ -204,7 +204,7 @@ def model_facts(path: str) -> dict[str, Any]:
     total = sum(parameter.numel() for parameter in model.parameters())
     # Those of a token: without the other rows of an untied embedding and without the idle experts.
     active = weight_bytes_per_token(model) // model.model.embed_tokens.weight.element_size()
-    context, threads = config.max_position_embeddings, torch.get_num_threads()
+    context, threads = config.context_length, torch.get_num_threads()
     return {"parameters": total, "active_parameters": active, "context": context, "threads": threads}
 
 

@@ -116,7 +116,7 @@ class Reply:
             raise ValueError("stop strings are text: give generate the checkpoint's chat too")
         self.ids, self.tokens, self.ended = ids, [], False
         # The last token itself need not be computed on, so it may lie behind the context.
-        self.limit = min(self.params.max_new_tokens, model.config.max_position_embeddings - len(ids) + 1)
+        self.limit = min(self.params.max_new_tokens, model.config.context_length - len(ids) + 1)
         self.generator, self.ends = self.params.generator(), end_tokens(model)
         self.seen = array("q", ids), array("q")  # prompt and reply once more, as the penalties read them fast
         self.intervene, self.until = intervene, until
@@ -171,7 +171,7 @@ def generate_batch(
     nobody = [None] * len(prompts)
     given = zip(prompts, each, intervene or nobody, until or nobody, strict=True)
     replies = [Reply(model, ids, p, chat, put_in, end) for ids, p, put_in, end in given]
-    device, context = model.model.embed_tokens.weight.device, model.config.max_position_embeddings
+    device, context = model.model.embed_tokens.weight.device, model.config.context_length
 
     # Padding lies behind each prompt, where no real token looks; cutting the rows to length forgets it again.
     longest = max(map(len, prompts))
@@ -212,7 +212,7 @@ class PromptTooLong(ValueError):
 
 
 def check_prompt(model: Qwen3, ids: Sequence[int]) -> None:
-    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    context, vocabulary = model.config.context_length, model.config.vocab_size
     if not ids:
         raise ValueError("the prompt is empty; give at least one token")
     if len(ids) > context:
@@ -231,7 +231,7 @@ def end_tokens(model: Qwen3) -> set[int]:
 
 def new_cache(model: Qwen3, max_len: int, batch_size: int = 1) -> KVCache:
     weight = model.model.embed_tokens.weight
-    max_len = min(max_len, model.config.max_position_embeddings)
+    max_len = min(max_len, model.config.context_length)
     return KVCache(model.config, batch_size, max_len, device=weight.device, dtype=weight.dtype)
 
 

@@ -21,7 +21,7 @@ class SamplingParams:
     """How to choose tokens and when to stop. Raises ValueError for a value out of its range."""
 
     temperature: float = 1.0  # divides the logits; 0 takes the likeliest token (greedy)
-    top_k: int = 0  # only the k likeliest; 0: all
+    top_k: int = 0  # only the k likeliest; 0, or -1 as vLLM writes it: all
     top_p: float = 1.0  # only the fewest tokens that hold this probability together
     min_p: float = 0.0  # only tokens at least this likely, relative to the likeliest
     presence_penalty: float = 0.0  # taken off the logit of each token that was generated before
@@ -33,7 +33,7 @@ class SamplingParams:
     def __post_init__(self):
         for name, low, high, meaning in (
             ("temperature", 0, 100, "0 is greedy"),
-            ("top_k", 0, math.inf, "0 is off"),
+            ("top_k", -1, math.inf, "0 and -1 are off"),
             ("top_p", 0, 1, "1 is off"),
             ("min_p", 0, 1, "0 is off"),
             ("presence_penalty", -2, 2, "0 is off"),
@@ -75,8 +75,6 @@ def recommended(generation_config: dict[str, Any], thinking: bool, **chosen: Any
     """
     names = {field.name for field in fields(SamplingParams)} - {"max_new_tokens", "stop", "seed"}
     stated = {name: value for name, value in generation_config.items() if name in names and value is not None}
-    if stated.get("top_k") == -1:  # how vLLM spells that it is off
-        stated["top_k"] = 0
     if generation_config.get("do_sample") is False:
         stated["temperature"] = 0.0
     is_thinking_advice = all(stated.get(name, value) == value for name, value in THINKING_ADVICE.items())

@@ -154,7 +154,7 @@ class Session:
         """The cache, cut back to what it shares with the new prompt, and how many positions that is."""
         # The last token of the prompt is computed again in any case: its logits are needed.
         same = min(common_prefix(self.ids, prompt), len(prompt) - 1)
-        context = self.model.config.max_position_embeddings
+        context = self.model.config.context_length
         room = min(len(prompt) + self.params.max_new_tokens, context)
         if self.cache is None:
             self.cache = new_cache(self.model, room)

@@ -68,14 +68,17 @@ class PromptLookup:
 
 
 class DraftModel:
-    """A smaller model with the same vocabulary, which keeps its own cache.
+    """A smaller model with the same tokenizer, which keeps its own cache.
 
     It draws with a copy of the reply's random state, so that it mostly says what the larger model is about to say
     wherever their distributions are alike, at any temperature; a model as its own draft is always right.
+
+    `vocabulary` is the number of ids of the larger model (None: the same). The rows that pad one embedding or the other
+    belong to no token: the draft proposes no id that the larger model lacks, and nothing after one that it lacks.
     """
 
-    def __init__(self, model: Qwen3):
-        self.model, self.ends = model, end_tokens(model)
+    def __init__(self, model: Qwen3, vocabulary: int | None = None):
+        self.model, self.vocabulary, self.ends = model, vocabulary, end_tokens(model)
         self.cache: KVCache | None = None
         self.ids: list[int] = []  # what the cache holds, position by position
 
@@ -83,9 +86,9 @@ class DraftModel:
         self.prompt = list(prompt)
 
     def propose(self, reply: Sequence[int], most: int, params: SamplingParams, generator: torch.Generator) -> list[int]:
-        text, context = [*self.prompt, *reply], self.model.config.max_position_embeddings
+        text, context = [*self.prompt, *reply], self.model.config.context_length
         most = min(most, context - len(text) + 1)
-        if most < 1:
+        if most < 1 or max(text) >= self.model.config.vocab_size:
             return []
         if self.cache is None:
             self.cache = new_cache(self.model, 2 * (len(text) + most))
@@ -97,7 +100,7 @@ class DraftModel:
         twin = torch.Generator()
         twin.set_state(generator.get_state())
         while len(guesses) < most and not (guesses and guesses[-1] in self.ends):
-            logits = forward(self.model, pending, self.cache)[0]
+            logits = forward(self.model, pending, self.cache)[0, : self.vocabulary]
             guesses.append(sample(logits, params, twin, self.prompt, [*reply, *guesses]))
             pending = guesses[-1:]
         self.ids = [*text, *guesses]

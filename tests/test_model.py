@@ -214,6 +214,62 @@ def test_what_is_not_implemented_is_refused(changes, message):
         Config(**oracle.config(**changes))
 
 
+DEFAULT_ROPE = {"rope_type": "default"}
+CONTRADICTIONS = {
+    "nested default beside yarn": ({"rope_parameters": DEFAULT_ROPE, "rope_scaling": oracle.YARN}, "rope_parameters"),
+    "flat default beside yarn": ({"rope_scaling": DEFAULT_ROPE, "rope_parameters": oracle.YARN}, "rope_parameters"),
+    "two factors": ({"rope_parameters": oracle.YARN | {"factor": 2.0}, "rope_scaling": oracle.YARN}, "rope_parameters"),
+    "two thetas": ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta is 10000.0, but rope_parameters.rope_theta"),
+    "theta inside": ({"rope_scaling": oracle.YARN | {"rope_theta": 7.0}}, "rope_scaling.rope_theta is 7.0"),
+    "two types": ({"rope_scaling": oracle.YARN | {"type": "linear"}}, "rope_scaling.type is 'linear'"),
+    "two dtypes": ({"dtype": "bfloat16"}, "torch_dtype is 'float32', but dtype is 'bfloat16'"),
+    "a factor alone": ({"rope_scaling": {"factor": 4.0}}, "no rope_type"),
+    "by kind of layer": ({"rope_parameters": {"full_attention": oracle.YARN}}, "full_attention"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_contradictions_are_refused_and_both_sides_named(name):
+    changes, words = CONTRADICTIONS[name]
+    with pytest.raises(ValueError) as error:
+        Config.from_dict(oracle.config(**changes))
+    assert words in str(error.value), error.value
+
+
+def test_two_spellings_that_agree_are_one():
+    older = {"type": "yarn", **{key: value for key, value in oracle.YARN.items() if key != "rope_type"}}
+    both = {"rope_scaling": older, "rope_parameters": oracle.YARN | {"rope_theta": 10000, "attention_factor": None}}
+    assert Config(**oracle.config(**both)) == Config(**oracle.config(rope_scaling=oracle.YARN))
+    plain = Config(**oracle.config(rope_parameters={"rope_theta": 10000.0}, rope_scaling=oracle.YARN))
+    assert plain.rope_scaling == oracle.YARN
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("hiden_size", "hidden_size"), ("rope_tetha", "rope_theta"), ("num_attn_heads", "num_attention_heads")],
+)
+def test_a_misspelt_field_is_refused_by_hand_and_kept_from_a_file(wrong, right, tmp_path):
+    fields = oracle.config() | {wrong: 7}
+    with pytest.raises(ValueError, match=f"'{wrong}'; did you mean {right}"):
+        Config(**fields)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = Config.from_json(tmp_path / "config.json")
+    assert config.other[wrong] == 7 and config.to_dict()[wrong] == 7
+
+
+def test_yarn_raises_the_context():
+    """vLLM: max_model_len = original_max_position_embeddings * factor."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = Config(**oracle.config(max_position_embeddings=40960, rope_scaling=yarn))
+    assert config.context_length == 131072 and config.max_position_embeddings == 40960
+    KVCache(config, 1, 131072, device="meta")
+    with pytest.raises(ValueError, match="context is 131,072"):
+        KVCache(config, 1, 131073, device="meta")
+    assert Config(**oracle.config()).context_length == 512
+    with pytest.raises(ValueError, match="yarn's factor asks for"):
+        Config(**oracle.config(rope_scaling=yarn | {"factor": 1e6}))
+
+
 # ---- loading and saving ----
 
 

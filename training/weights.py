@@ -65,7 +65,10 @@ def starting_model(settings: Settings, chat: Chat, device: torch.device) -> Qwen
             )
     else:
         torch.manual_seed(settings.train.seed)
-        model = Qwen3(Config(**{"vocab_size": vocabulary, **tokens, **settings.model.config}))
+        try:
+            model = Qwen3(Config(**{"vocab_size": vocabulary, **tokens, **settings.model.config}))
+        except ValueError as error:
+            raise ValueError(f"model.config: {str(error).removeprefix('config: ')}") from None
     if model.config.vocab_size < vocabulary:
         raise ValueError(
             f"vocab_size {model.config.vocab_size} in model.config is less than the {vocabulary} tokens of "

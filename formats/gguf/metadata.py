@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from formats.config_json import published_spelling, rope_type
 from formats.gguf import names
 from formats.gguf.tokenizer import to_metadata
 from formats.tensors import read_json
@@ -54,7 +55,7 @@ def pack(key: str, value: Value) -> bytes:
 
 def pairs(checkpoint: Any, type: str, shapes: dict[str, tuple[int, ...]]) -> Pairs:
     """All metadata for `checkpoint` written as `type`. `shapes`: the tensors' GGUF names and shapes."""
-    config = checkpoint.config
+    config = published_spelling(checkpoint.config)
     arch = {official: ours for ours, official in names.MODEL_TYPES.items()}.get(config.get("model_type"))
     if arch is None:
         raise ValueError(f"{checkpoint.path}: model_type {config.get('model_type')!r} cannot be written as GGUF")
@@ -113,8 +114,7 @@ def _architecture(path: Path, config: dict, arch: str, file_type: int) -> Pairs:
             raise ValueError(f"{path}: config.json has no {name} (take the config.json of the published model)")
         return config[name]
 
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta"))
+    rope, theta = config.get("rope_scaling") or {}, config.get("rope_theta")
     keys = {
         "block_count": Value(UINT32, need("num_hidden_layers")),
         "context_length": Value(UINT32, need("max_position_embeddings")),
@@ -129,7 +129,7 @@ def _architecture(path: Path, config: dict, arch: str, file_type: int) -> Pairs:
     if arch == "qwen3moe":
         if not config.get("norm_topk_prob", False):
             raise ValueError(f"{path}: norm_topk_prob is false, but GGUF has no key for it and llama.cpp normalises")
-        keys["expert_count"] = Value(UINT32, names.expert_count(config))
+        keys["expert_count"] = Value(UINT32, need("num_experts"))
         keys["expert_used_count"] = Value(UINT32, need("num_experts_per_tok"))
     if config.get("head_dim") is not None:
         keys |= {f"attention.{name}_length": Value(UINT32, config["head_dim"]) for name in ("key", "value")}
@@ -141,7 +141,7 @@ def _architecture(path: Path, config: dict, arch: str, file_type: int) -> Pairs:
 
 
 def _rope_scaling(path: Path, rope: dict) -> Pairs:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope_type(rope)
     if kind == "default":
         return {}
     if kind != "yarn":

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from formats.config_json import published_spelling
+
 # official module name -> GGUF's; each has ".weight", the attention projections of Qwen2 also ".bias"
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 LAYER = {
@@ -53,7 +55,7 @@ _BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,5})\.(\w+)\.(weight|bias)")
 
 def expert_count(config: dict) -> int:
     """The experts of one layer, 0 for a dense model. transformers 5 writes them as `num_local_experts`."""
-    return config.get("num_experts") or config.get("num_local_experts") or 0
+    return published_spelling(config).get("num_experts") or 0
 
 
 def gguf_name(official: str) -> str:

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from formats.config_json import published_spelling
 from formats.gguf import kquants, metadata, names
 from formats.gguf.reader import DEFAULT_ALIGNMENT, MAGIC, padded
 from formats.tensors import read_json
@@ -261,16 +262,13 @@ def write_qwen3c(checkpoint: Any, path: Path, on_tensor: OnTensor | None = None)
     numerical order, each layer's tensors by name, and the first byte of all at `QWEN3C_HEAD`, up to which a metadata
     value fills the file. Raises ValueError for a model that does not have Qwen3-0.6B's widths (any depth is right).
     """
-    config = checkpoint.config
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    found = {
-        **{name: config.get(name) for name in QWEN3C_CONFIG},
-        "rope_theta": rope.get("rope_theta", config.get("rope_theta")),
-    }
+    config = published_spelling(checkpoint.config)
     for name, wanted in (QWEN3C_CONFIG | {"rope_theta": QWEN3C_ROPE_THETA}).items():
-        if found[name] != wanted:
-            raise ValueError(f"{checkpoint.path}: qwen3.c only runs Qwen3-0.6B, {name} {wanted} (here {found[name]})")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        if config.get(name) != wanted:
+            raise ValueError(
+                f"{checkpoint.path}: qwen3.c only runs Qwen3-0.6B, {name} {wanted} (here {config.get(name)})"
+            )
+    if config["rope_scaling"] is not None:
         raise ValueError(f"{checkpoint.path}: qwen3.c does not know YaRN (remove rope_scaling from config.json)")
     tensors = plan(checkpoint, "f32")
     if not any(tensor.name == "output.weight" for tensor in tensors):

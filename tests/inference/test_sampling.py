@@ -167,3 +167,11 @@ def test_impossible_values_are_refused(wrong):
     if next(iter(wrong)) not in ("max_new_tokens", "seed", "stop"):
         with pytest.raises(ValueError, match=r"generation_config\.json"):
             recommended(wrong, thinking=True)
+
+
+def test_top_k_minus_one_is_off_as_zero_is():
+    logits = np.random.default_rng(0).standard_normal(50).astype(np.float32)
+    off, vllm = recommended({"top_k": 0}, True), recommended({"top_k": -1}, True)
+    for one, other in zip(distribution(logits, off), distribution(logits, vllm), strict=True):
+        assert np.array_equal(one, other)
+    assert len(distribution(logits, SamplingParams(top_k=-1))[0]) == 50

@@ -71,6 +71,29 @@ def test_greedy_replies_are_the_same_with_every_draft(seed):
     assert accepted["PromptLookup"] > 0 and accepted["DraftModel"] > 0
 
 
+@pytest.mark.parametrize("rows", [40, 64, 33])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_draft_padded_to_another_size_guesses_within_both(rows, temperature):
+    """One tokenizer, two paddings (Qwen3-0.6B has 151,936 rows, other sizes other numbers): the same text."""
+    model, draft = small_model(3), small_model(3, vocabulary=rows)
+    with torch.no_grad():  # the same model but for the padding, whose rows would otherwise win
+        for (name, ours), (_, theirs) in zip(model.named_parameters(), draft.named_parameters(), strict=True):
+            shared = min(len(ours), len(theirs))
+            theirs[:shared] = ours[:shared]
+            theirs[shared:] = 3 * ours[: len(theirs) - shared] if name.endswith("weight") else 0
+    accepted = 0
+    for seed in range(4):
+        params = SamplingParams(temperature=temperature, seed=seed, max_new_tokens=60, repetition_penalty=1.2)
+        ids = [5, 9, 30, 5, 9 + seed]
+        speculation = Eager(DraftModel(draft, 40))
+        assert list(generate(model, ids, params, speculation=speculation)) == list(generate(model, ids, params))
+        accepted += speculation.accepted
+    assert accepted > 0 or rows < 40  # there the reply may hold ids that the draft lacks
+    smaller = DraftModel(small_model(3, vocabulary=20), 40)
+    smaller.begin([5, 30])
+    assert smaller.propose([], 3, params, params.generator()) == []
+
+
 @pytest.mark.parametrize(
     "settings",
     [
