@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data.packing import in_parts, packed
 from data.sources import IGNORED, Row
 
 
@@ -61,13 +62,6 @@ class Rollouts(NamedTuple):
     mask: None = None
 
 
-def in_parts(items: list, parts: int) -> list[list]:
-    """Items of similar length together, in at most `parts` lists."""
-    items = sorted(items, key=lambda item: item.length)
-    cut = [items[part * len(items) // parts : (part + 1) * len(items) // parts] for part in range(parts)]
-    return [chosen for chosen in cut if chosen]
-
-
 def batches(rows: list[Row], parts: int, device: torch.device, end_of_text: int | None = None) -> list[Batch]:
     """Rows of similar length together, in `parts` padded batches; the padding lies behind and is never learnt.
 
@@ -96,19 +90,6 @@ def packed_batches(rows: list[Row], parts: int, device: torch.device, longest: i
         lengths = torch.tensor([sum(row.length for row in rows) for rows in sequences])
         made.append(Batch(ids.to(device), targets.to(device), document_mask(document.to(device)), lengths))
     return made
-
-
-def packed(rows: list[Row], longest: int) -> list[list[Row]]:
-    """Rows, the longest first, each into the first sequence that has room for it."""
-    sequences, room = [], []
-    for row in rows:
-        place = next((place for place, left in enumerate(room) if left >= row.length), len(room))
-        if place == len(room):
-            sequences.append([])
-            room.append(longest)
-        sequences[place].append(row)
-        room[place] -= row.length
-    return sequences
 
 
 def lengths_of(rows: list[Row]) -> Tensor:
