@@ -33,7 +33,7 @@ class Balance:
         gates = [module.gate for module in objective.model.modules() if isinstance(module, MoE)]
         self.layers, self.tokens, self.counts = len(gates), 1.0, True
         self.sums = torch.zeros(2, self.experts, dtype=torch.float64, device=processes.device)  # of f and P
-        self.real: Tensor | None = None  # bool [B·T]: the tokens of the micro-batch under way that are no padding
+        self.real: Tensor | None = None  # bool [B·T]: the tokens of the current micro-batch that are no padding
         objective.register_forward_pre_hook(lambda module, given: self._enter(given[0]))
         objective.register_forward_hook(lambda *_: self._leave())
         for gate in gates:
@@ -50,7 +50,6 @@ class Balance:
                 self._enter(batch)
                 self.objective.hidden_states(batch)
         self._leave()
-        self.counts = False
         self.processes.sum_tensor(self.sums)
 
     def loss(self) -> float:
@@ -63,18 +62,16 @@ class Balance:
         self.real = (torch.arange(length) < real_lengths(batch)[:, None]).flatten().to(batch.ids.device)
 
     def _leave(self) -> None:
-        """The forward pass is over: what is computed again in the backward pass is not counted again."""
-        self.real, self.counts = None, False
+        """The forward pass is over: what is recomputed in the backward pass is not counted again."""
+        self.counts = False
 
-    def _routed(self, gate: nn.Module, given: tuple, logits: Tensor) -> Tensor | None:
-        if self.real is None:
-            return None
-        if self.counts:
+    def _routed(self, gate: nn.Module, given: tuple, logits: Tensor) -> Tensor:
+        if self.counts and self.real is not None:
             probabilities = logits.detach()[self.real].softmax(-1, dtype=torch.float32)
             chosen = probabilities.topk(self.top_k, -1).indices.flatten()
             self.sums[0] += chosen.bincount(minlength=self.experts)
             self.sums[1] += probabilities.sum(0, dtype=torch.float64)
-        return _Balanced.apply(logits, self.real, self) if torch.is_grad_enabled() else None
+        return _Balanced.apply(logits, self.real, self) if torch.is_grad_enabled() else logits
 
 
 class _Balanced(torch.autograd.Function):

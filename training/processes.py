@@ -42,7 +42,7 @@ class Processes:
     def wrap(self, objective: Objective) -> nn.Module:
         """The objective for DDP (the whole model in every process, gradients averaged) or FSDP (sharded)."""
         if self.parallel == "ddp":
-            return DistributedDataParallel(objective, broadcast_buffers=False)  # the only buffers are constants
+            return DistributedDataParallel(objective, forward_sync_buffers=False)  # they are constants
         if self.parallel == "fsdp":
             for block in objective.model.model.layers:
                 fully_shard(block)
