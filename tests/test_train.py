@@ -41,6 +41,7 @@ from training import optimizers, schema
 from training.objectives import IGNORED, Batch, linear_cross_entropy, next_token_loss
 from training.optimizers import Muon, Optimizers, learning_rate_factor, orthogonal
 from training.prefetch import Prefetcher
+from training.reporting import headline
 
 
 @pytest.fixture
@@ -194,14 +195,15 @@ def test_every_weight_is_trained_by_exactly_one_optimizer(config, name):
         assert (kind == "muon") == (name == "muon" and group["lr"] == 0.1)
 
 
+@pytest.mark.parametrize("changed", [{}, {"nesterov": False}, {"eps": 100.0}, {"ns_steps": 2}], ids=str)
 @pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40)])
-def test_muon_steps_as_pytorch_does(monkeypatch, shape):
+def test_muon_steps_as_pytorch_does(monkeypatch, shape, changed):
     """Which does all in bfloat16. Also where a shape's matrices are not taken all at once, and one has no gradient."""
     monkeypatch.setattr(optimizers, "TOGETHER", 2 * shape[0] * shape[1])
     torch.manual_seed(0)
     given = [torch.randn(shape) for _ in range(4)]
     ours, theirs = ([nn.Parameter(p.clone()) for p in given] for _ in range(2))
-    settings = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}
+    settings = {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9} | changed
     exact = [nn.Parameter(p.clone()) for p in given]
     steppers = (
         (ours, Muon(ours, torch.bfloat16, **settings)),
@@ -365,6 +367,12 @@ def test_processes_and_config_must_agree(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"train\.parallel is none; set ddp or fsdp"):
         run(config)
+
+
+def test_the_progress_line_keeps_the_validation_loss_and_shows_no_mfu_where_there_is_none():
+    record = {"loss": 2.0, "reward": 0.5, "tokens_per_second": 1234.5}
+    assert headline(record, 2.25) == "loss 2.0000  validation 2.2500  reward 0.500  1,234 tokens/s"
+    assert headline(record | {"mfu": 0.4}, None) == "loss 2.0000  reward 0.500  1,234 tokens/s  MFU 40%"
 
 
 # --- what a run may ask for besides ---

@@ -1,0 +1,311 @@
+"""What ends a run, and what may change when it is resumed."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from runs import CONFIG, Fault, in_child, in_processes, metrics, run, settings
+from safetensors.torch import load_file
+
+import train
+import training.run
+from data.corpus.tokenizer import TINY
+from model import Qwen3
+from ops import cross_entropy
+from training.processes import one_line_failures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    path = tmp_path / "test.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+@pytest.fixture
+def answers(tmp_path) -> Path:
+    """From the bundled model, on eight rows that serve sft, dpo and grpo."""
+    rows = [{"question": f"What is {n} + {n}?", "answer": f"#### {2 * n}"} for n in range(1, 9)]
+    rows = [row | {"prompt": row["question"], "chosen": f"{n + n}", "rejected": "No."} for n, row in enumerate(rows, 1)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changed = {"train": CONFIG["train"] | {"steps": 2, "save_every": 2}, "optimizer": {"name": "adamw", "lr": 3e-3}}
+    changed |= {"data": {"source": "rows", "train": str(tmp_path / "rows.jsonl")}}
+    changed |= {"model": {"init": str(TINY), "tokenizer": str(TINY)}}
+    path = tmp_path / "test.yaml"
+    path.write_text(yaml.safe_dump(CONFIG | changed))
+    return path
+
+
+# --- signals ---
+
+
+def run_on_a_slow_disk(config: Path) -> None:
+    """Each process writes down when it ends, and what it said."""
+    rank, save = os.environ["RANK"], training.run.save_file
+
+    def slow(*arguments) -> None:
+        time.sleep(1.5)
+        save(*arguments)
+
+    training.run.save_file = slow
+    with (config.parent / f"said-{rank}").open("w") as sys.stderr:
+        try:
+            run(config, "train.parallel=ddp")
+        finally:
+            (config.parent / f"ended-{rank}").write_text(str(time.time()))
+
+
+def stop_rank_one(number: int) -> None:
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)
+
+
+def test_all_processes_leave_after_the_save_and_one_speaks(config):
+    fault = Fault(2, stop_rank_one, (signal.SIGTERM,))
+    assert in_processes(2, run_on_a_slow_disk, config, fault=fault) == [143, 143]
+    latest = config.parent / "run" / "latest"
+    assert latest.resolve().name == "step-00000002"
+    assert float((config.parent / "ended-1").read_text()) > latest.lstat().st_mtime
+    assert "saved" in (config.parent / "said-0").read_text()
+    assert (config.parent / "said-1").read_text() == ""
+
+
+def interrupted_in_a_long_operation(said: Path) -> None:
+    """What is said must be there when the operation ends: Python calls no handler before."""
+    sys.stderr = said.open("w")
+    size = 500
+    while True:
+        x, start = torch.randn(size, size), time.perf_counter()
+        torch.mm(x, x)
+        if time.perf_counter() - start > 0.4:
+            break
+        size = int(size * 1.5)
+    sent = []
+
+    def interrupt() -> None:
+        time.sleep(0.05)
+        sent.append(time.perf_counter())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    torch.mm(x, x)
+    if "SIGINT: finishing step 3, then saving; Ctrl-C again ends now" not in said.read_text():
+        os._exit(9)
+
+
+def test_ctrl_c_is_acknowledged_at_once(config):
+    fault = Fault(3, interrupted_in_a_long_operation, (config.parent / "said",))
+    assert in_child(run, config, fault=fault) == 130
+    assert (config.parent / "run" / "latest").resolve().name == "step-00000003"
+
+
+# --- memory, and other processes ---
+
+
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore about it")
+
+
+def run_and_say(config: Path, *words: str) -> None:
+    """Ends with 7 if the error holds the words that this process should say."""
+    try:
+        run(config, "train.parallel=ddp")
+    except ValueError as error:
+        sys.exit(7 if words[int(os.environ["RANK"])] in str(error) else 8)
+
+
+def test_out_of_memory_is_told_from_the_end_of_another_process(config):
+    words = ("out of memory on cpu (CUDA out of memory. Tried to allocate 20.00 GiB.); cut", "another process")
+    assert in_processes(2, run_and_say, config, *words, fault=Fault(2, out_of_memory, rank=0)) == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("changed", "advice"),
+    [
+        ([], "train.accumulate=4 (now 2)"),
+        (["train.accumulate=4"], "train.checkpoint_activations=true"),
+        (["train.accumulate=4", "train.checkpoint_activations=true"], "shorten train.sequence"),
+    ],
+)
+def test_out_of_memory_has_advice(config, changed, advice):
+    processes = SimpleNamespace(count=1, device="cpu")
+    in_one_line = one_line_failures(settings(config, *changed), processes, Path("latest"))
+    with pytest.raises(ValueError, match="out of memory") as caught, in_one_line:
+        torch.empty(1 << 60, dtype=torch.int8)
+    assert advice in str(caught.value) and "--resume" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_defect_of_ours_keeps_its_traceback(config):
+    processes = SimpleNamespace(count=2, device="cpu")
+    in_one_line = one_line_failures(settings(config), processes, Path("latest"))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), in_one_line:
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+# --- what may change on resume ---
+
+
+def test_more_steps_in_smaller_pieces_and_all_that_changes_no_mathematics(config, capsys):
+    run(config, "train.steps=4")
+    changes = ["train.accumulate=4", "train.save_every=1", "train.keep=1", "train.checkpoint_activations=true"]
+    changes += ["train.validate_every=3", "train.validate_batches=1", "train.kernels=torch", "train.threads=2"]
+    records = run(config, "train.steps=6", *changes, resume=True)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert "train.steps 4 -> 6: from here on the schedule is that of 6 steps; step 5 has" in capsys.readouterr().err
+    assert yaml.safe_load((config.parent / "run" / "config.yaml").read_text())["train"]["steps"] == 6
+    with pytest.raises(ValueError, match=r"train\.steps 5 is less than the 6 of"):
+        run(config, "train.steps=5", *changes, resume=True)
+
+
+def test_smaller_pieces_give_the_same_losses(config):
+    alone = run(config)
+    (config.parent / "run").rename(config.parent / "alone")
+    run(config, "train.steps=12", "train.save_every=6")
+    for line in (config.parent / "run" / "checkpoints").iterdir():
+        assert line.name in ("step-00000006", "step-00000012")
+    (config.parent / "run" / "latest").unlink()
+    (config.parent / "run" / "latest").symlink_to("checkpoints/step-00000006")
+    resumed = run(config, "train.accumulate=4", "train.checkpoint_activations=true", resume=True)
+    assert [r["loss"] for r in resumed] == pytest.approx([r["loss"] for r in alone], rel=1e-5)
+    assert [r["tokens"] for r in resumed] == [r["tokens"] for r in alone]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("optimizer.lr=0.1", r"optimizer\.lr: 0\.006 -> 0\.1\): its remaining updates would not be those"),
+        ("train.batch=8", r"train\.batch: 4 -> 8\): its remaining steps would take other rows"),
+        ("train.dtype=bfloat16", r"train\.dtype"),
+        ("data.seed=1", r"data\.seed: 0 -> 1\): its remaining steps would take other rows"),
+        ("model.config.head_dim=16", r"model\.config\.head_dim: 8 -> 16\): its checkpoints hold the weights"),
+        ("schedule.decay=0.1", r"schedule\.decay"),
+        ("train.router_aux_loss_coef=0.1", r"router_aux_loss_coef: None -> 0\.1"),
+    ],
+)
+def test_what_changes_the_mathematics_is_refused_with_what_would_happen(config, change, why):
+    short = ("train.steps=1", "train.save_every=1", "train.validate_batches=1")
+    run(config, *short)
+    with pytest.raises(ValueError, match=why):
+        run(config, *short, change, resume=True)
+
+
+def test_a_run_of_an_older_version_lacks_new_keys(config):
+    short = ("train.steps=1", "train.save_every=1", "train.validate_batches=1")
+    run(config, *short)
+    path = config.parent / "run" / "config.yaml"
+    saved = yaml.safe_load(path.read_text())
+    del saved["train"]["router_aux_loss_coef"]
+    path.write_text(yaml.safe_dump(saved))
+    assert len(run(config, *short, resume=True)) == 1
+
+
+@pytest.mark.parametrize("lora", [[], ["lora.rank=2"]], ids=["all weights", "lora"])
+def test_dpo_of_more_steps_computes_the_missing_references(answers, lora):
+    """Under the starting weights, so that they are those of a run that was as long from the beginning."""
+    chosen = ["stage=dpo", "train.validate_batches=1", *lora]
+    run(answers, *chosen, "train.steps=1", "train.save_every=1")
+    run(answers, *chosen, "train.steps=2", "train.save_every=1", resume=True)
+    saved = reference(answers.parent / "run")
+    (answers.parent / "run").rename(answers.parent / "short")
+    run(answers, *chosen, "train.steps=2")
+    whole = reference(answers.parent / "run")
+    assert saved.keys() == whole.keys() and len(whole) == 8
+    for key, logprobs in whole.items():
+        torch.testing.assert_close(saved[key], logprobs, rtol=1e-4, atol=1e-4)
+
+
+def reference(out: Path) -> dict[bytes, torch.Tensor]:
+    saved = load_file(out / "reference.safetensors")
+    return dict(zip(map(bytes, saved["pairs"].numpy()), saved["logprobs"], strict=True))
+
+
+# --- shares of the work ---
+
+
+def test_grpo_takes_a_questions_replies_as_rows_and_writes_the_same_in_any_number_of_processes(answers):
+    """Two questions of four replies are eight rows, enough for eight micro-batches."""
+    chosen = ["stage=grpo", "train.batch=16", "grpo.group=4", "grpo.max_new_tokens=12", "grpo.thinking=false"]
+    chosen += ["train.accumulate=16", "grpo.kl=0", "optimizer.lr=1e-4"]
+    alone = run(answers, *chosen)
+    (answers.parent / "run").rename(answers.parent / "alone")
+    assert in_processes(2, run, answers, *chosen, "train.parallel=ddp") == [0, 0]
+    for record, expected in zip(metrics(answers.parent / "run"), alone, strict=True):
+        for name in ("reward", "length", "tokens", "format_errors"):
+            assert record[name] == pytest.approx(expected[name], rel=1e-6)
+
+
+def test_validation_is_shared_and_computes_no_gradients(config, monkeypatch):
+    trainer = train.Trainer(settings(config), resume=False)
+    whole = trainer.stage.validation_batches(0)
+    rows = []
+    for rank in range(3):
+        trainer.stage.processes = SimpleNamespace(count=3, rank=rank, share=slice(rank, None, 3))
+        shared = trainer.stage.validation_batches(0)
+        assert len(shared) == 1  # as many as in the others, although one of them has two rows of the four
+        rows += [len(batch.ids) for batch in shared]
+    assert sum(rows) == sum(len(batch.ids) for batch in whole) == 4
+    trainer.stage.processes = SimpleNamespace(count=5, rank=4, share=slice(4, None, 5))
+    assert [len(batch.ids) for batch in trainer.stage.validation_batches(0)] == [4]  # fewer rows than processes
+
+    needed, chunks = [], cross_entropy._in_chunks
+    monkeypatch.setattr(cross_entropy, "_in_chunks", lambda *given: needed.append(given[4]) or chunks(*given))
+    trainer.stage.processes = trainer.processes
+    assert "validation_loss" in trainer.validation()
+    assert set(needed) == {(False, False)}
+
+
+# --- adapters over quantised weights ---
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def quantized(request, tmp_path_factory) -> Path:
+    import convert
+
+    out = tmp_path_factory.mktemp("quantized") / request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["convert.py", "--model", str(TINY), "--to", request.param, "--out", str(out)])
+        convert.main()
+    return out
+
+
+def test_adapters_over_quantised_weights(answers, quantized):
+    """They learn, are merged into bfloat16, and a run that was killed ends with the same weights."""
+    chosen = [
+        "data.validation=null",
+        "lora.rank=4",
+        f"model.init={quantized}",
+        "optimizer.lr=0.01",
+        "train.dtype=bfloat16",
+    ]
+    whole = run(answers, *chosen, "train.steps=6")
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    (answers.parent / "run").rename(answers.parent / "whole")
+    fault = Fault(4, os._exit, (5,))
+    assert in_child(run, answers, *chosen, "train.steps=6", fault=fault) == 5
+    assert [r["loss"] for r in run(answers, *chosen, "train.steps=6", resume=True)] == [r["loss"] for r in whole]
+    merged, base = Qwen3.from_pretrained(answers.parent / "run" / "latest"), Qwen3.from_pretrained(quantized)
+    assert merged.config.quantization_config is None and merged.config.dtype == "bfloat16"
+    name = "model.layers.0.mlp.down_proj"
+    before, after = base.get_submodule(name).dequantize(), merged.get_submodule(name).weight
+    factors = load_file(answers.parent / "run" / "latest" / "adapter" / "adapter_model.safetensors")
+    a, b = (factors[f"base_model.model.{name}.lora_{which}.weight"] for which in "AB")
+    assert torch.equal(after, (before + b @ a * (32 / 4)).bfloat16())
+    other = Qwen3.from_pretrained(answers.parent / "whole" / "latest").state_dict()
+    assert all(torch.equal(tensor, other[key]) for key, tensor in merged.state_dict().items())
+
+
+def test_quantised_weights_are_not_trained_themselves(answers, quantized):
+    with pytest.raises(ValueError, match=r"has quantised weights, .* \(lora\.rank=16\)"):
+        run(answers, f"model.init={quantized}")
