@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from formats.json_file import read_json
 from formats.messages import Message, normalise, normalise_tools, short, thinks
 from formats.template import TemplateSandbox
 from formats.tokenizer_files import (
@@ -23,7 +24,6 @@ from formats.tokenizer_files import (
     TOKENIZER_BYTES,
     chat_templates,
     load_tokenizer,
-    read_json_object,
     read_text,
     reraise_unless_library,
     special_tokens,
@@ -85,7 +85,7 @@ class Chat:
         return cls(
             str(path),
             tokenizer_json,
-            read_json_object(config, CONFIG_BYTES) if config.exists() else {},
+            read_json(config) if config.exists() else {},
             read_text(template, CONFIG_BYTES) if template.exists() else None,
         )
 

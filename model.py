@@ -112,7 +112,7 @@ class Config:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Config":
-        from formats.tensors import read_json
+        from formats.json_file import read_json
 
         given = read_json(Path(path))
         try:

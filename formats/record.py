@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.files import sha256, write_text
-from formats.tensors import read_json
+from formats.json_file import read_json
 
 NAME = "conversion.json"
 BLOCK = 1 << 22  # bytes

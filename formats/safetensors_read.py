@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from formats.json_file import read_json
 from formats.mapping import map_file, release
-from formats.tensors import DTYPES, PICKLE_SUFFIXES, TensorInfo, read_json
+from formats.tensors import DTYPES, PICKLE_SUFFIXES, TensorInfo
 
 MAX_HEADER = 32_000_000  # bytes; the names of 10^5 tensors stay far below, and parsing it stays within a gigabyte
 MAX_NAME = 256  # characters; the official names stay below 60

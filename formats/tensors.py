@@ -1,12 +1,9 @@
-"""What the readers of every container share: how a stored tensor is described, and a JSON object read with limits."""
+"""What the readers of every container share: how a stored tensor is described."""
 
-import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-MAX_JSON = 32_000_000  # bytes; the names of 10^5 tensors stay far below, and parsing it stays within a gigabyte
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 DTYPES = {
@@ -26,18 +23,3 @@ DTYPES = {
 class TensorInfo(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a stranger's file; ValueError names the file where it is none."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file, but a checkpoint directory needs one; download it again")
-    if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes is too large for this file; download it again")
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({str(error)[:80]}); download the file again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON {type(value).__name__}, not an object {{...}}; download the file again")
-    return value

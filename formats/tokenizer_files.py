@@ -6,7 +6,6 @@ Each is a stranger's: what is no such file is refused in one line that names it.
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models
 
@@ -23,17 +22,6 @@ def read_text(path: Path, limit: int) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start:,}; replace it by the published one") from None
-
-
-def read_json_object(path: Path, limit: int) -> dict[str, Any]:
-    text = read_text(path, limit)
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); replace it by the published one") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON {type(content).__name__} where an object is expected")
-    return content
 
 
 # A name of an affix with a value, or a letter that is spelt as an escape, as which a name could hide.

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from chat import Chat
 from data.shard_format import END_OF_TEXT
+from formats.json_file import read_json
 from formats.source import resolve
-from formats.tensors import read_json
 from model import Config, Qwen3
 from training.lora import add_lora, load_adapter, merged_weights, save_adapter
 from training.optimizers import full_tensor

@@ -27,7 +27,7 @@ import torch
 from formats.config_json import published_spelling
 from formats.gguf import kquants, metadata, names
 from formats.gguf.reader import DEFAULT_ALIGNMENT, MAGIC, padded
-from formats.tensors import read_json
+from formats.json_file import read_json
 
 TYPES = tuple(names.FILE_TYPES)
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # written by the converter, all others by the quantiser
