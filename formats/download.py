@@ -81,3 +81,46 @@ def transfer(url: str, headers: dict[str, str], part: Path, size: int, report: C
                 pass
     if have < size:
         raise HubUnreachable(f"{url}: {have:,} of {size:,} bytes came; {AGAIN}")
+
+
+def read_range(url: str, start: int, size: int) -> bytes:
+    """`size` bytes of a file from `start` on. HubUnreachable, or ValueError where the server answers something else."""
+    status, data = _read(url, {"Range": f"bytes={start}-{start + size - 1}"}, size)
+    if status != 206 and start:
+        raise ValueError(f"{url}: the server does not send parts of files; --deep downloads them whole")
+    if len(data) < size:
+        raise HubUnreachable(f"{url}: {len(data):,} of {size:,} bytes came; {AGAIN}")
+    return data
+
+
+def read_document(url: str, limit: int) -> bytes:
+    """A whole document of at most `limit` bytes. HubUnreachable, or ValueError."""
+    data = _read(url, {}, limit + 1)[1]
+    if len(data) > limit:
+        raise ValueError(f"{url}: more than {limit:,} bytes")
+    return data
+
+
+def _read(url: str, headers: dict[str, str], most: int) -> tuple[int, bytes]:
+    """The status and at most `most` bytes of an answer."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers
+
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"} | headers
+    request = get_session().build_request("GET", url, headers=headers, timeout=STALL_SECONDS)
+    try:
+        response = reach(lambda: get_session().send(request, stream=True, follow_redirects=True))
+    except Exception as error:  # the HTTP library's classes, whatever of names, sockets and TLS failed
+        raise HubUnreachable(f"{url}: can't be reached ({error}); {AGAIN}") from None
+    with closing(response):
+        if response.is_error:
+            raise ValueError(f"{url}: the server answers {response.status_code} {response.reason_phrase}")
+        data = bytearray()
+        try:
+            for piece in response.iter_bytes():
+                data += piece[: most - len(data)]
+                if len(data) == most:
+                    break
+        except Exception as error:
+            raise HubUnreachable(f"{url}: the connection broke ({error}); {AGAIN}") from None
+    return response.status_code, bytes(data)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from console import byte_progress
-from formats.download import HubUnreachable, reach, transfer
+from formats.download import HubUnreachable, reach, read_document, transfer
 from formats.files import publish, sha256, write_text
 
 DATA_FILES = [
@@ -95,6 +95,19 @@ def download(repo: str, revision: str | None) -> Path:
 
 def _ask(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
     """The commit of a revision and its data files, the weights last: once they are there, everything is."""
+    commit, found = listing(repo, revision)
+    files = [
+        file
+        for file in found
+        if "/" not in file.name and any(fnmatchcase(file.name, pattern) for pattern in DATA_FILES)
+    ]
+    if not any(file.name.endswith(".safetensors") for file in files):
+        raise ValueError("no model.safetensors on the hub; pickle weights (.bin) can run code and are never loaded")
+    return commit, sorted(files, key=lambda file: file.name.startswith("model"))
+
+
+def listing(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
+    """The commit of a revision and all of its files, whatever they are."""
     from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -114,16 +127,49 @@ def _ask(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
     files = [
         RemoteFile(file.rfilename, file.size, file.lfs.sha256 if file.lfs else file.blob_id)
         for file in info.siblings or []
-        if "/" not in file.rfilename and any(fnmatchcase(file.rfilename, pattern) for pattern in DATA_FILES)
     ]
     for digest in (info.sha, *(file.digest for file in files)):  # they become names of files
         if not re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", str(digest)):
             raise ValueError(f"the hub's answer has {str(digest)[:80]!r} where a hash is expected; check HF_ENDPOINT")
     if not all(type(file.size) is int and 0 <= file.size < 1 << 48 for file in files):
         raise ValueError("the hub's answer has a file of impossible size; check HF_ENDPOINT")
-    if not any(file.name.endswith(".safetensors") for file in files):
-        raise ValueError("no model.safetensors on the hub; pickle weights (.bin) can run code and are never loaded")
-    return info.sha, sorted(files, key=lambda file: file.name.startswith("model"))
+    return info.sha, files
+
+
+def download_all(repo: str, revision: str | None, directory: Path) -> str:
+    """Downloads every file of a repository into a directory, for those who look at it, and returns the commit."""
+    from huggingface_hub.utils import build_hf_headers
+
+    commit, files = listing(repo, revision)
+    with byte_progress() as progress:
+        task = progress.add_task(repo, total=sum(file.size for file in files))
+        done = 0
+        for file in files:
+            parts = Path(file.name).parts
+            if Path(file.name).is_absolute() or ".." in parts or not parts:
+                raise ValueError(f"the hub's answer has the file name {file.name[:80]!r}; check HF_ENDPOINT")
+            path = directory / file.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            if file.size:
+                transfer(url(repo, commit, file.name), build_hf_headers(), path, file.size, lambda have: None)
+            done += file.size
+            progress.update(task, completed=done)
+    return commit
+
+
+def get(path: str, limit: int) -> bytes:
+    """A small document of the hub's API. ValueError where it has none or more than `limit` bytes."""
+    from huggingface_hub import constants
+
+    return read_document(constants.ENDPOINT + path, limit)
+
+
+def url(repo: str, commit: str, name: str) -> str:
+    """The address of one file."""
+    from huggingface_hub import hf_hub_url
+
+    return hf_hub_url(repo, name, revision=commit)
 
 
 def _fetch(url: str, blob: Path, file: RemoteFile, report: Callable[[int], object]) -> None:

@@ -94,6 +94,12 @@ def is_result(directory: Path) -> bool:
         return False
 
 
+def read(folder: Path, name: str) -> dict[str, Any] | None:
+    """The entry of a result, unchecked; None where its folder has no record or none of it."""
+    path = folder / NAME
+    return _results(path).get(name) if path.is_file() else None
+
+
 def verify(out: Path, progress: Callable[[int], None] = lambda size: None) -> dict[str, Any]:
     """Re-reads a result and returns its entry. ValueError names the files and tensors that changed, in one line.
 

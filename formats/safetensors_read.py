@@ -62,6 +62,15 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, tuple[int
         if not is_whole:
             _fail(path, f"not a whole safetensors file (header of {length:,} bytes, file of {size:,})")
         header = file.read(length)
+    infos, offsets = parse_header(path, header, size - 8 - length)
+    base = 8 + length
+    return infos, {name: (base + a, base + b) for name, (a, b) in offsets.items()}
+
+
+def parse_header(
+    path: str | Path, header: bytes, data: int
+) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
+    """Names, types, shapes and byte ranges within the `data` bytes behind a header, in the order of their bytes."""
     try:
         entries = json.loads(header, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -71,7 +80,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, tuple[int
     entries.pop("__metadata__", None)
     infos, offsets = {}, {}
     for name, entry in entries.items():
-        infos[name], offsets[name] = _read_entry(path, name, entry, size - 8 - length)
+        infos[name], offsets[name] = _read_entry(path, name, entry, data)
     order = sorted(offsets, key=offsets.__getitem__)
     end = 0
     for name in order:
@@ -79,13 +88,12 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, tuple[int
             kind = "overlaps the one before it" if offsets[name][0] < end else "leaves a hole before it"
             _fail(path, f"tensor {name} {kind}")
         end = offsets[name][1]
-    if end != size - 8 - length:
-        _fail(path, f"{size - 8 - length - end:,} bytes belong to no tensor")
-    base = 8 + length
-    return {name: infos[name] for name in order}, {name: (base + a, base + b) for name, (a, b) in offsets.items()}
+    if end != data:
+        _fail(path, f"{data - end:,} bytes belong to no tensor")
+    return {name: infos[name] for name in order}, offsets
 
 
-def _fail(path: Path, problem: str) -> NoReturn:
+def _fail(path: str | Path, problem: str) -> NoReturn:
     raise ValueError(f"{path}: {problem}; download or save the file again") from None
 
 
@@ -100,7 +108,7 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 48
 
 
-def _read_entry(path: Path, name: str, entry: Any, data: int) -> tuple[TensorInfo, tuple[int, int]]:
+def _read_entry(path: str | Path, name: str, entry: Any, data: int) -> tuple[TensorInfo, tuple[int, int]]:
     if len(name) > MAX_NAME or not name.isprintable():
         _fail(path, f"a tensor has the impossible name {name[:80]!r}")
     try:

@@ -107,7 +107,7 @@ def _serve_templates() -> None:
 
     import jinja2
 
-    environment = _template_environment()
+    environment = template_environment()
     compiled = lru_cache(maxsize=4)(environment.from_string)
     with suppress(jinja2.TemplateError):  # what is imported or read on first use must be so before files are shut off
         environment.from_string("{{ raise_exception(strftime_now('%Z')) }}").render()
@@ -140,7 +140,7 @@ def _rendered(template: "jinja2.Template", variables: dict[str, Any]) -> str:
     return "".join(pieces)
 
 
-def _template_environment() -> "jinja2.Environment":
+def template_environment() -> "jinja2.Environment":
     """Jinja with the settings, functions and tags that chat templates are written for (those of transformers)."""
     from jinja2 import TemplateError, ext, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment

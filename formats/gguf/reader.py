@@ -9,18 +9,19 @@ The names are translated in formats/gguf/names.py, the tokenizer in formats/gguf
 values are explained in formats/gguf/kquants.py, and formats/gguf/writer.py writes what this file reads.
 """
 
+import io
 import mmap
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
 from formats.gguf import kquants, names
 from formats.gguf.tokenizer import from_metadata
-from formats.mapping import map_file, release
 from formats.tensors import TensorInfo
 
 MAGIC = b"GGUF"
@@ -33,6 +34,13 @@ STRING, ARRAY = 8, 9
 # Far above any real file (Qwen3-235B: 1,131 tensors, some 300,000 strings), and read within seconds.
 MAX_PAIRS, MAX_TENSORS, MAX_VALUES, MAX_NESTING = 1 << 14, 1 << 16, 1 << 22, 3
 MAX_NAME = 64  # GGML_MAX_NAME
+
+# A private copy-on-write map: torch wants writable memory, the file stays as it is. Linux would promise memory for all
+# of it, which a model larger than the machine's memory does not get, unless it is told not to (MAP_NORESERVE, which
+# Python knows by name from 3.13 on).
+PRIVATE: dict[str, int] = {"access": mmap.ACCESS_COPY}
+if sys.platform == "linux":
+    PRIVATE = {"flags": mmap.MAP_PRIVATE | 0x4000, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
 
 
 class Tensor(NamedTuple):
@@ -49,10 +57,10 @@ def padded(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
-class _Parser:
-    """Reads the head of one GGUF file: `metadata`, `types` (of its values), `elements` (of its arrays), `tensors`."""
+class Head:
+    """The head of one GGUF file: `metadata`, `types` (of its values), `elements` (of its arrays), `tensors`."""
 
-    def __init__(self, path: Path, data: mmap.mmap):
+    def __init__(self, path: str | Path, data: mmap.mmap | bytes):
         self.path, self.data, self.size = path, data, len(data)
         self.position, self.values = 0, 0
         if data[:4] != MAGIC:
@@ -185,6 +193,16 @@ class _Parser:
         return tensors
 
 
+def parse(path: str | Path, stream: BinaryIO, size: int) -> Head:
+    """The head of a GGUF file that is open, or that lies in memory, of any architecture."""
+    try:
+        data: mmap.mmap | bytes = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ)
+    except io.UnsupportedOperation:
+        stream.seek(0)
+        data = stream.read(size)
+    return Head(path, data)
+
+
 class GGUF:
     """A checkpoint in one .gguf file of the architecture qwen3, qwen3moe or qwen2, under its official names.
 
@@ -199,10 +217,11 @@ class GGUF:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.files = [self.path]
-        if not self.path.stat().st_size:
-            raise ValueError(f"{self.path}: the file is empty (download or convert it again)")
-        self._data = map_file(self.path)
-        head = _Parser(self.path, self._data)
+        with self.path.open("rb") as file:
+            if not self.path.stat().st_size:
+                raise ValueError(f"{self.path}: the file is empty (download or convert it again)")
+            self._data = mmap.mmap(file.fileno(), 0, **PRIVATE)
+        head = Head(self.path, self._data)
         self.metadata, self.types, self.elements = head.metadata, head.types, head.elements
         self.stored, self.alignment = head.tensors, head.alignment
         try:
@@ -236,7 +255,9 @@ class GGUF:
     def release(self, name: str) -> None:
         """Gives the memory of a tensor's pages back; its values stay readable (from the file again)."""
         start, size = self._range(name)
-        release(self._data, start, start + size)
+        first = padded(start, mmap.PAGESIZE)
+        if start + size > first and hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED, first, start + size - first)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors in file order, one in memory at a time: use each before asking for the next."""

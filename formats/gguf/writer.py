@@ -169,14 +169,21 @@ def write_gguf(
 
     Raises ValueError where the checkpoint has something that GGUF or the type cannot hold.
     """
+    with path.open("wb") as file:
+        return write_to(file, checkpoint, type, on_tensor, errors)
+
+
+def write_to(
+    file: BinaryIO, checkpoint: Any, type: str, on_tensor: OnTensor | None = None, errors: bool = False
+) -> dict[str, tuple[float, float]]:
+    """`write_gguf` into anything that has `write` and `tell`."""
     tensors = plan(checkpoint, type)
     pairs = metadata.pairs(checkpoint, type, {tensor.name: tensor.shape for tensor in tensors})
     if type not in CONVERTED:  # the quantiser sets these two anew, at the end
         for key in ("general.quantization_version", "general.file_type"):
             pairs[key] = pairs.pop(key)
-    with path.open("wb") as file:
-        file.write(_head(pairs, tensors))
-        return _write_data(file, checkpoint, tensors, on_tensor, errors)
+    file.write(_head(pairs, tensors))
+    return _write_data(file, checkpoint, tensors, on_tensor, errors)
 
 
 def _head(pairs: metadata.Pairs, tensors: list[Planned]) -> bytes:

@@ -1,0 +1,74 @@
+"""Reads a model before it is run, and keeps what is verified apart from what is claimed.
+
+    python audit.py SRC                          a directory, a hub id (read by range requests) or a .gguf file
+    python audit.py SRC --out DIR                model_context.json, audit.md, audit.html and bom.cdx.json into DIR
+    python audit.py FILE.gguf --base SRC         was this made from that? equal to the byte, or which tensors differ
+    python audit.py SRC --verify DIR             is it still what the manifest in DIR says?
+    python audit.py org/name --deep              a hub repository whole, weights included
+
+Exit status 0: everything listed was examined and nothing was found. 1: something was found. 2: something could not be
+examined, or the command was used wrongly. Nothing of the repository is run: pickles and code are read, templates are
+rendered in the sandbox, weights are data.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import console
+from formats.files import write_text
+from formats.source import resolve
+from inspection import auditing, bom, lineage, manifest, report
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = console.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("src", metavar="SRC", help="directory, hub id (org/name or org/name@revision) or .gguf file")
+    add("--base", metavar="SRC", help="what it is said to be made from: weights and template are compared")
+    add("--verify", type=Path, metavar="DIR", help="hold it against the model_context.json of an earlier --out DIR")
+    add("--out", type=Path, metavar="DIR", help="write the manifest, the reports and the bill of materials")
+    add("--deep", action="store_true", help="read a hub repository whole, and run models of any size")
+    add("--json", action="store_true", help="print the manifest")
+    options = parser.parse_args()
+    if options.base and options.verify:
+        parser.error("--base and --verify: one comparison at a time")
+    return options
+
+
+def write_reports(out: Path, audit: auditing.Audit, found: dict[str, Any]) -> None:
+    """All files of --out DIR, each whole or not at all."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; give a directory")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "audit.md", report.markdown(found, audit.lines))
+    write_text(out / "audit.html", report.page(found, audit.lines, audit.diffs))
+    if bom.available():
+        write_text(out / "bom.cdx.json", bom.to_json(found))
+    else:
+        console.notice("bom.cdx.json needs cyclonedx-python-lib: pip install -e '.[audit]'")
+    write_text(out / manifest.NAME, lineage.dump(found))
+
+
+def main() -> None:
+    options = parse_arguments()
+    with auditing.scratch() as scratch, console.byte_progress() as progress:
+        tree = auditing.find_tree(options.src, options.deep, Path(scratch))
+        size = sum(entry.size for entry in tree.entries)
+        task = progress.add_task("auditing", total=2 * size)
+        audit = auditing.Audit(tree, deep=options.deep, progress=lambda size: progress.update(task, advance=size))
+        if options.base:
+            audit.compare(resolve(options.base, "--base"))
+        if options.verify:
+            audit.verify(options.verify)
+        found = audit.finish()
+    print(lineage.dump(found) if options.json else report.terminal(found, audit.lines))
+    if options.out:
+        write_reports(options.out, audit, found)
+    sys.stdout.flush()
+    sys.exit(found["status"])
+
+
+if __name__ == "__main__":
+    console.run(main)

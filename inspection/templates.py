@@ -1,0 +1,393 @@
+"""Chat templates, which are programs of strangers: read as syntax trees, and rendered nowhere but in the sandbox.
+
+What a template may do is small: take messages apart and write them out with markup. Here is looked for what that never
+needs (Python's internals, other files, unknown functions), for work without bound, for characters that do not show, and
+for texts that depend on the date or on words of the user. Words are found by trying: every text of the template is put
+into a user's message, and where the prompt around it changes, it is a switch; markup (`<think>`, `/no_think`) may be
+one, ordinary words may not.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterator
+from typing import Any
+
+from formats.template import TemplateSandbox, template_environment
+from inspection.findings import Ledger
+
+
+def _names(text: str) -> frozenset[str]:
+    """The words of a list that is written out over several lines."""
+    return frozenset(text.split())
+
+
+MAX_TEMPLATE = 1 << 18  # characters
+MAX_LOOP = 20_000  # rounds of loops over constants, nested ones multiplied
+MAX_REPEAT = 100_000  # characters or digits that a constant expression may make
+
+HIDDEN = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\u3164\ufeff\ufff9-\ufffb\U000e0000-\U000e0fff]"
+)
+GLOBALS = {
+    "range",
+    "namespace",
+    "raise_exception",
+    "strftime_now",
+    "dict",
+    "cycler",
+    "joiner",
+    "caller",
+    "super",
+    "loop",
+}
+METHODS = _names(
+    """
+    split rsplit strip lstrip rstrip startswith endswith replace upper lower title capitalize items keys values get
+    append extend insert pop update join format find rfind index count isdigit isalpha isalnum isspace isupper islower
+    zfill splitlines partition rpartition cycle next removeprefix removesuffix strftime copy setdefault ljust rjust
+    center
+    """
+)
+INTERNALS = _names(
+    """
+    mro gi_frame gi_code cr_frame cr_code ag_frame ag_code f_globals f_locals f_builtins func_globals func_code
+    im_class im_func im_self tb_frame tb_next format_map
+    """
+)
+
+# The official templates: sha256 of the text -> where it was published.
+OFFICIAL = {
+    "a55ee1b1660128b7098723e0abcd92caa0788061051c62d51cbe87d9cf1974d8": "Qwen3 (0.6B to 235B-A22B)",
+    "87a2728cb8dc9fe424d624542f6060ec05a1d285ebbec578bb078900e33396b5": "Qwen3, first published (Embedding, Reranker)",
+    "3802169b2a02b81e6adb7ab4f64f91ff02db753c8c3a64a01c35192d3a61d8d7": "Qwen3-Thinking-2507",
+    "40c21f34cf67d8c760ef72f8ad3ae5afad514299d4b06e91dd9a8d705af7b541": "Qwen3-Instruct-2507",
+    "d287fb2edf144207f868ae1b282755dc19db2a3f1c5b3a3d57e9e5abffa98392": "Qwen3-Coder",
+    "a4aee8afcf2e0711942cf848899be66016f8d14a889ff9ede07bca099c28f715": "Qwen3.5-4B",
+}
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Today's weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "a city"}},
+            "required": ["city"],
+        },
+    },
+}
+CALL = {"type": "function", "id": "call00001", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+ANSWER = {"role": "assistant", "content": "4", "reasoning_content": "two and two", "thinking": "two and two"}
+FIXTURES: dict[str, dict[str, Any]] = {
+    "one turn": {"messages": [{"role": "user", "content": "What is 2 + 2?"}]},
+    "system": {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]},
+    "history": {
+        "messages": [{"role": "user", "content": "What is 2 + 2?"}, ANSWER, {"role": "user", "content": "And 3 + 3?"}]
+    },
+    "not thinking": {"messages": [{"role": "user", "content": "What is 2 + 2?"}], "enable_thinking": False},
+    "tools": {"messages": [{"role": "user", "content": "Weather in Paris?"}], "tools": [TOOL]},
+    "tool result": {
+        "messages": [
+            {"role": "user", "content": "Weather in Paris?"},
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "name": "weather", "tool_call_id": "call00001", "content": "sunny"},
+        ],
+        "tools": [TOOL],
+    },
+}
+NEUTRAL = "qzvkw"  # a word that no template knows
+
+
+def examine(
+    ledger: Ledger, where: str, source: str, sandbox: TemplateSandbox, variables: dict[str, str]
+) -> dict[str, str]:
+    """All checks of one template. Returns what it renders of each fixture that it accepts."""
+    if len(source) > MAX_TEMPLATE:
+        ledger.find("template-invalid", where, f"{len(source):,} characters")
+        return {}
+    _examine_characters(ledger, where, source)
+    environment = template_environment()
+    try:
+        tree = environment.parse(source)
+        Reading(ledger, where, tree, environment).examine()
+    except Exception as error:  # jinja2's errors, or its recursion
+        ledger.find("template-invalid", where, f"{type(error).__name__}: {str(error)[:120]}")
+        return {}
+    rendered, failed = {}, {}
+    for name, fixture in FIXTURES.items():
+        try:
+            rendered[name] = sandbox.render(source, request(fixture, variables))
+        except ValueError as error:
+            failed[name] = str(error)
+            if "ran for more than" in failed[name] or "memory" in failed[name] or "prints more than" in failed[name]:
+                ledger.find("template-blowup", where, f"on the fixture {name!r} it {failed[name][:120]}")
+                return rendered
+    if not rendered:
+        ledger.find("template-unrendered", where, f"it {next(iter(failed.values()))[:160]}")
+    else:
+        _try_words(ledger, where, source, tree, sandbox, variables)
+    return rendered
+
+
+def official(source: str) -> str | None:
+    """Where this very text was published, if it is one of the official templates."""
+    return OFFICIAL.get(hashlib.sha256(source.encode("utf-8", "replace")).hexdigest())
+
+
+def request(fixture: dict[str, Any], variables: dict[str, str]) -> dict[str, Any]:
+    """What a template is given (chat.py's names)."""
+    base = {"tools": None, "documents": None, "add_generation_prompt": True, "enable_thinking": True}
+    return {**variables, **base, **fixture}
+
+
+def _examine_characters(ledger: Ledger, where: str, source: str) -> None:
+    if found := HIDDEN.search(source):
+        line = source.count("\n", 0, found.start()) + 1
+        ledger.find("template-hidden-unicode", where, f"U+{ord(found[0]):04X} in line {line}")
+    for word in re.findall(r"[^\W\d_]{2,}", source):
+        scripts = {unicodedata.name(letter, "").split(" ")[0] for letter in word if not letter.isascii()}
+        if scripts & {"CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE"} and any(letter.isascii() for letter in word):
+            ledger.find("template-homoglyph", where, f"{ascii(word)[1:-1][:60]} mixes alphabets")
+            return
+
+
+class Reading:
+    """One template's syntax tree and what there is to say about it."""
+
+    def __init__(self, ledger: Ledger, where: str, tree: Any, environment: Any):
+        from jinja2 import nodes
+
+        self.ledger, self.where, self.tree, self.environment, self.nodes = ledger, where, tree, environment, nodes
+        self.macros = {macro.name for macro in tree.find_all(nodes.Macro)}
+        self.assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx in ("store", "param")}
+
+    def find(self, id: str, node: Any, what: str) -> None:
+        self.ledger.find(id, self.where, f"line {node.lineno}: {what}")
+
+    def examine(self) -> None:
+        nodes = self.nodes
+        for node in self.tree.find_all((nodes.Getattr, nodes.Getitem, nodes.Filter, nodes.Const)):
+            self._examine_attribute(node)
+        for node in self.tree.find_all(nodes.Call):
+            self._examine_call(node)
+        for node in self.tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+            self.find("template-include", node, "loads another template")
+        for node in self.tree.find_all((nodes.Mul, nodes.Pow, nodes.Filter)):
+            self._examine_size(node)
+        self._examine_loops(self.tree, 1)
+        for node in self.tree.find_all((nodes.TemplateData, nodes.Const)):
+            text = node.data if isinstance(node, nodes.TemplateData) else node.value
+            if isinstance(text, str):
+                if HIDDEN.search(text):
+                    self.find("template-hidden-unicode", node, f"U+{ord(HIDDEN.search(text)[0]):04X} in a text")
+                if url := re.search(r"\b(?:https?|ftp|wss?)://[^\s\"'<>]+|\bwww\.\w+\.\w+", text):
+                    self.find("template-url", node, f"writes {url[0][:100]}")
+        self._examine_dates()
+
+    def _examine_attribute(self, node: Any) -> None:
+        nodes = self.nodes
+        name = None
+        if isinstance(node, nodes.Getattr):
+            name = node.attr
+        elif isinstance(node, nodes.Getitem):
+            name = self._constant(node.arg)
+        elif isinstance(node, nodes.Filter) and node.name in (
+            "attr",
+            "map",
+            "selectattr",
+            "rejectattr",
+            "sort",
+            "groupby",
+        ):
+            values = [*node.args, *(pair.value for pair in node.kwargs)]
+            if node.name == "attr":
+                name = self._constant(values[0]) if values else None
+                if not isinstance(name, str):
+                    self.find("template-attribute", node, "reaches for an attribute of a computed name")
+                    return
+            else:
+                names = [self._constant(value) for value in values]
+                name = next((one for one in names if isinstance(one, str) and _is_internal(one)), None)
+        elif isinstance(node, nodes.Const) and isinstance(node.value, str) and re.search(r"__[a-z]+__", node.value):
+            name = re.search(r"__[a-z]+__", node.value)[0]
+        if isinstance(name, str) and _is_internal(name):
+            self.find("template-attribute", node, f"reaches for {name[:60]}")
+
+    def _constant(self, node: Any) -> Any:
+        """A constant expression's value, if it is a small one."""
+        try:
+            if any(
+                isinstance(part, self.nodes.Mul | self.nodes.Pow) for part in [node, *node.find_all(self.nodes.Expr)]
+            ):
+                return None
+            return node.as_const()
+        except Exception:  # jinja2.nodes.Impossible, and whatever a constant's operation raises
+            return None
+
+    def _examine_call(self, node: Any) -> None:
+        nodes, called = self.nodes, node.node
+        if isinstance(called, nodes.Name):
+            if called.name not in GLOBALS | self.macros | self.assigned:
+                self.find("template-call", node, f"calls {called.name[:60]}()")
+        elif isinstance(called, nodes.Getattr):
+            if called.attr not in METHODS | self.macros and not _is_internal(called.attr):
+                self.find("template-call", node, f"calls .{called.attr[:60]}()")
+        else:
+            self.find("template-call", node, "calls what it computes")
+
+    def _examine_size(self, node: Any) -> None:
+        nodes = self.nodes
+        if isinstance(node, nodes.Filter):
+            numbers = [self._constant(value) for value in (*node.args, *(pair.value for pair in node.kwargs))]
+            if node.name in ("center", "indent", "wordwrap") and any(
+                type(n) is int and n > MAX_REPEAT for n in numbers
+            ):
+                self.find(
+                    "template-blowup", node, f"{node.name} of {max(n for n in numbers if type(n) is int):,} characters"
+                )
+            return
+        left, right = self._constant(node.left), self._constant(node.right)
+        if isinstance(node, nodes.Pow):
+            if type(right) is int and right > 64:
+                self.find("template-blowup", node, f"a power of {right:,}")
+        elif any(type(factor) is int and factor > MAX_REPEAT for factor in (left, right)):
+            self.find("template-blowup", node, "a product with a huge number")
+
+    def _examine_loops(self, node: Any, rounds: int) -> None:
+        for child in node.iter_child_nodes():
+            inner = rounds
+            if isinstance(child, self.nodes.For):
+                inner = rounds * max(1, self._rounds(child.iter))
+                if inner > MAX_LOOP:
+                    self.find("template-blowup", child, f"loops {inner:,} times")
+                    return
+            self._examine_loops(child, inner)
+
+    def _rounds(self, node: Any) -> int:
+        """How often a loop over constants runs; 1 for one over what the template is given."""
+        nodes = self.nodes
+        if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name) and node.node.name == "range":
+            if any(
+                part.name == "int"
+                for argument in node.args
+                for part in [argument, *argument.find_all(nodes.Filter)]
+                if isinstance(part, nodes.Filter)
+            ):
+                self.find("template-blowup", node, "loops as often as a text says")
+            numbers = [self._constant(argument) for argument in node.args]
+            if numbers and all(type(number) is int for number in numbers):
+                try:
+                    return len(range(*numbers))
+                except (ValueError, TypeError, OverflowError):
+                    return MAX_LOOP + 1
+        value = self._constant(node)
+        return len(value) if isinstance(value, str | list | tuple) else 1
+
+    def _examine_dates(self) -> None:
+        """What is decided by today's date, and what only shows it."""
+        nodes = self.nodes
+        dated = {"strftime_now"}
+
+        def is_dated(node: Any) -> bool:
+            if isinstance(node, nodes.Test) and node.name in ("defined", "undefined", "none"):
+                return False
+            if isinstance(node, nodes.Name | nodes.NSRef) and _key(nodes, node) in dated:
+                return True
+            if isinstance(node, nodes.Getattr) and _key(nodes, node) in dated:
+                return True
+            return any(is_dated(child) for child in node.iter_child_nodes())
+
+        for _ in range(4):  # values that are made of dated values
+            for node in self.tree.find_all((nodes.Assign, nodes.AssignBlock, nodes.For)):
+                value = (
+                    node.iter if isinstance(node, nodes.For) else node.node if isinstance(node, nodes.Assign) else None
+                )
+                parts = node.body if isinstance(node, nodes.AssignBlock) else [value]
+                if any(is_dated(part) for part in parts):
+                    dated |= {key for key in _targets(nodes, node.target) if key}
+        for node in self.tree.find_all((nodes.If, nodes.CondExpr)):
+            # A date that somebody passes in, or today's where none was: only its presence is asked for.
+            if is_dated(node.test) and not isinstance(node.test, nodes.Name | nodes.Not):
+                self.find("template-date", node, "decides by the date")
+        if any(node.name == "strftime_now" for node in self.tree.find_all(nodes.Name)):
+            self.ledger.find("template-date-printed", self.where, "uses today's date")
+
+
+def _key(nodes: Any, node: Any) -> str | None:
+    if isinstance(node, nodes.NSRef):
+        return f"{node.name}.{node.attr}"
+    if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name):
+        return f"{node.node.name}.{node.attr}"
+    return node.name if isinstance(node, nodes.Name) else None
+
+
+def _targets(nodes: Any, target: Any) -> Iterator[str | None]:
+    yield _key(nodes, target)
+    for child in target.find_all((nodes.Name, nodes.NSRef)):
+        yield _key(nodes, child)
+
+
+def _is_internal(name: str) -> bool:
+    return name.startswith("_") or name in INTERNALS
+
+
+# ---- words that switch -----------------------------------------------------------------------------------------------
+
+
+def _candidates(tree: Any) -> list[str]:
+    """The texts of a template that could be looked for in a message: constants, and sums of constants."""
+    from jinja2 import nodes
+
+    found = {}
+    for node in tree.find_all((nodes.Const, nodes.Concat, nodes.Add)):
+        try:
+            value = node.value if isinstance(node, nodes.Const) else node.as_const()
+        except Exception:  # what is no constant
+            continue
+        if isinstance(value, str) and 2 <= len(value.strip()) <= 200:
+            found[value.strip()] = None
+    return list(found)[:200]
+
+
+def _try_words(
+    ledger: Ledger, where: str, source: str, tree: Any, sandbox: TemplateSandbox, variables: dict[str, str]
+) -> None:
+    """Puts each text of the template into a user's message, and sees whether more than the message changes."""
+
+    failures = 0
+
+    def render(text: str) -> str | None:
+        nonlocal failures
+        try:
+            return sandbox.render(source, request({"messages": [{"role": "user", "content": text}]}, variables))
+        except ValueError:  # each one costs a process
+            failures += 1
+            return None
+
+    forms = ("Please tell me about {} now.", "{}", "{} and more", "more and {}")
+    plain = [render(form.format(NEUTRAL)) for form in forms]
+    failures = 0
+    words, switches = [], []
+    for text in _candidates(tree):
+        for form, before in zip(forms, plain, strict=True):
+            after = render(form.format(text)) if before is not None and failures < 12 else None
+            if after is None or after.replace(text, NEUTRAL) == before.replace(text, NEUTRAL):
+                continue
+            (words if _is_wordy(text) else switches).append(text)
+            break
+    for text in words[:8]:
+        ledger.find("template-trigger", where, f"{text[:80]!r} in a user's message changes the prompt around it")
+    if switches:
+        ledger.find("template-switch", where, ", ".join(repr(text[:40]) for text in switches[:8]))
+    long = " ".join(["word"] * 600)
+    before = plain[1]
+    after = render(long) if before is not None else None
+    if after is not None and after.replace(long, NEUTRAL) != before:
+        ledger.find("template-trigger", where, "a long message changes the prompt around it")
+
+
+def _is_wordy(text: str) -> bool:
+    """Words as people write them, not markup or a command."""
+    return bool(re.search(r"[^\W\d_]{2,}|\d{3,}", text)) and not re.search(r"[<>\[\]{}|\n`#*]|^[/@]|^\W+$|[=:]$", text)

@@ -1,0 +1,277 @@
+"""What is verified from the bytes of the weights: parameters, dtypes, and values that no trained model has.
+
+Headers are read by inspection/contents.py; here they are held against config.json, and where the weights lie on this
+machine each tensor is read once, one in memory at a time, hashed and looked at.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import model
+from formats.checkpoint import open_checkpoint
+from formats.compressed_tensors import Dequantized
+from formats.gguf.reader import GGUF
+from inspection.findings import Ledger
+from inspection.tree import Tree
+
+NORM_RANGE = 1e3  # a bound of our own: a weight that amplifies a normed value more than a thousand times
+NORM_OUTLIER = 100  # times the median of the same norm in all layers
+FAMILY = ("qwen3", "qwen3_moe", "qwen2")
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+UNREADABLE = {
+    *("weights-malformed", "weights-overlap", "weights-gap", "weights-duplicate-key", "weights-trailing-bytes"),
+    *("truncated", "pointer-file"),
+}
+SMALL = 64  # values below which equal tensors are a coincidence
+
+
+def parameters_of_config(config: model.Config) -> tuple[int, int]:
+    """(parameters, those that one token uses) of the model that a config describes; a tied head counts once."""
+    hidden, head = config.hidden_size, config.head_dim
+    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    bias = config.attention_bias or config.model_type == "qwen2"
+    attention = 2 * hidden * q + 2 * hidden * kv + (q + 2 * kv) * bias + (hidden * config.attention_bias)
+    attention += 2 * hidden + (2 * head if config.model_type != "qwen2" else 0)
+    total = active = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2) + hidden
+    for layer in range(config.num_hidden_layers):
+        if config.is_sparse(layer):
+            expert, router = 3 * hidden * config.moe_intermediate_size, hidden * config.num_experts
+            total += attention + router + config.num_experts * expert
+            active += attention + router + config.num_experts_per_tok * expert
+        else:
+            mlp = 3 * hidden * config.intermediate_size
+            total += attention + mlp
+            active += attention + mlp
+    return total, active
+
+
+def examine_headers(ledger: Ledger, config: dict[str, Any] | None) -> None:
+    """Parameters and dtypes from the containers' headers, and config.json held against them."""
+    counts, dtypes, formats = Counter(), Counter(), []
+    shapes: dict[str, tuple[int, ...]] = {}
+    for where, (tensors, _) in ledger.facts.get("safetensors", {}).items():
+        if "/" in where:
+            continue
+        formats.append("safetensors")
+        for name, info in tensors.items():
+            if name in shapes:
+                ledger.find("weights-index", where, f"tensor {name[:80]} is in two shards")
+            shapes[name] = info.shape
+            counts[name] = math.prod(info.shape)
+            dtypes[DTYPES.get(str(info.dtype).removeprefix("torch."), str(info.dtype).removeprefix("torch."))] += (
+                counts[name]
+            )
+    for where, head in ledger.facts.get("gguf", {}).items():
+        if "/" in where:
+            continue
+        formats.append("gguf")
+        if len(ledger.facts["gguf"]) == 1 and not shapes:
+            for name, tensor in head.tensors.items():
+                counts[name] = math.prod(tensor.shape)
+                dtypes[tensor.format.name] += counts[name]
+    pickled = [file.path for file in ledger.files if file.format.startswith(("pickle", "pytorch"))]
+    formats += ["pickle"] * bool(pickled)
+    facts = ledger.facts
+    facts["weight_formats"] = sorted(set(formats))
+    if not counts:
+        if not formats:
+            ledger.find("weights-none", None, "no safetensors, GGUF or pickle")
+        return
+    tied = bool(config and config.get("tie_word_embeddings"))
+    stored = sum(counts.values())
+    redundant = counts.get(model.HEAD, 0) if tied and model.EMBEDDING in counts else 0
+    facts["stored_values"], facts["dtypes"] = stored, dict(dtypes.most_common())
+    is_packed = any(name.endswith(("weight_packed", ".qweight")) for name in counts)
+    if not is_packed:
+        facts["parameter_count"] = stored - redundant
+    facts["embedding_rows"] = next(
+        (shape[0] for name, shape in shapes.items() if name.endswith("embed_tokens.weight") and len(shape) == 2), None
+    )
+    if config and shapes:
+        _hold_config(ledger, config, shapes, dtypes, is_packed)
+
+
+def _hold_config(
+    ledger: Ledger, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], dtypes: Counter, is_packed: bool
+) -> None:
+    stated = config.get("torch_dtype") or config.get("dtype")
+    if isinstance(stated, str) and stated in DTYPES and not is_packed:
+        floats = Counter({name: count for name, count in dtypes.items() if name in DTYPES.values()})
+        if floats and DTYPES[stated] != floats.most_common(1)[0][0]:
+            ledger.find(
+                "dtype-mismatch", "config.json", f"says {stated}, the weights are {floats.most_common(1)[0][0]}"
+            )
+    if config.get("model_type") not in FAMILY:
+        return
+    try:
+        parsed = model.Config(**config)
+    except (ValueError, TypeError):
+        return  # told by the room of configurations
+    ledger.facts["parameters_of_config"] = parameters_of_config(parsed)[0]
+    if is_packed:
+        return
+    rows = shapes.get(model.EMBEDDING)
+    if rows and rows[0] != parsed.vocab_size:
+        ledger.find(
+            "weights-mismatch",
+            "config.json",
+            f"vocab_size {parsed.vocab_size:,}, but the embedding has {rows[0]:,} rows",
+        )
+    facts = ledger.facts
+    if facts["parameter_count"] != facts["parameters_of_config"]:
+        ledger.find(
+            "weights-mismatch",
+            "config.json",
+            f"describes {facts['parameters_of_config']:,} parameters, the weights have {facts['parameter_count']:,}",
+        )
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def open_weights(path: Path) -> Any:
+    """A local checkpoint, its quantised layers as their values."""
+    checkpoint = open_checkpoint(path)
+    return Dequantized(checkpoint) if checkpoint.config.get("quantization_config") is not None else checkpoint
+
+
+def examine_values(ledger: Ledger, tree: Tree, progress: Callable[[int], None] = lambda size: None) -> None:
+    """Reads every tensor of a local checkpoint once: its hash, and values that no trained model has."""
+    if tree.root is None or any(file.format in ("safetensors", "gguf") and not file.examined for file in ledger.files):
+        return
+    path = tree.root
+    where = path.name if path.is_file() else None
+    if not path.is_file() and not (tree.get("model.safetensors") or tree.get("model.safetensors.index.json")):
+        return
+    if any(finding.id in UNREADABLE for finding in ledger.findings):
+        return
+    try:
+        checkpoint = open_checkpoint(path)
+    except (ValueError, OSError) as error:
+        message = str(error).partition(": ")[2]
+        if "is stated in" in message or ("shard" in message and "index" in str(error)):
+            ledger.find("weights-index", "model.safetensors.index.json", message)
+        else:
+            ledger.facts["values_problem"] = message
+        return
+    _check_names(ledger, checkpoint)
+    seen: dict[str, str] = {}
+    tensors: list[dict[str, Any]] = []
+    norms: dict[str, dict[str, float]] = {}
+    for name, info in checkpoint.tensors.items():
+        values = checkpoint.read(name)
+        file = where or checkpoint._part[name].path.name if hasattr(checkpoint, "_part") else path.name
+        digest = hashlib.sha256(memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())).hexdigest()
+        _check_values(ledger, file, name, values)
+        if "norm" in name and values.dim() == 1 and values.numel():
+            kind = re.sub(r"\d+", "N", name)
+            norms.setdefault(kind, {})[name] = values.float().abs().max().item()
+        if values.numel() >= SMALL and digest in seen and not _may_be_double(name, seen[digest], values):
+            ledger.find("weights-duplicated", file, f"{name} holds the values of {seen[digest]}")
+        seen.setdefault(digest, name)
+        tensors.append(
+            {
+                "name": name,
+                "file": file,
+                "dtype": str(info.dtype).removeprefix("torch."),
+                "shape": list(info.shape),
+                "sha256": digest,
+            }
+        )
+        progress(values.numel() * values.element_size())
+        del values
+        checkpoint.release(name)
+    _check_norms(ledger, where, norms)
+    ledger.facts["tensors"] = tensors
+    ledger.facts["values_read"] = True
+    config = checkpoint.config
+    if config.get("tie_word_embeddings") and model.HEAD in checkpoint.tensors:
+        digests = {entry["name"]: entry["sha256"] for entry in tensors}
+        if digests[model.HEAD] != digests.get(model.EMBEDDING):
+            ledger.find(
+                "weights-head-differs", where, f"{model.HEAD} is not the embedding, though config.json ties them"
+            )
+
+
+def _may_be_double(name: str, other: str, values: torch.Tensor) -> bool:
+    """A tied head; and constants, which untrained norms and biases are."""
+    if {name, other} == {model.HEAD, model.EMBEDDING}:
+        return True
+    flat = values.reshape(-1)
+    return bool((flat == flat[0]).all())
+
+
+def _check_names(ledger: Ledger, checkpoint: Any) -> None:
+    """The tensors against those that the config's model has."""
+    if checkpoint.config.get("model_type") not in FAMILY:
+        return
+    try:
+        _, defects = model.skeleton(checkpoint)
+    except ValueError as error:
+        ledger.find("config-invalid", "config.json", str(error).partition(": ")[2])
+        return
+    for kind, names in defects.items():
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            ledger.find("weights-mismatch", None, f"{kind}: {', '.join(names[:4])}{more}")
+
+
+def _check_values(ledger: Ledger, file: str, name: str, values: torch.Tensor) -> None:
+    if not values.is_floating_point() or not values.numel():
+        return
+    low, high = (value.item() for value in torch.aminmax(values))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        count = int((~torch.isfinite(values)).sum())
+        ledger.find("weights-nonfinite", file, f"{name}: {count:,} of {values.numel():,} values are NaN or infinite")
+        return
+    if low == high == 0 and not name.endswith(".bias"):
+        ledger.find("weights-dead", file, f"{name} is zero throughout")
+    elif values.dim() == 2 and "embed" not in name and name != model.HEAD:
+        dead = int((values == 0).all(1).sum())
+        if dead:
+            ledger.find(
+                "weights-dead" if dead * 4 > len(values) else "weights-dead-rows",
+                file,
+                f"{name}: {dead:,} of {len(values):,} rows are zero",
+            )
+
+
+def _check_norms(ledger: Ledger, where: str | None, norms: dict[str, dict[str, float]]) -> None:
+    """The largest weight of each norm, against a bound and against the same norm of the other layers."""
+    ledger.facts["norms"] = {kind: [min(of.values()), max(of.values())] for kind, of in norms.items()}
+    for of in norms.values():
+        middle = sorted(of.values())[len(of) // 2]
+        for name, largest in of.items():
+            if math.isfinite(largest) and (
+                largest > NORM_RANGE or (len(of) > 2 and largest > NORM_OUTLIER * middle > 0)
+            ):
+                ledger.find(
+                    "weights-norm-range", where, f"{name} reaches {largest:.3g}; the median of its kind is {middle:.3g}"
+                )
+
+
+# ---- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+def gguf_config(path: Path) -> dict[str, Any] | None:
+    """The fields of config.json that a .gguf file of the family stands for."""
+    try:
+        return GGUF(path).config
+    except (ValueError, OSError):
+        return None
+
+
+def read_json(content: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
