@@ -12,7 +12,6 @@ values are explained in formats/gguf/kquants.py, and formats/gguf/writer.py writ
 import io
 import mmap
 import struct
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
@@ -22,6 +21,7 @@ import torch
 
 from formats.gguf import kquants, names
 from formats.gguf.tokenizer import from_metadata
+from formats.mapping import map_file, release
 from formats.tensors import TensorInfo
 
 MAGIC = b"GGUF"
@@ -34,13 +34,6 @@ STRING, ARRAY = 8, 9
 # Far above any real file (Qwen3-235B: 1,131 tensors, some 300,000 strings), and read within seconds.
 MAX_PAIRS, MAX_TENSORS, MAX_VALUES, MAX_NESTING = 1 << 14, 1 << 16, 1 << 22, 3
 MAX_NAME = 64  # GGML_MAX_NAME
-
-# A private copy-on-write map: torch wants writable memory, the file stays as it is. Linux would promise memory for all
-# of it, which a model larger than the machine's memory does not get, unless it is told not to (MAP_NORESERVE, which
-# Python knows by name from 3.13 on).
-PRIVATE: dict[str, int] = {"access": mmap.ACCESS_COPY}
-if sys.platform == "linux":
-    PRIVATE = {"flags": mmap.MAP_PRIVATE | 0x4000, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
 
 
 class Tensor(NamedTuple):
@@ -217,10 +210,9 @@ class GGUF:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.files = [self.path]
-        with self.path.open("rb") as file:
-            if not self.path.stat().st_size:
-                raise ValueError(f"{self.path}: the file is empty (download or convert it again)")
-            self._data = mmap.mmap(file.fileno(), 0, **PRIVATE)
+        if not self.path.stat().st_size:
+            raise ValueError(f"{self.path}: the file is empty (download or convert it again)")
+        self._data = map_file(self.path)
         head = Head(self.path, self._data)
         self.metadata, self.types, self.elements = head.metadata, head.types, head.elements
         self.stored, self.alignment = head.tensors, head.alignment
@@ -255,9 +247,7 @@ class GGUF:
     def release(self, name: str) -> None:
         """Gives the memory of a tensor's pages back; its values stay readable (from the file again)."""
         start, size = self._range(name)
-        first = padded(start, mmap.PAGESIZE)
-        if start + size > first and hasattr(mmap, "MADV_DONTNEED"):
-            self._data.madvise(mmap.MADV_DONTNEED, first, start + size - first)
+        release(self._data, start, start + size)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors in file order, one in memory at a time: use each before asking for the next."""
