@@ -1,85 +1,118 @@
 """Rows of other people's data, in the shapes that the field writes them.
 
-    conversation   {"messages": [{"role", "content"}, ...]}         OpenAI, UltraChat
-                   {"instruction", "context", "response"}           Dolly
-                   {"instruction", "input", "output"}               Alpaca
-                   {"prompt", "completion"}, {"question", "answer"}
-    preference     {"prompt", "chosen", "rejected"}                 each a text or a list of messages; UltraFeedback's
-                                                                    lists, which begin with the prompt, too
-                   {"chosen", "rejected"}                           such lists, or hh-rlhf's transcripts
-                                                                    "\n\nHuman: ...\n\nAssistant: ..."
-    question       {"question", "answer"}                           GSM8K: the answer's last number is what counts
+    messages       {"messages": [{"role", "content"}, ...]}          OpenAI, UltraChat
+                   {"conversations": [{"from", "value"}, ...]}       ShareGPT
+    asked          {"prompt"}, {"question"}, {"query"}, {"instruction"} or {"input"}: a text, a list of messages, or a
+                   transcript "\n\nHuman: ...\n\nAssistant:" (hh-rlhf); {"input"} or {"context"} beside them is what is
+                   asked about (Alpaca, Dolly), {"history"} the pairs of turns before (LLaMA-Factory)
+    answered       {"completion"}, {"response"}, {"output"} or {"answer"}: a text or a list of messages, all of whose
+                   turns are learnt, while none of the prompt's is (TRL)
+    preference     {"chosen", "rejected"}: texts, messages or whole dialogues, with or without a prompt of its own
+    question       {"question" or "prompt", "answer"}                GSM8K: the answer's last number is what counts
 
-A row of another shape is a ValueError that says what is wrong with it; whoever reads the rows knows where it stands.
+Beside each of these: {"system"} (or {"system_prompt"}), {"tools"} (or {"functions"}), and {"chat_template_kwargs":
+{"enable_thinking"}}. Messages are those of formats/messages.py. A row of another shape, or one with a field that would
+change what it teaches and that is not known here, is a ValueError; whoever reads the rows knows where they stand.
 """
 
 import re
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
-Message = dict[str, Any]
-ROLES = ("system", "user", "assistant", "tool")
-# Fields of a row with one question: what is asked, what it is asked about, the answer.
-SINGLE = (
-    ("instruction", "context", "response"),
-    ("instruction", "input", "output"),
-    ("prompt", None, "completion"),
-    ("question", None, "answer"),
-)
+from formats.messages import NOT_TEXT, Message, normalise, normalise_tools, short
+
+DIALOGUES = ("messages", "conversations", "conversation")
+TRANSCRIPTS = ("prompt", "text")
+ASKED = ("prompt", "instruction", "question", "query", "input")
+ABOUT = ("context", "input")
+ANSWERED = ("completion", "response", "output", "answer")
+BESIDE = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs", "history")
+FIELDS = frozenset((*DIALOGUES, *TRANSCRIPTS, *ASKED, *ABOUT, *ANSWERED, *BESIDE, "chosen", "rejected", "label"))
+"""All that is read of a row; others (an id, a category, a score) change nothing that is taught."""
+SETTINGS = ("n", "model", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "max_tokens", "max_new_tokens")
+SETTINGS += ("max_completion_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs")
+SETTINGS += ("tool_choice", "response_format", "logit_bias", "stream", "thinking_budget")
+"""Of a request: a prompt's reply would change with them, and they are given for the whole file."""
 NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\d+(?:\.\d+)?")
 SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
 
 
-def conversation(record: Any) -> list[Message] | None:
-    """Messages with at least one turn of the assistant; what follows the last of them teaches nothing and goes. None
-    for an empty answer, of which Alpaca has a few."""
-    record = fields_of(record)
-    if "messages" in record:
-        messages = messages_of(record["messages"], "messages")
-        turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns or turns[0] == 0:
-            raise ValueError("messages have no turn of the assistant after somebody else's")
-        return messages[: turns[-1] + 1]
-    for asked, about, answer in SINGLE:
-        if asked in record and answer in record:
-            question = text_of(record, asked)
-            if about and record.get(about):
-                question += "\n\n" + text_of(record, about)
-            told = text_of(record, answer, empty=True)
-            return [user(question), {"role": "assistant", "content": told}] if told.strip() else None
-    shapes = ", ".join("/".join(filter(None, shape)) for shape in SINGLE)
-    raise ValueError(f"has the fields {named(record)}, but a conversation is messages or one of {shapes}")
+class Conversation(NamedTuple):
+    messages: list[Message]
+    tools: list[dict] | None = None
+    thinking: bool | None = None
+    """What the row asks the template for; None: nothing."""
 
 
-def preference(record: Any) -> tuple[list[Message], Message, Message] | None:
-    """-> (prompt, chosen answer, rejected answer). None for pairs that differ in more than the last answer, or not at
-    all: published sets have a few of them."""
+class Preference(NamedTuple):
+    asked: Conversation
+    chosen: Message
+    rejected: Message
+
+
+def conversation(record: Any) -> Conversation | None:
+    """Messages up to the last turn of the assistant that is learnt (weight is not 0). None where nothing is: for an
+    empty answer, of which Alpaca has a few, and where all weights are 0."""
     record = fields_of(record)
-    if "chosen" not in record or "rejected" not in record:
+    if record.get("label") is False:
+        raise ValueError("label is false: an answer that is not wanted, which would be taught")
+    if (messages := dialogue(record) or completed(record) or transcript(record)) is None:
+        raise ValueError(
+            f"has the fields {named(record)}, but a conversation is messages, or one of {', '.join(ASKED)} with one of "
+            f"{', '.join(ANSWERED)}"
+        )
+    for number, message in enumerate(messages):
+        if message.get("weight") and not turn(message):
+            raise ValueError(
+                f"message {number} has weight 1, but is the {message['role']}'s; the assistant's are learnt"
+            )
+    turns = [place for place, message in enumerate(messages) if turn(message) and place]
+    if not turns:
+        raise ValueError("messages have no turn of the assistant after somebody else's")
+    learnt = [place for place in turns if is_learnt(messages[place])]
+    return Conversation(messages[: learnt[-1] + 1], *beside(record)) if learnt else None
+
+
+def preference(record: Any) -> Preference | None:
+    """None for pairs that differ in more than the last answer, or not at all: published sets have a few of them."""
+    record = fields_of(record)
+    if record.get("chosen") is None or record.get("rejected") is None:
         raise ValueError(f"has the fields {named(record)}, but a preference has chosen and rejected")
-    prompt = record.get("prompt")
-    prompt = [] if prompt is None else as_messages(prompt, "prompt", "user")
-    both = [as_messages(record[name], name, "assistant") for name in ("chosen", "rejected")]
-    if len(both[0]) == len(both[1]) == 1:  # answers alone
-        both = [[*prompt, *messages] for messages in both]
-    (*asked, chosen), (*asked_too, rejected) = both
-    if not asked:
+    prompt = dialogue(record) or asked(record) or []
+    both = [whole(prompt, record, name) for name in ("chosen", "rejected")]
+    (*before, chosen), (*before_too, rejected) = (with_system(record, messages) for messages in both)
+    if not before:
         raise ValueError("has no prompt, neither in a field of its own nor before the answers")
-    if chosen["role"] != "assistant" or rejected["role"] != "assistant" or asked != asked_too or chosen == rejected:
+    if not turn(chosen) or not turn(rejected) or before != before_too or chosen == rejected:
         return None
-    return asked, chosen, rejected
+    return Preference(Conversation(before, *beside(record)), chosen, rejected)
 
 
-def question(record: Any) -> tuple[list[Message], Callable[[str], bool]]:
+def question(record: Any) -> tuple[Conversation, Callable[[str], bool]]:
     """-> (prompt, whether a reply is right): its last number is the answer's."""
     record = fields_of(record)
-    if "question" not in record or "answer" not in record:
+    if all(record.get(name) is None for name in ("question", "prompt")) or record.get("answer") is None:
         raise ValueError(f"has the fields {named(record)}, but a question has question and answer")
-    truth = last_number(text_of(record, "answer"))
+    answer = record["answer"]
+    truth = last_number(str(answer) if isinstance(answer, int | float) else text_of(record, "answer"))
     if truth is None:
         raise ValueError("answer has no number, so no reply can be checked")
-    return [user(text_of(record, "question"))], lambda reply: last_number(reply) == truth
+    return Conversation(asked(record), *beside(record)), lambda reply: last_number(reply) == truth
+
+
+def prompt(record: Any) -> Conversation:
+    """What a line of a prompt file asks: a text, messages, or a row whose answer, if it has one, is left out. A turn of
+    the assistant at the end is the beginning of the reply."""
+    if isinstance(record, str):
+        return Conversation([user(record)])
+    for name in SETTINGS:
+        if fields_of(record).get(name) is not None:
+            raise ValueError(f"{name} is a setting, which is given for the whole file; leave it out")
+    messages = dialogue(record) or asked(record)
+    if messages is None:
+        raise ValueError(f"has the fields {named(record)}, but a prompt is a text, prompt or messages")
+    return Conversation(messages, *beside(record))
 
 
 def last_number(text: str) -> Decimal | None:
@@ -88,30 +121,147 @@ def last_number(text: str) -> Decimal | None:
     return Decimal(found[-1].replace(",", "")) if found else None
 
 
-def user(content: str) -> Message:
-    return {"role": "user", "content": content}
+# --- parts of a row ---
+
+
+def dialogue(record: dict) -> list[Message] | None:
+    """Messages that are a field, begun by the row's system message."""
+    name = next((name for name in DIALOGUES if record.get(name) is not None), None)
+    return None if name is None else with_system(record, complete(normalise(record[name], name), name))
+
+
+def asked(record: dict) -> list[Message] | None:
+    """The messages of what is asked: what is asked about stands under it, the row's history before."""
+    name = next((name for name in ASKED if record.get(name) is not None), None)
+    if name is None:
+        return None
+    about = [text_of(record, field) for field in ABOUT if field != name and record.get(field)]
+    if about and not isinstance(record[name], str):
+        raise ValueError(f"{name} is a list of messages, so {' and '.join(ABOUT)} have no place in it")
+    messages = as_messages(record[name], name, "user")
+    if about:
+        messages[-1]["content"] = "\n\n".join([messages[-1]["content"], *about])
+    if not any(map(said, messages)):
+        raise ValueError(f"{name} is {short(record[name])}, not a text")
+    return with_system(record, [*history(record), *messages])
+
+
+def completed(record: dict) -> list[Message] | None:
+    """What is asked and what is answered; of the assistant's turns only those of the answer are learnt."""
+    name, question = next((name for name in ANSWERED if record.get(name) is not None), None), asked(record)
+    if name is None or question is None:
+        return None
+    return [message | ({"weight": 0} if turn(message) else {}) for message in question] + answer_of(record, name)
+
+
+def transcript(record: dict) -> list[Message] | None:
+    """A whole dialogue as one text."""
+    for name in TRANSCRIPTS:
+        if isinstance(record.get(name), str) and len(messages := as_messages(record[name], name, "user")) > 1:
+            return with_system(record, messages)
+    return None
+
+
+def history(record: dict) -> list[Message]:
+    """The pairs of turns under `history`."""
+    pairs = record.get("history") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"history is {short(pairs)}, not a list of pairs (asked, answered)")
+    roles = ("user", "assistant")
+    turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+    return complete(normalise(turns, "history"), "history") if turns else []
+
+
+def with_system(record: dict, messages: list[Message]) -> list[Message]:
+    given = [name for name in ("system", "system_prompt") if record.get(name)]
+    if not given or not messages:
+        return messages
+    system = {"role": "system", "content": text_of(record, given[0])}
+    if messages[0] == system:
+        return messages
+    if len(given) > 1 or messages[0]["role"] == "system":
+        raise ValueError(f"has a system message in {given[0]} and another one beside it; keep one")
+    return [system, *messages]
+
+
+def beside(record: dict) -> tuple[list[dict] | None, bool | None]:
+    """-> (tools, thinking). ValueError for what would change the text and can't."""
+    for name in NOT_TEXT:
+        if record.get(name):
+            raise ValueError(f"has {name}, and only text can be learnt")
+    tools, functions = normalise_tools(record.get("tools")), normalise_tools(record.get("functions"), "functions")
+    if tools and functions:
+        raise ValueError("has tools and functions; keep one")
+    if functions:  # OpenAI's older name
+        tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in functions]
+    options = record.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict) or options.keys() - {"enable_thinking"}:
+        raise ValueError(f"chat_template_kwargs is {short(options)}, of which only enable_thinking is known")
+    thinking = options.get("enable_thinking")
+    if thinking not in (None, True, False):
+        raise ValueError(f"enable_thinking is {short(thinking)}, neither true nor false")
+    return tools, thinking
+
+
+def whole(prompt: list[Message], record: dict, name: str) -> list[Message]:
+    """An answer behind its prompt; where it is a dialogue of its own, that has to begin with the prompt."""
+    messages = answer_of(record, name)
+    if not prompt or messages[0]["role"] in ("assistant", "tool"):
+        return [*prompt, *messages]
+    asked, own = ([message for message in given if message["role"] != "system"] for given in (prompt, messages))
+    same = [(message["role"], (message.get("content") or "").strip()) for message in asked]
+    if same != [(message["role"], (message.get("content") or "").strip()) for message in own[: len(asked)]]:
+        raise ValueError(f"{name} begins with other turns than the prompt")
+    return messages if len(own) < len(messages) else [*prompt, *own[len(asked) :]]
+
+
+def answer_of(record: dict, name: str) -> list[Message]:
+    value = record[name]
+    asked = (record.get(field) for field in ASKED)
+    if isinstance(value, str) and any(isinstance(text, str) and SPEAKER.search(text) for text in asked):
+        value = value.removeprefix(" ")  # the one behind "Assistant:"
+    return as_messages(value, name, "assistant")
 
 
 def as_messages(value: Any, field: str, role: str) -> list[Message]:
-    """A list of messages, a transcript, or a text that is one message of `role`."""
+    """Messages, one message, a transcript, or a text that is one message of `role`."""
     if not isinstance(value, str):
-        return messages_of(value, field)
-    before, *turns = SPEAKER.split(value)
-    if before or not turns:
+        if not isinstance(value, list | tuple | dict):
+            raise ValueError(f"{field} is {short(value)}, neither a text nor a list of messages")
+        return complete(normalise([value] if isinstance(value, dict) else value, field), field)
+    text = f"\n\n{value}" if value.startswith("Human: ") and "\n\nAssistant:" in value else value
+    system, *turns = SPEAKER.split(text)
+    asks = role == "user" and text.rstrip().endswith("\n\nAssistant:")
+    if not turns or (system and not asks):
         return [{"role": role, "content": value}]
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said} for who, said in zip(turns[::2], turns[1::2], strict=True)]
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += ({"role": roles[who], "content": said} for who, said in zip(turns[::2], turns[1::2], strict=True))
+    return messages[:-1] if asks else messages
 
 
-def messages_of(value: Any, field: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{field} is {short(value)}, not a list of messages")
-    for message in value:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise ValueError(f"{field} holds {short(message)}, which is no message with a role of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise ValueError(f"{field} holds a message of {message['role']} whose content is no text")
-    return value
+def complete(messages: list[Message], field: str) -> list[Message]:
+    for number, message in enumerate(messages):
+        if "content" not in message and not message.get("tool_calls"):
+            raise ValueError(f"{field}[{number}]: the message of {message['role']} has no content")
+    return messages
+
+
+def turn(message: Message) -> bool:
+    return message["role"] == "assistant"
+
+
+def is_learnt(message: Message) -> bool:
+    return turn(message) and message.get("weight", 1) == 1 and said(message)
+
+
+def said(message: Message) -> bool:
+    parts = message.get("content"), message.get("reasoning_content")
+    return bool(message.get("tool_calls")) or any(isinstance(part, str) and part.strip() for part in parts)
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
 
 
 def fields_of(record: Any) -> dict[str, Any]:
@@ -120,17 +270,12 @@ def fields_of(record: Any) -> dict[str, Any]:
     return record
 
 
-def text_of(record: dict[str, Any], field: str, empty: bool = False) -> str:
+def text_of(record: dict[str, Any], field: str) -> str:
     value = record[field]
-    if not isinstance(value, str) or not (value.strip() or empty):
+    if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{field} is {short(value)}, not a text")
     return value
 
 
 def named(record: dict[str, Any]) -> str:
     return ", ".join(list(map(str, record))[:8]) or "none"
-
-
-def short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

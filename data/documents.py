@@ -14,7 +14,11 @@ from formats.download import reach
 
 Documents = Callable[[], Iterator[str]]
 Records = Iterator[tuple[str, Any]]
-"""Where a record stands, for messages, and what it is."""
+"""Where a record stands, for messages, and what it is: `Unreadable` for a line that is none."""
+
+
+class Unreadable(ValueError):
+    """A line that holds no record; the ones behind it may."""
 
 
 def read_documents(source: str, field: str, split: str, config: str | None) -> Iterator[str]:
@@ -62,7 +66,7 @@ def _json_lines(path: Path) -> Records:
                 try:
                     record = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}: line {number:,} is not JSON ({error})") from None
+                    record = Unreadable(f"is not JSON ({error})")
                 yield f"{path}: line {number:,}", record
 
 
@@ -88,7 +92,7 @@ def _parquet(path: Path, field: str | None) -> Records:
                 raise ValueError(f"{path}: has no column {field} but {names}; name one with --field")
             batches = file.iter_batches(batch_size=1024, columns=None if field is None else [field])
             for number, record in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-                yield f"{path}: row {number:,}", record
+                yield f"{path}: row {number:,}", without_padding(record)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: can't be read as Parquet ({error}); download it again") from None
 
@@ -109,7 +113,15 @@ def _data_set(name: str, split: str, config: str | None) -> Records:
             return
         except Exception as error:
             raise ValueError(f"{name}: the stream ended at row {number:,} ({error}); run the command again") from None
-        yield f"{name}: row {number:,}", row
+        yield f"{name}: row {number:,}", without_padding(row)
+
+
+def without_padding(value: Any, depth: int = 0) -> Any:
+    """A record of Arrow without the nulls inside of its columns: there every object of a list has the fields of all,
+    so that a tool's parameters would come with those of the other tools."""
+    if isinstance(value, dict):
+        return {key: without_padding(v, depth + 1) for key, v in value.items() if depth == 0 or v is not None}
+    return [without_padding(item, depth + 1) for item in value] if isinstance(value, list) else value
 
 
 def _reach_hub(name: str) -> None:
@@ -125,6 +137,8 @@ def _reach_hub(name: str) -> None:
 
 
 def _field(record: Any, field: str, place: str) -> str:
+    if isinstance(record, Unreadable):
+        raise ValueError(f"{place} {record}")
     value = record.get(field) if isinstance(record, dict) else None
     if not isinstance(value, str):
         raise ValueError(f"{place} has no text under {field!r}; name the field with --field")

@@ -23,9 +23,10 @@ from data import conversations
 from data.corpus.examples import check, completion, document, question_example, training_example
 from data.corpus.preferences import preference_example
 from data.corpus.tasks import Pieces
-from data.documents import is_data_set, read_records
+from data.documents import Unreadable, is_data_set, read_records
 from data.shard_format import END_OF_TEXT, Windows
 from formats.files import atomic_file
+from formats.messages import thinks
 
 IGNORED = -100
 ALL = slice(None)
@@ -152,16 +153,17 @@ class WrittenRows:
         self.chat, self.turns, self.thinking = chat, turns, thinking
 
     def conversation(self, record: Any) -> list[Row]:
-        """Each turn of the assistant behind the prompt that it is written for, exactly as `Chat.render` gives it.
+        """Each turn of the assistant that is learnt, behind the prompt that it is written for: that of `Chat.render`.
 
         Turns whose text is the beginning of a later turn's share that one's row. With Qwen3's template they often do
         not: it drops the thinking of earlier turns, so what a model sees while it writes one is no part of the whole.
         """
-        messages = conversations.conversation(record) or []
-        turns = [place for place, message in enumerate(messages) if message["role"] == "assistant" and place]
+        found = conversations.conversation(record)
+        messages = found.messages if found else []
+        turns = [place for place, message in enumerate(messages) if conversations.is_learnt(message) and place]
         rows: list[tuple[list[int], np.ndarray]] = []
         for place in reversed(turns[-1:] if self.turns == "last" else turns):
-            prompt, answer = self.turn(messages[:place], messages[place])
+            prompt, answer = self.turn(messages[:place], messages[place], found.thinking, found.tools)
             ids = prompt + answer
             if not rows or rows[-1][0][: len(ids)] != ids:
                 rows.append((ids, np.zeros(len(ids), dtype=bool)))
@@ -174,50 +176,67 @@ class WrittenRows:
     def preference(self, record: Any) -> list[Pair]:
         if (found := conversations.preference(record)) is None:
             return []
-        asked, *answers = found
-        thinking = any(map(thinks, answers))
-        return [Pair(*(row_of(*self.turn(asked, answer, thinking)) for answer in answers))]
+        answers, (asked, tools, thinking) = (found.chosen, found.rejected), found.asked
+        thinking = any(map(thinks, answers)) if thinking is None else thinking
+        chosen, rejected = (row_of(*self.turn(asked, answer, thinking, tools)) for answer in answers)
+        return [Pair(chosen, rejected)]
 
     def question(self, record: Any) -> list[Question]:
-        asked, is_right = conversations.question(record)
-        return [Question(self.chat.render(asked, self.thinking), self.thinking, is_right)]
+        (asked, tools, thinking), is_right = conversations.question(record)
+        thinking = self.thinking if thinking is None else thinking
+        return [Question(self.chat.render(asked, thinking, tools), thinking, is_right)]
 
-    def turn(self, asked: list[dict], answer: dict, thinking: bool | None = None) -> tuple[list[int], list[int]]:
-        """The ids of the prompt, and of what the assistant writes up to its end token. A turn without thinking is one
-        of thinking turned off."""
-        thinking = thinks(answer) if thinking is None else thinking
-        prompt = self.chat.render_text(asked, thinking)
-        whole = self.chat.render_text([*asked, answer], thinking, add_generation_prompt=False)
-        if not whole.startswith(prompt):
-            raise ValueError("the chat template writes this turn of the assistant otherwise than it asks for one")
-        ids, end = self.chat.encode(whole[len(prompt) :]), self.chat.eos_token_id
+    def turn(
+        self, asked: list[dict], answer: dict, thinking: bool | None = None, tools: list[dict] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """The ids of what the model sees, and of what it says up to the token that ends its turn. A turn without
+        thinking is one of thinking turned off."""
+        prompt, said = self.chat.turn(asked, answer, thinking, tools)
+        ids, end = self.chat.encode(said), self.chat.end_of_turn_id
         return self.chat.encode(prompt), ids[: len(ids) - ids[::-1].index(end)] if end in ids else ids
 
 
-def thinks(message: dict) -> bool:
-    return bool(message.get("reasoning_content")) or "<think>" in (message.get("content") or "")
-
-
 def read_items(
-    name: str, found: Iterator[tuple[str, Any]], make: Callable[[Any], list[Item]], longest: int
+    name: str,
+    found: Iterator[tuple[str, Any]],
+    make: Callable[[Any], list[Item]],
+    longest: int,
+    skip_share: float = 0.0,
 ) -> tuple[list[Item], str]:
     """The items of all (where it stands, record), those longer than `longest` tokens left out, and a hash of them.
-    ValueError names the row that is no such item."""
-    rows, items, too_long, unusable = 0, [], 0, 0
+
+    A row that is no such item is left out and counted. ValueError, with the first of them, where more than the share
+    `skip_share` of the rows are so: one may always be, unless the share is 0.
+    """
+    rows, items, too_long, unusable, odd, unread = 0, [], 0, 0, [], set()
     digest = hashlib.blake2b(digest_size=8)
     for where, record in console.counted(found, f"{name}: rows"):
+        rows += 1
         try:
+            if isinstance(record, Unreadable):
+                raise record
             made = make(record)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            odd.append(f"{where}: {error}")
+            continue
+        unread |= record.keys() - conversations.FIELDS
         fitting = [item for item in made if item.length <= longest]
-        rows, too_long, unusable = rows + 1, too_long + len(made) - len(fitting), unusable + (not made)
+        too_long, unusable = too_long + len(made) - len(fitting), unusable + (not made)
         for item in fitting:
             digest.update(fingerprint(item))
         items += fitting
+    if odd and (not items or len(odd) > max(skip_share * rows, 1 if skip_share else 0)):
+        raise ValueError(
+            f"{odd[0]} ({len(odd):,} of {rows:,} rows are not what is learnt here; data.skip_share {skip_share} may be)"
+        )
     kinds = {f"longer than {longest:,} tokens": too_long, "without an answer or a difference": unusable}
-    left_out = "".join(f"; left out: {count:,} {kind}" for kind, count in kinds.items() if count)
-    console.notice(f"{name}: {rows:,} rows, {len(items):,} to learn from{left_out}")
+    left_out = [f"{count:,} {kind}" for kind, count in kinds.items() if count]
+    left_out += [f"{len(odd):,} of another form ({'; '.join(odd[:3])}{'; ...' if odd[3:] else ''})"] if odd else []
+    console.notice(
+        f"{name}: {rows:,} rows, {len(items):,} to learn from"
+        + ("; left out: " + ", ".join(left_out) if left_out else "")
+        + (f"; fields that are not read: {', '.join(sorted(map(str, unread)))}" if unread else "")
+    )
     if not items:
         raise ValueError(f"data: {name} has nothing to learn from; give other rows or a longer train.sequence")
     return items, digest.hexdigest()

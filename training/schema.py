@@ -102,6 +102,14 @@ class Data:
     validation_split: str = key("test", "rows: the same for validation", may_change=True)
     subset: str | None = key(None, "rows: which configuration of a data set's id")
     limit: int | None = key(None, "rows: only so many, the first ones; null: all", low=1)
+    skip_share: float = key(
+        0.05,
+        "rows: more rows of another form than this share end the run; up to it (or one row) they are left out and "
+        "named. 0: none may be",
+        low=0,
+        high=1,
+        may_change=True,
+    )
     fingerprint: str | None = key(None, "rows: hash of the training rows; null: computed. Others are refused")
     turns: str = key("all", "sft on rows: of the assistant, all are learnt, or the last", ("all", "last"))
     pack: bool = key(False, "sft: several conversations in one sequence, none of which sees another: less padding")

@@ -48,7 +48,8 @@ def build_source(settings: Settings, chat: Chat):
     make = {"sft": rows.conversation, "dpo": rows.preference, "grpo": rows.question}[stage]
 
     def read(place: str, split: str) -> tuple[list[Item], str]:
-        return read_items(place, records(place, split, data.subset, data.limit, Path(train.out)), make, longest)
+        found = records(place, split, data.subset, data.limit, Path(train.out))
+        return read_items(place, found, make, longest, data.skip_share)
 
     items, digest = read(data.train, data.split)
     data.fingerprint = agreed("data.fingerprint", data.fingerprint, digest, f"the rows of {data.train}")

@@ -36,7 +36,8 @@ def chat() -> Chat:
     ],
 )
 def test_conversations(record, expected):
-    assert conversation(record) == expected
+    found = conversation(record)
+    assert (found and found.messages) == expected
 
 
 HH = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant: {}"
@@ -53,7 +54,8 @@ HH = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant: {}"
     ],
 )
 def test_preferences(record, asked):
-    assert preference(record) == (asked, TELL, TELL | {"content": "What?"})
+    found = preference(record)
+    assert (found.asked.messages, found.chosen, found.rejected) == (asked, TELL, TELL | {"content": "What?"})
 
 
 def test_pairs_that_differ_in_more_than_the_last_answer_are_no_pairs():
@@ -64,7 +66,7 @@ def test_pairs_that_differ_in_more_than_the_last_answer_are_no_pairs():
 
 def test_questions():
     asked, is_right = question({"question": "Hi", "answer": "2+3=<<2+3=5>>5 ... so 1000+5\n#### 1,005"})
-    assert asked == [ASK]
+    assert asked.messages == [ASK]
     assert is_right("It is 1005.") and is_right("5, no: $1,005.00") and not is_right("1005 or 5") and not is_right("")
 
 
