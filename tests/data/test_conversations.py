@@ -1,17 +1,20 @@
 """Rows of other people's data: their shapes, what of them is learnt, and bad ones."""
 
+import contextlib
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 import data.documents
 from chat import Chat
-from data.conversations import conversation, last_number, preference, question
+from data.conversations import FIELDS, conversation, last_number, preference, prompt, question
 from data.sources import IGNORED, Listed, Pair, Row, WrittenRows, read_items, records
 
 ROOT = Path(__file__).parent.parent.parent
 ASK, TELL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
+BE = {"role": "system", "content": "Be."}
 AGAIN, BYE = {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Goodbye!"}
 
 
@@ -27,6 +30,25 @@ def chat() -> Chat:
     ("record", "expected"),
     [
         ({"messages": [ASK, TELL], "prompt_id": "x"}, [ASK, TELL]),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}, [ASK, TELL]),
+        ({"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello!"}]}, [ASK, TELL]),
+        ({"messages": None, "conversations": [ASK, TELL], "system": "Be."}, [BE, ASK, TELL]),
+        ({"system_prompt": "Be.", "question": "Hi", "response": "Hello!"}, [BE, ASK, TELL]),
+        ({"prompt": [ASK], "completion": [TELL]}, [ASK, TELL]),
+        ({"prompt": ASK, "completion": TELL}, [ASK, TELL]),
+        ({"prompt": [ASK, TELL, AGAIN], "completion": [BYE]}, [ASK, TELL | {"weight": 0}, AGAIN, BYE]),
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "completion": " Hello!"}, [ASK, TELL]),
+        ({"prompt": "Be.\n\nHuman: Hi\n\nAssistant:", "completion": "Hello!"}, [BE, ASK, TELL]),
+        ({"prompt": "Human: Hi\n\nAssistant: Hello!"}, [ASK, TELL]),
+        ({"text": "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye"}, [ASK, TELL]),
+        (
+            {"instruction": "Bye", "input": "", "output": "Goodbye!", "history": [["Hi", "Hello!"]]},
+            [ASK, TELL | {"weight": 0}, AGAIN, BYE],
+        ),
+        ({"question": "Hi", "context": "there", "answer": "Hello!"}, [ASK | {"content": "Hi\n\nthere"}, TELL]),
+        ({"messages": [ASK, TELL, AGAIN, BYE | {"weight": 0}]}, [ASK, TELL]),
+        ({"messages": [ASK, TELL | {"weight": 0}]}, None),
+        ({"messages": [ASK, TELL, AGAIN, {"role": "assistant", "content": ""}]}, [ASK, TELL]),
         ({"messages": [ASK, TELL, AGAIN]}, [ASK, TELL]),
         ({"instruction": "Hi", "context": "", "response": "Hello!", "category": "x"}, [ASK, TELL]),
         ({"instruction": "Hi", "input": None, "output": "Hello!", "text": "x"}, [ASK, TELL]),
@@ -40,6 +62,7 @@ def test_conversations(record, expected):
     assert (found and found.messages) == expected
 
 
+WHAT = TELL | {"content": "What?"}
 HH = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant: {}"
 
 
@@ -51,6 +74,13 @@ HH = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant: {}"
         ({"prompt": "Hi", "chosen": [ASK, TELL], "rejected": [ASK, TELL | {"content": "What?"}]}, [ASK]),
         ({"chosen": [ASK, TELL], "rejected": [ASK, TELL | {"content": "What?"}]}, [ASK]),
         ({"chosen": HH.format("Hello!"), "rejected": HH.format("What?")}, [ASK, TELL, AGAIN]),
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello!", "rejected": " What?"}, [ASK]),
+        ({"prompt": [ASK, TELL, AGAIN], "chosen": "Hello!", "rejected": "What?"}, [ASK, TELL, AGAIN]),
+        ({"prompt": [ASK], "chosen": TELL, "rejected": TELL | {"content": "What?"}}, [ASK]),
+        ({"system": "Be.", "question": "Hi", "chosen": "Hello!", "rejected": "What?"}, [BE, ASK]),
+        ({"prompt": "Hi", "system": "Be.", "chosen": [ASK, TELL], "rejected": [ASK, WHAT]}, [BE, ASK]),
+        ({"prompt": "Hi", "chosen": [BE, ASK, TELL], "rejected": [BE, ASK, WHAT]}, [BE, ASK]),
+        ({"conversations": [{"from": "human", "value": "Hi"}], "chosen": TELL, "rejected": WHAT}, [ASK]),
     ],
 )
 def test_preferences(record, asked):
@@ -78,27 +108,96 @@ def test_last_number(text, number):
     assert str(last_number(text)) == number
 
 
+CALLED = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
+
+
 @pytest.mark.parametrize(
     ("read", "record", "said"),
     [
         (conversation, 5, "is 5, not an object"),
-        (conversation, {"text": "x"}, "has the fields text, but a conversation is messages or one of instruction"),
-        (conversation, {"messages": "x"}, "messages is 'x', not a list"),
-        (conversation, {"messages": [{"role": "bot", "content": "x"}]}, "no message with a role of system, user"),
-        (conversation, {"messages": [{"role": "user", "content": 3}]}, "message of user whose content is no text"),
+        (conversation, {"text": "x"}, "has the fields text, but a conversation is messages, or one of prompt"),
+        (conversation, {"messages": "x"}, "messages: 'x' is not a list"),
+        (
+            conversation,
+            {"messages": [{"role": "bot", "content": "x"}]},
+            r"messages\[0\]\.role: 'bot' is none of system",
+        ),
+        (conversation, {"messages": [{"role": "user", "content": 3}]}, r"messages\[0\]\.content: 3 is no text"),
+        (conversation, {"messages": [{"role": "user"}, TELL]}, "the message of user has no content"),
         (conversation, {"messages": [ASK]}, "no turn of the assistant"),
         (conversation, {"messages": [TELL]}, "no turn of the assistant after"),
+        (conversation, {"messages": [ASK | {"weight": 1}, TELL]}, "message 0 has weight 1, but is the user's"),
+        (conversation, {"messages": [ASK, TELL], "images": ["x.png"]}, "has images, and only text"),
+        (conversation, {"messages": [ASK, TELL], "tools": "{"}, "tools: '{' is not JSON"),
+        (conversation, {"messages": [ASK, TELL], "tools": [{}], "functions": [{}]}, "has tools and functions"),
+        (conversation, {"messages": [ASK, TELL], "chat_template_kwargs": {"x": 1}}, "only enable_thinking is known"),
+        (conversation, {"messages": [BE, ASK, TELL], "system": "Do."}, "a system message in system and another one"),
+        (conversation, {"prompt": "Hi", "completion": "Bad.", "label": False}, "label is false"),
         (conversation, {"instruction": " ", "output": "x"}, "instruction is ' ', not a text"),
+        (conversation, {"prompt": "Hi", "completion": 7}, "completion is 7, neither a text nor a list"),
+        (conversation, {"prompt": "Hi"}, "has the fields prompt"),
         (preference, {"prompt": "Hi", "chosen": "x"}, "a preference has chosen and rejected"),
         (preference, {"chosen": "x", "rejected": "y"}, "has no prompt"),
-        (preference, {"chosen": [], "rejected": "y"}, "chosen is \\[\\], not a list of messages"),
+        (preference, {"prompt": "Bye", "chosen": [ASK, TELL], "rejected": "y"}, "chosen begins with other turns"),
+        (preference, {"chosen": [], "rejected": "y"}, "chosen: an empty list"),
         (question, {"question": "Hi", "answer": "none"}, "answer has no number"),
         (question, {"problem": "Hi", "answer": "3"}, "a question has question and answer"),
+        (prompt, {"prompt": "Hi", "temperature": 0}, "temperature is a setting"),
+        (prompt, {"text": "Hi"}, "has the fields text, but a prompt is"),
     ],
 )
 def test_bad_rows(read, record, said):
     with pytest.raises(ValueError, match=said):
         read(record)
+
+
+def test_whatever_a_row_holds_it_is_read_or_refused():
+    """No shape of a stranger's row ends in another exception."""
+    values = [
+        None,
+        5,
+        True,
+        "",
+        "x",
+        [],
+        {},
+        [5],
+        [[]],
+        [{}],
+        {"a": 1},
+        [{"role": []}],
+        [{"role": "user"}],
+        [ASK],
+        [ASK, TELL],
+    ]
+    for name in sorted(FIELDS):
+        for value in values:
+            for other in (
+                {},
+                {"prompt": "Hi", "completion": "x"},
+                {"messages": [ASK, TELL]},
+                {"prompt": "Hi", "answer": 3},
+            ):
+                for record in (other | {name: value}, {"chosen": [ASK, TELL], "rejected": "x"} | {name: value}):
+                    for read in (conversation, preference, question, prompt):
+                        with contextlib.suppress(ValueError):
+                            read(record)
+    for field in (
+        "role",
+        "from",
+        "content",
+        "value",
+        "reasoning",
+        "tool_calls",
+        "function_call",
+        "weight",
+        "name",
+        "refusal",
+    ):
+        for value in values:
+            for role in ("assistant", "function_call", "tool"):
+                with contextlib.suppress(ValueError):
+                    conversation({"messages": [ASK, {"role": role, "content": "x"} | {field: value}, AGAIN, BYE]})
 
 
 # --- what is learnt ---
@@ -151,15 +250,107 @@ def test_both_answers_of_a_pair_have_one_prompt(chat):
     record = {"chosen": [ASK, TELL | {"reasoning_content": "Hm."}], "rejected": [ASK, TELL]}
     (pair,) = WrittenRows(chat).preference(record)
     assert texts(chat, pair.chosen)[1] == ["<think>\nHm.\n</think>\n\nHello!<|im_end|>"]
-    assert texts(chat, pair.rejected)[1] == ["<think>\n\n</think>\n\nHello!<|im_end|>"]
+    assert texts(chat, pair.rejected)[1] == ["Hello!<|im_end|>"]  # the row says no thinking, so none is taught
+    assert texts(chat, pair.rejected)[0] == chat.render_text([ASK]) + "Hello!<|im_end|>"
+
+
+THINKING = TELL | {"content": "Hm.\n</think>\n\nHello!"}
+TOOLS = [{"type": "function", "function": {"name": "lookup", "description": "d", "parameters": {}}}]
+LOOK = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "lookup", "arguments": '{"a":1}'}}]}
+
+
+def test_a_turn_of_weight_0_is_read_but_not_learnt(chat):
+    rows = WrittenRows(chat).conversation({"messages": [ASK, TELL | {"weight": 0}, AGAIN, BYE]})
+    assert [texts(chat, row)[1] for row in rows] == [["Goodbye!<|im_end|>"]]
+    rows = WrittenRows(chat).conversation({"prompt": [ASK, TELL, AGAIN], "completion": [BYE]})
+    assert [texts(chat, row)[1] for row in rows] == [["Goodbye!<|im_end|>"]]
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)])
+def test_tools_are_in_the_prompt_and_calls_are_learnt(chat, tools):
+    record = {"messages": [ASK, LOOK, {"role": "tool", "content": "42"}, TELL], "tools": tools}
+    last, first = WrittenRows(chat).conversation(record)
+    assert texts(chat, first)[0].startswith(chat.decode(chat.render([ASK], thinking=False, tools=TOOLS)))
+    assert texts(chat, first)[1] == ['<tool_call>\n{"name": "lookup", "arguments": {"a": 1}}\n</tool_call><|im_end|>']
+    assert "lookup" in texts(chat, last)[0] and "<tool_response>\n42" in texts(chat, last)[0]
+    (pair,) = WrittenRows(chat).preference({"prompt": "Hi", "chosen": "a", "rejected": "b", "tools": tools})
+    assert all("lookup" in texts(chat, row)[0] for row in pair)
+    (asked,) = WrittenRows(chat).question({"question": "Hi", "answer": "1", "functions": [TOOLS[0]["function"]]})
+    assert asked.prompt == chat.render([ASK], tools=TOOLS)
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", None])
+def test_reasoning_under_any_name_is_learnt(chat, name):
+    turn = THINKING if name is None else TELL | {name: "Hm."}
+    (row,) = WrittenRows(chat).conversation({"messages": [ASK, turn]})
+    assert texts(chat, row) == (
+        chat.render_text([ASK]) + "<think>\nHm.\n</think>\n\nHello!<|im_end|>",
+        ["<think>\nHm.\n</think>\n\nHello!<|im_end|>"],
+    )
+
+
+def test_the_row_may_say_whether_it_thinks(chat):
+    (row,) = WrittenRows(chat).conversation(
+        {"messages": [ASK, TELL], "chat_template_kwargs": {"enable_thinking": True}}
+    )
+    assert texts(chat, row)[0] == chat.render_text([ASK], thinking=True) + "Hello!<|im_end|>"
+    (asked,) = WrittenRows(chat).question(
+        {"question": "Hi", "answer": 1, "chat_template_kwargs": {"enable_thinking": False}}
+    )
+    assert not asked.thinking and asked.prompt == chat.render([ASK], thinking=False)
+
+
+def published(name: str) -> Chat:
+    if "NANOQWEN_ASSETS" not in os.environ:
+        pytest.skip("NANOQWEN_ASSETS does not name the folder of official files")
+    assets = Path(os.environ["NANOQWEN_ASSETS"])
+    (template,) = (assets / "templates").glob(f"{name}*.jinja")
+    tokenizer = (assets / "qwen3-0.6b" / "tokenizer.json").read_text()
+    return Chat(name, tokenizer, {"eos_token": "<|endoftext|>"}, template.read_text())
+
+
+def test_what_a_template_adds_is_not_taught():
+    """Instruct-2507 writes an empty thinking into a turn that its generation prompt does not begin."""
+    (row,) = WrittenRows(instruct := published("Qwen3-Instruct-2507")).conversation(
+        {"messages": [ASK, TELL, AGAIN, BYE]}
+    )
+    assert texts(instruct, row)[1] == ["Hello!<|im_end|>", "Goodbye!<|im_end|>"]
+    assert texts(instruct, row)[0] == instruct.render_text([ASK, TELL, AGAIN]) + "Goodbye!<|im_end|>"
+    for name in ("Qwen3-Thinking-2507", "Qwen3.5-4B"):
+        (row,) = WrittenRows(other := published(name)).conversation({"messages": [ASK, TELL]})
+        whole, learnt = texts(other, row)
+        assert learnt == ["Hello!<|im_end|>"] and whole.endswith("<think>\n\n</think>\n\nHello!<|im_end|>")
+        (row,) = WrittenRows(other).conversation({"messages": [ASK, TELL | {"reasoning": "Hm."}]})
+        assert texts(other, row)[1] == ["Hm.\n</think>\n\nHello!<|im_end|>"]
+
+
+def test_what_a_template_leaves_out_is_refused():
+    coder = WrittenRows(published("Qwen3-Coder"))
+    (row,) = coder.conversation({"messages": [ASK, LOOK], "tools": TOOLS})
+    assert texts(coder.chat, row)[1] == [
+        "<tool_call>\n<function=lookup>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call><|im_end|>"
+    ]
+    with pytest.raises(ValueError, match=r"leaves out the answer 'Hm\.'"):
+        coder.conversation({"messages": [ASK, TELL | {"reasoning": "Hm."}]})
+    instruct = WrittenRows(published("Qwen3-Instruct-2507"))
+    with pytest.raises(ValueError, match="leaves out the answer ' b '"):
+        instruct.conversation({"messages": [ASK, TELL | {"content": "<think>a</think> b </think>c"}]})
+    with pytest.raises(ValueError, match=r"leaves out the user's reasoning 'Hm\.'"):
+        instruct.conversation({"messages": [ASK | {"reasoning": "Hm."}, TELL]})
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    tokenizer = (ROOT / "models" / "tiny" / "tokenizer.json").read_text()
+    with pytest.raises(ValueError, match="leaves out the tool 'lookup'"):
+        WrittenRows(Chat("plain", tokenizer, {}, plain[: -len("assistant: ")])).conversation(
+            {"messages": [ASK, TELL], "tools": TOOLS}
+        )
 
 
 # --- files ---
 
 
-def read(path, chat: Chat, kind: str = "conversation", longest: int = 99, **options):
+def read(path, chat: Chat, kind: str = "conversation", longest: int = 99, share: float = 0.0, **options):
     chosen = {"split": "train", "subset": None, "limit": None, "out": Path("nowhere")} | options
-    return read_items(str(path), records(str(path), **chosen), getattr(WrittenRows(chat), kind), longest)
+    return read_items(str(path), records(str(path), **chosen), getattr(WrittenRows(chat), kind), longest, share)
 
 
 def write_lines(path: Path, *rows) -> Path:
@@ -191,15 +382,42 @@ def test_rows_that_are_too_long_are_counted(tmp_path, chat, capsys):
         read(path, chat, longest=3)
 
 
-def test_a_bad_row_is_named(tmp_path, chat):
+def test_an_odd_row_is_left_out_and_named(tmp_path, chat, capsys):
     path = write_lines(tmp_path / "a.jsonl", *DOLLY, {"instruction": 4, "response": "x"})
-    with pytest.raises(ValueError, match=r"a\.jsonl: line 8: instruction is 4, not a text"):
+    assert len(read(path, chat, share=0.05)[0]) == 7
+    said = capsys.readouterr().err
+    assert "8 rows, 7 to learn from; left out: 1 of another form" in said
+    assert "a.jsonl: line 8: instruction is 4, neither a text nor a list" in said and said.count("\n") == 1
+    with pytest.raises(ValueError, match=r"a\.jsonl: line 8: .*1 of 8 rows .* data\.skip_share 0\.0 may be"):
         read(path, chat)
-    path.write_text('{"instruction": "x"\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl: line 1 is not JSON"):
-        read(path, chat)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], '{"instruction": "x"', "", *lines[1:]]))
+    with pytest.raises(ValueError, match=r"a\.jsonl: line 2: is not JSON .*2 of 9 rows"):
+        read(path, chat, share=0.2)
+    assert read(path, chat, share=0.25)[1] == read(write_lines(tmp_path / "b.jsonl", *DOLLY), chat)[1]
+    write_lines(path, {"text": "x"})
+    with pytest.raises(ValueError, match=r"a\.jsonl: line 1: has the fields text"):
+        read(path, chat, share=1.0)
     with pytest.raises(ValueError, match=r"no file matches .*; give JSON lines"):
         read(tmp_path / "absent.jsonl", chat)
+
+
+def test_fields_that_are_not_read_are_named(tmp_path, chat, capsys):
+    read(write_lines(tmp_path / "a.jsonl", *(row | {"category": "x", "id": 3} for row in DOLLY)), chat)
+    assert capsys.readouterr().err.endswith("7 rows, 7 to learn from; fields that are not read: category, id\n")
+
+
+def test_the_nulls_of_arrow_are_no_parameters(tmp_path, chat):
+    import pyarrow
+    import pyarrow.parquet
+
+    tools = [{"name": name, "parameters": {name: {"type": "string"}}} for name in ("first", "second")]
+    rows = [{"messages": [ASK, TELL], "tools": tools}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert (
+        read(tmp_path / "a.parquet", chat, longest=999)[1]
+        == read(write_lines(tmp_path / "a.jsonl", *rows), chat, longest=999)[1]
+    )
 
 
 def test_pairs_that_teach_nothing_are_counted(tmp_path, chat, capsys):
