@@ -173,9 +173,11 @@ class Chat:
         thinking = thinks(answer) if thinking is None else thinking
         prompt = self.render_text(asked, thinking, tools)
         whole = self.render_text([*asked, answer], thinking, tools, add_generation_prompt=False)
-        if not whole.startswith(prompt):
+        bare = prompt.rstrip().removesuffix(THINK_END).rstrip().removesuffix(THINK_START)  # without an empty thinking
+        shared = prompt if whole.startswith(prompt) or THINK_START not in prompt[len(bare) :] else bare
+        if not whole.startswith(shared):
             raise ValueError("the chat template writes this turn of the assistant otherwise than it asks for one")
-        said = whole[len(prompt) :]
+        said = whole[len(shared) :]
         for what, text in _said(asked, answer, normalise_tools(tools)):
             if text.strip() not in (said if what == "answer" else whole):
                 raise ValueError(f"the chat template leaves out the {what} {short(text)}")

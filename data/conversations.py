@@ -98,7 +98,9 @@ def question(record: Any) -> tuple[Conversation, Callable[[str], bool]]:
     truth = last_number(str(answer) if isinstance(answer, int | float) else text_of(record, "answer"))
     if truth is None:
         raise ValueError("answer has no number, so no reply can be checked")
-    return Conversation(asked(record), *beside(record)), lambda reply: last_number(reply) == truth
+    return Conversation(
+        asked(record, ("question", "prompt")), *beside(record)
+    ), lambda reply: last_number(reply) == truth
 
 
 def prompt(record: Any) -> Conversation:
@@ -130,12 +132,13 @@ def dialogue(record: dict) -> list[Message] | None:
     return None if name is None else with_system(record, complete(normalise(record[name], name), name))
 
 
-def asked(record: dict) -> list[Message] | None:
+def asked(record: dict, names: tuple[str, ...] = ASKED) -> list[Message] | None:
     """The messages of what is asked: what is asked about stands under it, the row's history before."""
-    name = next((name for name in ASKED if record.get(name) is not None), None)
+    name = next((name for name in names if record.get(name) is not None), None)
     if name is None:
         return None
-    about = [text_of(record, field) for field in ABOUT if field != name and record.get(field)]
+    other = name != "instruction" and record.get("instruction") is not None  # which has what is asked about then
+    about = [text_of(record, field) for field in ABOUT if field != name and record.get(field) and not other]
     if about and not isinstance(record[name], str):
         raise ValueError(f"{name} is a list of messages, so {' and '.join(ABOUT)} have no place in it")
     messages = as_messages(record[name], name, "user")

@@ -224,9 +224,16 @@ def check_prompt(model: Qwen3, ids: Sequence[int]) -> None:
 
 
 def end_tokens(model: Qwen3) -> set[int]:
-    """The ids that end a reply: the set in generation_config.json, or config.json's."""
-    stated = model.generation_config.get("eos_token_id", model.config.eos_token_id)
-    return set(stated if isinstance(stated, list) else [] if stated is None else [stated])
+    """The ids that end a reply: those of generation_config.json and of config.json together."""
+    stated = (model.generation_config.get("eos_token_id"), model.config.eos_token_id)
+    return {token for ids in stated if ids is not None for token in (ids if isinstance(ids, list) else [ids])}
+
+
+def add_end_token(model: Qwen3, token: int | None) -> None:
+    """Makes a chat template's end of a turn one of the ids that end a reply; a base model's own is another one."""
+    ends = end_tokens(model)
+    if token is not None and token not in ends:
+        model.generation_config = {**model.generation_config, "eos_token_id": [token, *sorted(ends)]}
 
 
 def new_cache(model: Qwen3, max_len: int, batch_size: int = 1) -> KVCache:

@@ -1,8 +1,10 @@
 """Many prompts of a file: JSON lines in, JSON lines out, in the same order, decoded in batches.
 
-A line is a text, {"prompt": text} or {"messages": [{"role": ..., "content": ...}, ...]}; empty lines are passed over. A
-line of another form ends the run with its number, after the answers of the lines read before it are out. A prompt that
-the model or its template cannot take is answered by a record with `error`, and the others go on.
+A line is a text, or what data/conversations.py reads as a prompt: {"prompt": text}, {"messages": [{"role": ...,
+"content": ...}, ...]}, a row of training data, each with its tools. An assistant's message at the end is the beginning
+of the reply, which is continued. Empty lines are skipped. A line of another form ends the run with its number, after
+the answers of the lines before it are out. A prompt that the model or its template can't take is answered by a record
+with `error`, and the others are answered.
 """
 
 import json
@@ -10,42 +12,35 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
+from data.conversations import Conversation, prompt
 from inference.decode import ThinkingBudget, check_prompt, generate_batch
 from inference.session import Answer, Listener, Session
 
 WINDOW = 4  # batches that are read ahead and sorted by length, so that rows of a batch are about as long
 
 
-def read_prompts(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """The messages of each line. Raises ValueError with file and line number for what is no prompt."""
+def read_prompts(path: Path) -> Iterator[Conversation]:
+    """What each line asks. Raises ValueError with file and line number for what is no prompt."""
     if path.is_dir():
         raise ValueError(f"--prompts {path}: a directory; give a file of JSON lines")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                yield _messages(f"{path}: line {number:,}", line)
+                yield _read(f"{path}: line {number:,}", line)
 
 
-def _messages(place: str, line: bytes) -> list[dict[str, Any]]:
+def _read(place: str, line: bytes) -> Conversation:
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: not UTF-8 (byte {error.start:,} of the line)") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: not JSON ({error}); each line is a value of its own") from None
-    if isinstance(value, dict) and set(value) == {"prompt"}:
-        value = value["prompt"]
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    messages = value.get("messages") if isinstance(value, dict) and set(value) == {"messages"} else None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f'{place}: give a text, {{"prompt": text}} or {{"messages": [...]}} and nothing beside it')
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f'{place}: a message is {{"role": text, "content": text}}')
-    return messages
+    try:
+        return prompt(value)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def answer_prompts(session: Session, path: Path, batch_size: int) -> Iterator[Answer]:
@@ -58,8 +53,8 @@ def answer_prompts(session: Session, path: Path, batch_size: int) -> Iterator[An
     while True:
         window, broken = [], None
         try:
-            for messages in islice(prompts, WINDOW * batch_size):
-                window.append(_prompt(session, messages))
+            for asked in islice(prompts, WINDOW * batch_size):
+                window.append(_prompt(session, asked))
         except ValueError as error:
             broken = error
         waiting = [i for i, ids in enumerate(window) if not isinstance(ids, Answer)]
@@ -75,17 +70,19 @@ def answer_prompts(session: Session, path: Path, batch_size: int) -> Iterator[An
             return
 
 
-def _prompt(session: Session, messages: list[dict[str, Any]]) -> list[int] | Answer:
+def _prompt(session: Session, asked: Conversation) -> list[int] | Answer:
     """The ids of a prompt, or the answer that says why it has none."""
     ids: list[int] = []
+    messages, tools, thinking = asked
     try:
         if session.raw:
-            if len(messages) > 1 or messages[0]["role"] != "user":
+            if len(messages) > 1 or messages[0]["role"] != "user" or tools:
                 raise ValueError("--raw continues one text, so this line's messages cannot be asked")
             ids = session.chat.encode(messages[0]["content"])
         else:
-            own = messages[0]["role"] == "system"
-            ids = session.chat.render(messages if own else [*session.system, *messages], session.thinking)
+            own, begun = messages[0]["role"] == "system", messages[-1]["role"] == "assistant"
+            messages = messages if own else [*session.system, *messages]
+            ids = session.chat.render(messages, session.thinking if thinking is None else thinking, tools, begun)
         check_prompt(session.model, ids)
     except ValueError as error:
         return Answer(len(ids), finish_reason="error", error=str(error))

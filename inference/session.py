@@ -9,7 +9,15 @@ from typing import Any
 from torch import Tensor
 
 from chat import Chat, ReplyStream, assistant_message
-from inference.decode import ThinkingBudget, check_prompt, end_tokens, new_cache, repetition_period, steps
+from inference.decode import (
+    ThinkingBudget,
+    add_end_token,
+    check_prompt,
+    end_tokens,
+    new_cache,
+    repetition_period,
+    steps,
+)
 from inference.params import SamplingParams
 from inference.speculate import Speculation, common_prefix
 from model import EMBEDDING, HEAD, KVCache, Qwen3
@@ -104,6 +112,8 @@ class Session:
         self.model, self.chat, self.params, self.speculation = model, chat, params, speculation
         self.thinking, self.thinking_budget, self.raw, self.logprobs = thinking, thinking_budget, raw, logprobs
         self.system = [{"role": "system", "content": system}] if system is not None else []
+        if not raw:
+            add_end_token(model, chat.end_of_turn_id)
         self.bandwidth: float | None = None  # bytes per second; where given, stats hold the share that was reached
         self.reset()
 

@@ -21,7 +21,7 @@ ROOMS = {
     "ops": ({"formats"}, {"torch", "triton", "numpy"}),
     "model": ({"formats", "ops"}, {"torch", "safetensors"}),
     "chat": ({"formats"}, {"tokenizers"}),
-    "inference": ({"model", "chat", "formats", "ops"}, {"torch", "numpy", "prompt_toolkit"}),
+    "inference": ({"model", "chat", "data", "formats", "ops"}, {"torch", "numpy", "prompt_toolkit"}),
     "training": (
         {"model", "chat", "inference", "data", "formats", "ops"},
         {"torch", "safetensors", "yaml", "rich", "wandb", "matplotlib"},

@@ -25,10 +25,11 @@ from torch import Tensor
 
 import console
 from formats.files import atomic_directory, fsync, write_text
+from formats.gguf.reader import GGUF
 from training import schema
 from training.schema import Settings
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 CONSEQUENCES = {  # of a change in the middle of a run, by the key's first part
     "stage": "its weights and optimizer state would go on under another objective",
     "train": "its remaining steps would take other rows or other updates",
@@ -163,9 +164,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """The files that make weights a checkpoint that can chat. `source`: their folder, or a tokenizer.json alone."""
+    """The files that make weights a checkpoint that can chat, from their folder or out of a .gguf file."""
     if source.is_file():
-        shutil.copyfile(source, target / "tokenizer.json")
+        for name, content in zip(TOKENIZER_FILES, GGUF(source).tokenizer(), strict=False):
+            write_text(target / name, json.dumps(content, ensure_ascii=False))
         return
     for name in TOKENIZER_FILES:
         if (source / name).is_file():

@@ -11,6 +11,8 @@ from chat import Chat
 from data.shard_format import END_OF_TEXT
 from formats.json_file import read_json
 from formats.source import resolve
+from formats.tensors import read_json
+from inference.decode import add_end_token
 from model import Config, Qwen3
 from training.lora import add_lora, load_adapter, merged_weights, save_adapter
 from training.optimizers import full_tensor
@@ -77,6 +79,8 @@ def starting_model(settings: Settings, chat: Chat, device: torch.device) -> Qwen
     advice = resolve(settings.model.tokenizer) / "generation_config.json"
     if advice.is_file():
         model.generation_config = read_json(advice)  # what the run's checkpoints will say
+    if settings.stage != "pretrain":
+        add_end_token(model, chat.end_of_turn_id)
     if settings.lora.rank or settings.stage == "dpo" or (settings.stage == "grpo" and settings.grpo.kl > 0):
         stated, found = settings.model.fingerprint, weights_hash(model)
         settings.model.fingerprint = agreed("model.fingerprint", stated, found, "the weights")

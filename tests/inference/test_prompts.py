@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from chat import Chat
+from inference.decode import generate
 from inference.params import SamplingParams
 from inference.prompts import WINDOW, answer_prompts, read_prompts
 from inference.session import Session
@@ -39,9 +40,41 @@ def test_every_form_of_a_line_is_read(tmp_path):
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     path = write(tmp_path / "in", '"one"', "", {"prompt": "two"}, " ", {"messages": messages})
     path.write_text(path.read_text() + '"last, without a line break, ü"')
-    one, two, three, four = read_prompts(path)
+    one, two, three, four = (asked.messages for asked in read_prompts(path))
     assert (one[0]["content"], two[0]["content"], three) == ("one", "two", messages)
     assert four == [{"role": "user", "content": "last, without a line break, ü"}]
+
+
+USER = {"role": "user", "content": "u"}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+ROWS = [
+    ({"conversations": [{"from": "human", "value": "u"}]}, [USER]),
+    ({"prompt": [USER], "completion": "what was learnt"}, [USER]),
+    ({"prompt": "\n\nHuman: u\n\nAssistant:"}, [USER]),
+    ({"instruction": "u", "input": "", "output": "x", "id": 7}, [USER]),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "u"}]}]}, [USER]),
+    ({"question": "u", "system": "s"}, [{"role": "system", "content": "s"}, USER]),
+]
+
+
+@pytest.mark.parametrize(("row", "messages"), ROWS)
+def test_rows_of_training_are_prompts(row, messages, tmp_path, session):
+    (asked,) = read_prompts(write(tmp_path / "in", row | {"tools": json.dumps([TOOL])}))
+    assert asked.messages == messages and asked.tools == [TOOL]
+    (answer,) = answer_prompts(session, tmp_path / "in", 1)
+    given = messages if messages[0]["role"] == "system" else [*session.system, *messages]
+    assert answer.prompt_tokens == len(session.chat.render(given, tools=[TOOL]))
+
+
+def test_a_reply_that_has_begun_is_continued(session, tmp_path):
+    begun = [USER, {"role": "assistant", "content": "The answer"}]
+    path = write(tmp_path / "in", {"messages": begun}, {"messages": [USER, {"role": "assistant", "content": ""}]})
+    continued, refused = answer_prompts(session, path, 2)
+    prompt = session.chat.render([*session.system, *begun], continue_final_message=True)
+    assert session.chat.decode(prompt).endswith("The answer")
+    ids = list(generate(session.model, prompt, session.params, chat=session.chat))
+    assert continued.token_ids == ids and continued.prompt_tokens == len(prompt)
+    assert "can be continued" in refused.error
 
 
 @pytest.mark.parametrize(
@@ -56,7 +89,7 @@ def test_a_line_of_another_form_is_named_by_its_number(line, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'"first"\n\n' + line + b'\n"fourth"\n')
     lines = read_prompts(path)
-    assert next(lines)[0]["content"] == "first"
+    assert next(lines).messages[0]["content"] == "first"
     with pytest.raises(ValueError, match=r"in\.jsonl: line 3: ") as error:
         next(lines)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400

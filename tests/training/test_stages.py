@@ -10,10 +10,13 @@ import yaml
 from runs import CONFIG, Fault, in_child, in_processes, kill, metrics, run, run_with_equal_weights, settings
 
 import train
+from chat import Chat
 from data.corpus.examples import HARD, check, hard_examples, is_test, question_example, training_example
 from data.corpus.preferences import preference_example
 from data.corpus.talk import is_refusal
 from data.corpus.tokenizer import TINY, pieces_of
+from data.sources import WrittenRows
+from inference.decode import end_tokens
 from inference.replies import parse
 from model import Qwen3
 from training.rewards import reward
@@ -71,6 +74,29 @@ def test_killed_and_resumed_is_equal_to_the_bit(config, stage, lora):
     assert all(torch.equal(before[name], after[name]) for name in before)
     start = weights(TINY)
     assert any(not torch.equal(start[name].float(), after[name].float()) for name in after)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_base_model_learns_to_end_its_turns(config, tmp_path, stage):
+    """Its tokenizer's eos_token ends documents; the template ends turns, and so does every reply from then on."""
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base)
+    changes = {"tokenizer_config": {"eos_token": "<|endoftext|>"}, "generation_config": {"eos_token_id": 732}}
+    for name, change in (changes | {"config": {"eos_token_id": 732}}).items():
+        path = base / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    chat = Chat.from_pretrained(base)
+    assert (chat.eos_token_id, chat.end_of_turn_id) == (732, 734)
+    (row,) = WrittenRows(chat).conversation({"prompt": "Hi", "completion": "Hello!"})
+    assert row.targets[-1] == 734
+    chosen = [f"stage={stage}", *STAGES[stage], f"model.init={base}", f"model.tokenizer={base}", "train.steps=1"]
+    records = run(config, *chosen)
+    latest = config.parent / "run" / "latest"
+    assert json.loads((latest / "generation_config.json").read_text())["eos_token_id"] == [734, 732]
+    assert end_tokens(Qwen3.from_pretrained(latest)) == {732, 734}
+    assert stage == "sft" or records[0]["format_errors"] < 0.5  # replies that the model ends by 734
 
 
 def test_sft_on_rows_learns_them(config):
@@ -201,8 +227,6 @@ def test_what_the_losses_of_replies_are_divided_by(config, average):
 
 
 def test_parsed_replies():
-    from chat import Chat
-
     chat = Chat.from_pretrained(TINY)
     prompt, ends = chat.render([{"role": "user", "content": "Hi"}]), {chat.eos_token_id}
 
