@@ -11,7 +11,6 @@ from chat import Chat
 from data.shard_format import END_OF_TEXT
 from formats.json_file import read_json
 from formats.source import resolve
-from formats.tensors import read_json
 from inference.decode import add_end_token
 from model import Config, Qwen3
 from training.lora import add_lora, load_adapter, merged_weights, save_adapter
