@@ -29,7 +29,8 @@ import torch
 import console
 from formats import record
 from formats.checkpoint import open_checkpoint
-from formats.compressed_tensors import BITS, Dequantized, quantization_config
+from formats.compressed_tensors import BITS, quantization_config
+from formats.dequantize import unpacked
 from formats.files import atomic_directory, atomic_file
 from formats.gguf import writer
 from formats.gguf.kquants import map_in_threads
@@ -68,20 +69,9 @@ class Source:
     def __init__(self, given: str | None):
         self.path = resolve_default(given)
         self.given = given or (str(self.path) if self.path == BUNDLED_MODEL else DEFAULT_MODEL)
-        self.checkpoint = open_checkpoint(self.path)
-        if self.checkpoint.config.get("quantization_config") is not None:
-            self.checkpoint = Dequantized(self.checkpoint)
+        self.checkpoint = unpacked(open_checkpoint(self.path))
         self.config, self.tensors = self.checkpoint.config, self.checkpoint.tensors
         refuse(self.checkpoint, skeleton(self.checkpoint)[1])
-        if self.config.get("tie_word_embeddings") and HEAD in self.tensors:
-            self._check_redundant_head()
-
-    def _check_redundant_head(self) -> None:
-        """The official 0.6B and 1.7B store the head although it is the embedding. Safetensors hold it once here; a GGUF
-        holds what the source holds, as llama.cpp's does."""
-        for head, embedding in zip(self.pieces(HEAD), self.pieces(EMBEDDING), strict=True):
-            if not torch.equal(head, embedding):
-                raise ValueError(f"{self.path}: {HEAD} differs from the embedding although config.json ties them")
 
     @property
     def name(self) -> str:
@@ -262,8 +252,8 @@ def version() -> str:
 
 def convert_to_safetensors(source: Source, out: Path, options: argparse.Namespace) -> Result:
     """A directory in the official layout, in one dtype, as stored, or quantised."""
-    if source.config.get("tie_word_embeddings"):
-        source.tensors.pop(HEAD, None)
+    if source.config.get("tie_word_embeddings"):  # the official 0.6B and 1.7B store the head all the same
+        source.tensors.pop(HEAD, None)  # a GGUF holds what the source holds, as llama.cpp's does
     if options.to in BITS:
         target: Cast = Quantize(source.tensors, options.to, options.group_size)
     elif options.to in DTYPES:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from formats.config_json import published_spelling, rope_type
+from formats.official_names import EMBEDDING, HEAD
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config: the fields of config.json under their official names. No size of any model stands in this file.
@@ -643,9 +644,6 @@ class Qwen3(nn.Module):
 # Loading: build on the meta device (shapes without memory), then fill strictly, one tensor at a time.
 
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
 def load(checkpoint, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
     """Fills a model from an open checkpoint (formats/checkpoint.py). All defects are listed in one ValueError."""
     model, defects = skeleton(checkpoint)
@@ -655,8 +653,7 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
         stated = model.config.dtype
         dtype = getattr(torch, stated) if stated else embedding.dtype if embedding else torch.float32
     for name in stored:
-        if name == HEAD and name not in slots:
-            _check_redundant_head(checkpoint, defects)
+        if name == HEAD and name not in slots:  # of a tied model, equal to the embedding (formats/official_names.py)
             continue
         tensor = checkpoint.read(name)
         if not all_finite(tensor):
@@ -683,7 +680,8 @@ def skeleton(checkpoint) -> tuple[Qwen3, dict[str, list[str]]]:
     """
     path, stored = checkpoint.path, checkpoint.tensors
     try:
-        config = Config(**checkpoint.config)
+        config = Config.from_dict(checkpoint.config)
+        _check_task(config)
         check_end_tokens("generation_config", checkpoint.generation_config.get("eos_token_id"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -717,9 +715,26 @@ def skeleton(checkpoint) -> tuple[Qwen3, dict[str, list[str]]]:
     }
 
 
+def _check_task(config: Config) -> None:
+    """ValueError for a model of the family that does something else than predict the next token."""
+    architecture = next(iter(config.other.get("architectures") or []), "")
+    for task, gives in (
+        ("SequenceClassification", "a score for each class"),
+        ("TokenClassification", "a class for each token"),
+        ("QuestionAnswering", "the place of an answer"),
+        ("RewardModel", "a score"),
+    ):
+        if str(architecture).endswith(task):
+            raise ValueError(
+                f"config: a {architecture} gives {gives}, no next token; only Qwen…ForCausalLM is run here"
+            )
+
+
 def refuse(checkpoint, defects: dict[str, list[str]], most: int = 6) -> None:
     """One ValueError that lists all defects, if there are any."""
     found = []
+    if [name for names in defects.values() for name in names] == [HEAD] and defects["missing"]:
+        raise ValueError(f"{checkpoint.path}: missing: {HEAD}, so this is a model that gives embeddings, no next token")
     for kind, names in defects.items():
         more = f" and {len(names) - most} more" if len(names) > most else ""
         found += [f"{kind}: {', '.join(names[:most])}{more}"] if names else []
@@ -741,15 +756,9 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite: both survive a minimum and maximum, which need no second tensor."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
+    if tensor.itemsize == 1:  # PyTorch does not compute with float8 itself
+        tensor = tensor.to(torch.bfloat16)
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
-
-
-def _check_redundant_head(checkpoint, defects: dict[str, list[str]]) -> None:
-    """A stored head of a tied model must be the embedding; then it is not kept."""
-    same = checkpoint.tensors[HEAD] == checkpoint.tensors.get(EMBEDDING)
-    if not same or not torch.equal(checkpoint.read(HEAD), checkpoint.read(EMBEDDING)):
-        defects["unexpected"].append(f"{HEAD}, which differs from the embedding although they are tied")
-    checkpoint.release(HEAD)
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -13,6 +13,7 @@ and `quantization_config` in config.json says so, and which linear layers stay a
 """
 
 import fnmatch
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -187,54 +188,26 @@ def _glob(entry: str) -> str:
     return pattern.replace(".*", "*").replace("\\.", ".")
 
 
-class Dequantized:
-    """A compressed-tensors checkpoint seen as an ordinary one: each quantised `weight` reads as its values in float32,
-    so that every converter can start from it. Has what formats/safetensors_read.py's `Checkpoint` has."""
+class PackQuantized:
+    """The method of `pack-quantized` for formats/dequantize.py."""
 
-    def __init__(self, checkpoint: Any):
-        self._checkpoint, self.path, self.files = checkpoint, checkpoint.path, checkpoint.files
-        try:
-            self._scheme = read_quantization_config(checkpoint.config["quantization_config"])
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
-        self.config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-        self.generation_config = checkpoint.generation_config
-        self.tensors = {}
-        for name, info in checkpoint.tensors.items():
-            module, _, leaf = name.rpartition(".")
-            if leaf == "weight_packed":
-                self.tensors[f"{module}.weight"] = type(info)(torch.float32, self._shape(module))
-            elif leaf not in ("weight_scale", "weight_shape"):
-                self.tensors[name] = info
+    key, leaves = "weight_packed", ("weight_packed", "weight_scale", "weight_shape")
 
-    def _shape(self, module: str) -> tuple[int, int]:
+    def __init__(self, scheme: Scheme):
+        self._scheme = scheme
+
+    def shape(self, infos: dict[str, Any], read: Callable[[str], torch.Tensor]) -> tuple[int, int]:
         """The shape that a quantised layer states, after the shapes of its three tensors were held against it."""
-        stored, names = self._checkpoint.tensors, [f"{module}.weight_{leaf}" for leaf in ("packed", "scale", "shape")]
-        absent = [name for name in names if name not in stored]
-        if absent:
-            raise ValueError(f"{self.path}: {absent[0]} is missing beside {names[0]}")
-        packed, scale, shape = (stored[name] for name in names)
+        packed, scale, shape = (infos[leaf] for leaf in self.leaves)
         if shape != (torch.int64, (2,)) or packed.dtype != torch.int32 or not scale.dtype.is_floating_point:
-            raise ValueError(f"{self.path}: {module} has tensors of other types or shapes than pack-quantized has")
-        rows, columns = self._checkpoint.read(names[2]).tolist()
+            raise ValueError("tensors of other types or shapes than pack-quantized has")
+        rows, columns = read("weight_shape").tolist()
         bits, group_size = self._scheme.bits, self._scheme.group_size
         groups = 1 if group_size is None else -(-columns // group_size)
         if packed.shape != (rows, packed_columns(columns, bits)) or scale.shape != (rows, groups) or columns % groups:
-            raise ValueError(
-                f"{self.path}: {module} states the shape {[rows, columns]}, but its weight_packed is "
-                f"{list(packed.shape)} and its weight_scale {list(scale.shape)}"
-            )
+            raise ValueError(f"the stated shape is {[rows, columns]}")
         return rows, columns
 
-    def read(self, name: str) -> torch.Tensor:
-        module = name.removesuffix(".weight")
-        if name in self._checkpoint.tensors:
-            return self._checkpoint.read(name)
-        packed, scale = (self._checkpoint.read(f"{module}.weight_{leaf}") for leaf in ("packed", "scale"))
-        return dequantize(packed, scale, self._scheme.bits, self.tensors[name].shape[1])
-
-    def release(self, name: str) -> None:
-        module = name.removesuffix(".weight")
-        for stored in (name, f"{module}.weight_packed", f"{module}.weight_scale"):
-            if stored in self._checkpoint.tensors:
-                self._checkpoint.release(stored)
+    def dequantize(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        columns = int(parts["weight_shape"][1])
+        return dequantize(parts["weight_packed"], parts["weight_scale"], self._scheme.bits, columns)

@@ -332,8 +332,8 @@ WEIGHTS = {
         "missing: model.norm.weight; unexpected: extra; mis-shaped: model.embed_tokens ... non-finite: model.layers.0",
     ),
     "another's head": (
-        weights(lambda w: w.update({"lm_head.weight": torch.ones(512, 32)})),
-        "lm_head.weight, which differs from the embedding",
+        weights(lambda w: w.update({"lm_head.weight": torch.ones(500, 32)})),
+        "mis-shaped: lm_head.weight [500, 32] instead of [512, 32]",
     ),
     "no tensor at all": (replaced("model.safetensors", safetensors({})), "holds only 0 tensors"),
     "weights are a folder": (in_place_of("model.safetensors", Path.mkdir), "model.safetensors: not a file"),
@@ -464,7 +464,7 @@ CONFIGS = {
     "dense layers a number": (config(mlp_only_layers=3), "mlp_only_layers is 3, not a list"),
     "quantised, but how": (
         config(quantization_config={"quant_method": "awq"}),
-        "quantization_config.quant_method is 'awq'",
+        "quantization_config.bits is None",
     ),
     "quantised a list": (config(quantization_config=[1]), "quantization_config is not an object"),
     "end token a text": (config(eos_token_id="2"), "config: eos_token_id is '2', which is neither a token id nor"),

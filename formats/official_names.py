@@ -1,0 +1,98 @@
+"""The official names of tensors that a tool has stored under others: wrapped, prefixed, or without the prefix.
+
+A checkpoint has one embedding, and what stands before `embed_tokens` is what a tool put there (`_orig_mod.model.` by
+torch.compile, `module.model.` by DataParallel) or left out: Qwen3-Embedding's files hold the bare decoder. So the names
+have one meaning: that prefix is `model.`. A head stands beside the decoder, under the outer part of the prefix.
+"""
+
+import re
+from typing import Any
+
+import torch
+
+from console import notice
+from formats.view import View
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# What PyTorch's own wrappers put between the names of modules.
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_EMBEDDING = re.compile(r"(?P<prefix>(?:.*\.)?)embed_tokens\.[^.]+")
+
+
+def official_names(stored: list[str]) -> dict[str, str]:
+    """Official name → stored name. Names that are already official, or that have no meaning here, stay as they are."""
+    bare = {name: WRAPPERS.sub("", name) for name in stored}
+    prefixes = {match["prefix"] for name in bare.values() if (match := _EMBEDDING.fullmatch(name))}
+    if len(prefixes) == 1:
+        (prefix,) = prefixes
+        bare = {name: _official(new, prefix) for name, new in bare.items()}
+    result = {new: name for name, new in bare.items()}
+    if len(result) < len(stored):
+        twice = next(new for name, new in bare.items() if result[new] != name)
+        raise ValueError(f"{twice} is stored under two names; save the model again without its wrapper")
+    return result
+
+
+def _official(name: str, prefix: str) -> str:
+    outer, found, leaf = name.rpartition("lm_head.")
+    if found and prefix.startswith(outer):
+        return f"lm_head.{leaf}"
+    return f"model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+
+
+class OfficialNames(View):
+    """A checkpoint under the official names."""
+
+    def __init__(self, base: Any):
+        super().__init__(base)
+        try:
+            self._stored = official_names(list(base.tensors))
+        except ValueError as error:
+            raise ValueError(f"{base.path}: {error}") from None
+        self.tensors = {official: base.tensors[name] for official, name in self._stored.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.base.read(self._stored[name])
+
+    def release(self, name: str) -> None:
+        self.base.release(self._stored[name])
+
+
+class OfficialHead(View):
+    """A checkpoint whose config ties the head to the embedding, held against what is stored.
+
+    A stored head that is the embedding stays in `tensors`, for a writer that keeps the source's form. One that differs
+    was trained apart: it is kept and the tie is not, as in transformers 5. A head alone serves as the embedding too.
+    """
+
+    def __init__(self, base: Any):
+        super().__init__(base)
+        self._stored = EMBEDDING
+        if EMBEDDING not in self.tensors:
+            self._stored = HEAD
+            self.tensors = {EMBEDDING if name == HEAD else name: info for name, info in self.tensors.items()}
+        elif not _equal(base):
+            self.config = self.config | {"tie_word_embeddings": False}
+            if self.tensors[HEAD].shape == self.tensors[EMBEDDING].shape:  # or there is more to say than this
+                notice(
+                    f"{base.path}: {HEAD} differs from the embedding, so they are not tied, whatever config.json says"
+                )
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.base.read(self._stored if name == EMBEDDING else name)
+
+    def release(self, name: str) -> None:
+        self.base.release(self._stored if name == EMBEDDING else name)
+
+
+def _equal(checkpoint: Any, rows: int = 2048) -> bool:
+    """Whether head and embedding are the same, some rows at a time: the pages are given back as they are read."""
+    if checkpoint.tensors[HEAD] != checkpoint.tensors[EMBEDDING]:
+        return False
+    head, embedding = checkpoint.read(HEAD), checkpoint.read(EMBEDDING)
+    for start in range(0, len(head), rows):
+        if not torch.equal(head[start : start + rows], embedding[start : start + rows]):
+            return False
+        for name in (HEAD, EMBEDDING):
+            checkpoint.release(name)
+    return True

@@ -1,0 +1,315 @@
+"""Checkpoints as other tools store them: other names, other quantised forms, packed here from the formulas."""
+
+import json
+import math
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from test_chat import write_checkpoint
+
+from formats.checkpoint import open_checkpoint
+from formats.dequantize import unpacked
+from model import Qwen3
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "head_dim": 32}
+IDS = torch.arange(3, 40)[None]
+
+
+def logits(model) -> torch.Tensor:
+    with torch.inference_mode():
+        out = model(IDS)
+    return getattr(out, "logits", out).float()
+
+
+@pytest.fixture
+def plain(tmp_path) -> Path:
+    """An untied float32 checkpoint with a tokenizer."""
+    oracle.write(tmp_path / "plain", oracle.config(**SIZES))
+    return write_checkpoint(tmp_path / "plain")
+
+
+def rewrite(path: Path, weights: dict[str, torch.Tensor], **fields) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text()) | fields
+    (path / "config.json").write_text(json.dumps(config))
+
+
+# ---- names ----
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"base_model.model.{name}",
+        lambda name: name.replace("layers.1.", "layers.1._orig_mod.").replace(
+            "layers.2.", "layers.2._fsdp_wrapped_module."
+        ),
+        lambda name: name.replace("model.", "model.language_model.", 1),
+        lambda name: name.removeprefix("model."),
+    ],
+)
+def test_a_uniform_prefix_has_one_meaning(plain, rename):
+    expected, weights = logits(Qwen3.from_pretrained(plain)), load_file(plain / "model.safetensors")
+    rewrite(plain, {rename(name): tensor for name, tensor in weights.items()})
+    model = Qwen3.from_pretrained(plain)
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(plain / "again")
+    assert set(load_file(plain / "again" / "model.safetensors")) == set(weights)
+
+
+def test_a_prefix_that_only_some_have_is_named(plain):
+    weights = load_file(plain / "model.safetensors")
+    rewrite(plain, {(f"module.{name}" if ".1." in name else name): tensor for name, tensor in weights.items()})
+    with pytest.raises(ValueError, match=r"unexpected: module\.model\.layers\.1"):
+        Qwen3.from_pretrained(plain)
+    rewrite(plain, {"_orig_mod.model.norm.weight": weights["model.norm.weight"].clone(), **weights})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is stored under two names"):
+        Qwen3.from_pretrained(plain)
+
+
+def test_qwen3_embedding(tmp_path):
+    """The official Qwen3-Embedding-0.6B: the bare decoder's names, tied. -8B is not tied and has no head at all."""
+    reference = oracle.write(tmp_path, oracle.config(**SIZES, tie_word_embeddings=True))
+    weights = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    rewrite(tmp_path, bare, architectures=["Qwen3Model"])
+    model = Qwen3.from_pretrained(tmp_path)
+    assert torch.allclose(logits(model), logits(reference), atol=1e-4)
+    rewrite(tmp_path, bare, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"lm_head\.weight, so this is a model that gives embeddings"):
+        Qwen3.from_pretrained(tmp_path)
+
+
+def test_a_classifier_is_named(plain):
+    weights = load_file(plain / "model.safetensors")
+    del weights["lm_head.weight"]
+    rewrite(plain, weights | {"score.weight": torch.zeros(2, 64)}, architectures=["Qwen3ForSequenceClassification"])
+    with pytest.raises(ValueError, match="a Qwen3ForSequenceClassification gives a score for each class"):
+        Qwen3.from_pretrained(plain)
+
+
+# ---- quantised forms: each packs a weight [rows, columns] and returns its tensors and what they stand for ----
+
+
+def fp8(weight: torch.Tensor, block: int = 48) -> tuple[dict, torch.Tensor]:
+    """DeepSeek-V3's: the scale of a block is its largest magnitude / 448; edge blocks are smaller."""
+    rows, columns = weight.shape
+    scale = torch.empty(math.ceil(rows / block), math.ceil(columns / block))
+    stored, meant = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), torch.empty(weight.shape)
+    for i in range(len(scale)):
+        for j in range(scale.shape[1]):
+            place = slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block)
+            scale[i, j] = (weight[place].abs().max() / 448).bfloat16().float()
+            stored[place] = (weight[place] / scale[i, j]).to(torch.float8_e4m3fn)
+            meant[place] = stored[place].float() * scale[i, j]
+    return {"weight": stored, "weight_scale_inv": scale.bfloat16()}, meant
+
+
+def rowwise(kind: torch.dtype, most: float):
+    def pack(weight: torch.Tensor) -> tuple[dict, torch.Tensor]:
+        scale = weight.abs().amax(1, keepdim=True) / most
+        q = weight / scale
+        stored = (q.round() if kind == torch.int8 else q).to(kind)
+        return {"weight": stored, "weight_scale": scale}, stored.float() * scale
+
+    return pack
+
+
+def grouped(weight: torch.Tensor, bits: int, group: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, scales, zeros of an asymmetric quantisation, [rows, columns] and [rows, groups]; `group` of each column."""
+    count, top = int(group.max()) + 1, 2**bits - 1
+    low = torch.stack([weight[:, group == g].amin(1) for g in range(count)], 1).clamp(max=0)
+    high = torch.stack([weight[:, group == g].amax(1) for g in range(count)], 1).clamp(min=0)
+    scales = ((high - low) / top).half()
+    zeros = (-low / scales.float()).round().clamp(1, top)
+    q = (weight / scales.float()[:, group] + zeros[:, group]).round().clamp(0, top)
+    return q.int(), scales, zeros.int(), (q - zeros[:, group]) * scales.float()[:, group]
+
+
+def words(codes: torch.Tensor, bits: int, order=None) -> torch.Tensor:
+    """[rows, columns] → int32 [rows, columns * bits / 32], one value after the other as Python integers."""
+    per, packed = 32 // bits, []
+    for row in codes.tolist():
+        line = []
+        for start in range(0, len(row), per):
+            values = [row[start + (order[i] if order else i)] for i in range(per)]
+            word = sum(value << bits * i for i, value in enumerate(values))
+            line.append(word - (1 << 32) if word >= 1 << 31 else word)
+        packed.append(line)
+    return torch.tensor(packed, dtype=torch.int32)
+
+
+def gptq(bits: int, acted: bool, version: int = 1):
+    def pack(weight: torch.Tensor) -> tuple[dict, torch.Tensor]:
+        group = torch.arange(weight.shape[1]) // 32
+        if acted:
+            group = group[torch.randperm(len(group), generator=torch.Generator().manual_seed(1))]
+        q, scales, zeros, meant = grouped(weight, bits, group)
+        parts = {"qweight": words(q, bits).T, "qzeros": words(zeros.T - int(version == 1), bits), "scales": scales.T}
+        return parts | {"g_idx": group.int()}, meant
+
+    return pack
+
+
+def awq(weight: torch.Tensor) -> tuple[dict, torch.Tensor]:
+    q, scales, zeros, meant = grouped(weight, 4, torch.arange(weight.shape[1]) // 32)
+    order = [0, 2, 4, 6, 1, 3, 5, 7]  # AutoAWQ's order_map
+    return {"qweight": words(q.T, 4, order), "qzeros": words(zeros.T, 4, order), "scales": scales.T}, meant
+
+
+def mlx(bits: int):
+    def pack(weight: torch.Tensor) -> tuple[dict, torch.Tensor]:
+        rows, columns = weight.shape
+        low, high = weight.view(rows, -1, 32).aminmax(dim=-1)
+        scales, biases = ((high - low) / (2**bits - 1)).half(), low.half()
+        q = ((weight.view(rows, -1, 32) - biases.float()[..., None]) / scales.float()[..., None]).round()
+        q = q.clamp(0, 2**bits - 1).int()
+        meant = (q * scales.float()[..., None] + biases.float()[..., None]).view(rows, columns)
+        stream = [sum(value << bits * i for i, value in enumerate(row)) for row in q.view(rows, columns).tolist()]
+        data = b"".join(value.to_bytes(columns * bits // 8, "little") for value in stream)
+        packed = torch.frombuffer(bytearray(data), dtype=torch.uint32).view(rows, -1)
+        return {"weight": packed, "scales": scales, "biases": biases}, meant
+
+    return pack
+
+
+def compressed(form: str) -> dict:
+    return {"quantization_config": {"quant_method": "compressed-tensors", "format": form, "config_groups": {}}}
+
+
+def method(name: str, **fields) -> dict:
+    return {"quantization_config": {"quant_method": name, **fields}}
+
+
+FORMS = {
+    "fp8": (fp8, method("fp8", activation_scheme="dynamic", fmt="e4m3", weight_block_size=[48, 48])),
+    "gptq int4": (gptq(4, acted=False), method("gptq", bits=4, group_size=32, desc_act=False, sym=False)),
+    "gptq desc_act": (
+        gptq(4, acted=True),
+        method("gptq", bits=4, group_size=32, desc_act=True, checkpoint_format="gptq"),
+    ),
+    "gptq int8": (gptq(8, acted=False), method("gptq", bits=8, group_size=32, desc_act=False, sym=True)),
+    "gptq v2": (gptq(4, acted=False, version=2), method("gptq", bits=4, group_size=32, checkpoint_format="gptq_v2")),
+    "awq": (awq, method("awq", bits=4, group_size=32, version="gemm", zero_point=True)),
+    "mlx 4": (
+        mlx(4),
+        {"quantization": {"group_size": 32, "bits": 4}, "quantization_config": {"group_size": 32, "bits": 4}},
+    ),
+    "mlx 6": (mlx(6), {"quantization": {"group_size": 32, "bits": 6}}),
+    "mlx 3": (mlx(3), {"quantization": {"group_size": 32, "bits": 3}}),
+    "float8 rows": (rowwise(torch.float8_e4m3fn, 448), compressed("float-quantized")),
+    "int8 rows": (rowwise(torch.int8, 127), compressed("int-quantized")),
+}
+
+
+def quantise(path: Path, form: str) -> dict[str, torch.Tensor]:
+    """Puts a form in the place of the linear layers' weights; returns what all weights stand for."""
+    pack, fields = FORMS[form]
+    stored, meant = {}, {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        is_linear = tensor.dim() == 2 and "layers" in name
+        if not is_linear and not (form.startswith("mlx") and tensor.dim() == 2):  # MLX packs embedding and head too
+            stored[name] = meant[name] = tensor
+            continue
+        parts, meant[name] = pack(tensor)
+        stored |= {f"{name.removesuffix('weight')}{leaf}": part for leaf, part in parts.items()}
+    rewrite(path, stored, **fields)
+    return meant
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_quantised_form_is_read_as_what_it_stands_for(plain, form):
+    meant = quantise(plain, form)
+    checkpoint = open_checkpoint(plain)
+    assert checkpoint.tensors.keys() == meant.keys()
+    for name, values in checkpoint:
+        assert torch.equal(values, meant[name].float()), name
+    model = Qwen3.from_pretrained(plain)
+    assert "quantization_config" not in model.config.to_dict()
+    expected = Qwen3.from_pretrained(plain)
+    expected.load_state_dict(meant)
+    assert torch.equal(logits(model), logits(expected))
+    for name, tensor in Qwen3.from_pretrained(plain, dtype=torch.bfloat16).state_dict().items():
+        assert torch.equal(tensor, meant[name].bfloat16()), name
+
+
+def test_transformers_reads_the_same_fp8(plain):
+    meant = quantise(plain, "fp8")
+    layer = transformers.integrations.finegrained_fp8.Fp8Dequantize(None)
+    weights = load_file(plain / "model.safetensors")
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj"):  # whole blocks there
+        q, scale = weights[f"{name}.weight"][:48, :48], weights[f"{name}.weight_scale_inv"][:1, :1]
+        theirs = layer._dequantize_one(q, scale, output_dtype=torch.float32)
+        assert torch.equal(theirs, meant[f"{name}.weight"][:48, :48])
+
+
+@pytest.mark.parametrize("form", ["fp8", "gptq desc_act", "awq", "mlx 4"])
+@pytest.mark.parametrize("to", ["bf16", "int8", "gguf"])
+def test_a_quantised_form_converts_on(plain, form, to, monkeypatch, capsys):
+    import sys
+
+    import console
+    import convert
+
+    meant, out = quantise(plain, form), plain.parent / ("out.gguf" if to == "gguf" else "out")
+    arguments = ["convert.py", "--to", to, "--model", str(plain), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", arguments + (["--type", "f32"] if to == "gguf" else []))
+    with pytest.raises(SystemExit) as ended:
+        console.run(convert.main)
+    assert ended.value.code == 0, capsys.readouterr().err
+    for name, values in unpacked(open_checkpoint(out)):
+        close = values.float() - meant[name].float()
+        assert close.abs().max() <= {"gguf": 0, "bf16": 0.02, "int8": 0.05}[to] * meant[name].abs().max(), name
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        (method("bitsandbytes", load_in_4bit=True), "quantised by bitsandbytes are not read here"),
+        (method("mxfp4"), "quantised by mxfp4 are not read here"),
+        (method("modelopt", quant_algo="NVFP4"), "quantised by modelopt"),
+        (method("auto-round", bits=4), "quantised by auto-round"),
+        (method("gptq", bits=3), "GPTQ weights of 3 bits"),
+        (method("gptq", bits=4, checkpoint_format="marlin"), "GPTQ weights in the format marlin"),
+        (method("awq", bits=4, version="gemv"), "AWQ weights of the kind gemv"),
+        (method("fp8", weight_block_size=[128]), "weight_block_size is [128]"),
+        ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, "MLX weights of the mode mxfp4"),
+        (compressed("nvfp4-pack-quantized"), "format is 'nvfp4-pack-quantized'"),
+    ],
+)
+def test_other_methods_are_named(plain, fields, line):
+    rewrite(plain, load_file(plain / "model.safetensors"), **fields)
+    with pytest.raises(ValueError) as error:
+        Qwen3.from_pretrained(plain)
+    assert line in str(error.value) and "\n" not in str(error.value) and str(plain) in str(error.value)
+
+
+DAMAGE = {
+    "fp8": ("weight_scale_inv", lambda t: t[:, :1].repeat(1, 7), "the scales are not one for each block"),
+    "gptq int4": ("g_idx", lambda t: t + 9, "g_idx names another group"),
+    "gptq desc_act": ("scales", lambda t: None, "scales is missing"),
+    "gptq int8": ("qzeros", lambda t: t[:, :1], "not the parts of one matrix of 8 bits"),
+    "awq": ("qweight", lambda t: t[:-1], "not the parts of one matrix of 4 bits"),
+    "mlx 4": ("biases", lambda t: t[:, :1], "not the parts of one quantised matrix"),
+    "mlx 6": ("weight", lambda t: t[:, :7], "do not give this shape"),
+}
+
+
+@pytest.mark.parametrize("form", DAMAGE)
+def test_parts_that_do_not_fit_each_other_are_named(plain, form):
+    leaf, change, line = DAMAGE[form]
+    quantise(plain, form)
+    weights, name = load_file(plain / "model.safetensors"), f"model.layers.1.mlp.up_proj.{leaf}"
+    changed = change(weights.pop(name))
+    rewrite(plain, weights | ({} if changed is None else {name: changed}))
+    with pytest.raises(ValueError) as error:
+        Qwen3.from_pretrained(plain)
+    assert line in str(error.value) and "model.layers.1.mlp.up_proj" in str(error.value)
