@@ -14,7 +14,7 @@ import torch
 from formats import record
 from formats.gguf import metadata, names, writer
 from formats.gguf.reader import GGUF
-from formats.tensors import read_json
+from formats.json_file import read_json
 from inspection import weights
 from inspection.findings import Ledger
 from inspection.manifest import CLAIMED, NAME, SCHEMA, VERIFIED
