@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import console
 from chat import Chat
+from data.conversations import ANSWERED
 from inspection.xray import card, croissant, figures, fix, reading, rubric, shards
 from inspection.xray.leakage import Leakage
 from inspection.xray.masks import LEARNT_SHAPES, Mask, Masks
@@ -23,7 +24,7 @@ from inspection.xray.reading import Batch, Unreadable, kind_of
 from inspection.xray.scan import Options, Scan
 from inspection.xray.tokens import TokenCounter
 from inspection.xray.verdict import TASKS, verdict
-from inspection.xray.views import Shape, shape_of, view
+from inspection.xray.views import CHOICES, Shape, shape_of, view
 
 SCHEMA = "nanoqwen/xray/1"
 USES = {
@@ -147,14 +148,10 @@ def _scan(
     leakage: Leakage | None,
 ) -> tuple[Scan, bool]:
     def masks(shape: Shape) -> Masks | None:
-        choices = shape.name == "eval" and shape.fields[1]
-        if (
-            chat is None
-            or shape.name not in LEARNT_SHAPES
-            or choices
-            or (not chat.templates and shape.name != "pretraining")
-        ):
+        if chat is None or shape.name not in LEARNT_SHAPES or (not chat.templates and shape.name != "pretraining"):
             return None
+        if shape.name in ("eval", "rag") and (shape.fields[2] not in ANSWERED or shape.fields[1] in CHOICES):
+            return None  # train.py reads no such rows
         return Masks(chat, shape, settings.sequence, settings.turns, settings.thinking, settings.stage)
 
     options = Options(

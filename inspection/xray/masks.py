@@ -10,11 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from chat import Chat
+from data import conversations
 from data.packing import in_parts, packed
 from data.sources import IGNORED, Listed, Row, WrittenRows
+from formats.messages import thinks
 from inspection.xray.views import Shape
 
-LEARNT_SHAPES = ("sft", "chat", "eval", "preference", "pretraining")
+LEARNT_SHAPES = ("sft", "chat", "eval", "rag", "preference", "pretraining")
 
 
 class Mask(NamedTuple):
@@ -55,7 +57,8 @@ class Masks:
     def __post_init__(self):
         self.rows = WrittenRows(self.chat, self.turns, self.thinking)
         self.stage = self.stage or {"preference": "dpo", "pretraining": "pretrain"}.get(self.shape.name, "sft")
-        self.ends = frozenset(self.chat.special_ids)
+        end = self.chat.end_of_turn_id
+        self.ends = frozenset(self.chat.special_ids if end is None else [end])
 
     def of(self, record: dict) -> Mask:
         """What train.py makes of it. A row that it refuses has the reason."""
@@ -77,6 +80,12 @@ class Masks:
         ids = self.chat.encode(text)[: self.sequence + 1]
         return Row(ids[:-1], ids[1:])
 
+    def thinking_turns(self, record: dict) -> int:
+        """How many turns of the assistant that are to be learnt think, in the record."""
+        found = conversations.conversation(record) if self.stage == "sft" else None
+        turns = [message for message in found.messages if conversations.is_learnt(message)] if found else []
+        return sum(map(thinks, turns[-1:] if self.turns == "last" else turns))
+
     def add(self, mask: Mask) -> None:
         self.lengths += [row.length for row in mask.rows if row.length <= self.sequence]
 
@@ -93,18 +102,6 @@ class Masks:
                 runs.append((flag, []))
             runs[-1][1].append(token)
         return [(self.chat.decode(tokens), flag) for flag, tokens in runs]
-
-
-def thinking_turns(record: dict, shape: Shape) -> int:
-    """How many turns of the assistant think, in the record."""
-    if shape.name == "chat":
-        messages = record.get(shape.column)
-        return sum(
-            bool(message.get("reasoning_content")) or "</think>" in str(message.get("content") or "")
-            for message in (messages if isinstance(messages, list) else [])
-            if isinstance(message, dict) and message.get("role") == "assistant"
-        )
-    return int("</think>" in str(record.get(shape.fields[2]) or "")) if shape.name in ("sft", "eval") else 0
 
 
 # --- what a step's padding costs ---

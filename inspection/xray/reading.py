@@ -47,7 +47,9 @@ class Batch(NamedTuple):
 
     def records(self) -> list[dict]:
         """The rows as train.py reads them."""
-        return self.table.to_pylist() if self.read is None else self.read
+        if self.read is not None:
+            return self.read
+        return [documents.without_padding(record) for record in self.table.to_pylist()]
 
 
 class Unreadable(NamedTuple):

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from inspection.xray import rubric
 from inspection.xray.leakage import Leak, Leakage
-from inspection.xray.masks import Masks, thinking_turns
+from inspection.xray.masks import Masks
 from inspection.xray.near import NearDuplicates
 from inspection.xray.reading import Batch, Unreadable
 from inspection.xray.tokens import TokenCounter
@@ -354,7 +354,7 @@ class Scan:
                 self._show("not_trainable", Snippet(int(row), f"row {int(row):,}", "", mask.why))
                 continue
             masks.add(mask)
-            facts = mask.facts(masks.chat, masks.sequence, masks.ends, thinking_turns(record, self.shape))
+            facts = mask.facts(masks.chat, masks.sequence, masks.ends, masks.thinking_turns(record))
             bits = self.options.bits(mask) if self.options.bits is not None else None
             made.append({"_row": int(row), **facts, "_bits": bits})
             if len(self.mask_examples) < 3 and facts["_targets"]:

@@ -24,15 +24,12 @@ from data import conversations
 from inspection.xray.reading import Batch
 
 TREE = {"message_id", "parent_id", "text", "role"}
-MESSAGES = ("messages", "conversations", "conversation", "dialogue", "dialog")
-ABOUT = ("context", "contexts", "documents", "passages", "ctxs", "passage")
-ASKED = ("question", "query")
+MESSAGES = (*conversations.DIALOGUES, "dialogue", "dialog")
+PASSAGES = ("context", "contexts", "documents", "passages", "ctxs", "passage")
 CHOICES = ("choices", "options", "endings")
 LABELS = ("answer", "label", "answerKey", "answer_idx", "correct_answer", "gold")
-ANSWERS = ("answer", "answers", "response", "output", "completion")
+ANSWERS = (*conversations.ANSWERED, "answers")
 TEXTS = ("text", "content", "body", "document", "article", "raw_content")
-# Pairs of columns that the field writes and train.py does not read under these names.
-OTHER_SINGLE = (("prompt", None, "response"), ("query", None, "response"), ("instruction", None, "answer"))
 COLUMNS = {
     "_text": pa.string(),
     "_instruction": pa.string(),
@@ -62,17 +59,17 @@ def shape_of(batch: Batch) -> Shape:
     for name in MESSAGES:
         if name in names and any(isinstance(record.get(name), list) for record in batch.records()[:100]):
             return Shape("chat", name)
-    asked = _first(ASKED, names)
-    if (choices := _first(CHOICES, names)) and (asked := asked or _first(("ctx", "sentence", "prompt"), names)):
+    question = _first(("question", "query"), names)
+    if (choices := _first(CHOICES, names)) and (asked := question or _first(("ctx", "sentence", "prompt"), names)):
         return Shape("eval", choices, (asked, choices, _first(LABELS, names)))
-    if asked and (about := _first(ABOUT, names)) and (answer := _first(ANSWERS, names)):
-        return Shape("rag", about, (asked, about, answer))
-    for instruction, about, response in (*conversations.SINGLE, *OTHER_SINGLE):
-        if {instruction, response} <= names:
-            fields = (instruction, about if about in names else None, response)
-            if instruction == "question":
-                return Shape("eval", "question", (instruction, None, response))
-            return Shape("sft", response, fields)
+    if question and (about := _first(PASSAGES, names)) and (answer := _first(ANSWERS, names)):
+        return Shape("rag", about, (question, about, answer))
+    asked, answer = _first(conversations.ASKED, names), _first(conversations.ANSWERED, names)
+    if asked and answer and asked == question and answer == "answer":
+        return Shape("eval", question, (question, None, answer))
+    if asked and answer:
+        about = next((name for name in conversations.ABOUT if name in names and name != asked), None)
+        return Shape("sft", answer, (asked, about, answer))
     texts = [name for name in names if pa.types.is_string(table.schema.field(name).type)]
     if not texts:
         raise ValueError(f"no column holds text (there are {', '.join(table.column_names[:8])})")
@@ -180,18 +177,13 @@ def _rows(records: list[dict], read: Callable[[dict, Shape], dict], shape: Shape
     }
 
 
-def turns_of(messages: Any) -> list[tuple[str, str]]:
-    """(role, text) of each message in OpenAI's or ShareGPT's form; a message that is neither has the role "?"."""
-    roles = {"human": "user", "gpt": "assistant", "prompter": "user", "bot": "assistant", "model": "assistant"}
-    found = []
-    listed = messages if isinstance(messages, list) else []
-    for message in (one if isinstance(one, dict) else {} for one in listed):
-        role = message.get("role") or message.get("from") or "?"
-        content = message.get("content", message.get("value"))
-        text = "\n".join(texts_in(content))
-        calls = message.get("tool_calls")
-        found.append((roles.get(role, str(role)), text or ("\n".join(texts_in(calls)) if calls else "")))
-    return found
+def turns_of(messages: list[dict]) -> list[tuple[str, str]]:
+    """(role, all text) of each normalised message; a call of a tool is text too."""
+    made = []
+    for message in messages:
+        said = [message.get("reasoning_content"), message.get("content"), *texts_in(message.get("tool_calls"))]
+        made.append((message["role"], "\n".join(filter(None, said))))
+    return made
 
 
 def alternates(roles: list[str]) -> bool:
@@ -218,15 +210,18 @@ def _dialogue_problems(turns: list[tuple[str, str]]) -> list[str]:
 
 
 def _chat(record: dict, shape: Shape) -> dict:
-    turns = turns_of(record.get(shape.column))
-    text = "\n".join(text for _, text in turns)
-    problems = _dialogue_problems(turns)
+    try:
+        turns = turns_of(conversations.dialogue(record) or [])
+        problems = _dialogue_problems(turns)
+    except ValueError:
+        turns = [("?", "\n".join(texts_in(message))) for message in record.get(shape.column) or [] if message]
+        problems = ["not_trainable"] if record.get(shape.column) else ["empty_turn"]
     if any(role == "assistant" and repeats(text) for role, text in turns):
         problems.append("repetitive")
     said = dict(reversed(turns))
     answers = [text for role, text in turns if role == "assistant"]
     return {
-        "_text": text,
+        "_text": "\n".join(text for _, text in turns),
         "_instruction": said.get("user", ""),
         "_prompt": said.get("user", ""),
         "_response": answers[-1] if answers else "",
@@ -240,16 +235,15 @@ def _preference(record: dict, shape: Shape) -> dict:
     text = "\n".join(texts_in([record.get("prompt"), chosen, rejected]))
     made = {"_text": text, "_prompt": "", "_chosen": "", "_rejected": "", "_problems": []}
     try:
-        found = conversations.preference({name: value for name, value in record.items() if value is not None})
+        found = conversations.preference(record)
     except ValueError:
         empty = not texts_in(chosen) or not texts_in(rejected)
         return made | {"_problems": ["empty_turn" if empty else "not_trainable"]}
     if found is None:
         return made | {"_problems": ["equal_pair" if chosen == rejected else "different_prompts"]}
-    asked, *answers = found
-    turns = [[(message["role"], message.get("content") or "") for message in [*asked, answer]] for answer in answers]
+    turns = [turns_of([*found.asked.messages, answer]) for answer in (found.chosen, found.rejected)]
     problems = _dialogue_problems(turns[0])
-    if not (answers[1].get("content") or "").strip() and "empty_turn" not in problems:
+    if not turns[1][-1][1].strip() and "empty_turn" not in problems:
         problems.append("empty_turn")
     if any(repeats(dialogue[-1][1]) for dialogue in turns):
         problems.append("repetitive")

@@ -106,6 +106,7 @@ SHAPES = {
     "alpaca": "sft",
     "prompt": "sft",
     "messages": "chat",
+    "sharegpt": "chat",
     "preference": "preference",
     "hh": "preference",
     "choices": "eval",
