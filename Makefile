@@ -53,9 +53,14 @@ tiny: $(VENV)/.run
 	    $${previous:+model.init=$$previous/latest} || exit; \
 	  previous=$(OUT)/$$stage; \
 	done
-	$(BIN)/python evaluate.py --model $(TINY:%=$(OUT)/%/latest) --count 1100 --threads 1
+	for stage in $(TINY); do \
+	  $(BIN)/python evaluate.py run families --model $(OUT)/$$stage/latest --limit 1100 --threads 1 --batch-size 64 \
+	    --resume --out $(OUT)/evaluation/$$stage || exit; \
+	done
+	$(BIN)/python evaluate.py report $(TINY:%=$(OUT)/evaluation/%) --groups off "new phrasings" hard "declined outside"
 	$(BIN)/python convert.py --model $(OUT)/grpo/latest --to bf16 --out $(OUT)/bf16 --force
-	$(BIN)/python evaluate.py --model $(OUT)/bf16 --count 3300 --threads 1
+	$(BIN)/python evaluate.py run families --model $(OUT)/bf16 --limit 3300 --threads 1 --batch-size 64 \
+	  --resume --out $(OUT)/evaluation/bf16
 
 # On Linux PyPI has the CUDA build, and PyTorch's own index the CPU build, as version +cpu. `===` takes PyPI's for certain.
 $(VENV)/.torch: requirements.lock

@@ -4,18 +4,33 @@ Results go to standard output; all that this file prints goes to standard error.
 """
 
 import argparse
+import difflib
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 stderr = Console(stderr=True, highlight=False)
 T = TypeVar("T")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -24,7 +39,7 @@ class ArgumentParser(argparse.ArgumentParser):
     Flags have to be written out, so that a new one never changes what an old command means.
     """
 
-    def __init__(self, **settings):
+    def __init__(self, *, examples: str = "", **settings):
         super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
@@ -50,6 +65,24 @@ def byte_progress() -> Progress:
     """A progress bar over bytes with speed and remaining time; silent where standard error is not a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=stderr, disable=not stderr.is_terminal, transient=True)
+
+
+@contextmanager
+def task_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields update(done): a bar with what is left in a terminal, else a line every 15 seconds."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    last = time.monotonic()
+    with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+
+        def update(done: int) -> None:
+            nonlocal last
+            progress.update(task, completed=done)
+            if progress.disable and time.monotonic() - last > 15:
+                last = time.monotonic()
+                notice(f"{what}: {done:,} of {total:,}")
+
+        yield update
 
 
 def _one_line(text: str, most: int = 1000) -> str:

@@ -85,3 +85,17 @@ def recommended(generation_config: dict[str, Any], thinking: bool, **chosen: Any
     except (ValueError, TypeError) as error:
         raise ValueError(f"generation_config.json: {error}") from None
     return replace(params, **{name: value for name, value in chosen.items() if value is not None})
+
+
+def sampling_flags(options: Any) -> dict[str, Any]:
+    """The fields of SamplingParams that a command line gives; one out of its range is named by its flag."""
+    names = [field.name for field in fields(SamplingParams)]
+    given = {name: getattr(options, name, None) for name in names}
+    given["stop"] = given["stop"] and tuple(given["stop"])
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        try:
+            SamplingParams(**{name: value})
+        except ValueError as error:
+            raise ValueError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
+    return given

@@ -28,22 +28,8 @@ ROOMS = {
     ),
     "inspection": (
         {"model", "chat", "inference", "formats", "data"},
-        {
-            *(
-                "torch",
-                "numpy",
-                "markupsafe",
-                "jinja2",
-                "yaml",
-                "jsonschema",
-                "cyclonedx",
-                "huggingface_hub",
-                "tokenizers",
-            ),
-            *("duckdb", "pyarrow", "rensa", "mlcroissant", "rich", "matplotlib"),
-        },
+        {"torch", "numpy", "markupsafe", "jinja2", "yaml", "jsonschema", "cyclonedx", "huggingface_hub", "tokenizers"},
     ),
-    "xray": ({"model", "chat", "inspection", "training", "data", "formats"}, {"rich"}),
     "audit": ({"model", "chat", "inspection", "formats"}, set()),
     "generate": ({"model", "chat", "inference", "formats", "ops"}, {"torch"}),
     "convert": ({"model", "chat", "formats", "ops"}, {"torch", "safetensors"}),
@@ -51,7 +37,11 @@ ROOMS = {
         {"model", "chat", "inference", "training", "data", "formats", "ops"},
         {"torch", "matplotlib", "rich", "wandb"},
     ),
-    "evaluate": ({"model", "chat", "inference", "data", "formats"}, {"torch", "matplotlib"}),
+    "evaluation": (
+        {"model", "chat", "inference", "data", "formats", "ops"},
+        {"torch", "numpy", "yaml", "matplotlib", "jsonschema", "lm_eval"},
+    ),
+    "evaluate": ({"evaluation", "inference", "formats"}, {"torch"}),
     "benchmarks": (
         {"generate", "train", "model", "chat", "inference", "training", "data", "formats", "ops"},
         {"torch", "numpy", "yaml", "matplotlib", "rich"},

@@ -18,7 +18,6 @@ from torch import Tensor
 
 import console
 from chat import Chat
-from data.packing import in_parts
 from data.shard_format import END_OF_TEXT
 from data.sources import Item, Pair, Question, Row, fingerprint, row_of
 from formats.files import atomic_file
@@ -26,7 +25,7 @@ from inference.decode import end_tokens, generate_batch
 from inference.params import SamplingParams
 from inference.replies import parse
 from model import Qwen3
-from training.batches import Batch, Pairs, Rollouts, batches, lengths_of, packed_batches, padded_rows
+from training.batches import Batch, Pairs, Rollouts, batches, in_parts, lengths_of, packed_batches, padded_rows
 from training.lora import without_adapters
 from training.objectives import DPO, GRPO, Objective, advantages, answer_logprobs
 from training.prefetch import Prefetcher
