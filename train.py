@@ -53,6 +53,8 @@ from training.sources import build_source, decide_source
 from training.stages import STAGES
 from training.weights import begin, full_model, write_model
 
+SLOW_SAVE = 15  # seconds; a step has to fit into torchrun's 30 as well
+
 
 class Trainer:
     """A run, set up; `train` is the loop, `step` one round of it."""
@@ -180,8 +182,13 @@ class Trainer:
         """One checkpoint; every process has to call this."""
         model, state = full_model(self.model, self.settings.train.parallel), self.optimizers.state()
         if self.processes.is_first:
-            write = partial(write_model, model, self.settings)
+            start, write = time.monotonic(), partial(write_model, model, self.settings)
             self.run.save(write, state, step, self.tokens, resolve(self.settings.model.tokenizer))
+            if self.processes.count > 1 and (seconds := time.monotonic() - start) > SLOW_SAVE:
+                console.notice(
+                    f"saving took {seconds:.0f} s, but torchrun kills its processes 30 s after SIGTERM unless it is "
+                    "started with --shutdown-timeout SECONDS"
+                )
 
     def print_samples(self) -> None:
         """Greedy samples: the model's answers (sft), or continuations (pretrain)."""
