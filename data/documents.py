@@ -150,14 +150,17 @@ def _field(record: Any, field: str, place: str) -> str:
 
 
 def parted(documents: Documents, share: float) -> tuple[Iterator[str], Iterator[str]]:
-    """Training and validation: the end of a single document's characters, or the last documents of several.
+    """Training and validation: the end of a single document's characters, or the last documents of several, at least
+    one of them for each.
 
-    `documents()` begins anew each time, so that nothing has to be kept: the first pass only counts.
+    `documents()` starts over each time, so that nothing has to be kept: the first pass only counts.
     """
     count = sum(1 for _ in documents())
     if count == 1:
         (text,) = documents()
         cut = int(len(text) * (1 - share))
+        if not 0 < cut < len(text):
+            raise ValueError(f"--validation {share}: the one document is too short to be parted; give more text")
         return iter([text[:cut]]), iter([text[cut:]])
-    cut = round(count * (1 - share))
+    cut = min(max(round(count * (1 - share)), 1), max(count - 1, 0))
     return itertools.islice(documents(), cut), itertools.islice(documents(), cut, None)

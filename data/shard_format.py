@@ -7,7 +7,9 @@ go on from one shard into the next. A shard is somebody else's file: header and 
 each id when it is read, so that opening a hundred shards costs nothing.
 """
 
+import hashlib
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,11 @@ HEADER_BYTES = 1024
 KINDS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 MOST_TOKENS = 2**31 - 1  # what the header can say
 END_OF_TEXT = "<|endoftext|>"
+SAMPLES, SAMPLE_BYTES = 64, 1 << 12  # of a shard's fingerprint: 256 KB, of whatever size it is
 
 
 class Shard:
-    """The ids of one file, memory-mapped: `len(shard)` tokens, `shard.tokens` as uint16 or uint32 [N]."""
+    """The ids of one file: `len(shard)` tokens, read where they are needed, so that no file stays open."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -45,29 +48,52 @@ class Shard:
                 f"{path}: the header says {count:,} tokens, a file of {stated:,} bytes, but it has {size:,}; download "
                 "it again"
             )
-        # numpy maps no empty files
-        self.tokens = np.memmap(self.path, dtype, "r", HEADER_BYTES, (count,)) if count else np.empty(0, dtype)
+        self.count, self.dtype = count, dtype
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return self.count
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """All ids, memory-mapped: uint16 or uint32 [N]."""
+        if not self.count:  # numpy maps no empty files
+            return np.empty(0, self.dtype)
+        return np.memmap(self.path, self.dtype, "r", HEADER_BYTES, (self.count,))
 
     def read(self, start: int, count: int, vocabulary: int) -> np.ndarray:
         """Tokens start … start + count - 1 as int64, each checked to be below `vocabulary`."""
-        self._check(start, start + count, vocabulary)
-        return self.tokens[start : start + count].astype(np.int64)
+        count = max(0, min(count, self.count - start))
+        ids = np.fromfile(self.path, self.dtype, count, offset=HEADER_BYTES + start * self.dtype.itemsize)
+        if len(ids) < count:
+            raise ValueError(f"{self.path}: it has become shorter since it was opened; leave it as it is during a run")
+        self._check(ids, start, vocabulary)
+        return ids.astype(np.int64)
 
     def check(self, vocabulary: int) -> None:
         """Reads the whole file; ValueError where an id is not below `vocabulary`."""
-        self._check(0, len(self), vocabulary)
+        self._check(self.tokens, 0, vocabulary)
 
-    def _check(self, start: int, end: int, vocabulary: int) -> None:
-        ids = self.tokens[start:end]
+    def _check(self, ids: np.ndarray, start: int, vocabulary: int) -> None:
         if len(ids) and ids.max() >= vocabulary:
             at = int((ids >= vocabulary).argmax())
             raise ValueError(
                 f"{self.path}: token {start + at:,} is {int(ids[at]):,}, outside of the vocabulary of {vocabulary:,}; "
                 "the shard was made with another tokenizer"
             )
+
+    def fingerprint(self) -> bytes:
+        """A hash of the header and of `SAMPLES` stretches spread evenly over the file, its end among them: of all of a
+        small file. It tells other contents, not one changed token among 100 million."""
+        size, digest = HEADER_BYTES + self.count * self.dtype.itemsize, hashlib.blake2b(digest_size=16)
+        with self.path.open("rb") as file:
+            if size <= HEADER_BYTES + SAMPLES * SAMPLE_BYTES:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(HEADER_BYTES))
+                for sample in range(SAMPLES):
+                    file.seek(HEADER_BYTES + (size - HEADER_BYTES - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                    digest.update(file.read(SAMPLE_BYTES))
+        return digest.digest()
 
 
 def write_shard(path: Path | str, ids: ArrayLike, vocabulary: int) -> None:

@@ -283,6 +283,8 @@ class Shards:
         self.batch = batch
         self.train = Windows(matching(train), length, vocabulary, seed)
         self.tokens = sum(len(shard) for shard in self.train.shards)
+        digest = hashlib.blake2b(b"".join(shard.fingerprint() for shard in self.train.shards), digest_size=8)
+        self.fingerprint = digest.hexdigest()
         self.validation = Windows(matching(validation), length, vocabulary, 0, shuffle=False) if validation else None
 
     def rows(self, step: int, share: slice = ALL) -> list[Row]:

@@ -19,9 +19,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -30,6 +31,7 @@ from tokenizers import Tokenizer
 import console
 from data.documents import parted, read_documents
 from data.shard_format import END_OF_TEXT, MOST_TOKENS, write_pieces
+from formats.files import publish
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # what a process gets at once: whichever is reached first
 
@@ -66,7 +68,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> int:
 def separator_of(tokenizer: Tokenizer, token: str) -> int:
     separator = tokenizer.token_to_id(token)
     if separator is None:
-        raise ValueError(f"--separator {token}: the tokenizer has no such token; name the one that parts its documents")
+        raise ValueError(f"--separator {token}: the tokenizer has no such token; name the one between its documents")
     return separator
 
 
@@ -217,13 +219,25 @@ def run(arguments: argparse.Namespace) -> None:
         if there := sorted(arguments.out.glob(f"{name}_*.bin")):
             raise ValueError(f"{there[0]} is there already and would be mixed with new shards; use another --out")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    for name, part in parts.items():
-        stream, written = watched(token_stream(part, tokenizer, separator, arguments.processes), name), []
-        try:
+    with written_together(arguments.out) as folder:
+        written: dict[str, int] = {}
+        for name, part in parts.items():
+            stream = watched(token_stream(part, tokenizer, separator, arguments.processes), name)
             with closing(stream):
-                written += write_shards(stream, arguments.out, name, arguments.shard_tokens, vocabulary_of(tokenizer))
-        finally:
-            for path, tokens in written:
-                print(f"{path}  {tokens:,} tokens")
-        if not written:
-            raise ValueError(f"{', '.join(arguments.sources)}: no document for {name}; give more text")
+                size, vocabulary = arguments.shard_tokens, vocabulary_of(tokenizer)
+                shards = {path.name: tokens for path, tokens in write_shards(stream, folder, name, size, vocabulary)}
+            if not shards:
+                raise ValueError(f"{', '.join(arguments.sources)}: no document for {name}; give more text")
+            written |= shards
+    for name, tokens in written.items():
+        print(f"{arguments.out / name}  {tokens:,} tokens")
+
+
+@contextmanager
+def written_together(out: Path) -> Iterator[Path]:
+    """A folder inside of OUT whose files move into OUT when the block succeeds: all shards or none."""
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".tokenize-", dir=out) as folder:
+        yield Path(folder)
+        for path in sorted(Path(folder).iterdir()):
+            publish(path, out / path.name)

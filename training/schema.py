@@ -110,7 +110,7 @@ class Data:
         high=1,
         may_change=True,
     )
-    fingerprint: str | None = key(None, "rows: hash of the training rows; null: computed. Others are refused")
+    fingerprint: str | None = key(None, "rows, shards: hash of what is trained on; null: computed. Others are refused")
     turns: str = key("all", "sft on rows: of the assistant, all are learnt, or the last", ("all", "last"))
     pack: bool = key(False, "sft: several conversations in one sequence, none of which sees another: less padding")
     tokens: int | None = key(None, "shards: of the training files together; null: counted. Others are refused", low=1)

@@ -31,6 +31,9 @@ def build_source(settings: Settings, chat: Chat):
         vocabulary = chat.tokenizer.get_vocab_size()
         source = Shards(data.train, data.validation, train.seed, batch, longest, vocabulary)
         data.tokens = agreed("data.tokens", data.tokens, source.tokens, f"the files of {data.train}")
+        data.fingerprint = agreed(
+            "data.fingerprint", data.fingerprint, source.fingerprint, f"the files of {data.train}"
+        )
         return source
     if data.source == "corpus":
         if data.hard + data.outside > 1:

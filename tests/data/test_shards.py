@@ -4,6 +4,7 @@ import http.server
 import io
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -100,6 +101,44 @@ def test_documents_stay_apart():
     expected = ["100000", "110000", "001000", "001100", "000010", "000011"]
     rows = document_mask((ids == 0).cumsum(1))[0, 0].int().tolist()
     assert ["".join(map(str, row)) for row in rows] == expected
+
+
+def test_more_shards_than_a_process_may_open(tmp_path):
+    """FineWeb's sets have a thousand."""
+    write_shard(tmp_path / "s_0000.bin", np.arange(12), 64)
+    for number in range(1, 100):
+        (tmp_path / f"s_{number:04d}.bin").symlink_to("s_0000.bin")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    source = None
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard))
+        source = Shards(str(tmp_path / "s_*.bin"), None, 0, 50, 5, 64)
+        rows = [row for step in range(4) for row in source.rows(step)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert source.tokens == 1200 and len({tuple(row.ids) for row in rows}) == 2
+
+
+def test_other_contents_have_another_fingerprint(tmp_path):
+    ids = np.arange(1_000_000) % 60_000
+    write_shard(tmp_path / "a.bin", ids, 65536)
+    write_shard(tmp_path / "b.bin", ids, 65536)
+    write_shard(tmp_path / "c.bin", (ids + 1) % 60_000, 65536)
+    write_shard(tmp_path / "d.bin", [*ids[:-1], 5], 65536)
+    digests = [Shard(tmp_path / f"{name}.bin").fingerprint() for name in "abcd"]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+    for number in range(20):  # any token of a small one
+        write_shard(tmp_path / "a.bin", [*range(number), 60, *range(number + 1, 20)], 64)
+        digests.append(Shard(tmp_path / "a.bin").fingerprint())
+    assert len(set(digests)) == 23
+
+
+def test_a_shard_that_shrinks_is_named(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(100), 128)
+    shard = Shard(tmp_path / "a.bin")
+    write_shard(tmp_path / "a.bin", np.arange(10), 128)
+    with pytest.raises(ValueError, match=r"a\.bin: it has become shorter"):
+        shard.read(5, 20, 128)
 
 
 def test_ids_piece_by_piece_are_the_same_file(tmp_path, monkeypatch):
@@ -265,6 +304,36 @@ def test_the_end_is_for_validation(tmp_path, monkeypatch, sources):
     paths = tokenized(monkeypatch, tmp_path / "many", sources, "--validation", "0.1", "--documents", "50")
     assert documents_in(paths[:1]) == [f"line {n} ü" for n in range(45)]
     assert documents_in(paths[1:]) == [f"line {n} ü" for n in range(45, 50)]
+
+
+@pytest.mark.parametrize(("documents", "share", "train"), [(3, 0.1, 2), (2, 0.01, 1), (2, 0.99, 1), (20, 0.1, 18)])
+def test_each_part_has_a_document(tmp_path, monkeypatch, documents, share, train):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(documents)))
+    paths = tokenized(monkeypatch, tmp_path / "out", [str(tmp_path / "a.jsonl")], "--validation", str(share))
+    assert documents_in(paths[:1]) == [f"line {n}" for n in range(train)]
+    assert documents_in(paths[1:]) == [f"line {n}" for n in range(train, documents)]
+
+
+def test_shards_are_written_together_or_not_at_all(tmp_path, monkeypatch):
+    """Whatever happens behind the first of them."""
+    lines = "".join(json.dumps({"text": f"line {n} " * 50}) + "\n" for n in range(300))
+    (tmp_path / "a.jsonl").write_text(lines + "oops\n")
+    with pytest.raises(ValueError, match="line 301 is not JSON"):
+        tokenized(monkeypatch, tmp_path / "out", [str(tmp_path / "a.jsonl")], "--shard-tokens", "100")
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "a.jsonl").write_text(lines)
+    real = texts.write_shards
+    monkeypatch.setattr(
+        texts,
+        "write_shards",
+        lambda stream, out, name, *rest: real(iter([]) if name == "val" else stream, out, name, *rest),
+    )
+    with pytest.raises(ValueError, match="no document for val"):
+        tokenized(monkeypatch, tmp_path / "out", [str(tmp_path / "a.jsonl")], "--validation", "0.1")
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "b.txt").write_text("x")
+    with pytest.raises(ValueError, match="too short to be parted"):
+        tokenized(monkeypatch, tmp_path / "out", [str(tmp_path / "b.txt")], "--validation", "0.1")
 
 
 def test_a_folder_is_streamed_as_a_data_set(tmp_path, monkeypatch, sources):
@@ -516,6 +585,9 @@ def test_a_run_on_shards_and_its_stand_in(tmp_path, capsys):
     assert [record["tokens"] for record in records] == [64, 128, 192] and "validation_loss" in records[-1]
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]
     assert saved["source"] == "shards" and saved["tokens"] == 2000
+    write_shard(tmp_path / "t_0.bin", np.random.default_rng(1).integers(0, 700, 2000), 758)
+    with pytest.raises(ValueError, match=r"data\.fingerprint"):
+        train.Trainer(schema.load(path, [f"train.out={tmp_path / 'run'}"]), True)
     write_shard(tmp_path / "t_1.bin", np.arange(700), 758)
     with pytest.raises(ValueError, match=r"data\.tokens: 2000 -> 2700"):
         train.Trainer(schema.load(path, [f"train.out={tmp_path / 'run'}"]), True)
