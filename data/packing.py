@@ -18,14 +18,34 @@ def in_parts(items: list[Item], parts: int) -> list[list[Item]]:
     return [chosen for chosen in cut if chosen]
 
 
-def packed(rows: list[Item], longest: int) -> list[list[Item]]:
-    """Rows, the longest first, each into the first sequence that has room for it."""
-    sequences, room = [], []
+class Sequence(list[Item]):
+    """Rows that are computed as one sequence, none of which sees another."""
+
+    @property
+    def length(self) -> int:
+        return sum(row.length for row in self)
+
+
+def packed(rows: list[Item], longest: int, least: int = 1) -> list[Sequence[Item]]:
+    """All rows of a step, the longest first, each into the first sequence of at most `longest` tokens that has room.
+
+    At least `least` sequences, where there are so many rows: each process needs one.
+    """
+    rows, sequences = sorted(rows, key=lambda row: -row.length), []
     for row in rows:
-        place = next((place for place, left in enumerate(room) if left >= row.length), len(room))
-        if place == len(room):
-            sequences.append([])
-            room.append(longest)
-        sequences[place].append(row)
-        room[place] -= row.length
+        place = next((s for s in sequences if s.length + row.length <= longest), None)
+        if place is None:
+            sequences.append(place := Sequence())
+        place.append(row)
+    while len(sequences) < min(least, len(rows)):
+        whole = max((s for s in sequences if len(s) > 1), key=lambda s: s.length)
+        sequences.append(Sequence(whole[1::2]))
+        whole[:] = whole[::2]
     return sequences
+
+
+def dealt(sequences: list[Sequence[Item]], micro_batches: int, processes: int, rank: int) -> list[list[Sequence[Item]]]:
+    """One process's micro-batches of packed sequences, at most `micro_batches`: every process has as many, each of
+    sequences of similar length. There are at least as many sequences as processes."""
+    each = min(micro_batches, len(sequences) // processes)
+    return in_parts(sequences, each * processes)[rank::processes]

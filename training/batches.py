@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data.packing import in_parts, packed
+from data.packing import Sequence, in_parts
 from data.sources import IGNORED, Row
 
 
@@ -75,24 +75,19 @@ def batches(rows: list[Row], parts: int, device: torch.device, end_of_text: int 
     return made
 
 
-def packed_batches(rows: list[Row], parts: int, device: torch.device, longest: int) -> list[Batch]:
-    """The same rows, several to a sequence of at most `longest` tokens, in `parts` batches; none sees another.
+def packed_batch(sequences: list[Sequence[Row]], device: torch.device) -> Batch:
+    """Several rows to a sequence, none of which sees another.
 
     Within a sequence a row does not begin at position 0. Rotary positions enter attention as differences alone
     (RoFormer, section 3.4.1), so that its loss is that of the row by itself.
     """
-    rows, made = sorted(rows, key=lambda row: -row.length), []
-    for part in range(min(parts, len(rows))):
-        sequences = packed(rows[part::parts], longest)
-        ids = padded([[token for row in rows for token in row.ids] for rows in sequences], 0)
-        targets = padded([[token for row in rows for token in row.targets] for rows in sequences], IGNORED)
-        document = padded([[n for n, row in enumerate(rows) for _ in row.ids] for rows in sequences], -1)
-        lengths = torch.tensor([sum(row.length for row in rows) for rows in sequences])
-        made.append(Batch(ids.to(device), targets.to(device), document_mask(document.to(device)), lengths))
-    return made
+    ids = padded([[token for row in rows for token in row.ids] for rows in sequences], 0)
+    targets = padded([[token for row in rows for token in row.targets] for rows in sequences], IGNORED)
+    document = padded([[n for n, row in enumerate(rows) for _ in row.ids] for rows in sequences], -1)
+    return Batch(ids.to(device), targets.to(device), document_mask(document.to(device)), lengths_of(sequences))
 
 
-def lengths_of(rows: list[Row]) -> Tensor:
+def lengths_of(rows: list[Row] | list[Sequence[Row]]) -> Tensor:
     return torch.tensor([row.length for row in rows])
 
 

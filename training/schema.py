@@ -112,7 +112,9 @@ class Data:
     )
     fingerprint: str | None = key(None, "rows, shards: hash of what is trained on; null: computed. Others are refused")
     turns: str = key("all", "sft on rows: of the assistant, all are learnt, or the last", ("all", "last"))
-    pack: bool = key(False, "sft: several conversations in one sequence, none of which sees another: less padding")
+    pack: bool = key(
+        False, "pretrain, sft: several rows of a step in one sequence, none of which sees another: less padding"
+    )
     tokens: int | None = key(None, "shards: of the training files together; null: counted. Others are refused", low=1)
     corpus_tokenizer: str = key("models/tiny", "auto: takes the place of model.tokenizer where there are no shards")
     seed: int = key(0, "corpus: seed of the generated examples", low=0)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import console
 from chat import Chat
+from data.shard_format import END_OF_TEXT
 from data.sources import Corpus, Generated, Item, Listed, Shards, WrittenRows, matching, read_items, records
 from training.schema import Settings
 
@@ -23,6 +24,19 @@ def decide_source(settings: Settings) -> None:
 def build_source(settings: Settings, chat: Chat):
     """The items of each step; see data/sources.py."""
     train, data, stage, batch, longest = settings.train, settings.data, settings.stage, *row_limits(settings)
+    if data.pack and stage not in ("pretrain", "sft"):
+        raise ValueError(
+            f"data.pack puts rows of pretrain and sft into one sequence, but stage is {stage}; leave it out"
+        )
+    if data.mask_documents and (stage != "pretrain" or data.pack):
+        raise ValueError(
+            "data.mask_documents keeps documents apart within the unpacked rows of stage pretrain; leave it out"
+        )
+    if data.mask_documents and chat.tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise ValueError(
+            f"data.mask_documents looks for {END_OF_TEXT} between documents, which {settings.model.tokenizer} does not "
+            "have; leave it out"
+        )
     if data.source != "corpus" and data.train is None:
         raise ValueError(f"data.train must name the files of data.source {data.source}")
     if data.source == "shards":

@@ -18,14 +18,15 @@ from torch import Tensor
 
 import console
 from chat import Chat
+from data.packing import dealt, packed
 from data.shard_format import END_OF_TEXT
-from data.sources import Item, Pair, Question, Row, fingerprint, row_of
+from data.sources import ALL, Item, Pair, Question, Row, fingerprint, row_of
 from formats.files import atomic_file
 from inference.decode import end_tokens, generate_batch
 from inference.params import SamplingParams
 from inference.replies import parse
 from model import Qwen3
-from training.batches import Batch, Pairs, Rollouts, batches, in_parts, lengths_of, packed_batches, padded_rows
+from training.batches import Batch, Pairs, Rollouts, batches, in_parts, lengths_of, packed_batch, padded_rows
 from training.lora import without_adapters
 from training.objectives import DPO, GRPO, Objective, advantages, answer_logprobs
 from training.prefetch import Prefetcher
@@ -57,7 +58,8 @@ class Stage:
         self.settings, self.chat, self.source, self.model, self.reference = settings, chat, source, model, reference
         self.processes, self.device, self.autocast = processes, processes.device, autocast
         self.micro_batches = settings.train.accumulate // processes.count
-        self.prefetcher = Prefetcher(source, settings.train.steps, processes.share)
+        share = ALL if settings.data.pack else processes.share  # all rows of a step are packed together
+        self.prefetcher = Prefetcher(source, settings.train.steps, share)
         self.objective = self.build_objective()
 
     def build_objective(self) -> Objective:
@@ -68,13 +70,22 @@ class Stage:
 
     def batches(self, step: int) -> list:
         """The micro-batches of this process's share of one step (0 is the first)."""
-        return self.collate(self._rows(step), self.micro_batches)
+        rows = self._rows(step)
+        return self._packed(rows) if self.settings.data.pack else self.collate(rows, self.micro_batches)
+
+    def _packed(self, rows: list[Row]) -> list[Batch]:
+        """This process's share of all rows of a step."""
+        sequences = packed(rows, self.settings.train.sequence, self.processes.count)
+        chosen = dealt(sequences, self.micro_batches, self.processes.count, self.processes.rank)
+        return [packed_batch(sequences, self.device) for sequences in chosen]
 
     def _rows(self, step: int, each: int = 1) -> list[Item]:
         """This process's rows, each of which becomes `each` sequences: enough for as many micro-batches as the other
         processes have, since FSDP computes them in step."""
         rows = self.prefetcher.rows(step)
         needed = self.micro_batches if self.processes.count > 1 else 1
+        if self.settings.data.pack:  # these are the rows of all processes, and of micro-batches there may be fewer
+            needed = self.processes.count
         if len(rows) * each < needed:
             raise ValueError(
                 f"step {step + 1}: {len(rows) * each} rows are within train.sequence, but process "
@@ -87,6 +98,8 @@ class Stage:
         """The micro-batches of this process's share of one validation. Each process has as many as the others; where
         there are fewer rows than processes, all of them take all rows, which leaves the mean as it is."""
         rows, count = self.prefetcher.validation_rows(index), self.processes.count
+        if self.settings.data.pack and len(rows) >= count:
+            return self._packed(rows)
         if len(rows) >= count:
             rows, micro_batches = rows[self.processes.share], min(self.micro_batches, len(rows) // count)
         else:
@@ -95,8 +108,6 @@ class Stage:
 
     def collate(self, rows: list[Row], micro_batches: int) -> list[Batch]:
         data = self.settings.data
-        if data.pack:
-            return packed_batches(rows, micro_batches, self.device, self.settings.train.sequence)
         end_of_text = self.chat.tokenizer.token_to_id(END_OF_TEXT) if data.mask_documents else None
         return batches(rows, micro_batches, self.device, end_of_text)
 

@@ -75,6 +75,11 @@ def starting_model(settings: Settings, chat: Chat, device: torch.device) -> Qwen
             f"vocab_size {model.config.vocab_size} in model.config is less than the {vocabulary} tokens of "
             f"{settings.model.tokenizer}; leave it out"
         )
+    if settings.train.sequence > model.config.context_length:
+        raise ValueError(
+            f"train.sequence {settings.train.sequence:,} is longer than the model's context of "
+            f"{model.config.context_length:,} tokens; lower it, or raise max_position_embeddings in model.config"
+        )
     advice = resolve(settings.model.tokenizer) / "generation_config.json"
     if advice.is_file():
         model.generation_config = read_json(advice)  # what the run's checkpoints will say
