@@ -114,6 +114,21 @@ def test_an_output_holds_what_was_asked_and_said(command, tmp_path, model, chat)
     assert results["value"] == sum(o["score"] for o in found) / 4 >= 0.5
 
 
+def test_its_files_have_the_forms_of_their_schemas(command, tmp_path):
+    from jsonschema import Draft202012Validator as Validator
+
+    data = rows(tmp_path / "choices.jsonl", CHOICES)
+    command("run", "choices", "--data", data, "--out", tmp_path / "a")
+    command("run", "families", "--limit", 11, "--max-new-tokens", 60, "--out", tmp_path / "b")
+    schemas = {path.name.split(".")[0]: json.loads(path.read_text()) for path in (ROOT / "schemas").glob("*.json")}
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        for name in ("results", "protocol"):
+            Validator(schemas[name]).validate(json.loads((folder / f"{name}.json").read_text()))
+        for line in (folder / "outputs.jsonl").read_text().splitlines():
+            Validator(schemas["output"]).validate(json.loads(line))
+    assert not Validator(schemas["results"]).is_valid({"schema": "nanoqwen/results/1", "task": "a"})
+
+
 def test_no_batch_size_changes_a_greedy_answer(command, tmp_path):
     data = rows(tmp_path / "sums.jsonl", SUMS * 3)
     for size in (1, 3, 16):
