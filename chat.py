@@ -72,7 +72,7 @@ class Chat:
         """
         from formats.source import resolve
 
-        path = resolve(src)
+        path = resolve(src, tokenizer_only=True)
         if path.is_file():
             from formats.gguf.reader import GGUF
 

@@ -20,16 +20,14 @@ from console import byte_progress
 from formats.download import HubUnreachable, reach, read_document, transfer
 from formats.files import publish, sha256, write_text
 
-DATA_FILES = [
+TOKENIZER_FILES = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
 ]
+DATA_FILES = [*TOKENIZER_FILES, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 ATTEMPTS = 5  # in a row that bring nothing
 
 
@@ -41,7 +39,7 @@ class RemoteFile(NamedTuple):
     digest: str
 
 
-def cached(repo: str, revision: str | None) -> Path | None:
+def cached(repo: str, revision: str | None, tokenizer_only: bool = False) -> Path | None:
     """The snapshot in the local cache if each file that a run needs is there. Makes no request."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -50,12 +48,14 @@ def cached(repo: str, revision: str | None) -> Path | None:
         path = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=DATA_FILES))
     except LocalEntryNotFoundError:
         return None
-    return path if _whole(path) else None
+    return path if _whole(path, tokenizer_only) else None
 
 
-def _whole(path: Path) -> bool:
+def _whole(path: Path, tokenizer_only: bool) -> bool:
     if not (path / "config.json").exists() or not (path / "tokenizer.json").exists():
         return False
+    if tokenizer_only:
+        return True
     if (path / "model.safetensors").exists():
         return True
     try:
@@ -65,7 +65,7 @@ def _whole(path: Path) -> bool:
         return False
 
 
-def download(repo: str, revision: str | None) -> Path:
+def download(repo: str, revision: str | None, tokenizer_only: bool = False) -> Path:
     """The snapshot in the local cache after what it lacks was downloaded. ValueError says why that is not possible."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -73,7 +73,7 @@ def download(repo: str, revision: str | None) -> Path:
     from huggingface_hub.utils import WeakFileLock, logging
 
     logging.set_verbosity_error()  # its warnings would stand between the lines of a command
-    commit, files = _ask(repo, revision)
+    commit, files = _ask(repo, revision, tokenizer_only)
     folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
     blobs, snapshot = folder / "blobs", folder / "snapshots" / commit
     for path in (blobs, snapshot):
@@ -93,17 +93,18 @@ def download(repo: str, revision: str | None) -> Path:
     return snapshot
 
 
-def _ask(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
-    """The commit of a revision and its data files, the weights last: once they are there, everything is."""
+def _ask(repo: str, revision: str | None, tokenizer_only: bool) -> tuple[str, list[RemoteFile]]:
+    """The commit of a revision and its data files, tokenizer.json and the weights last: once they are there, all is."""
     commit, found = listing(repo, revision)
+    patterns, last = (TOKENIZER_FILES, "tokenizer.json") if tokenizer_only else (DATA_FILES, ".safetensors")
     files = [
-        file
-        for file in found
-        if "/" not in file.name and any(fnmatchcase(file.name, pattern) for pattern in DATA_FILES)
+        file for file in found if "/" not in file.name and any(fnmatchcase(file.name, pattern) for pattern in patterns)
     ]
-    if not any(file.name.endswith(".safetensors") for file in files):
+    if not any(file.name.endswith(last) for file in files):
+        if tokenizer_only:
+            raise ValueError("no tokenizer.json on the hub; name the model that this one was made from")
         raise ValueError("no model.safetensors on the hub; pickle weights (.bin) can run code and are never loaded")
-    return commit, sorted(files, key=lambda file: file.name.startswith("model"))
+    return commit, sorted(files, key=lambda file: (file.name.startswith("model"), file.name == "tokenizer.json"))
 
 
 def listing(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:

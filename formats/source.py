@@ -19,8 +19,9 @@ PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}"
 HUB_ID = re.compile(rf"(?P<repo>{PART}/{PART})(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
 
 
-def resolve(src: str | Path, place: str = "--model") -> Path:
-    """The local path of SRC: a directory in the official layout or a .gguf file. `place` is where SRC came from.
+def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = False) -> Path:
+    """The local path of SRC: a directory in the official layout or a .gguf file. `place` is where SRC came from; with
+    `tokenizer_only` a hub model's weights need not be there, and are not downloaded.
 
     Raises ValueError for a path that is neither, an unknown hub id or revision, and `HubUnreachable`.
     """
@@ -35,7 +36,7 @@ def resolve(src: str | Path, place: str = "--model") -> Path:
     if match is None:
         raise ValueError(f"{name}: no such directory or .gguf file, and not a hub id like {DEFAULT_MODEL}")
     try:
-        return _from_hub(match["repo"], match["revision"])
+        return _from_hub(match["repo"], match["revision"], tokenizer_only)
     except (ValueError, OSError) as error:
         kind = HubUnreachable if isinstance(error, HubUnreachable) else ValueError
         raise kind(f"{name} is no directory here; as a hub model: {error}") from error
@@ -52,8 +53,8 @@ def resolve_default(src: str | Path | None) -> Path:
         return BUNDLED_MODEL
 
 
-def _from_hub(repo: str, revision: str | None) -> Path:
-    return hub.cached(repo, revision) or hub.download(repo, revision)
+def _from_hub(repo: str, revision: str | None, tokenizer_only: bool = False) -> Path:
+    return hub.cached(repo, revision, tokenizer_only) or hub.download(repo, revision, tokenizer_only)
 
 
 def _kind(path: Path) -> str | None:

@@ -80,7 +80,7 @@ def starting_model(settings: Settings, chat: Chat, device: torch.device) -> Qwen
             f"train.sequence {settings.train.sequence:,} is longer than the model's context of "
             f"{model.config.context_length:,} tokens; lower it, or raise max_position_embeddings in model.config"
         )
-    advice = resolve(settings.model.tokenizer) / "generation_config.json"
+    advice = resolve(settings.model.tokenizer, "model.tokenizer", tokenizer_only=True) / "generation_config.json"
     if advice.is_file():
         model.generation_config = read_json(advice)  # what the run's checkpoints will say
     if settings.stage != "pretrain":

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from chat import Chat
 from formats import download, hub, source
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -159,6 +160,19 @@ def test_data_files_alone_are_downloaded(server):
     assert path.parent.parent.name == "models--org--name" and path.name == COMMITS["main"]
     assert sorted(server.fetched()) == sorted((name, None) for name in server.files if name not in FORBIDDEN)
     assert server.fetched()[-1][0] == "model.safetensors"  # once it is there, everything is
+
+
+def test_a_tokenizer_alone_needs_no_weights(server):
+    chat = Chat.from_pretrained("org/name")
+    names = [name for name, _ in server.fetched()]
+    assert "tokenizer.json" in names and not any(name.endswith((".safetensors", ".index.json")) for name in names)
+    server.requests.clear()
+    assert Chat.from_pretrained("org/name").source == chat.source and not server.requests
+    assert_same(source.resolve("org/name"), server)  # what is lacking comes when the model is asked for
+    assert not {name for name, _ in server.fetched()} & set(names)
+    del server.files["tokenizer.json"]
+    with pytest.raises(ValueError, match=r"no tokenizer\.json on the hub"):
+        Chat.from_pretrained("org/name@v1")
 
 
 def test_a_model_in_the_cache_needs_no_hub(server):
