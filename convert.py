@@ -33,10 +33,10 @@ from formats.compressed_tensors import BITS, quantization_config
 from formats.dequantize import unpacked
 from formats.files import atomic_directory, atomic_file
 from formats.gguf import writer
-from formats.gguf.kquants import map_in_threads
 from formats.gguf.reader import GGUF
 from formats.safetensors_write import SafetensorsWriter, Shard, plan_shards
 from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, resolve_default
+from formats.threads import map_in_threads
 from model import EMBEDDING, HEAD, all_finite, refuse, skeleton
 from ops.encode import Cast, Errors, Quantize, lossless
 

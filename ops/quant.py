@@ -26,7 +26,7 @@ from formats.compressed_tensors import (
     packed_columns,
     read_quantization_config,
 )
-from formats.gguf.kquants import map_in_threads
+from formats.threads import map_in_threads
 
 SCALE_DTYPE = torch.bfloat16
 

@@ -823,7 +823,7 @@ GGUFS = {
     "a shape that overflows": (gguf([ARCHITECTURE], [entry("a", [1 << 39, 1 << 39])], data=64), "a ends at"),
     "a shape of 2^63": (gguf([ARCHITECTURE], [entry("a", [1 << 63])], data=64), "a has the impossible shape"),
     "2^31 dimensions": (gguf([ARCHITECTURE], [text("a") + struct.pack("<I", 1 << 31)], data=64), "not 1 to 4"),
-    "unknown tensor type": (gguf([ARCHITECTURE], [entry("a", [8], kind=77)], data=64), "a has the type 77"),
+    "unknown tensor type": (gguf([ARCHITECTURE], [entry("a", [8], kind=77)], data=64), "a is of type number 77"),
     "bytes at the end": (gguf([ARCHITECTURE], [entry("a", [8])], data=999), "bytes follow the last tensor"),
     "no architecture": (gguf([], [entry("a", [8])], data=32), "general.architecture is missing"),
     "another architecture": (

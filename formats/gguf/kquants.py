@@ -1,6 +1,7 @@
 """The block formats of GGUF: what the bytes of a quantised tensor mean, and how llama.cpp chooses them.
 
-A row is cut into blocks, each with its own scale; the formats below say how a block lies in memory. The K-formats put
+A row is cut into blocks, each with its own scale; the functions below say how a block lies in memory (which belongs to
+which type of tensor is in formats/gguf/types.py). The K-formats put
 eight or sixteen groups, whose scales are themselves quantised, into a block of 256 values. The byte layouts are those
 of ggml/src/ggml-common.h, and the quantisers give, byte for byte, what `quantize_row_*_ref` of ggml/src/ggml-quants.c
 give (there, as here, without an importance matrix). That only holds because this file rounds where the C code rounds:
@@ -11,42 +12,10 @@ Inside, a tile of blocks is turned so that the values of a group lie along dimen
 one: each step is then one operation over long vectors.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
-from itertools import islice
-
 import numpy as np
 import torch
 
-TILE = 1 << 17  # values that are worked on at a time: the temporaries stay in the cache
-PIECE = 1 << 22  # values that one thread is given at a time
 SMALLEST = 1e-15  # GROUP_MAX_EPS: a Q6_K group below it is all zero
-
-
-@dataclass(frozen=True)
-class Format:
-    """One type of tensor data. `block` values take `size` bytes; `dtype` is torch's, None where values are in blocks.
-
-    `pack(x)`: float32 [blocks, block] -> uint8 [blocks, size]. `unpack(data)`: the way back.
-    """
-
-    name: str
-    id: int
-    block: int
-    size: int
-    dtype: torch.dtype | None = None
-    pack: Callable[[torch.Tensor], torch.Tensor] | None = None
-    unpack: Callable[[torch.Tensor], torch.Tensor] | None = None
-
-    def bytes(self, shape: tuple[int, ...]) -> int:
-        """The bytes of a tensor whose rows are whole blocks."""
-        count = 1
-        for length in shape:
-            count *= length
-        return count // self.block * self.size
 
 
 # ---- what the formats share --------------------------------------------------------------------------------------
@@ -379,78 +348,3 @@ def unpack_q3_k(data: torch.Tensor) -> torch.Tensor:
     high = torch.cat([data[:, 104:108] >> 2 * run & 3 for run in range(4)], -1)
     scales = from_half(data[:, 108:]) * ((low | high << 4).to(torch.int8) - 32)
     return (scales[:, :, None] * q).view(-1, 256)
-
-
-# ---- all of them ----------------------------------------------------------------------------------------------------
-
-FORMATS = {
-    format.name: format
-    for format in (
-        Format("F32", 0, 1, 4, torch.float32),
-        Format("F16", 1, 1, 2, torch.float16),
-        Format("BF16", 30, 1, 2, torch.bfloat16),
-        Format("Q8_0", 8, 32, 34, None, pack_q8_0, unpack_q8_0),
-        Format("Q4_0", 2, 32, 18, None, partial(pack_symmetric, bits=4), partial(unpack_symmetric, bits=4)),
-        Format("Q4_1", 3, 32, 20, None, partial(pack_offset, bits=4), partial(unpack_offset, bits=4)),
-        Format("Q5_0", 6, 32, 22, None, partial(pack_symmetric, bits=5), partial(unpack_symmetric, bits=5)),
-        Format("Q5_1", 7, 32, 24, None, partial(pack_offset, bits=5), partial(unpack_offset, bits=5)),
-        Format("Q2_K", 10, 256, 84, None, None, unpack_q2_k),
-        Format("Q3_K", 11, 256, 110, None, None, unpack_q3_k),
-        Format("Q4_K", 12, 256, 144, None, partial(pack_k_offset, bits=4), partial(unpack_k_offset, bits=4)),
-        Format("Q5_K", 13, 256, 176, None, partial(pack_k_offset, bits=5), partial(unpack_k_offset, bits=5)),
-        Format("Q6_K", 14, 256, 210, None, pack_q6_k, unpack_q6_k),
-    )
-}
-BY_ID = {format.id: format for format in FORMATS.values()}
-
-
-def quantize(values: torch.Tensor, format: Format) -> torch.Tensor:
-    """The bytes (uint8, flat) of values of any float type in a format, one tile after the other.
-
-    The values are whole blocks. Raises ValueError for values that the format cannot hold.
-    """
-    if format.dtype:
-        return values.to(format.dtype).contiguous().view(-1).view(torch.uint8)
-    blocks = values.reshape(-1, format.block)
-    out = torch.empty(len(blocks), format.size, dtype=torch.uint8)
-    rows = TILE // format.block
-    for start in range(0, len(blocks), rows):
-        out[start : start + rows] = format.pack(blocks[start : start + rows].float())
-    return out.view(-1)
-
-
-def _alone() -> None:
-    """In this thread torch uses one thread. Asked first, as the first question sets it to the process's default."""
-    torch.get_num_threads()
-    torch.set_num_threads(1)
-
-
-def map_in_threads(function: Callable, pieces: Iterable) -> Iterator:
-    """function(piece) for each piece, in order: computed by as many threads as torch uses, a few ahead of the consumer,
-    so that the memory stays small however many pieces there are."""
-    threads = torch.get_num_threads()
-    remaining = iter(pieces)
-    # In each thread of the pool torch uses that thread alone. The caller's setting is its own and stays, also where it
-    # stops early; only the default for new threads has to be put back.
-    try:
-        with ThreadPoolExecutor(threads, initializer=_alone) as pool:
-            waiting = deque(pool.submit(function, piece) for piece in islice(remaining, threads + 1))
-            while waiting:
-                result = waiting.popleft().result()
-                torch.set_num_threads(torch.get_num_threads())
-                yield result
-                waiting.extend(pool.submit(function, piece) for piece in islice(remaining, 1))
-    finally:
-        torch.set_num_threads(torch.get_num_threads())
-
-
-def dequantize(data: torch.Tensor, format: Format, shape: tuple[int, ...]) -> torch.Tensor:
-    """The float32 values of a tensor's bytes (uint8)."""
-    if format.dtype:
-        return data.view(format.dtype).view(shape).float()
-    blocks = data.view(-1, format.size)
-    values = torch.empty(len(blocks), format.block)
-    rows = TILE // format.block
-    for start in range(0, len(blocks), rows):
-        values[start : start + rows] = format.unpack(blocks[start : start + rows])
-    return values.view(shape)

@@ -13,10 +13,9 @@ import numpy as np
 from formats.config_json import published_spelling, rope_type
 from formats.gguf import names
 from formats.gguf.tokenizer import to_metadata
+from formats.gguf.types import ARRAY, BOOL, FLOAT32, INT32, LETTERS, STRING, UINT32
 from formats.json_file import read_json
 
-UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
-LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", UINT32: "I", INT32: "i", FLOAT32: "f", BOOL: "?", 10: "Q", 11: "q", 12: "d"}
 QUANTIZATION_VERSION = 2
 MAX_CARD = 10_000_000  # bytes of README.md
 

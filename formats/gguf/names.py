@@ -46,6 +46,11 @@ FILE_TYPES = {
     "bf16": 32,
 }
 
+STRANGERS = {  # tensors that a GGUF of these architectures can have besides
+    "cls": ": the head of a reranker or classifier, which predicts no next token",
+    "rope_freqs": ": factors on the rotary frequencies, which are not implemented",
+}
+
 _FROM_TOP = {ours: official for official, ours in TOP.items()}
 _FROM_LAYER = {ours: official for official, ours in LAYER.items()}
 _FROM_EXPERTS = {ours: official for official, ours in EXPERTS.items()}
@@ -95,7 +100,8 @@ def official_places(stored: dict[str, Any], config: dict) -> dict[str, tuple[str
                 official = f"model.layers.{match[1]}.mlp.experts.{expert}.{_FROM_EXPERTS[match[2]]}.weight"
                 places[official] = (name, expert)
         else:
-            raise ValueError(f"the tensor {name} is not one of Qwen's (give a GGUF of Qwen2, Qwen3 or Qwen3-MoE)")
+            what = next((what for start, what in STRANGERS.items() if name.startswith(start)), "")
+            raise ValueError(f"the tensor {name} is not one of Qwen's{what} (give a GGUF of Qwen2, Qwen3 or Qwen3-MoE)")
     return places
 
 
@@ -115,11 +121,11 @@ def _get(metadata: dict, key: str, kind: type, default: Any = ...) -> Any:
 
 def config_from_metadata(metadata: dict, stored: dict) -> dict:
     """The fields of the official config.json. `stored`: name in the file -> something with `shape` and `format`."""
+    if (kind := metadata.get("general.type", "model")) != "model":
+        raise ValueError(f"general.type is {str(kind)[:40]!r}: this GGUF holds no model (give the model's own file)")
     arch = _get(metadata, "general.architecture", str)
     if arch not in ARCHITECTURES:
         raise ValueError(f"general.architecture is {arch[:40]!r} (supported: {', '.join(ARCHITECTURES)})")
-    if _get(metadata, "split.count", int, 0) > 1:
-        raise ValueError("this is one part of a split GGUF (join the parts with llama-gguf-split --merge)")
     if "token_embd.weight" not in stored or len(stored["token_embd.weight"].shape) != 2:
         raise ValueError("there is no token_embd.weight of two dimensions (give a whole model)")
     layers = _get(metadata, f"{arch}.block_count", int)
@@ -205,6 +211,7 @@ def generation_config_from_metadata(metadata: dict) -> dict:
         token = _get(metadata, f"tokenizer.ggml.{field}_token_id", int, None)
         generation |= {} if token is None else {"pad_token_id" if field == "padding" else "bos_token_id": token}
     for field, key in SAMPLING.items():
-        value = _get(metadata, f"general.sampling.{key}", int if field == "top_k" else float, None)
+        place, kind = f"general.sampling.{key}", int if field == "top_k" else float
+        value = -1 if metadata.get(place) == -1 else _get(metadata, place, kind, None)  # -1: off
         generation |= {} if value is None else {field: value, "do_sample": True}
     return generation

@@ -11,6 +11,7 @@ values are explained in formats/gguf/kquants.py, and formats/gguf/writer.py writ
 
 import io
 import mmap
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import numpy as np
 import torch
 
-from formats.gguf import kquants, names
+from formats.gguf import names, types
 from formats.gguf.tokenizer import from_metadata
 from formats.mapping import map_file, release
 from formats.tensors import TensorInfo
@@ -27,19 +28,16 @@ from formats.tensors import TensorInfo
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 
-# Metadata value types: struct letters of the numbers, then the two that have a length.
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-
 # Far above any real file (Qwen3-235B: 1,131 tensors, some 300,000 strings), and read within seconds.
 MAX_PAIRS, MAX_TENSORS, MAX_VALUES, MAX_NESTING = 1 << 14, 1 << 16, 1 << 22, 3
 MAX_NAME = 64  # GGML_MAX_NAME
+MAX_PARTS = 1000
 
 
 class Tensor(NamedTuple):
     """One tensor as the file describes it: its shape in torch's order and where its bytes lie in the file."""
 
-    format: kquants.Format
+    format: types.Format
     shape: tuple[int, ...]
     start: int
     size: int
@@ -103,20 +101,20 @@ class Head:
             self.fail(f"{what} is not UTF-8")
 
     def value(self, kind: int, key: str, nesting: int = 0) -> Any:
-        if kind in NUMBERS:
+        if kind in types.LETTERS:
             if kind == 7 and self.position < self.size and self.data[self.position] > 1:
                 self.fail(f"{key} is a boolean of value {self.data[self.position]}")
-            return self.number(NUMBERS[kind], key)
-        if kind == STRING:
+            return self.number(types.LETTERS[kind], key)
+        if kind == types.STRING:
             return self.string(key)
-        if kind != ARRAY:
+        if kind != types.ARRAY:
             self.fail(f"{key} has the unknown value type {kind}")
         if nesting == MAX_NESTING:
             self.fail(f"{key} nests arrays more than {MAX_NESTING} deep")
         kind = self.number("I", key)
         self.elements.setdefault(key, kind)
-        letter = NUMBERS.get(kind)
-        least_size = struct.calcsize("<" + letter) if letter else {STRING: 8, ARRAY: 12}.get(kind, 1)
+        letter = types.LETTERS.get(kind)
+        least_size = struct.calcsize("<" + letter) if letter else {types.STRING: 8, types.ARRAY: 12}.get(kind, 1)
         count = self.count("Q", MAX_VALUES - self.values, least_size, f"values of {key}")
         self.values += count
         if letter and kind != 7:
@@ -142,7 +140,7 @@ class Head:
             self.fail(f"general.alignment is {alignment!r}, not a power of two from 8 to 65536")
         return alignment
 
-    def read_tensor_info(self, index: int) -> tuple[str, kquants.Format, tuple[int, ...], int]:
+    def read_tensor_info(self, index: int) -> tuple[str, types.Format, tuple[int, ...], int]:
         name = self.string(f"the name of tensor {index}")
         if not name or len(name) > MAX_NAME or not name.isascii() or not name.isprintable():
             self.fail(f"tensor {index} has the impossible name {name[:80]!r}")
@@ -153,12 +151,12 @@ class Head:
             self.fail(f"{name} has {dimensions} dimensions, not 1 to 4")
         shape = tuple(self.number("Q", f"the shape of {name}") for _ in range(dimensions))[::-1]
         kind = self.number("I", f"the type of {name}")
-        if kind not in kquants.BY_ID:
-            supported = ", ".join(format.name for format in kquants.BY_ID.values())
-            self.fail(f"{name} has the type {kind}, which is not supported", f"the supported types are {supported}")
+        try:
+            format = types.format_of(kind)
+        except ValueError as error:
+            self.fail(f"{name} is of {error}", "give another quantisation of this model")
         if 0 in shape or any(length >= 1 << 40 for length in shape):
             self.fail(f"{name} has the impossible shape {list(shape)}")
-        format = kquants.BY_ID[kind]
         if shape[-1] % format.block:
             self.fail(f"the rows of {name} have {shape[-1]} values, not whole {format.name} blocks of {format.block}")
         return name, format, shape, self.number("Q", f"the offset of {name}")
@@ -196,26 +194,71 @@ def parse(path: str | Path, stream: BinaryIO, size: int) -> Head:
     return Head(path, data)
 
 
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+def split_parts(path: Path) -> list[Path]:
+    """All files of a split model, as llama-gguf-split names them, from any one; a whole file is its only part."""
+    match = PART.fullmatch(path.name)
+    count = int(match["count"]) if match else 1
+    if not 2 <= count <= MAX_PARTS:
+        return [path]
+    return [path.with_name(f"{match['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+
+
+def _head(path: Path) -> Head:
+    if not path.stat().st_size:
+        raise ValueError(f"{path}: the file is empty (download or convert it again)")
+    return Head(path, map_file(path))
+
+
+def _open_parts(path: Path) -> list[Head]:
+    """The heads of all parts of the model that this file is, or is a part of."""
+    head = _head(path)
+    count = head.metadata.get("split.count", 0)
+    if type(count) is not int or count < 2:
+        return [head]
+    parts = split_parts(path)
+    if len(parts) != count:
+        wanted = f"NAME-00001-of-{count:05d}.gguf"
+        raise ValueError(f"{path}: one of {count} parts of a model; give all of them their names again ({wanted}, …)")
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise ValueError(f"{path}: the model has {count} parts; beside it {', '.join(missing[:4])}{more} are missing")
+    heads = [head if part == path else _head(part) for part in parts]
+    names = [name for head in heads for name in head.tensors]
+    for number, (part, head) in enumerate(zip(parts, heads, strict=True)):
+        if (head.metadata.get("split.no"), head.metadata.get("split.count")) != (number, count):
+            raise ValueError(f"{part}: by its metadata not part {number + 1} of {count}, as its name says")
+    if len(set(names)) != len(names) or heads[0].metadata.get("split.tensors.count", len(names)) != len(names):
+        raise ValueError(
+            f"{path}: the parts hold {len(names)} tensors, not those of one model; take all from one place"
+        )
+    return heads
+
+
 class GGUF:
-    """A checkpoint in one .gguf file of the architecture qwen3, qwen3moe or qwen2, under its official names.
+    """A checkpoint in a .gguf file, or in the parts of one, of the architecture qwen3, qwen3moe or qwen2, under its
+    official names.
 
     Everything but the tensors' values is read and checked when it is opened; a file that is not right in every respect
     is a `ValueError` that names the file and the place. The tensors stay in the file (memory-mapped) until `read`.
 
-    `path`, `files`: the file. `metadata`: the GGUF keys; `types`, `elements`: the GGUF types of the values and of the
-    arrays' elements. `config`, `generation_config`: the fields of the official JSON files. `tensors`: official name ->
-    (dtype, shape) of what `read` returns, in the file's order; the experts, which GGUF stacks, each under their own.
+    `path`: the file that was named; `files`: it, or all parts. `metadata`: the GGUF keys; `types`, `elements`: the GGUF
+    types of the values and of the arrays' elements. `config`, `generation_config`: the fields of the official JSON
+    files. `tensors`: official name -> (dtype, shape) of what `read` returns, in the file's order; the experts, which
+    GGUF stacks, each under their own name.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.files = [self.path]
-        if not self.path.stat().st_size:
-            raise ValueError(f"{self.path}: the file is empty (download or convert it again)")
-        self._data = map_file(self.path)
-        head = Head(self.path, self._data)
-        self.metadata, self.types, self.elements = head.metadata, head.types, head.elements
-        self.stored, self.alignment = head.tensors, head.alignment
+        heads = _open_parts(self.path)
+        self.files = [head.path for head in heads]
+        self.metadata, self.types, self.elements = heads[0].metadata, heads[0].types, heads[0].elements
+        self.alignment = heads[0].alignment
+        self.stored = {name: tensor for head in heads for name, tensor in head.tensors.items()}
+        self._data = {name: head.data for head in heads for name in head.tensors}
         try:
             self.config = names.config_from_metadata(self.metadata, self.stored)
             self.generation_config = names.generation_config_from_metadata(self.metadata)
@@ -241,13 +284,13 @@ class GGUF:
         float32."""
         format, shape = self.stored[self._places[name][0]].format, self.tensors[name].shape
         start, size = self._range(name)
-        data = torch.frombuffer(self._data, dtype=torch.uint8, count=size, offset=start)
-        return data.view(format.dtype).view(shape) if format.dtype else kquants.dequantize(data, format, shape)
+        data = torch.frombuffer(self._data[self._places[name][0]], dtype=torch.uint8, count=size, offset=start)
+        return data.view(format.dtype).view(shape) if format.dtype else types.dequantize(data, format, shape)
 
     def release(self, name: str) -> None:
         """Gives the memory of a tensor's pages back; its values stay readable (from the file again)."""
         start, size = self._range(name)
-        release(self._data, start, start + size)
+        release(self._data[self._places[name][0]], start, start + size)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors in file order, one in memory at a time: use each before asking for the next."""

@@ -2,12 +2,14 @@
 
 GGUF stores the tokens, their types and the merges; how text is normalised and split is only a name, "qwen2" (here
 `PRE`), which stands for the regular expression `SPLIT` of the official tokenizer.json. Not even the name says that
-Qwen applies Unicode's NFC first; llama.cpp does not, Hugging Face does, and so does the tokenizer made here.
+Qwen applies Unicode's NFC first; llama.cpp does not, Hugging Face does, and so does the tokenizer made here. Relatives
+of Qwen (DeepSeek's distillations, …) go by other names that llama.cpp takes for the same expression.
 """
 
 from typing import Any
 
 MODEL, PRE = "gpt2", "qwen2"
+SAME_SPLIT = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez")  # llama.cpp's src/llama-vocab.cpp
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 SPLIT = (
@@ -31,9 +33,10 @@ def from_metadata(metadata: dict, rows: int) -> tuple[dict, dict]:
 
     `rows`: of the embedding, the most tokens that there can be.
     """
-    for key, expected in (("tokenizer.ggml.model", MODEL), ("tokenizer.ggml.pre", PRE)):
-        if metadata.get(key) != expected:
-            raise ValueError(f"{key} is {str(metadata.get(key))[:40]!r} (only Qwen's tokenizer, {expected}, is read)")
+    for key, known in (("tokenizer.ggml.model", (MODEL,)), ("tokenizer.ggml.pre", SAME_SPLIT)):
+        if metadata.get(key) not in known:
+            found = str(metadata.get(key))[:40]
+            raise ValueError(f"{key} is {found!r} (only Qwen's tokenizer is read: {', '.join(known)})")
     tokens = _list(metadata, "tokenizer.ggml.tokens", str)
     types = _list(metadata, "tokenizer.ggml.token_type", int)
     if len(tokens) > rows:
@@ -63,7 +66,7 @@ def from_metadata(metadata: dict, rows: int) -> tuple[dict, dict]:
                 _byte_level(),
             ],
         },
-        "post_processor": _byte_level(),
+        "post_processor": _post_processor(metadata, tokens),
         "decoder": _byte_level(),
         "model": {
             "type": "BPE",
@@ -81,6 +84,34 @@ def from_metadata(metadata: dict, rows: int) -> tuple[dict, dict]:
     return tokenizer, _tokenizer_config(metadata, tokens, added)
 
 
+def _post_processor(metadata: dict, tokens: list[str]) -> dict:
+    """What is put around every text: nothing, or the tokens that an embedding model wants there."""
+    around = {
+        name: _special(metadata, tokens, name) if metadata.get(f"tokenizer.ggml.add_{name}_token") is True else None
+        for name in ("bos", "eos")
+    }
+    if not any(around.values()):
+        return _byte_level()
+    before, after = ([{"SpecialToken": {"id": token, "type_id": 0}}] if token else [] for token in around.values())
+    ids = {token: {"id": token, "ids": [tokens.index(token)], "tokens": [token]} for token in around.values() if token}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [*before, {"Sequence": {"id": "A", "type_id": 0}}, *after],
+        "pair": [*before, *({"Sequence": {"id": name, "type_id": 0}} for name in "AB"), *after],
+        "special_tokens": ids,
+    }
+    return {"type": "Sequence", "processors": [_byte_level(), template]}
+
+
+def _special(metadata: dict, tokens: list[str], name: str) -> str | None:
+    id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    if id is None:
+        return None
+    if type(id) is not int or not 0 <= id < len(tokens):
+        raise ValueError(f"tokenizer.ggml.{name}_token_id is {str(id)[:40]}, but there are {len(tokens)} tokens")
+    return tokens[id]
+
+
 def _merges(lines: list[str], vocabulary: dict[str, int]) -> list[list[str]]:
     merges = [line.split(" ") for line in lines]
     for merge in merges:
@@ -91,12 +122,7 @@ def _merges(lines: list[str], vocabulary: dict[str, int]) -> list[list[str]]:
 
 def _tokenizer_config(metadata: dict, tokens: list[str], added: list[dict]) -> dict:
     def special(name: str) -> str | None:
-        id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if id is None:
-            return None
-        if type(id) is not int or not 0 <= id < len(tokens):
-            raise ValueError(f"tokenizer.ggml.{name}_token_id is {str(id)[:40]}, but there are {len(tokens)} tokens")
-        return tokens[id]
+        return _special(metadata, tokens, name)
 
     add_bos = metadata.get("tokenizer.ggml.add_bos_token") is True
     config = {
@@ -106,7 +132,7 @@ def _tokenizer_config(metadata: dict, tokens: list[str], added: list[dict]) -> d
         },
         "bos_token": special("bos") if add_bos else None,  # Qwen has none, though its config.json names an id
         "clean_up_tokenization_spaces": False,
-        "eos_token": special("eos"),
+        "eos_token": special("eot") or special("eos"),  # "eot" is where llama.cpp keeps it when texts end otherwise
         "pad_token": special("padding"),
         "tokenizer_class": "Qwen2Tokenizer",
         "unk_token": None,
@@ -138,8 +164,7 @@ def to_metadata(tokenizer: dict, tokenizer_config: dict, config: dict, rows: int
     steps = tokenizer["pre_tokenizer"].get("pretokenizers", [])
     if [step.get("type") for step in steps] != ["Split", "ByteLevel"] or steps[0]["pattern"] != {"Regex": SPLIT}:
         raise ValueError("it splits text otherwise than Qwen's")
-    if (tokenizer.get("post_processor") or {}).get("type", "ByteLevel") != "ByteLevel":
-        raise ValueError("it adds tokens to every text (a post_processor), which no chat tokenizer of Qwen does")
+    before, after = _around(tokenizer.get("post_processor") or {})
     tokens, types = _tokens(tokenizer, tokenizer_config, rows)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     template = tokenizer_config.get("chat_template")
@@ -151,9 +176,9 @@ def to_metadata(tokenizer: dict, tokenizer_config: dict, config: dict, rows: int
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": merges,
-        **_special_ids(tokenizer, tokenizer_config, config),
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.ggml.add_eos_token": False,
+        **_special_ids(tokenizer, tokenizer_config, config, before, after),
+        "tokenizer.ggml.add_bos_token": before is not None,
+        "tokenizer.ggml.add_eos_token": after is not None,
         **({} if template is None else {"tokenizer.chat_template": template}),
     }
 
@@ -172,8 +197,28 @@ def _tokens(tokenizer: dict, tokenizer_config: dict, rows: int) -> tuple[list[st
     return [token for token, _ in filled], [kind for _, kind in filled]
 
 
-def _special_ids(tokenizer: dict, tokenizer_config: dict, config: dict) -> dict[str, int]:
-    """The ids of eos, padding and so on: those that the tokenizer names, then those that only config.json has."""
+def _around(post_processor: dict) -> tuple[str | None, str | None]:
+    """The tokens that are put before and after every text. ValueError for what GGUF can't say."""
+    before = after = None
+    for step in post_processor.get("processors", [post_processor] if post_processor else []):
+        if step.get("type") == "ByteLevel":
+            continue
+        single = step.get("single") if step.get("type") == "TemplateProcessing" else None
+        names = [piece.get("SpecialToken", {}).get("id") for piece in single or []]
+        place = names.index(None) if names.count(None) == 1 else -1  # of the text itself
+        if place not in (0, 1) or len(names) > place + 2:
+            raise ValueError("its post_processor does more than to put a token before or after every text")
+        before, after = ([*names[:place], None][0], [*names[place + 1 :], None][0])
+    return before, after
+
+
+def _special_ids(
+    tokenizer: dict, tokenizer_config: dict, config: dict, before: str | None, after: str | None
+) -> dict[str, int]:
+    """The ids of eos, padding and so on: those that the tokenizer names, then those that only config.json has.
+
+    Where every text is followed by another token than eos (Qwen3-Embedding), llama.cpp calls that one eos and eos eot.
+    """
     ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     found = {}
     for name in SPECIAL:
@@ -185,4 +230,10 @@ def _special_ids(tokenizer: dict, tokenizer_config: dict, config: dict) -> dict[
         id = config.get(f"{name}_token_id")
         if type(id) is int and id >= 0:
             found.setdefault(name, id)
-    return {f"tokenizer.ggml.{SPECIAL[name]}_token_id": id for name, id in found.items()}
+    for name, token in (("bos", before), ("eos", after)):
+        if token is not None and token not in ids:
+            raise ValueError(f"its post_processor adds {token!r}, which is no added token")
+        if token is not None and found.get(name) != ids[token]:
+            found |= {"eot": found["eos"]} if name == "eos" and "eos" in found else {}
+            found[name] = ids[token]
+    return {f"tokenizer.ggml.{SPECIAL.get(name, name)}_token_id": id for name, id in found.items()}

@@ -25,9 +25,10 @@ from typing import Any, BinaryIO
 import torch
 
 from formats.config_json import published_spelling
-from formats.gguf import kquants, metadata, names
+from formats.gguf import metadata, names, types
 from formats.gguf.reader import DEFAULT_ALIGNMENT, MAGIC, padded
 from formats.json_file import read_json
+from formats.threads import map_in_threads
 
 TYPES = tuple(names.FILE_TYPES)
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # written by the converter, all others by the quantiser
@@ -43,7 +44,7 @@ class Planned:
     name: str
     sources: list[str]
     shape: tuple[int, ...]
-    format: kquants.Format = field(default_factory=lambda: kquants.FORMATS["F32"])
+    format: types.Format = field(default_factory=lambda: types.FORMATS["F32"])
 
     @property
     def size(self) -> int:
@@ -101,11 +102,11 @@ def _stays_f32(tensor: Planned) -> bool:
     return len(tensor.shape) == 1 or not tensor.name.endswith(".weight") or "_norm." in tensor.name
 
 
-def _converted_format(tensor: Planned, type: str) -> kquants.Format:
+def _converted_format(tensor: Planned, type: str) -> types.Format:
     if _stays_f32(tensor) or tensor.name.endswith("ffn_gate_inp.weight"):
-        return kquants.FORMATS["F32"]
-    format = kquants.FORMATS[type.upper()]
-    return kquants.FORMATS["F16"] if tensor.shape[-1] % format.block else format
+        return types.FORMATS["F32"]
+    format = types.FORMATS[type.upper()]
+    return types.FORMATS["F16"] if tensor.shape[-1] % format.block else format
 
 
 def _quantizer_order(tensor: Planned) -> tuple[int, str]:
@@ -125,7 +126,7 @@ def _choose_formats(tensors: list[Planned], type: str, config: dict) -> None:
         name = DEFAULT_FORMAT.get(type, type.upper())
         part = tensor.name.split(".")[-2]
         if part == "output" or (tied and part == "token_embd"):
-            name = "Q8_0" if tensor.shape[-1] % kquants.FORMATS[name].block else "Q6_K"
+            name = "Q8_0" if tensor.shape[-1] % types.FORMATS[name].block else "Q6_K"
         elif part == "attn_v":
             name = _attention_value_format(name, type, values.index(tensor), len(values))
             name = "Q8_0" if experts == 8 else name
@@ -140,11 +141,11 @@ def _choose_formats(tensors: list[Planned], type: str, config: dict) -> None:
                 name = "Q6_K"
             elif type == "q4_k_s" and layer < layers // 8:
                 name = "Q5_K"
-        if tensor.shape[-1] % kquants.FORMATS[name].block:
+        if tensor.shape[-1] % types.FORMATS[name].block:
             name = FALLBACK.get(name, name)
-        if tensor.shape[-1] % kquants.FORMATS[name].block:
+        if tensor.shape[-1] % types.FORMATS[name].block:
             name = "F16"
-        tensor.format = kquants.FORMATS[name]
+        tensor.format = types.FORMATS[name]
 
 
 def _attention_value_format(name: str, type: str, index: int, count: int) -> str:
@@ -209,7 +210,7 @@ def _pieces(checkpoint: Any, tensors: list[Planned]) -> Iterator[tuple[Planned, 
             values = checkpoint.read(source).reshape(-1)
             if not values.dtype.is_floating_point or values.dtype.itemsize > 4:
                 raise ValueError(f"{checkpoint.path}: {source} is {values.dtype}, not a float that GGUF holds")
-            for piece in values.split(kquants.PIECE):
+            for piece in values.split(types.PIECE):
                 yield tensor, source, piece
             del values
             checkpoint.release(source)
@@ -221,17 +222,17 @@ def _write_data(
     def pack(piece: tuple[Planned, str, torch.Tensor]) -> tuple[Planned, torch.Tensor, float, float]:
         tensor, source, values = piece
         try:
-            data = kquants.quantize(values, tensor.format)
+            data = types.quantize(values, tensor.format)
         except ValueError as error:
             raise ValueError(f"{checkpoint.path}: {source} cannot be {tensor.format.name}: {error}") from None
         if not errors or tensor.format.dtype in (values.dtype, torch.float32):
             return tensor, data, 0.0, 0.0
-        error = kquants.dequantize(data, tensor.format, values.shape).sub_(values).abs_()
+        error = types.dequantize(data, tensor.format, values.shape).sub_(values).abs_()
         return tensor, data, error.max().item(), error.sum(dtype=torch.float64).item()
 
     largest, total = Counter(), Counter()
     current = None
-    for tensor, data, piece_largest, piece_total in kquants.map_in_threads(pack, _pieces(checkpoint, tensors)):
+    for tensor, data, piece_largest, piece_total in map_in_threads(pack, _pieces(checkpoint, tensors)):
         if tensor is not current:
             _pad(file)
             current = tensor
@@ -299,10 +300,10 @@ def _filled(path: Path, pairs: metadata.Pairs, tensors: list[Planned]) -> metada
     )
     for optional in ((), card, (*card, "tokenizer.chat_template")):
         kept = {key: value for key, value in pairs.items() if not key.startswith(optional)}
-        empty = kept | {"qwen3c.filler": metadata.Value(metadata.STRING, "")}
+        empty = kept | {"qwen3c.filler": metadata.Value(types.STRING, "")}
         room = QWEN3C_HEAD - len(_head(empty, tensors))
         if room >= 0:
-            return kept | {"qwen3c.filler": metadata.Value(metadata.STRING, " " * room)}
+            return kept | {"qwen3c.filler": metadata.Value(types.STRING, " " * room)}
     raise ValueError(f"{path}: the metadata are longer than the {QWEN3C_HEAD} bytes that qwen3.c skips")
 
 
@@ -313,9 +314,9 @@ def _qwen3c_texts(path: Path, pairs: metadata.Pairs, tensors: list[Planned]) -> 
         raise ValueError(f"{path}: qwen3.c has no room for these tokens and {kept} merges (it knows Qwen3's own)")
     lines = ["MAGIC=GGUF", "VERSION=3", f"TENSOR_COUNT={len(tensors)}"]
     for key, (kind, value, element) in pairs.items():
-        if kind == metadata.ARRAY:
+        if kind == types.ARRAY:
             lines.append(f"{_c_name(key)}=ARRAY_TYPE={element},ARRAY_LENGTH={len(value)}")
-        elif kind != metadata.STRING:  # a text could hold lines that look like keys
+        elif kind != types.STRING:  # a text could hold lines that look like keys
             lines.append(f"{_c_name(key)}={value}")
     return {
         "header.txt": "\n".join(lines) + "\n",

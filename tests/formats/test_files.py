@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from formats.files import atomic_directory, atomic_file, write_text
-from formats.gguf.kquants import map_in_threads
 from formats.safetensors_read import SafetensorsFile
+from formats.threads import map_in_threads
 from model import Config, Qwen3
 
 

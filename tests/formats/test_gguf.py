@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 
 from formats.checkpoint import open_checkpoint
 from formats.gguf import writer
-from formats.gguf.kquants import dequantize, quantize
 from formats.gguf.reader import GGUF
+from formats.gguf.types import dequantize, quantize
 from formats.gguf.writer import TYPES, plan, write_gguf, write_qwen3c
 from formats.tensors import TensorInfo
 
@@ -57,6 +57,143 @@ def small_file(checkpoints, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("small") / "small.gguf"
     write_gguf(checkpoints["untied odd"], path, "q8_0")
     return path
+
+
+# ---- other people's files ---------------------------------------------------------------------------------------
+
+
+READ_BY_THE_PACKAGE = ["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"]
+READ_BY_THE_PACKAGE += ["TQ1_0", "TQ2_0", "MXFP4"]
+
+
+def by_package(path: Path, kinds: list[str], pre: str = "qwen2", **extra) -> dict[str, np.ndarray]:
+    """A one-layer model that the gguf package writes, its matrices of the given types; the values it reads back."""
+    random, values = np.random.default_rng(0), {}
+    out = gguf.GGUFWriter(path, "qwen3")
+    sizes = {"block_count": 1, "context_length": 64, "embedding_length": 256, "feed_forward_length": 256}
+    for key, value in sizes.items():
+        out.add_uint32(f"qwen3.{key}", value)
+    out.add_head_count(2)
+    out.add_layer_norm_rms_eps(1e-6)
+    out.add_key_length(128)
+    out.add_value_length(128)
+    out.add_tokenizer_model("gpt2")
+    out.add_tokenizer_pre(pre)
+    out.add_token_list(["a", "b", "ab", "<|im_end|>"])
+    out.add_token_types([1, 1, 1, 3])
+    out.add_token_merges(["a b"])
+    for key, value in extra.items():
+        out.add_uint32(key, value)
+    for index, name in enumerate(("token_embd", *(f"blk.0.{part}" for part in writer.names.LAYER.values()))):
+        if name.endswith(("gate_inp", "norm")):
+            if not name.endswith("gate_inp"):
+                out.add_tensor(f"{name}.weight", np.ones(128 if "_q_" in name or "_k_" in name else 256, np.float32))
+            continue
+        kind = gguf.GGMLQuantizationType[kinds[index % len(kinds)]]
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        data = random.integers(0, 256, (256, 256 // block * size), np.uint8)
+        with np.errstate(all="ignore"):
+            values[name] = gguf.quants.dequantize(data, kind)
+        out.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+    out.add_tensor("output_norm.weight", np.ones(256, np.float32))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return values
+
+
+@pytest.mark.parametrize("kind", READ_BY_THE_PACKAGE)
+def test_types_that_the_package_reads(kind, tmp_path):
+    values = by_package(tmp_path / "model.gguf", [kind, "Q8_0"])
+    found = GGUF(tmp_path / "model.gguf")
+    assert kind in {tensor.format.name for tensor in found.stored.values()}
+    for name, tensor in found:
+        stored = found._places[name][0].removesuffix(".weight")
+        if stored in values:
+            assert np.array_equal(tensor.numpy(), values[stored], equal_nan=True), name
+
+
+@pytest.mark.parametrize("pre", ["deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"])
+def test_names_that_llama_cpp_takes_for_qwens_splitting(pre, tmp_path):
+    by_package(tmp_path / "model.gguf", ["Q8_0"], pre=pre)
+    tokenizer, _ = GGUF(tmp_path / "model.gguf").tokenizer()
+    assert tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"].startswith("(?i:'s|'t|'re")
+
+
+def test_top_k_off_is_read(tmp_path):
+    by_package(tmp_path / "model.gguf", ["Q8_0"])
+    changed = {"general.sampling.top_k": -1}
+    assert writer.names.generation_config_from_metadata(changed)["top_k"] == -1
+
+
+def split(source: Path, folder: Path, count: int) -> list[Path]:
+    """A GGUF in parts, as llama-gguf-split writes it: all metadata in the first, the counts in each."""
+    reader, paths = gguf.GGUFReader(source), []
+    shares = [reader.tensors[i::count] for i in range(count)]
+    for number, share in enumerate(shares):
+        paths.append(folder / f"model-{number + 1:05d}-of-{count:05d}.gguf")
+        out = gguf.GGUFWriter(paths[-1], "qwen3")
+        for key, field in reader.fields.items() if number == 0 else ():
+            if not key.startswith("GGUF.") and key != "general.architecture":
+                element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                out.add_key_value(key, field.contents(), field.types[0], element)
+        out.add_uint16("split.no", number)
+        out.add_uint16("split.count", count)
+        out.add_int32("split.tensors.count", len(reader.tensors))
+        for tensor in share:
+            out.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        out.write_header_to_file()
+        out.write_kv_data_to_file()
+        out.write_tensors_to_file()
+        out.close()
+    return paths
+
+
+def test_a_split_file_is_read_from_any_part(small_file, tmp_path):
+    whole, parts = GGUF(small_file), split(small_file, tmp_path, 3)
+    for part in parts:
+        found = GGUF(part)
+        assert found.config == whole.config and found.files == parts and found.tensors == whole.tensors | found.tensors
+        assert {name: tensor.tolist() for name, tensor in found} == {name: tensor.tolist() for name, tensor in whole}
+        assert found.tokenizer() == whole.tokenizer()
+    parts[2].rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"has 3 parts; beside it model-00003-of-00003\.gguf are missing"):
+        GGUF(parts[0])
+    shutil.copy(parts[1], parts[2])
+    with pytest.raises(ValueError, match="by its metadata not part 3 of 3"):
+        GGUF(parts[0])
+    parts[0].rename(tmp_path / "first.gguf")
+    with pytest.raises(ValueError, match=r"one of 3 parts .*NAME-00001-of-00003\.gguf"):
+        GGUF(tmp_path / "first.gguf")
+
+
+def test_an_embedding_models_tokenizer_comes_back(checkpoints, tmp_path):
+    """Qwen3-Embedding ends every text with <|endoftext|>, which is not its eos: llama.cpp's eos and eot."""
+    path = shutil.copytree(checkpoints["tied"].path, tmp_path / "embedding")
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    end = next(token for token in added if token != config["eos_token"])
+    pieces = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": end, "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": pieces, "pair": pieces}
+    template["special_tokens"] = {end: {"id": end, "ids": [added[end]], "tokens": [end]}}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    tokenizer["post_processor"] = {"type": "Sequence", "processors": [level, template]}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    write_gguf(open_checkpoint(path), tmp_path / "e.gguf", "f32")
+    found = GGUF(tmp_path / "e.gguf")
+    prefix = "tokenizer.ggml."
+    assert found.metadata[prefix + "add_eos_token"] is True and found.metadata[prefix + "eos_token_id"] == added[end]
+    assert found.metadata[prefix + "eot_token_id"] == added[config["eos_token"]]
+    ours, theirs = (
+        Tokenizer.from_str(json.dumps(found.tokenizer()[0])),
+        Tokenizer.from_file(str(path / "tokenizer.json")),
+    )
+    for text in TEXTS:
+        ids = theirs.encode(text).ids
+        assert ours.encode(text).ids == ids and ids[-1] == added[end]
+    assert found.tokenizer()[1]["eos_token"] == config["eos_token"]
 
 
 # ---- what is written reads back ---------------------------------------------------------------------------------
@@ -109,7 +246,7 @@ def test_the_packages_writer_is_read(checkpoints, tmp_path):
             element = gguf.GGUFValueType(ours.elements[key]) if key in ours.elements else None
             writer.add_key_value(key, ours.metadata[key], gguf.GGUFValueType(kind), element)
     for name, tensor in ours.stored.items():
-        data = ours._data[tensor.start : tensor.start + tensor.size]
+        data = ours._data[name][tensor.start : tensor.start + tensor.size]
         writer.add_tensor(
             name, np.frombuffer(data, np.float16 if tensor.format.name == "F16" else np.float32).reshape(tensor.shape)
         )
@@ -465,8 +602,8 @@ HOSTILE = {
     "a length of 0": (raw(infos=[info("token_embd.weight", (0, 32))]), "impossible shape"),
     "a length of 2^63": (raw(infos=[info("token_embd.weight", (1 << 63, 32))]), "impossible shape"),
     "lengths whose product is large": (raw(infos=[info("token_embd.weight", (1 << 39,) * 4)]), "but the file has"),
-    "an unknown tensor type": (raw(infos=[info("token_embd.weight", kind=4)]), "type 4, which is not supported"),
-    "a type that is not read": (raw(infos=[info("token_embd.weight", kind=16)]), "the supported types are F32, F16"),
+    "an unknown tensor type": (raw(infos=[info("token_embd.weight", kind=4)]), "of type number 4, which is newer"),
+    "a type that is not read": (raw(infos=[info("token_embd.weight", kind=24)]), "of type I8, whose values"),
     "half a block": (raw(infos=[info("token_embd.weight", (8, 16), kind=8)]), "not whole Q8_0 blocks of 32"),
     "an odd offset": (raw(infos=two(1025), data=bytes(2056)), "not a multiple of 32"),
     "an overlap": (raw(infos=two(992), data=bytes(2048)), "overlaps the tensor before it"),
@@ -478,7 +615,7 @@ HOSTILE = {
     "another architecture": (raw(architecture="llama"), "general.architecture is 'llama'"),
     "no keys": (raw(), "qwen3.block_count is missing"),
     "no embedding": (raw(infos=[info("output.weight")]), "no token_embd.weight"),
-    "part of a split file": (raw([pair("split.count", 2, struct.pack("<H", 3))]), "one part of a split GGUF"),
+    "part of a split file": (raw([pair("split.count", 2, struct.pack("<H", 3))]), "one of 3 parts of a model"),
     "blocks that are not there": (raw([word("qwen3.block_count", 4_000_000_000)]), "block_count is 4000000000"),
     "a negative count": (raw([pair("qwen3.block_count", 5, struct.pack("<i", -1))]), "block_count is '-1', not a int"),
     "a text for a count": (raw([pair("qwen3.block_count", 8, string("x"))]), "block_count is 'x', not a int"),

@@ -13,8 +13,9 @@ from golden.make_kquants import ordinary, special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from formats.gguf import kquants
-from formats.gguf.kquants import FORMATS, dequantize, map_in_threads, quantize
+from formats.gguf import kquants, types
+from formats.gguf.types import FORMATS, dequantize, quantize
+from formats.threads import map_in_threads
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden/kquants.json").read_text())
 PACKED = [format.name for format in FORMATS.values() if format.pack]
@@ -78,7 +79,7 @@ def random_blocks(name: str, count: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", UNPACKED)
 def test_values_are_the_packages(name):
     format = FORMATS[name]
-    rows = 2 * kquants.TILE // format.block + 3  # more than a tile
+    rows = 2 * types.TILE // format.block + 3  # more than a tile
     data = random_blocks(name, rows, 1)
     expected = gguf.quants.dequantize(data.numpy(), codec(name))
     assert np.array_equal(dequantize(data.view(-1), format, (rows, format.block)).numpy(), expected)
@@ -115,7 +116,7 @@ def test_values_that_no_scale_can_hold_are_refused(name, value):
 def test_tiles_do_not_matter(name, tile, monkeypatch):
     values = torch.from_numpy(ordinary(5 * 256))
     expected = quantize(values, FORMATS[name])
-    monkeypatch.setattr(kquants, "TILE", tile)
+    monkeypatch.setattr(types, "TILE", tile)
     assert torch.equal(quantize(values, FORMATS[name]), expected)
 
 
