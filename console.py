@@ -6,12 +6,14 @@ Results go to standard output; all that this file prints goes to standard error.
 import argparse
 import difflib
 import os
+import re
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -28,22 +30,63 @@ stderr = Console(stderr=True, highlight=False)
 T = TypeVar("T")
 
 
+def project() -> dict[str, Any]:
+    """The `project` table of pyproject.toml."""
+    return tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the known name that is nearest to a mistyped one, or nothing."""
     near = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose errors are `ValueError`s, so that a bad flag ends like every other bad input: in one line.
+    """argparse with `--version`, examples below the help, and errors that are `ValueError`s and name the nearest flag.
 
     Flags have to be written out, so that a new one never changes what an old command means.
     """
 
     def __init__(self, *, examples: str = "", **settings):
-        super().__init__(**settings, allow_abbrev=False)
+        if examples:
+            settings["epilog"] = f"examples:\n{examples}"
+        super().__init__(**settings, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--version", action=_Version, help="show nanoqwen's version and exit")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} ({self.prog} --help lists the options)")
+
+    def parse_args(self, args=None, namespace=None):
+        options, unknown = self.parse_known_args(args, namespace)
+        flags = [word for word in unknown if word.startswith("-")]
+        if flags:
+            name = flags[0].partition("=")[0]
+            self.error(f"there is no option {name}{did_you_mean(name, self._flags())}")
+        if unknown:
+            self.error(f"{unknown[0]!r} is one argument too many; put a text of several words in quotes")
+        return options
+
+    def _flags(self) -> Iterator[str]:
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser._flags()
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            hint = did_you_mean(str(value), known)
+            raise argparse.ArgumentError(action, f"{value!r} is not one of {', '.join(known)}{hint}")
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings, dest, help=None):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser, *_):
+        print(f"nanoqwen {project()['version']}")
+        parser.exit()
 
 
 def notice(message: str) -> None:
@@ -52,7 +95,7 @@ def notice(message: str) -> None:
 
 
 def counted(items: Iterable[T], what: str, every: float = 15.0) -> Iterator[T]:
-    """The items as they are; how many there were is told every so many seconds, for work that takes long."""
+    """The items, unchanged; for work that takes long, a notice every so many seconds says how many there were."""
     last = time.monotonic()
     for number, item in enumerate(items):
         if time.monotonic() - last > every:
@@ -85,7 +128,7 @@ def task_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield update
 
 
-def _one_line(text: str, most: int = 1000) -> str:
+def one_line(text: str, most: int = 1000) -> str:
     """A message as one line of bounded length, without the control characters that a stranger's file may bring."""
     line = "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
     return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
@@ -94,19 +137,54 @@ def _one_line(text: str, most: int = 1000) -> str:
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a command's `main` and ends the process.
 
-    What a user can mend (`ValueError`, `OSError`) is one line on standard error and exit status 2. Every other
-    exception is a defect of ours and keeps its traceback. Ctrl-C is 130, a reader that closed the pipe is no error.
+    What a user can fix (`ValueError`, `OSError`, a package that is not installed) is one line on standard error and
+    exit status 2. Every other exception is a defect of ours and keeps its traceback. Ctrl-C is 130. A reader that
+    closed the pipe is no error, nor is a standard stream that was closed from the beginning.
     """
     program = Path(sys.argv[0]).name
+    _open_closed_streams()
     try:
-        main()
+        try:
+            main()
+            status = 0
+        except SystemExit as end:  # --help and --version; a command's own exit status
+            status = end.code
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would flush into it again
+        status = 0
     except KeyboardInterrupt:
         notice(f"{program}: interrupted")
-        sys.exit(130)
+        status = 130
+    except ModuleNotFoundError as error:
+        if (how := _how_to_install(error.name or "")) is None:
+            raise
+        notice(f"{program}: error: {error.name} is not installed; {how}")
+        status = 2
     except (ValueError, OSError) as error:
-        notice(f"{program}: error: {_one_line(str(error))}")
-        sys.exit(2)
-    sys.exit(0)
+        notice(f"{program}: error: {one_line(str(error))}")
+        status = 2
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would flush into it again
+    sys.exit(status)
+
+
+def _open_closed_streams() -> None:
+    """Null devices for streams that the caller closed (`<&-`). Python has None there, the next file their number."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDONLY if mode == "r" else os.O_WRONLY)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
+
+
+def _how_to_install(module: str) -> str | None:
+    """The command that installs a missing package of pyproject.toml; None for a module of nobody's."""
+    table, name = project(), module.partition(".")[0].replace("_", "-")
+    for extra, packages in {"": table["dependencies"], **table["optional-dependencies"]}.items():
+        if name in (re.split(r"[<>=;\[ ]", package)[0].replace("_", "-") for package in packages):
+            return f"pip install -e '.[{extra}]'" if extra else "pip install -e ."
+    return None

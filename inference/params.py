@@ -16,6 +16,9 @@ THINKING_ADVICE = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0}
 ANSWER_ADVICE = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
 
 
+MOST_GUESSES = 7  # of speculation in one pass; more are seldom right
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens and when to stop. Raises ValueError for a value out of its range."""

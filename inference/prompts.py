@@ -91,7 +91,7 @@ def _prompt(session: Session, asked: Conversation) -> list[int] | Answer:
 
 def _answers(session: Session, prompts: list[list[int]]) -> list[Answer]:
     chat, params, tokens = session.chat, session.params, session.thinking_budget
-    listeners = [Listener(chat, ids, params.stop, session.raw) for ids in prompts]
+    listeners = [Listener(chat, ids, params.stop, session.raw, session.loop_stop) for ids in prompts]
     generate_batch(
         session.model,
         prompts,

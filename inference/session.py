@@ -57,17 +57,20 @@ class Answer:
 class Listener:
     """Takes the ids of one reply and makes the `Answer` of them; `ended` at a stop string or an endless repetition."""
 
-    def __init__(self, chat: Chat, prompt: Sequence[int], stop: Sequence[str] = (), raw: bool = False):
+    def __init__(
+        self, chat: Chat, prompt: Sequence[int], stop: Sequence[str] = (), raw: bool = False, loop_stop: bool = True
+    ):
         self.answer = Answer(len(prompt))
         self.stream = ReplyStream(chat, prompt, stop, raw)
-        self.ended = False
+        self.loop_stop, self.ended = loop_stop, False
 
     def push(self, token: int) -> list[tuple[str, str]]:
         """What the next id allows to be shown: ("thinking" | "answer", text)."""
         tokens = self.answer.token_ids
         tokens.append(token)
         pieces = self.stream.push(token)
-        if self.stream.stopped or (len(tokens) % 32 == 0 and repetition_period(tokens)):
+        looks = self.loop_stop and len(tokens) % 32 == 0
+        if self.stream.stopped or (looks and repetition_period(tokens)):
             self.answer.finish_reason = "stop" if self.stream.stopped else "loop"
             self.ended = True
         return pieces
@@ -102,16 +105,19 @@ class Session:
         chat: Chat,
         params: SamplingParams,
         *,
+        name: str = "",
         system: str | None = None,
         thinking: bool = True,
         thinking_budget: int | None = None,
         raw: bool = False,
         logprobs: int = 0,
         speculation: Speculation | None = None,
+        loop_stop: bool = True,
     ):
         self.model, self.chat, self.params, self.speculation = model, chat, params, speculation
         self.thinking, self.thinking_budget, self.raw, self.logprobs = thinking, thinking_budget, raw, logprobs
-        self.system = [{"role": "system", "content": system}] if system is not None else []
+        self.name, self.loop_stop = name, loop_stop
+        self.system = _system(system)
         if not raw:
             add_end_token(model, chat.end_of_turn_id)
         self.bandwidth: float | None = None  # bytes per second; where given, stats hold the share that was reached
@@ -122,17 +128,37 @@ class Session:
         self.ids: list[int] = []  # what the cache holds, position by position
         self.cache: KVCache | None = None
 
+    def set_system(self, text: str | None) -> None:
+        """Another system message, or none, in front of the messages so far."""
+        turns = self.messages[len(self.system) :]
+        self.system = _system(text)
+        self.messages = [*self.system, *turns]
+
+    def retry(self, show: Callable[[str, str], None] = lambda kind, text: None) -> Answer:
+        """Another reply, by the next seed, to the last question; the old one is kept if nothing comes."""
+        before = self.messages
+        if len(before) < 2 or [message["role"] for message in before[-2:]] != ["user", "assistant"]:
+            raise ValueError("there is no reply yet that could be tried again")
+        self.messages, params = before[:-2], self.params
+        self.params = replace(params, seed=((params.seed or 0) + 1) % (1 << 63))
+        try:
+            return self.ask(before[-2]["content"], show)
+        finally:
+            if len(self.messages) < len(before):
+                self.messages = before
+
     def ask(self, text: str, show: Callable[[str, str], None] = lambda kind, text: None) -> Answer:
         """The reply to one more user message; `show` gets each piece of it as ("thinking" | "answer", text).
 
-        Only the part of the prompt that changed since the last turn is computed. Ctrl-C ends the reply, and what was
-        said until then stays in the chat.
+        Only the part of the prompt that changed since the last turn is computed. Ctrl-C ends the reply. What was said
+        until then stays in the chat; if that is nothing, the question does not either.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self.chat.encode(text) if self.raw else self.chat.render(messages, self.thinking)
         check_prompt(self.model, prompt)
         cache, cached = self._reuse(prompt)
-        listener = Listener(self.chat, prompt, self.params.stop, self.raw)
+        self.ids = prompt[:cached]  # whatever happens from here on, the cache begins with these
+        listener = Listener(self.chat, prompt, self.params.stop, self.raw, self.loop_stop)
         budget = ThinkingBudget(self.chat, prompt, self.thinking_budget) if self.thinking_budget else None
         answer, clock = listener.answer, [time.perf_counter()]
         answer.logprobs = [] if self.logprobs else None
@@ -156,7 +182,8 @@ class Session:
         for piece in listener.finish():
             show(*piece)
         self.ids = [*prompt, *answer.token_ids][: cache.lengths[0]]
-        self.messages = [*messages, assistant_message(answer.thinking, answer.answer)]
+        if answer.token_ids:
+            self.messages = [*messages, assistant_message(answer.thinking, answer.answer)]
         answer.stats = self._stats(len(prompt), cached, clock)
         return answer
 
@@ -206,6 +233,10 @@ class Session:
             stats["read_bandwidth_gigabytes_per_second"] = round(self.bandwidth / 1e9, 2)
             stats["share_of_read_bandwidth"] = round(read / self.bandwidth, 3)
         return stats
+
+
+def _system(text: str | None) -> list[dict]:
+    return [] if text is None else [{"role": "system", "content": text}]
 
 
 def rate(count: int, seconds: float) -> float | None:

@@ -19,11 +19,10 @@ from typing import Protocol
 import torch
 
 from inference.decode import end_tokens, forward, new_cache
-from inference.params import SamplingParams
+from inference.params import MOST_GUESSES, SamplingParams
 from inference.sampling import sample
 from model import KVCache, Qwen3
 
-MOST_GUESSES = 7  # more are seldom right; ops/cpu/step.cpp would take 15 with the token before them row by row
 ALLOWANCE = 0.02  # of the time without guesses may be lost to guesses that were wrong
 FIRST = 4  # passes without guesses, to know what one takes
 SAVINGS = 4  # passes; what was gained before excuses no more than so much

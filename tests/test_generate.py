@@ -20,8 +20,8 @@ from generate import expand_switches
 from inference.decode import ThinkingBudget, generate, generate_batch, repetition_period, steps
 from inference.params import SamplingParams
 from inference.sampling import sample
-from inference.session import Session
-from model import KVCache, Qwen3
+from inference.session import Listener, Session, weight_bytes_per_token
+from model import Config, KVCache, Qwen3
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = SamplingParams(temperature=0, max_new_tokens=40)
@@ -135,15 +135,28 @@ def sample_after(model: Qwen3, ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([ids]))[0, -1]
 
 
-def test_endless_repetition_is_told_from_honest_repetition():
+def test_endless_repetition_is_told_from_what_may_have_been_asked_for():
     noise = [i * 7919 % 997 for i in range(300)]
-    assert repetition_period([*noise, *[5] * 256]) == 1
-    assert repetition_period([*noise, *[1, 2, 3] * 90]) == 3
-    assert repetition_period([*noise, *noise[:100] * 8]) == 100
-    assert repetition_period([*noise, *[5] * 200]) == 0
-    assert repetition_period([*noise, *noise[:100] * 6]) == 0
-    assert repetition_period(noise * 3) == 0
+    assert repetition_period([*noise, *[5] * 2048]) == 1
+    assert repetition_period([*noise, *[1, 2, 3] * 683]) == 3
+    assert repetition_period([*noise, *noise[:100] * 21]) == 100
+    assert repetition_period(noise[:256] * 8) == 256
+    for honest in ([5] * 2000, noise[:11] * 100, noise[:9] * 200, noise[:100] * 20, noise[:256] * 7):  # table rows, ...
+        assert repetition_period([*noise, *honest]) == 0
+    assert repetition_period([*noise[:16] * 130, *noise[:15]]) == 16
+    assert repetition_period([*[5] * 2032, 6, *[5] * 15]) == 0
+    assert repetition_period(noise * 9) == 0, "longer than any period that is looked for"
     assert repetition_period([]) == 0
+
+
+def test_a_loop_ends_the_reply_of_a_chat_unless_that_is_turned_off(model, chat):
+    for loop_stop in (True, False):
+        listener = Listener(chat, [5], loop_stop=loop_stop)
+        ended = []
+        for _ in range(2100):
+            listener.push(7)
+            ended.append(listener.ended)
+        assert ended.index(True) == 2047 if loop_stop else not any(ended), loop_stop
 
 
 # ---- a chat ----
@@ -189,13 +202,95 @@ def test_what_was_said_until_ctrl_c_stays_in_the_chat(model, chat):
     assert session.ask("go on").stats["cached_tokens"] > 0
 
 
-def test_a_context_that_is_full_ends_clearly(model, chat):
-    session = Session(model, chat, SamplingParams(temperature=2.0, seed=3))
-    answer = session.ask("hello")
-    assert answer.finish_reason in ("stop", "context")
+def test_a_context_that_is_full_ends_clearly(model, chat, monkeypatch):
+    """The last token may lie behind the context, since nothing is computed from it."""
+    monkeypatch.setattr(model, "generation_config", {"eos_token_id": 511})
+    with torch.no_grad():
+        row = model.model.embed_tokens.weight[511].clone()
+        model.model.embed_tokens.weight[511] = 0  # its logit is 0 and never the largest
+    try:
+        session = Session(model, chat, SamplingParams(temperature=0), loop_stop=False)
+        answer = session.ask("hello")
+    finally:
+        with torch.no_grad():
+            model.model.embed_tokens.weight[511] = row
+    assert answer.finish_reason == "context"
+    assert answer.prompt_tokens + len(answer.token_ids) == model.config.max_position_embeddings + 1
     with pytest.raises(ValueError, match="context is 256"):
         session.ask("word " * 300)
     assert len(session.messages) == 2, "a question that could not be asked is not part of the chat"
+
+
+def test_an_interrupt_before_the_first_token_leaves_the_chat_as_it_was(model, chat, monkeypatch):
+    session = Session(model, chat, SamplingParams(temperature=0, max_new_tokens=5))
+    first = session.ask("hello")
+    before = list(session.messages)
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    for ask in (lambda: session.ask("more"), session.retry):
+        with monkeypatch.context() as patch:
+            patch.setattr("inference.decode.sample", interrupted)
+            answer = ask()
+        assert answer.finish_reason == "interrupted" and session.messages == before
+    session.reset()
+    assert session.ask("hello").token_ids == first.token_ids, "the cache is what its ids say"
+
+
+def test_an_interrupt_anywhere_leaves_cache_and_ids_together(model, chat, monkeypatch):
+    params = SamplingParams(temperature=0, max_new_tokens=5)
+    session = Session(model, chat, params)
+    session.ask("one two three four five")
+    with monkeypatch.context() as patch:
+
+        def interrupted(*arguments):
+            raise KeyboardInterrupt
+
+        patch.setattr(Listener, "finish", interrupted)  # a second Ctrl-C, outside of the loop
+        with pytest.raises(KeyboardInterrupt):
+            session.ask("something else entirely")
+    assert session.ask("one two").token_ids == list(generate(model, chat.render(session.messages[:-1]), params))
+
+
+def test_a_retry_is_the_last_question_by_the_next_seed(model, chat):
+    session = Session(model, chat, SamplingParams(temperature=1, seed=8, max_new_tokens=12))
+    with pytest.raises(ValueError, match="no reply yet"):
+        session.retry()
+    session.ask("hello")
+    second, prompt = session.retry(), chat.render(session.messages[:1])
+    assert second.token_ids == list(generate(model, prompt, SamplingParams(seed=9, max_new_tokens=12)))
+    assert [message["role"] for message in session.messages] == ["user", "assistant"]
+    session.set_system("Be brief.")
+    session.retry()
+    assert [message["role"] for message in session.messages] == ["system", "user", "assistant"]
+    session.set_system(None)
+    assert [message["role"] for message in session.messages] == ["user", "assistant"]
+
+
+def test_logprobs_are_those_of_the_bare_logits(model, chat):
+    session = Session(model, chat, SamplingParams(temperature=0.5, seed=3, max_new_tokens=6, top_k=5), logprobs=4)
+    answer = session.ask("hello")
+    ids = [*chat.render(session.messages[:1]), *answer.token_ids]
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids]))[0, answer.prompt_tokens - 1 :].log_softmax(-1)
+    for token, entry, row in zip(answer.token_ids, answer.logprobs, expected[:-1], strict=True):
+        assert entry["logprob"] == pytest.approx(row[token].item(), abs=1e-4)
+        top = row.topk(4)
+        assert [one["token_id"] for one in entry["top"]] == top.indices.tolist()
+        assert [one["logprob"] for one in entry["top"]] == pytest.approx(top.values.tolist(), abs=1e-4)
+
+
+def test_weight_bytes_per_token_count_what_a_token_reads():
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 4}
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "model_type": "qwen3_moe"}
+    config = Config(**sizes, **experts, num_attention_heads=4, num_key_value_heads=2)
+    attention, norms = 16 * 16 + 2 * 16 * 8 + 16 * 16, 3 * 16 + 2 * 4
+    read = (
+        attention + norms + 6 * 16 + 2 * 3 * 16 * 8 + 50 * 16 + 16
+    )  # router; two experts; the head; one embedding row
+    rope = 2  # frequencies
+    assert weight_bytes_per_token(Qwen3(config)) == 4 * (read + rope)
 
 
 # ---- the command ----

@@ -31,7 +31,7 @@ ROOMS = {
         {"torch", "numpy", "markupsafe", "jinja2", "yaml", "jsonschema", "cyclonedx", "huggingface_hub", "tokenizers"},
     ),
     "audit": ({"model", "chat", "inspection", "formats"}, set()),
-    "generate": ({"model", "chat", "inference", "formats", "ops"}, {"torch"}),
+    "generate": ({"inference"}, set()),
     "convert": ({"model", "chat", "formats", "ops"}, {"torch", "safetensors"}),
     "train": (
         {"model", "chat", "inference", "training", "data", "formats", "ops"},

@@ -1,0 +1,125 @@
+"""Replies as a person or a program gets them: shown while they come, or as JSON; and the questions of a pipe or file.
+
+Replies go to standard output, everything else to standard error. The chat of a terminal is in terminal.py.
+"""
+
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import console
+from inference.prompts import answer_prompts
+from inference.session import Answer, Session
+
+# Control characters would let a reply take over the terminal; line feed and tab are text.
+VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+class Printer:
+    """Shows a reply while it comes: thinking dim in a terminal, between its tags anywhere else."""
+
+    def __init__(self):
+        self.kind, self.terminal = None, sys.stdout.isatty()
+        dim = self.terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        self.before, self.after = ("\x1b[2m", "\x1b[0m\n\n") if dim else ("<think>\n", "\n</think>\n\n")
+
+    def __call__(self, kind: str, text: str) -> None:
+        if kind != self.kind:
+            print(self.before if kind == "thinking" else self.after if self.kind else "", end="")
+            self.kind = kind
+        print(text.translate(VISIBLE) if self.terminal else text, end="", flush=True)
+
+    def end(self) -> None:
+        if self.kind is not None:
+            print(self.after if self.kind == "thinking" else "", flush=True)
+
+
+def show(session: Session, ask: Callable[..., Answer], as_json: bool, stats: bool) -> Answer:
+    """Shows the reply that `ask(printer)` gives, then on standard error what a person should know about it."""
+    if as_json:
+        answer = ask()
+        print(answer.to_json(), flush=True)
+    else:
+        printer = Printer()
+        try:
+            answer = ask(printer)
+        finally:
+            printer.end()
+    notices = {
+        "loop": "The model repeats itself without end: stopped. Try --presence-penalty 1.5, or --no-loop-stop.",
+        "length": f"Stopped at --max-new-tokens {session.params.max_new_tokens}.",
+        "context": f"The context of {session.model.config.context_length:,} tokens is full: stopped.",
+        "interrupted": "Interrupted.",
+    }
+    if answer.finish_reason in notices:
+        console.notice(notices[answer.finish_reason])
+    if stats:
+        console.notice(stats_line(answer))
+    return answer
+
+
+def stats_line(answer: Answer) -> str:
+    s = answer.stats
+    line = f"prompt {s['prefill_tokens']} tokens ({s['cached_tokens']} more from the cache)"
+    line += f" at {s['prefill_tokens_per_second'] or 0:,.1f} tok/s, first token after {s['first_token_seconds']:.2f} s"
+    if s["decode_tokens_per_second"]:
+        line += f"; reply {len(answer.token_ids)} tokens at {s['decode_tokens_per_second']:,.1f} tok/s"
+    if s["decode_tokens_per_second"] and "share_of_read_bandwidth" in s:
+        line += f" = {s['weight_gigabytes_per_second']:.1f} GB/s of weights, {s['share_of_read_bandwidth']:.0%} of the"
+        line += f" {s['read_bandwidth_gigabytes_per_second']:.1f} GB/s that this machine reads"
+    if s.get("drafted_tokens"):
+        line += f"; {s['accepted_tokens']} of {s['drafted_tokens']} guessed tokens accepted ({s['acceptance']:.0%}),"
+        line += f" {s['tokens_per_pass']:.2f} tokens a pass"
+    return line
+
+
+def standard_input(by_line: bool) -> Iterator[str]:
+    """Standard input as one text, or line by line as it comes, without line breaks at the end."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="strict")  # in the C locale Python would let bytes through that are no text
+    try:
+        if by_line:
+            yield from map(str.rstrip, sys.stdin)
+        else:
+            yield sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not {error.encoding} text (byte {error.start:,}); convert it") from None
+
+
+def answer_questions(session: Session, options: Namespace) -> None:
+    """The prompt of the command line, or standard input: whole, or with --multi-turn line by line.
+
+    A line `/reset` forgets the turns before it; no other line means anything but itself.
+    """
+    by_line = options.prompt is None and options.multi_turn == "on"
+    given = [options.prompt] if options.prompt is not None else filter(None, standard_input(by_line))
+    asked = 0
+    for text in given:
+        if by_line and text == "/reset":
+            session.reset()
+            continue
+        answer = show(session, partial(session.ask, text), options.json, options.stats)
+        asked += 1
+        if answer.finish_reason == "interrupted":
+            raise KeyboardInterrupt
+    if not asked:
+        raise ValueError("standard input is empty; give a prompt as the argument or through the pipe")
+
+
+def answer_file(session: Session, path: Path, batch_size: int, stats: bool) -> None:
+    """A JSON record on a line of its own for each prompt of the file."""
+    start, count, tokens = time.perf_counter(), 0, 0
+    for answer in answer_prompts(session, path, batch_size):
+        sys.stdout.write(answer.to_json() + "\n")
+        sys.stdout.flush()
+        count, tokens = count + 1, tokens + len(answer.token_ids)
+    if count == 0:
+        raise ValueError(f"--prompts {path}: no prompt in it; write one a line")
+    if stats:
+        seconds = time.perf_counter() - start
+        console.notice(f"{count:,} prompts, {tokens:,} tokens in {seconds:.1f} s = {tokens / seconds:,.1f} tok/s")

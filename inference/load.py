@@ -1,0 +1,87 @@
+"""A session as the command line asks for it: the model, its chat, the settings, and what guesses the next tokens."""
+
+import os
+from argparse import Namespace
+
+import torch
+
+from chat import Chat
+from formats.checkpoint import open_checkpoint
+from formats.source import resolve, resolve_default
+from inference.params import MOST_GUESSES, recommended
+from inference.session import Session
+from inference.speculate import DraftModel, PromptLookup, Speculation
+from model import Qwen3, load
+from ops.devices import pick_device, pick_kernels, use_kernels
+from ops.limits import read_bandwidth
+from ops.memory import release_freed_memory
+
+
+def load_session(options: Namespace) -> Session:
+    """`options` are those of generate.py. Raises ValueError that names the flag whose value is wrong."""
+    path = resolve_default(options.model)
+    device = pick_device(options.device, "--device")
+    kernels = pick_kernels(options.kernels, device, "--kernels")
+    bandwidth = read_bandwidth(device) if options.stats else None  # frees its 256 MB before the weights are loaded
+    chat = Chat.from_pretrained(path)
+    release_freed_memory()
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = load(open_checkpoint(path), device, dtype)
+    if options.quantize:
+        from ops.quant import quantize_
+
+        quantize_(model, options.quantize)
+    if options.compile:  # it fuses the layers by itself; a token under a CUDA graph has its kernels all the same
+        from ops.compiled import compile_
+
+        compile_(model, "--compile")
+        model.kernels = kernels
+    else:
+        use_kernels(model, kernels, "--kernels")
+    thinking = options.thinking != "off"
+    chosen = {"seed": int.from_bytes(os.urandom(4), "big"), **options.sampling}
+    session = Session(
+        model,
+        chat,
+        recommended(model.generation_config, thinking, **chosen),
+        name=options.model or str(path),
+        system=options.system,
+        thinking=thinking,
+        thinking_budget=options.thinking_budget,
+        raw=options.raw,
+        logprobs=options.logprobs or 0,
+        speculation=load_speculation(options, chat, model),
+        loop_stop=not options.no_loop_stop,
+    )
+    session.bandwidth = bandwidth
+    return session
+
+
+def load_speculation(options: Namespace, chat: Chat, model: Qwen3) -> Speculation | None:
+    """What guesses the next tokens: a draft model that speaks the same tokens, prompt lookup, or nothing."""
+    if options.draft is None:
+        try:
+            most = MOST_GUESSES if options.prompt_lookup is None else options.prompt_lookup
+            return Speculation(PromptLookup(), most) if most else None
+        except ValueError as error:
+            raise ValueError(f"--prompt-lookup {error}") from None
+    path, weight = resolve(options.draft, "--draft"), model.model.embed_tokens.weight
+    tokens = [one.tokenizer.get_vocab(with_added_tokens=True) for one in (chat, Chat.from_pretrained(path))]
+    if tokens[0] != tokens[1]:
+        raise ValueError(f"--draft {options.draft}: its tokenizer is another; a draft has to speak the same tokens")
+    return Speculation(DraftModel(load(open_checkpoint(path), weight.device, weight.dtype), model.config.vocab_size))
+
+
+def describe(model: Qwen3) -> str:
+    """`596,049,920 parameters, context 40,960 tokens, bfloat16 on cpu`: what the banner of a chat says of a model."""
+    weight, bits = model.model.embed_tokens.weight, {getattr(m, "bits", None) for m in model.modules()} - {None}
+    precision = str(weight.dtype).removeprefix("torch.")
+    precision = f"int{min(bits)} weights, {precision}" if bits else precision
+    context = model.config.context_length
+    return f"{parameters(model):,} parameters, context {context:,} tokens, {precision} on {weight.device.type}"
+
+
+def parameters(model: Qwen3) -> int:
+    """How many weights a model has, packed ones counted as what they stand for."""
+    packed = sum(m.in_features * m.out_features for m in model.modules() if getattr(m, "bits", None))
+    return packed + sum(parameter.numel() for parameter in model.parameters())
