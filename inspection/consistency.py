@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import lru_cache
 from typing import Any
 
 from formats.gguf.reader import Head
@@ -105,11 +106,16 @@ def special_texts(files: Files) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
+@lru_cache
+def _sandbox() -> TemplateSandbox:
+    """One child process for all templates."""
+    return TemplateSandbox()
+
+
 def examine_templates(ledger: Ledger, files: Files) -> None:
     """Every template of the repository; and where two stand for the same thing, whether they are the same."""
     found, variables = found_templates(files), special_texts(files)
-    sandbox = TemplateSandbox()
-    rendered = {}
+    sandbox, rendered = _sandbox(), {}
     for where, text in list(found.items())[:16]:
         rendered[where] = templates.examine(ledger, where, text, sandbox, variables)
         if name := templates.official(text):
@@ -301,7 +307,7 @@ def examine_config(ledger: Ledger, files: Files) -> None:
     config = files.config
     if config.get("model_type") in weights.FAMILY:
         try:
-            parsed = Config(**config)
+            parsed = Config.from_dict(config)
         except (ValueError, TypeError) as error:
             if "not implemented" not in str(error):
                 ledger.find("config-invalid", "config.json", str(error))

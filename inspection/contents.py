@@ -55,7 +55,7 @@ MAGIC = {
     b"\xfd7zXZ\0": ("xz", ""),
 }
 UNKNOWN_PACKERS = {b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
-MODEL_NAMES = (".safetensors", ".gguf", ".npy", ".npz")
+MODEL_NAMES = (".safetensors", ".gguf")
 
 
 def examine(ledger: Ledger, entry: Entry) -> File:

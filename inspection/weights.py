@@ -17,8 +17,9 @@ import torch
 
 import model
 from formats.checkpoint import open_checkpoint
-from formats.compressed_tensors import Dequantized
+from formats.dequantize import unpacked
 from formats.gguf.reader import GGUF
+from formats.safetensors_read import Checkpoint
 from inspection.findings import Ledger
 from inspection.tree import Tree
 
@@ -57,9 +58,9 @@ def examine_headers(ledger: Ledger, config: dict[str, Any] | None) -> None:
     """Parameters and dtypes from the containers' headers, and config.json held against them."""
     counts, dtypes, formats = Counter(), Counter(), []
     shapes: dict[str, tuple[int, ...]] = {}
-    for where, (tensors, _) in ledger.facts.get("safetensors", {}).items():
-        if "/" in where:
-            continue
+    found = {where: of for where, of in ledger.facts.get("safetensors", {}).items() if "/" not in where}
+    loaded = {where: of for where, of in found.items() if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", where)} or found
+    for where, (tensors, _) in loaded.items():
         formats.append("safetensors")
         for name, info in tensors.items():
             if name in shapes:
@@ -89,7 +90,7 @@ def examine_headers(ledger: Ledger, config: dict[str, Any] | None) -> None:
     stored = sum(counts.values())
     redundant = counts.get(model.HEAD, 0) if tied and model.EMBEDDING in counts else 0
     facts["stored_values"], facts["dtypes"] = stored, dict(dtypes.most_common())
-    is_packed = any(name.endswith(("weight_packed", ".qweight")) for name in counts)
+    is_packed = bool(config and any(key.startswith("quantization") for key in config))
     if not is_packed:
         facts["parameter_count"] = stored - redundant
     facts["embedding_rows"] = next(
@@ -112,7 +113,7 @@ def _hold_config(
     if config.get("model_type") not in FAMILY:
         return
     try:
-        parsed = model.Config(**config)
+        parsed = model.Config.from_dict(config)
     except (ValueError, TypeError):
         return  # told by the room of configurations
     ledger.facts["parameters_of_config"] = parameters_of_config(parsed)[0]
@@ -139,8 +140,7 @@ def _hold_config(
 
 def open_weights(path: Path) -> Any:
     """A local checkpoint, its quantised layers as their values."""
-    checkpoint = open_checkpoint(path)
-    return Dequantized(checkpoint) if checkpoint.config.get("quantization_config") is not None else checkpoint
+    return unpacked(open_checkpoint(path))
 
 
 def examine_values(ledger: Ledger, tree: Tree, progress: Callable[[int], None] = lambda size: None) -> None:
@@ -154,7 +154,7 @@ def examine_values(ledger: Ledger, tree: Tree, progress: Callable[[int], None] =
     if any(finding.id in UNREADABLE for finding in ledger.findings):
         return
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = GGUF(path) if path.is_file() else Checkpoint(path)  # as stored, under the names that are stored
     except (ValueError, OSError) as error:
         message = str(error).partition(": ")[2]
         if "is stated in" in message or ("shard" in message and "index" in str(error)):
@@ -162,13 +162,14 @@ def examine_values(ledger: Ledger, tree: Tree, progress: Callable[[int], None] =
         else:
             ledger.facts["values_problem"] = message
         return
-    _check_names(ledger, checkpoint)
+    _check_names(ledger, path, checkpoint.config)
+    places = {name: file for file, (of, _) in ledger.facts.get("safetensors", {}).items() if "/" not in file for name in of}
     seen: dict[str, str] = {}
     tensors: list[dict[str, Any]] = []
     norms: dict[str, dict[str, float]] = {}
     for name, info in checkpoint.tensors.items():
         values = checkpoint.read(name)
-        file = where or checkpoint._part[name].path.name if hasattr(checkpoint, "_part") else path.name
+        file = places.get(name, path.name)
         digest = hashlib.sha256(memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())).hexdigest()
         _check_values(ledger, file, name, values)
         if "norm" in name and values.dim() == 1 and values.numel():
@@ -209,12 +210,12 @@ def _may_be_double(name: str, other: str, values: torch.Tensor) -> bool:
     return bool((flat == flat[0]).all())
 
 
-def _check_names(ledger: Ledger, checkpoint: Any) -> None:
-    """The tensors against those that the config's model has."""
-    if checkpoint.config.get("model_type") not in FAMILY:
+def _check_names(ledger: Ledger, path: Path, config: dict[str, Any]) -> None:
+    """The tensors, whatever tool stored them, against those that the config's model has."""
+    if config.get("model_type") not in FAMILY:
         return
     try:
-        _, defects = model.skeleton(checkpoint)
+        _, defects = model.skeleton(open_checkpoint(path))
     except ValueError as error:
         ledger.find("config-invalid", "config.json", str(error).partition(": ")[2])
         return
