@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import console
+from formats import record
 from formats.files import write_text
 from formats.source import resolve
 from inspection import auditing, bom, lineage, manifest, report
@@ -48,6 +49,8 @@ def write_reports(out: Path, audit: auditing.Audit, found: dict[str, Any]) -> No
         write_text(out / "bom.cdx.json", bom.to_json(found))
     else:
         console.notice("bom.cdx.json needs cyclonedx-python-lib: pip install -e '.[audit]'")
+    if results := record.results(out / manifest.NAME):
+        found = {**found, "results": results}  # what convert.py or train.py wrote there stays
     write_text(out / manifest.NAME, lineage.dump(found))
 
 

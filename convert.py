@@ -8,7 +8,7 @@
     python convert.py --verify OUT                                       is it still what was written?
 
 Tensors are read, checked, converted and written a piece at a time, so memory does not grow with the model. The result
-takes its final name when it is whole, and conversion.json beside it says what it was made from (formats/record.py).
+takes its final name when it is whole, and model_context.json beside it says what it was made from (formats/record.py).
 """
 
 import argparse
@@ -17,7 +17,6 @@ import math
 import os
 import re
 import shutil
-import tomllib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -204,12 +203,12 @@ class Result:
             self.kinds[kind_of(name), stored_as] = errors
 
     def entry(self, source: Source, options: argparse.Namespace, hashes: record.HashThread, files: dict[str, Path]):
-        """The entry of conversion.json. `files`: those written, by their final names."""
+        """The entry of model_context.json. `files`: those written, by their final names."""
         self.files = record.HashThread(files).result()
         chosen = {"to": options.to, "type": options.type, "for": options.reader, "group_size": options.group_size}
         return record.sign(
             {
-                "tool": f"nanoqwen {version()}",
+                **record.made_by(),
                 "source": source.describe(hashes),
                 **{key: value for key, value in chosen.items() if value is not None},
                 "files": self.files,
@@ -241,10 +240,6 @@ def kind_of(name: str) -> str:
     module, _, leaf = name.rpartition(".")
     kind = ("experts." if ".experts." in module else "") + module.rpartition(".")[2]
     return kind if leaf == "weight" else f"{kind}.{leaf}"
-
-
-def version() -> str:
-    return tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text())["project"]["version"]
 
 
 # ---- to safetensors --------------------------------------------------------------------------------------------------
@@ -329,7 +324,7 @@ def write_safetensors(source: Source, target: Cast, directory: Path, shards: lis
 
 
 def write_record(directory: Path, result: Result, *about: Any) -> None:
-    """conversion.json of a result that is a directory, as the last of its files."""
+    """model_context.json of a result that is a directory, as the last of its files."""
     entry = result.entry(*about, {file.name: file for file in sorted(directory.iterdir())})
     (directory / record.NAME).write_text(record.to_text({".": entry}), encoding="utf-8")
 
@@ -414,7 +409,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--group-size", type=parse_group_size, metavar="N", help="weights that share a scale (int4: 32, int8: a row)")
     add("--max-shard-size", type=parse_size, metavar="SIZE", help="of one safetensors file (default: 5GB)")
     add("--force", action="store_true", help="replace an earlier result")
-    add("--verify", type=Path, metavar="OUT", help="hold a result against its conversion.json")
+    add("--verify", type=Path, metavar="OUT", help="hold a result against its model_context.json")
     options = parser.parse_args()
     if problem := combination_problem(options):
         parser.error(problem)

@@ -1,15 +1,18 @@
-"""conversion.json: what was converted from what, and every byte of the result accounted for.
+"""model_context.json as the commands write it beside what they make: what was made from what, every byte accounted for.
 
-One such file lies beside the results (inside a directory, or in the folder of a .gguf file), with one entry for each:
-"." for the directory itself, else the file's name. An entry names the source (and the SHA-256 of each of its files),
-the options, the size and SHA-256 of each written file, and for each tensor where its bytes lie, their SHA-256 and how
-far its values are from the source's. `verify` re-reads a result and names what is no longer as it was written.
+One such file lies beside the results (inside a directory, or in the folder of a .gguf file), with one entry in
+`results` for each: "." for the directory itself, else the file's name. An entry names the source (and the SHA-256 of
+each of its files), the options (of a training run: stage, data, steps), the commit of this project, the size and
+SHA-256 of each written file, and for each converted tensor where its bytes lie, their SHA-256 and how far its values
+are from the source's. `verify` re-reads a result and names what changed. audit.py adds everything else to the file.
 """
 
 import fcntl
 import hashlib
 import json
 import os
+import subprocess
+import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +22,9 @@ from typing import Any
 from formats.files import sha256, write_text
 from formats.json_file import read_json
 
-NAME = "conversion.json"
+NAME = "model_context.json"
+SCHEMA = "nanoqwen/model_context/1"
+ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 1 << 22  # bytes
 
 
@@ -57,16 +62,35 @@ def _digest(entry: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(bare, sort_keys=True).encode()).hexdigest()
 
 
-def to_text(results: dict[str, Any]) -> str:
-    return json.dumps({"results": results}, indent=1) + "\n"
+def made_by() -> dict[str, str | None]:
+    """The version and the commit of this project, which is the maker of every result."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return {"tool": f"nanoqwen {version}", "commit": commit or None}
+
+
+def write_directory(directory: Path, about: dict[str, Any], left_out: tuple[str, ...] = ()) -> None:
+    """The record of a directory that is whole, as the last of its files."""
+    written = {file.name: file for file in sorted(directory.iterdir()) if file.is_file() and file.name not in left_out}
+    entry = sign({**made_by(), **about, "files": HashThread(written).result(), "tensors": {}})
+    (directory / NAME).write_text(to_text({".": entry}), encoding="utf-8")
+
+
+def to_text(results: dict[str, Any], others: dict[str, Any] | None = None) -> str:
+    """The file's text. `others`: what else stands in it already."""
+    return json.dumps({**(others or {}), "schema": SCHEMA, "results": results}, indent=1) + "\n"
 
 
 def write_entry(out: Path, entry: dict[str, Any]) -> None:
     """Puts the entry of a file into its folder's record. Safe beside another conversion into the same folder."""
     path = out.parent / NAME
     with _lock(out.parent):
-        results = _results(path) if path.exists() else {}
-        write_text(path, to_text(results | {out.name: entry}))
+        others = read_json(path) if path.exists() else {}
+        write_text(path, to_text(results(path) | {out.name: entry}, others))
 
 
 @contextmanager
@@ -80,10 +104,16 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _results(path: Path) -> dict[str, Any]:
-    results = read_json(path).get("results")
+    content = read_json(path)
+    results = content.get("results", {} if content.get("schema") == SCHEMA else None)
     if not isinstance(results, dict) or not all(isinstance(entry, dict) for entry in results.values()):
-        raise ValueError(f"{path}: not a record of conversions; move it away")
+        raise ValueError(f"{path}: not a record of results; move it away")
     return results
+
+
+def results(path: Path) -> dict[str, Any]:
+    """The entries of a record; none where there is no record."""
+    return _results(path) if path.is_file() else {}
 
 
 def is_result(directory: Path) -> bool:
@@ -96,8 +126,7 @@ def is_result(directory: Path) -> bool:
 
 def read(folder: Path, name: str) -> dict[str, Any] | None:
     """The entry of a result, unchecked; None where its folder has no record or none of it."""
-    path = folder / NAME
-    return _results(path).get(name) if path.is_file() else None
+    return results(folder / NAME).get(name)
 
 
 def verify(out: Path, progress: Callable[[int], None] = lambda size: None) -> dict[str, Any]:
@@ -109,12 +138,14 @@ def verify(out: Path, progress: Callable[[int], None] = lambda size: None) -> di
         raise ValueError(f"--verify {out}: no such file or directory")
     path, name = (out / NAME, ".") if out.is_dir() else (out.parent / NAME, out.name)
     if not path.exists():
-        raise ValueError(f"--verify {out}: there is no {path}, which a conversion writes beside its result")
+        raise ValueError(
+            f"--verify {out}: there is no {path}, which convert.py and train.py write beside their results"
+        )
     entry = _results(path).get(name)
     if entry is None:
-        raise ValueError(f"--verify {out}: {path} has no entry for it; it was not written by a conversion")
+        raise ValueError(f"--verify {out}: {path} has no entry for it; it was not made by convert.py or train.py")
     if entry.get("record_sha256") != _digest(entry) or not _is_whole(entry):
-        raise ValueError(f"{path}: the record itself was changed, so it proves nothing; convert again")
+        raise ValueError(f"{path}: the record itself was changed, so it proves nothing; make the result again")
     changed = [text for file in entry["files"] for text in _changes(path.parent, file, entry, progress)]
     if changed:
         more = f" (and {len(changed) - 4} more)" if len(changed) > 4 else ""

@@ -141,6 +141,9 @@ class Audit:
         root = self.tree.root
         outputs = directory if directory.is_dir() else directory.parent
         ignored = tuple(OUTPUTS) if root and root.resolve() == outputs.resolve() else ()
+        if not earlier.get("files"):
+            self.lines += lineage.verify_record(self.ledger, root or directory)
+            return
         self.lines += lineage.verify(self.ledger, earlier, ignored)
         if isinstance(before := earlier.get("behaviour"), dict) and (now := self.ledger.facts.get("behaviour")):
             furthest = behaviour.difference(before, now)

@@ -79,6 +79,8 @@ def read(ledger: Ledger, files: Files) -> dict[str, Any]:
     """{"front": the front matter's fields, "text": the card's Markdown}; both empty without a card."""
     name = next((name for name in ("README.md", "readme.md", "README") if name in files.names()), None)
     content = files.text(name, MAX_CARD) if name else None
+    if content is None and files.gguf:
+        return {"front": _gguf_front(files.gguf.metadata), "text": "", "name": None}
     if content is None:
         ledger.find("card-missing", None, "there is no README.md")
         return {"front": {}, "text": "", "name": None}
@@ -96,6 +98,18 @@ def read(ledger: Ledger, files: Files) -> dict[str, Any]:
     elif match:
         ledger.find("card-invalid", name, f"a front matter of {len(match[1]):,} characters")
     return {"front": front, "text": content[match.end() :] if match else content, "name": name}
+
+
+def _gguf_front(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The claims that a GGUF file makes about itself, as a card's front matter has them."""
+    keys = {"license": "general.license", "language": "general.languages", "tags": "general.tags"}
+    front = {name: metadata[key] for name, key in keys.items() if key in metadata}
+    bases = [
+        metadata.get(f"general.base_model.{at}.repo_url", metadata.get(f"general.base_model.{at}.name"))
+        for at in range(4)
+    ]
+    front["base_model"] = [str(base).removeprefix("https://huggingface.co/") for base in bases if isinstance(base, str)]
+    return front
 
 
 def examine(ledger: Ledger, files: Files) -> None:

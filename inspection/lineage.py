@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from formats import record
-from formats.gguf import metadata, names, writer
+from formats.gguf import names, writer
 from formats.gguf.reader import GGUF
 from formats.json_file import read_json
 from inspection import weights
@@ -110,7 +110,7 @@ def _add_lineage(ledger: Ledger, relation: str, base: Path, status: str) -> None
 
 
 def _different_keys(file: GGUF, checkpoint: Any, type: str, planned: dict[str, Any]) -> list[str]:
-    pairs = metadata.pairs(checkpoint, type, {name: tensor.shape for name, tensor in planned.items()})
+    pairs = writer.pairs(checkpoint, type, list(planned.values()))
     ours = {key: value.value for key, value in pairs.items()}
     found = [key for key in {**ours, **file.metadata} if not _same(ours.get(key), file.metadata.get(key))]
     return found or ([] if list(ours) == list(file.metadata) else ["the order of the keys"])
@@ -162,14 +162,15 @@ def compare_checkpoints(ledger: Ledger, path: Path, base: Path) -> list[str]:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """An earlier audit's manifest. ValueError where it is none."""
+    """An earlier audit's manifest, or the record of a conversion or a run. ValueError where it is neither."""
     path = directory / NAME if directory.is_dir() else directory
     if not path.is_file():
         raise ValueError(f"--verify {directory}: there is no {NAME}; `audit.py SRC --out {directory}` writes one")
     manifest = read_json(path)
-    if manifest.get("schema") != SCHEMA or not isinstance(manifest.get("files"), list):
+    files = manifest.get("files", [])
+    if manifest.get("schema") != SCHEMA or not isinstance(files, list) or not (files or manifest.get("results")):
         raise ValueError(f"{path}: not a manifest of an audit ({SCHEMA}); audit with --out first")
-    for file in manifest["files"]:
+    for file in files:
         if not (isinstance(file, dict) and isinstance(file.get("path"), str) and type(file.get("bytes")) is int):
             raise ValueError(f"{path}: an entry of files has no path or size; audit with --out again")
     return manifest
@@ -214,6 +215,16 @@ def verify(ledger: Ledger, manifest: dict[str, Any], ignored: tuple[str, ...] = 
         if path not in before:
             ledger.find("added", path, "in the repository, not in the manifest")
     return [f"{same:,} of {len(before):,} files are to the byte what the manifest says"]
+
+
+def verify_record(ledger: Ledger, root: Path) -> list[str]:
+    """The same against the record that convert.py or train.py wrote beside its result."""
+    try:
+        entry = record.verify(root)
+    except ValueError as error:
+        ledger.find("changed", None, str(error))
+        return [f"{root.name} is not what its record says"]
+    return [f"{len(entry['files']):,} files are to the byte what the record says"]
 
 
 def examine_record(ledger: Ledger, root: Path) -> None:

@@ -7,13 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from formats.record import NAME, SCHEMA
 from inspection.claims import LICENCES
 from inspection.consistency import Files
 from inspection.findings import Ledger
 from inspection.tree import Tree
 
-SCHEMA = "nanoqwen/model_context/1"
-NAME = "model_context.json"
 SCHEMA_FILE = Path(__file__).resolve().parent.parent / "schemas" / "model_context.schema.json"
 VERIFIED, CLAIMED, ABSENT = "verified", "claimed", "absent"
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1.03, "int4": 0.56}  # a weight, with its scales

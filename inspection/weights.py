@@ -59,7 +59,9 @@ def examine_headers(ledger: Ledger, config: dict[str, Any] | None) -> None:
     counts, dtypes, formats = Counter(), Counter(), []
     shapes: dict[str, tuple[int, ...]] = {}
     found = {where: of for where, of in ledger.facts.get("safetensors", {}).items() if "/" not in where}
-    loaded = {where: of for where, of in found.items() if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", where)} or found
+    loaded = {
+        where: of for where, of in found.items() if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", where)
+    } or found
     for where, (tensors, _) in loaded.items():
         formats.append("safetensors")
         for name, info in tensors.items():
@@ -163,7 +165,9 @@ def examine_values(ledger: Ledger, tree: Tree, progress: Callable[[int], None] =
             ledger.facts["values_problem"] = message
         return
     _check_names(ledger, path, checkpoint.config)
-    places = {name: file for file, (of, _) in ledger.facts.get("safetensors", {}).items() if "/" not in file for name in of}
+    places = {
+        name: file for file, (of, _) in ledger.facts.get("safetensors", {}).items() if "/" not in file for name in of
+    }
     seen: dict[str, str] = {}
     tensors: list[dict[str, Any]] = []
     norms: dict[str, dict[str, float]] = {}

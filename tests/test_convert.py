@@ -133,7 +133,7 @@ def test_shards_and_their_index(models, tmp_path, run):
 def test_tensors_are_aligned_to_their_items(models, tmp_path, run):
     """Readers view the file's bytes as int64 and int32, which must lie at multiples of 8 and 4."""
     assert run("--to", "int4", "--model", models / "moe", "--out", tmp_path / "out")[0] == 0
-    record = json.loads((tmp_path / "out" / "conversion.json").read_text())["results"]["."]
+    record = json.loads((tmp_path / "out" / "model_context.json").read_text())["results"]["."]
     tensors = open_checkpoint(tmp_path / "out").tensors
     assert all(place["offset"] % tensors[name].dtype.itemsize == 0 for name, place in record["tensors"].items())
     assert plan_shards(tensors, 10**9)[0].size == (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -268,7 +268,7 @@ def test_a_quantised_gguf_comes_back_as_its_dequantised_values(models, tmp_path,
         expected = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         assert torch.equal(open_checkpoint(back).read(f"{ours}.weight"), expected.reshape(-1, 48))
     # The stated errors are those of the file as another reader sees it.
-    record = json.loads((tmp_path / "conversion.json").read_text())["results"]["m.gguf"]
+    record = json.loads((tmp_path / "model_context.json").read_text())["results"]["m.gguf"]
     source = open_checkpoint(models / "tied").read("model.layers.1.mlp.up_proj.weight")
     error = (open_checkpoint(back).read("model.layers.1.mlp.up_proj.weight") - source).abs()
     assert record["tensors"]["blk.1.ffn_up.weight"]["largest_error"] == pytest.approx(error.max().item(), rel=1e-4)
@@ -280,7 +280,7 @@ def test_a_quantised_gguf_comes_back_as_its_dequantised_values(models, tmp_path,
 
 def test_the_record_names_source_and_result(models, tmp_path, run):
     assert run("--to", "int4", "--model", models / "sharded", "--out", tmp_path / "out")[0] == 0
-    entry = json.loads((tmp_path / "out" / "conversion.json").read_text())["results"]["."]
+    entry = json.loads((tmp_path / "out" / "model_context.json").read_text())["results"]["."]
     assert entry["to"] == "int4" and entry["tool"].startswith("nanoqwen ")
     assert entry["source"]["path"] == str(models / "sharded")
     for name, file in entry["source"]["files"].items():
@@ -289,7 +289,7 @@ def test_the_record_names_source_and_result(models, tmp_path, run):
     assert set(entry["source"]["files"]) == {file.name for file in (models / "sharded").iterdir()} - index
     for name, file in entry["files"].items():
         assert file["sha256"] == sha256((tmp_path / "out" / name).read_bytes()).hexdigest()
-    assert set(entry["files"]) == {file.name for file in (tmp_path / "out").iterdir()} - {"conversion.json"}
+    assert set(entry["files"]) == {file.name for file in (tmp_path / "out").iterdir()} - {"model_context.json"}
     assert set(entry["tensors"]) == set(open_checkpoint(tmp_path / "out").tensors)
 
 
@@ -305,7 +305,7 @@ def test_verify_names_the_changed_tensor(models, tmp_path, run, refuse):
     out, file = tmp_path / "out", tmp_path / "m.gguf"
     assert run("--to", "int4", "--model", models / "moe", "--out", out, "--max-shard-size", "30kB")[0] == 0
     assert run("--to", "gguf", "--model", models / "moe", "--out", file)[0] == 0
-    for result, record in ((out, out / "conversion.json"), (file, tmp_path / "conversion.json")):
+    for result, record in ((out, out / "model_context.json"), (file, tmp_path / "model_context.json")):
         status, text, _ = run("--verify", result)
         assert status == 0 and "every byte is as it was written" in text
         entry = json.loads(record.read_text())["results"]["." if result.is_dir() else "m.gguf"]
@@ -325,23 +325,23 @@ def test_verify_names_the_changed_tensor(models, tmp_path, run, refuse):
 def test_verify_finds_missing_longer_and_forged(models, tmp_path, run, refuse):
     out = tmp_path / "out"
     assert run("--to", "bf16", "--model", models / "tied", "--out", out)[0] == 0
-    record = (out / "conversion.json").read_text()
+    record = (out / "model_context.json").read_text()
     with (out / "model.safetensors").open("ab") as file:
         file.write(b"x")
     assert "model.safetensors has" in refuse("--verify", out)
     (out / "tokenizer.json").unlink()
     assert "tokenizer.json is missing" in refuse("--verify", out)
-    (out / "conversion.json").write_text(record.replace('"bf16"', '"fp16"'))
+    (out / "model_context.json").write_text(record.replace('"bf16"', '"fp16"'))
     assert "the record itself was changed" in refuse("--verify", out)
     for hostile in ("{}", "[", '{"results": {".": {"files": 3}}}', '{"results": []}'):
-        (out / "conversion.json").write_text(hostile)
-        assert "conversion.json" in refuse("--verify", out)
+        (out / "model_context.json").write_text(hostile)
+        assert "model_context.json" in refuse("--verify", out)
     from formats.record import sign
 
     entry = sign({"files": {"../secret": {"bytes": 1, "sha256": ""}}, "tensors": {}})
-    (out / "conversion.json").write_text(json.dumps({"results": {".": entry}}))
+    (out / "model_context.json").write_text(json.dumps({"results": {".": entry}}))
     assert "the record itself was changed" in refuse("--verify", out)
-    (out / "conversion.json").unlink()
+    (out / "model_context.json").unlink()
     assert "there is no" in refuse("--verify", out)
     assert "no such file" in refuse("--verify", tmp_path / "absent")
 

@@ -24,11 +24,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import console
+from formats import record
 from formats.files import atomic_directory, fsync, write_text
 from formats.gguf.reader import GGUF
+from formats.source import resolve
 from training import schema
 from training.schema import Settings
 
+TRAINER_FILES = ("trainer.json", "trainer.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 CONSEQUENCES = {  # of a change in the middle of a run, by the key's first part
     "stage": "its weights and optimizer state would go on under another objective",
@@ -70,6 +73,8 @@ class Run:
         write_text(self.config, yaml.safe_dump(schema.resolved(settings), sort_keys=False))
         self._forget_after(self.step)
         self.log_file = self.metrics.open("a", encoding="utf-8")
+        self.origin, files = origin(settings)
+        self._source_hashes = record.HashThread(files)
 
     def _check_changes(self, settings: Settings) -> None:
         """ValueError for what would change the mathematics of the rest of the run."""
@@ -109,7 +114,8 @@ class Run:
     def save(
         self, write_model: Callable[[Path], None], state: dict[str, Tensor], step: int, tokens: int, tokenizer: Path
     ) -> None:
-        """One checkpoint: what `write_model` writes, the tokenizer's files, the trainer's tensors and counters."""
+        """One checkpoint: what `write_model` writes, the tokenizer's files, the trainer's tensors and counters, and the
+        record of where it comes from."""
         os.fsync(self.log_file.fileno())  # a checkpoint never knows more steps than the metrics
         directory = self.path / "checkpoints" / f"step-{step:08d}"
         directory.parent.mkdir(exist_ok=True)
@@ -120,6 +126,8 @@ class Run:
             save_file(state, temporary / "trainer.safetensors")
             counters = json.dumps({"step": step, "tokens": tokens})
             (temporary / "trainer.json").write_text(counters + "\n", encoding="utf-8")
+            about = {**self.origin, "source": {**self.origin["source"], "files": self._source_hashes.result()}}
+            record.write_directory(temporary, {**about, "steps": step, "tokens": tokens}, TRAINER_FILES)
         link = self.path / ".latest.tmp"
         link.unlink(missing_ok=True)
         link.symlink_to(directory.relative_to(self.path))
@@ -135,6 +143,22 @@ class Run:
         if (cuda := state.pop("random.cuda", None)) is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(cuda)
         return state, self._trainer_json()["tokens"]
+
+
+def origin(settings: Settings) -> tuple[dict[str, Any], dict[str, Path]]:
+    """What the record of every checkpoint says of the run, and the files that it starts from."""
+    init = settings.model.init
+    path = None if init is None else resolve(init).resolve()
+    beside = [] if path is None else [path] if path.is_file() else [path / "config.json", *path.glob("*.safetensors")]
+    files = {file.name: file for file in beside if file.is_file() and file.name not in TRAINER_FILES}
+    source = {"model": init, "path": path and str(path), "revision": snapshot_commit(path)}
+    about = {"stage": settings.stage, "data": schema.resolved(settings)["data"], "seed": settings.train.seed}
+    return {**about, "source": source}, files
+
+
+def snapshot_commit(path: Path | None) -> str | None:
+    """The commit of a snapshot in the hub's cache."""
+    return path.name if path is not None and path.parent.name == "snapshots" else None
 
 
 def random_state() -> dict[str, Tensor]:

@@ -179,12 +179,17 @@ def write_to(
 ) -> dict[str, tuple[float, float]]:
     """`write_gguf` into anything that has `write` and `tell`."""
     tensors = plan(checkpoint, type)
-    pairs = metadata.pairs(checkpoint, type, {tensor.name: tensor.shape for tensor in tensors})
+    file.write(_head(pairs(checkpoint, type, tensors), tensors))
+    return _write_data(file, checkpoint, tensors, on_tensor, errors)
+
+
+def pairs(checkpoint: Any, type: str, tensors: list[Planned]) -> metadata.Pairs:
+    """The metadata of the planned file, in their order."""
+    found = metadata.pairs(checkpoint, type, {tensor.name: tensor.shape for tensor in tensors})
     if type not in CONVERTED:  # the quantiser sets these two anew, at the end
         for key in ("general.quantization_version", "general.file_type"):
-            pairs[key] = pairs.pop(key)
-    file.write(_head(pairs, tensors))
-    return _write_data(file, checkpoint, tensors, on_tensor, errors)
+            found[key] = found.pop(key)
+    return found
 
 
 def _head(pairs: metadata.Pairs, tensors: list[Planned]) -> bytes:
