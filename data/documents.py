@@ -97,15 +97,21 @@ def _parquet(path: Path, field: str | None) -> Records:
         raise ValueError(f"{path}: can't be read as Parquet ({error}); download it again") from None
 
 
-def _data_set(name: str, split: str, config: str | None) -> Records:
+def open_data_set(name: str, split: str | None, config: str | None) -> Any:
+    """What `datasets` streams of a data set on the hub or of a folder: a split, or by name all of them."""
     import datasets
 
     if not Path(name).is_dir():
         _reach_hub(name)  # `datasets` itself tries for half a minute and says so line by line
+    name, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
     try:
-        rows = iter(datasets.load_dataset(name, config, split=split, streaming=True))
+        return datasets.load_dataset(name, config, split=split, revision=revision or None, streaming=True)
     except Exception as error:  # classes of datasets, huggingface_hub, fsspec, httpx and pyarrow
         raise ValueError(f"{name}: can't be opened as a data set ({error})") from None
+
+
+def _data_set(name: str, split: str, config: str | None) -> Records:
+    rows = iter(open_data_set(name, split, config))
     for number in itertools.count(1):
         try:
             row = next(rows)
@@ -129,7 +135,8 @@ def _reach_hub(name: str) -> None:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        reach(lambda: HfApi().dataset_info(name))
+        repo, _, revision = name.partition("@")
+        reach(lambda: HfApi().dataset_info(repo, revision=revision or None))
     except (RepositoryNotFoundError, HFValidationError):
         raise ValueError(f"{name}: neither a file or folder here nor a data set on the hub") from None
     except Exception as error:  # the HTTP library's classes: all mean the same to a user

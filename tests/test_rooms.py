@@ -28,8 +28,22 @@ ROOMS = {
     ),
     "inspection": (
         {"model", "chat", "inference", "formats", "data"},
-        {"torch", "numpy", "markupsafe", "jinja2", "yaml", "jsonschema", "cyclonedx", "huggingface_hub", "tokenizers"},
+        {
+            *(
+                "torch",
+                "numpy",
+                "markupsafe",
+                "jinja2",
+                "yaml",
+                "jsonschema",
+                "cyclonedx",
+                "huggingface_hub",
+                "tokenizers",
+            ),
+            *("duckdb", "pyarrow", "rensa", "mlcroissant", "rich", "matplotlib"),
+        },
     ),
+    "xray": ({"model", "chat", "inspection", "training", "data", "formats"}, {"rich"}),
     "audit": ({"model", "chat", "inspection", "formats"}, set()),
     "generate": ({"inference"}, set()),
     "convert": ({"model", "chat", "formats", "ops"}, {"torch", "safetensors"}),

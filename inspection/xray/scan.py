@@ -1,0 +1,416 @@
+"""One pass over a data set, batch by batch: every figure, and every row that breaks a rule.
+
+What has to be remembered of each row (lengths, hashes of its text and prompt, the rules that it breaks) goes into a
+duckdb file in a temporary folder, and medians, duplicates and counts are asked of it at the end; so memory does not
+grow with the rows. Conditions of the rubric run as SQL over each batch. Texts are kept of few rows: examples, the first
+rows that break a rule, and those that the report shows.
+"""
+
+import hashlib
+import shutil
+import tempfile
+import time
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from inspection.xray import rubric
+from inspection.xray.leakage import Leak, Leakage
+from inspection.xray.masks import Masks
+from inspection.xray.near import NearDuplicates
+from inspection.xray.reading import Batch, Unreadable
+from inspection.xray.tokens import TokenCounter
+from inspection.xray.views import COLUMNS, Shape, shape_of, view
+
+MEMORY, THREADS = "512MB", 2  # of duckdb
+SHOWN_ROWS = 10_000  # numbers of rows that a finding lists; all are counted
+SNIPPET = 600  # characters of a row that the report shows
+BUFFERED = 20_000
+SNIPPETS = 3  # rows a rule
+PROMPTS = 50_000  # texts of prompts that are remembered
+
+
+@dataclass
+class Options:
+    rules: dict[str, rubric.Rule]
+    counter: TokenCounter | None = None
+    masks: Callable[[Shape], Masks | None] | None = None
+    mask_rows: int = 0
+    bits: Callable[[Any], float | None] | None = None  # of a mask
+    near: float = 0.7
+    near_rows: int = 0
+    leakage: Leakage | None = None
+    keep_rows: bool = False  # for --sql
+
+
+@dataclass
+class Snippet:
+    row: int
+    where: str
+    text: str
+    why: str = ""
+    length: int = 0  # characters of the whole row
+
+
+@dataclass
+class Scan:
+    """The state of one pass. `add` takes what reading.batches gives, `finish` closes the figures."""
+
+    options: Options
+    shape: Shape | None = None
+    rows: int = 0
+    splits: Counter = field(default_factory=Counter)
+    types: dict[str, set[str]] = field(default_factory=dict)  # column -> types that its batches had
+    nulls: Counter = field(default_factory=Counter)
+    snippets: dict[str, list[Snippet]] = field(default_factory=dict)  # rule -> first rows
+    examples: dict[str, Snippet] = field(default_factory=dict)
+    prompts: dict[int, tuple[str, int]] = field(default_factory=dict)  # hash -> text, count
+    leaks: list[Leak] = field(default_factory=list)
+    leaked_rows: int = 0
+    mask: dict[str, Any] = field(default_factory=dict)
+    mask_examples: list[tuple[int, list[tuple[str, bool]]]] = field(default_factory=list)
+    skipped_rules: dict[str, str] = field(default_factory=dict)
+    complete: bool = True
+    characters: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self):
+        self.folder = Path(tempfile.mkdtemp(prefix="xray-"))
+        self.sql = duckdb.connect(str(self.folder / "rows.duckdb"))
+        self.sql.execute(f"SET memory_limit = '{MEMORY}'; SET threads = {THREADS}")
+        self.sql.execute("SET enable_external_access = false; SET python_enable_replacements = false")
+        self.sql.execute("SET enable_progress_bar = false")
+        self.sql.execute("CREATE TABLE found (rule VARCHAR, row BIGINT)")
+        self.near = None
+        self.start = time.monotonic()
+        self._sample: list[tuple[int, Snippet]] = []  # (hash, row) of an even sample
+        self._masks: Masks | None = None
+        self._broken: dict[str, list[int]] = {}  # rule -> rows, not in the table yet
+        self._pending: dict[str, list[int]] = {}  # rule -> places in this batch that the report may show
+
+    def close(self) -> None:
+        self.sql.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # --- a batch ---
+
+    def add(self, item: Batch | Unreadable) -> None:
+        if isinstance(item, Unreadable):
+            self.rows = max(self.rows, item.row + 1)
+            self.splits[item.split] += 1
+            rule = "oversized" if item.oversized else "unreadable"
+            self._record(rule, [item.row])
+            self._show(rule, Snippet(item.row, item.where, "", item.why))
+            return
+        if self.shape is None:
+            self._begin(item)
+        self.rows = max(self.rows, int(item.rows[-1]) + 1)
+        self.splits[item.split] += len(item.rows)
+        for column in item.table.schema:
+            self.types.setdefault(column.name, set()).add(type_name(column.type))
+        for name in item.table.column_names:
+            self.nulls[name] += item.table[name].null_count
+        viewed = view(self.shape, item)
+        names = sql_names(item.table.column_names)
+        batch = item.table.rename_columns([names[name] for name in item.table.column_names])
+        for name in viewed.column_names:
+            batch = batch.append_column(name, viewed[name])
+        batch = batch.append_column("_row", pa.array(item.rows, pa.int64()))
+        batch = batch.append_column("_split", pa.array([item.split] * len(item.rows), pa.string()))
+        keys = viewed["_text"].to_pylist()
+        if self.shape.name == "tree":  # the same reply to another message is another row
+            parents = item.table["parent_id"].to_pylist()
+            keys = [f"{parent or ''} {text}" if text else "" for parent, text in zip(parents, keys, strict=True)]
+        prompts = viewed["_prompt"].to_pylist()
+        batch = batch.append_column("_key", pa.array([key_of(text) for text in keys], pa.int64()))
+        batch = batch.append_column("_prompt_key", pa.array(self._remember(prompts), pa.int64()))
+        for place, source in enumerate(self._measured(item.table).values()):
+            texts = viewed[source] if source in COLUMNS else item.table[source]
+            texts = pc.fill_null(texts.cast(pa.string()), "") if not pa.types.is_string(texts.type) else texts
+            batch = batch.append_column(f"_c{place}", pc.utf8_length(texts).cast(pa.int32()))
+            if self.options.counter is not None:
+                counts = self.options.counter.counts(["" if text is None else text for text in texts.to_pylist()])
+                counts = pa.array(counts, pa.int32())
+                batch = batch.append_column(f"_t{place}", pc.if_else(pc.is_valid(texts.combine_chunks()), counts, None))
+        self.sql.register("batch", batch)
+        try:
+            self._insert(batch, item)
+        finally:
+            self.sql.unregister("batch")
+        self._look(item, viewed)
+
+    def _begin(self, batch: Batch) -> None:
+        self.shape = shape_of(batch)
+        rows = [rule for rule in rubric.of_shape(self.options.rules, self.shape.name, "row") if rule.condition]
+        self._row_rules = rows
+        if self.options.near_rows:
+            self.near = NearDuplicates(self.folder, self.options.near, self.options.near_rows)
+        if self.options.masks is not None and self.options.mask_rows:
+            self._masks = self.options.masks(self.shape)
+        self.columns: list[str] = list(self._measured(batch.table))
+        counted = "".join(f", c{place} INTEGER, t{place} INTEGER" for place in range(len(self.columns)))
+        self.sql.execute(f"CREATE TABLE rows (row BIGINT, split VARCHAR, key BIGINT, prompt BIGINT{counted})")
+        self.sql.execute("CREATE TABLE pairs (row BIGINT, chosen INTEGER, rejected INTEGER)")
+        self.sql.execute(
+            "CREATE TABLE tree (row BIGINT, id VARCHAR, parent VARCHAR, role VARCHAR, rank INTEGER, lang VARCHAR)"
+        )
+        mask = "row BIGINT, targets INTEGER, tokens INTEGER, has_end BOOLEAN, thinking_dropped BOOLEAN, special INTEGER"
+        self.sql.execute(f"CREATE TABLE masks ({mask}, bits DOUBLE)")
+
+    def _measured(self, table: pa.Table) -> dict[str, str]:
+        """The columns whose lengths are reported, and where each is read."""
+        if self.shape is None:
+            return {}
+        if hasattr(self, "_measured_columns"):
+            return {
+                name: at for name, at in self._measured_columns.items() if at in COLUMNS or at in table.column_names
+            }
+        found = {name: name for name in table.column_names if pa.types.is_string(table.schema.field(name).type)}
+        if self.shape.name == "chat":
+            found = {self.shape.column: "_text"} | {name: at for name, at in found.items() if name != self.shape.column}
+        if self.shape.name == "preference":
+            found |= {f"{name} (answer)": f"_{name}" for name in ("chosen", "rejected")}
+        self._measured_columns = dict(list(found.items())[:64])
+        return self._measured_columns
+
+    def _insert(self, batch: pa.Table, item: Batch) -> None:
+        present = self._measured(item.table)
+        place_of = {name: place for place, name in enumerate(self.columns)}
+        own = {name: place for place, name in enumerate(present)}
+        columns = ["row", "split", "key", "prompt"]
+        values = ["_row", "_split", "_key", "_prompt_key"]
+        for name in present:
+            columns.append(f"c{place_of[name]}")
+            values.append(f"_c{own[name]}")
+            if self.options.counter is not None:
+                columns.append(f"t{place_of[name]}")
+                values.append(f"_t{own[name]}")
+        self.sql.execute(f"INSERT INTO rows ({', '.join(columns)}) SELECT {', '.join(values)} FROM batch")
+        self._apply(self._row_rules, "batch", item)
+        if self.shape.name == "preference":
+            self.sql.execute(
+                "INSERT INTO pairs SELECT _row, length(_chosen), length(_rejected) FROM batch WHERE _chosen <> ''"
+            )
+        if self.shape.name == "tree":
+            optional = {"rank": "INTEGER", "lang": "VARCHAR"}
+            have = {
+                name: f"TRY_CAST({name} AS {kind})" if name in batch.column_names else "NULL"
+                for name, kind in optional.items()
+            }
+            fields = f"message_id::VARCHAR, parent_id::VARCHAR, role::VARCHAR, {have['rank']}, {have['lang']}"
+            self.sql.execute(f"INSERT INTO tree SELECT _row, {fields} FROM batch")
+        if self.options.keep_rows:
+            self._keep(batch)
+
+    def _apply(self, rules: list[rubric.Rule], relation: str, item: Batch) -> None:
+        """Which rows break which rules. A rule of the user's that this set's columns don't have is skipped, by name."""
+        if not rules:
+            return
+        conditions = ", ".join(f"coalesce(({rule.condition}), false)" for rule in rules)
+        try:
+            found = self.sql.execute(f"SELECT {conditions} FROM {relation}").fetchnumpy()
+        except duckdb.Error as error:
+            if len(rules) == 1:
+                self.skipped_rules[rules[0].name] = str(error).strip().splitlines()[0]
+                self._row_rules = [rule for rule in self._row_rules if rule.name != rules[0].name]
+                return
+            for rule in rules:
+                self._apply([rule], relation, item)
+            return
+        for rule, broken in zip(rules, found.values(), strict=True):
+            places = np.flatnonzero(np.asarray(broken, dtype=bool))
+            if len(places):
+                self._record(rule.name, item.rows[places])
+                self._pending.setdefault(rule.name, []).extend(places[:SNIPPETS].tolist())
+
+    def _record(self, rule: str, rows: Iterable[int]) -> None:
+        self._broken.setdefault(rule, []).extend(map(int, rows))
+        if sum(map(len, self._broken.values())) > BUFFERED:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the rows that broke rules to the table `found`."""
+        names = [name for name, rows in self._broken.items() for _ in rows]
+        rows = [row for rows in self._broken.values() for row in rows]
+        self._broken = {}
+        self.sql.register(
+            "new_rows", pa.table({"rule": pa.array(names, pa.string()), "row": pa.array(rows, pa.int64())})
+        )
+        self.sql.execute("INSERT INTO found SELECT rule, row FROM new_rows")
+        self.sql.unregister("new_rows")
+
+    def _remember(self, prompts: list[str | None]) -> list[int | None]:
+        """The prompts' keys. Of the common ones the text is kept; counts are taken from the table at the end."""
+        keys = [key_of(prompt) for prompt in prompts]
+        known = self.prompts
+        for key, prompt in zip(keys, prompts, strict=True):
+            if key is not None:
+                old = known.get(key)
+                known[key] = (prompt[:300], 1) if old is None else (old[0], old[1] + 1)
+        if len(known) > 2 * PROMPTS:
+            self.prompts = dict(sorted(known.items(), key=lambda entry: -entry[1][1])[:PROMPTS])
+        return keys
+
+    def _keep(self, batch: pa.Table) -> None:
+        kept = batch.drop_columns(
+            [name for name in batch.column_names if name in ("_key", "_prompt_key") or _is_length(name)]
+        )
+        self.sql.register("kept", kept)
+        try:
+            if not hasattr(self, "_kept_columns"):
+                self.sql.execute("CREATE TABLE kept_rows AS SELECT * FROM kept LIMIT 0")
+                self._kept_columns = {name: str(kind) for name, kind in zip(*self._described("kept_rows"), strict=True)}
+            for name, kind in zip(*self._described("kept"), strict=True):
+                if name not in self._kept_columns:
+                    self.sql.execute(f"ALTER TABLE kept_rows ADD COLUMN {quoted(name)} {kind}")
+                    self._kept_columns[name] = str(kind)
+            try:
+                self.sql.execute("INSERT INTO kept_rows BY NAME SELECT * FROM kept")
+            except duckdb.Error:  # a column has another type than in the batches before
+                for name, kind in zip(*self._described("kept"), strict=True):
+                    if str(kind) != self._kept_columns[name]:
+                        self.sql.execute(f"ALTER TABLE kept_rows ALTER COLUMN {quoted(name)} TYPE VARCHAR")
+                        self._kept_columns[name] = "VARCHAR"
+                self.sql.execute("INSERT INTO kept_rows BY NAME SELECT * FROM kept")
+        finally:
+            self.sql.unregister("kept")
+
+    def _described(self, relation: str) -> tuple[list[str], list[str]]:
+        found = self.sql.execute(f"DESCRIBE {relation}").fetchall()
+        return [row[0] for row in found], [row[1] for row in found]
+
+    # --- what is looked at row by row ---
+
+    def _look(self, item: Batch, viewed: pa.Table) -> None:
+        texts = pc.fill_null(viewed["_text"], "").combine_chunks()
+        lengths = pc.utf8_length(texts).to_numpy(zero_copy_only=False)
+        self.characters += int(lengths.sum())
+        for rule, places in self._pending.items():
+            for place in places:
+                if len(self.snippets.get(rule, [])) < SNIPPETS:
+                    self._show(rule, self._snippet(item, texts, place))
+        self._pending = {}
+        self._choose_examples(item, texts, lengths)
+        if self.near is not None and self.near.count < self.near.limit:
+            self.near.add(item.rows, texts)
+        if self.options.leakage is not None:
+            leaks = self.options.leakage.search(item.rows, texts)
+            rows = sorted({leak.row for leak in leaks})
+            self.leaked_rows += len(rows)
+            self.leaks += leaks[: max(0, SHOWN_ROWS - len(self.leaks))]
+            if rows:
+                self._record("leakage", rows)
+                place_of = {int(row): place for place, row in enumerate(item.rows)}
+                for row in rows[:SNIPPETS]:
+                    self._show("leakage", self._snippet(item, texts, place_of[row]))
+        if self._masks is not None:
+            self._learn(item)
+
+    def _snippet(self, item: Batch, texts: pa.Array, place: int) -> Snippet:
+        row = int(item.rows[place])
+        file, _, number = item.where.rpartition(" ")
+        if item.read is None and number.replace(",", "").isdecimal():
+            where = f"{file} {int(number.replace(',', '')) + place:,}"
+        else:
+            where = f"{file.rpartition(':')[0]}: row {row:,}"
+        text = texts[place].as_py()
+        return Snippet(row, where, text[:SNIPPET], length=len(text))
+
+    def _show(self, rule: str, snippet: Snippet) -> None:
+        shown = self.snippets.setdefault(rule, [])
+        if len(shown) < SNIPPETS and all(old.row != snippet.row for old in shown):
+            shown.append(snippet)
+
+    def _choose_examples(self, item: Batch, texts: pa.Array, lengths: np.ndarray) -> None:
+        filled = np.flatnonzero(lengths > 0)
+        if not len(filled):
+            return
+        longest, shortest = filled[lengths[filled].argmax()], filled[lengths[filled].argmin()]
+        for name, place, sign in (("longest", longest, 1), ("shortest", shortest, -1)):
+            old = self.examples.get(name)
+            if old is None or sign * lengths[place] > sign * old.length:
+                self.examples[name] = self._snippet(item, texts, int(place))
+        for place in filled[:: max(1, len(filled) // 8)]:
+            key = int.from_bytes(hashlib.blake2b(int(item.rows[place]).to_bytes(8), digest_size=8).digest())
+            self._sample.append((key, self._snippet(item, texts, int(place))))
+        self._sample = sorted(self._sample, key=lambda entry: entry[0])[:64]
+
+    def _learn(self, item: Batch) -> None:
+        left = self.options.mask_rows - self.mask.get("rows", 0)
+        if left <= 0:
+            return
+        masks, made = self._masks, []
+        for row, record in zip(item.rows[:left], item.records()[:left], strict=False):
+            mask = masks.of(record)
+            if mask.why is not None:
+                self._record("not_trainable", [int(row)])
+                self._show("not_trainable", Snippet(int(row), f"row {int(row):,}", "", mask.why))
+                continue
+            masks.add(mask)
+            facts = mask.facts(masks.chat, masks.sequence, masks.ends, masks.thinking_turns(record))
+            bits = self.options.bits(mask) if self.options.bits is not None else None
+            made.append({"_row": int(row), **facts, "_bits": bits})
+            if len(self.mask_examples) < 3 and facts["_targets"]:
+                self.mask_examples.append((int(row), masks.spans(mask.rows[0])))
+        self.mask["rows"] = self.mask.get("rows", 0) + min(left, len(item.rows))
+        if not made:
+            return
+        kinds = {"_bits": pa.float64(), "_targets": pa.int32()}
+        table = pa.table({name: pa.array([row[name] for row in made], kinds.get(name)) for name in made[0]})
+        self.sql.register("mask", table)
+        try:
+            fields = "_row, _targets, _tokens, _has_end, _thinking_dropped, _special_tokens, _bits"
+            self.sql.execute(f"INSERT INTO masks SELECT {fields} FROM mask")
+            rules = rubric.of_shape(self.options.rules, self.shape.name, "mask")
+            found = item._replace(rows=np.array([row["_row"] for row in made]))
+            self._apply(rules, "mask", found)
+        finally:
+            self.sql.unregister("mask")
+        for rule, places in self._pending.items():
+            for place in places:
+                row = made[place]
+                why = f"{row['_targets'] or 0:,} of {row['_tokens']:,} tokens learnt"
+                why += "" if row["_bits"] is None else f", {row['_bits']:.2f} bits each"
+                self._show(rule, Snippet(row["_row"], f"row {row['_row']:,}", "", why))
+        self._pending = {}
+
+
+def key_of(text: str | None) -> int | None:
+    """A hash that two texts share which differ in case and white space alone; None for no text."""
+    line = " ".join((text or "").lower().split())
+    return hash(line if line.isascii() else unicodedata.normalize("NFC", line)) if line else None
+
+
+def type_name(kind: pa.DataType) -> str:
+    """An Arrow type as a short text."""
+    text = str(kind)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def sql_names(columns: list[str]) -> dict[str, str]:
+    """Names for SQL, which does not tell a from A: the later one gets a number; names like ours get one too."""
+    taken: set[str] = {*COLUMNS, "_row", "_split", "_key", "_prompt_key"}
+    made = {}
+    for name in columns:
+        new, number = name or "unnamed", 1
+        while new.lower() in taken or _is_length(new):
+            new, number = f"{name}_{number}", number + 1
+        taken.add(new.lower())
+        made[name] = new
+    return made
+
+
+def _is_length(name: str) -> bool:
+    return name[:2] in ("_c", "_t") and name[2:].isdecimal()
