@@ -355,6 +355,8 @@ class KVCache:
     """
 
     def __init__(self, config: Config, batch_size: int = 1, max_len: int = 256, device=None, dtype=None):
+        if type(batch_size) is not int or batch_size < 1 or type(max_len) is not int:
+            raise ValueError(f"a cache of {batch_size!r} rows and {max_len!r} positions: give whole numbers from 1")
         if not 1 <= max_len <= config.context_length:
             raise ValueError(f"cache of {max_len:,} positions: the model's context is {config.context_length:,}")
         shape = (batch_size, config.num_key_value_heads, max_len, config.head_dim)
@@ -564,6 +566,47 @@ class Decoder(nn.Module):
         return Step(cos, sin, mask, causal, cache, positions)
 
 
+def check_ids(model: "Qwen3", ids: Any, cache: KVCache | None) -> None:
+    """One ValueError for what is wrong with the arguments of `Qwen3.forward`, in a few microseconds.
+
+    The range of ids is looked at on the CPU alone; a GPU would have to be waited for at every step.
+    """
+    if not isinstance(ids, Tensor):
+        hint = "; a text becomes ids by Chat.encode" if isinstance(ids, str) else ""
+        raise ValueError(f"ids is a {type(ids).__name__}, but must be a LongTensor [B, T]{hint}")
+    if ids.dim() != 2:
+        hint = "; for one row give ids[None]" if ids.dim() == 1 else ""
+        raise ValueError(f"ids has the shape {list(ids.shape)}, but must be [B, T]{hint}")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"ids has the dtype {ids.dtype}, but token ids are whole numbers: torch.int64")
+    config, weight = model.config, model.model.embed_tokens.weight
+    if ids.numel() == 0:
+        raise ValueError(f"ids has the shape {list(ids.shape)}: there is no token in it")
+    if ids.device.type != weight.device.type:
+        raise ValueError(f"ids is on {ids.device}, but the model is on {weight.device}")
+    if ids.is_cpu and not torch.compiler.is_compiling():
+        low, high = ids.min().item(), ids.max().item()
+        if low < 0 or high >= config.vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"token id {wrong} is not from 0 to {config.vocab_size - 1:,}, the model's vocabulary")
+    if cache is None:
+        if ids.shape[1] > config.context_length:
+            raise ValueError(
+                f"ids has {ids.shape[1]:,} positions, but the model's context is {config.context_length:,}"
+            )
+        return
+    keys = cache.keys[0] if cache.keys else ids
+    shape = (len(ids), config.num_key_value_heads, cache.max_len, config.head_dim)
+    if len(cache.keys) != config.num_hidden_layers or keys.shape[1::2] != shape[1::2]:
+        raise ValueError("the cache was made for a model of another shape; make it from this model's config")
+    if len(cache.lengths) != shape[0]:
+        raise ValueError(f"the cache has {len(cache.lengths)} rows, but ids has {shape[0]}")
+    if keys.device != weight.device:
+        raise ValueError(f"the cache is on {keys.device}, but the model is on {weight.device}")
+    if keys.dtype != weight.dtype and not torch.is_autocast_enabled(keys.device.type):
+        raise ValueError(f"the cache has the dtype {keys.dtype}, but the model's is {weight.dtype}")
+
+
 class Qwen3(nn.Module):
     """The language model: LongTensor ids [B, T] → logits [B, T, V] for the token after each position.
 
@@ -589,7 +632,11 @@ class Qwen3(nn.Module):
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, last: bool = False) -> Tensor:
         """With a cache the T positions are appended to it, and no gradients are recorded: a graph through the cache
-        would grow with every token. `last` computes the logits of the last position alone."""
+        would grow with every token. `last` computes the logits of the last position alone.
+
+        Raises ValueError for ids that this model can't take and for a cache that is not for them.
+        """
+        check_ids(self, ids, cache)
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.forward(ids, cache, last)

@@ -1,5 +1,6 @@
 """Where a model comes from: SRC is a directory, a .gguf file, or a hub id (`org/name`, `org/name@revision`).
 
+The folder of a training run stands for its last checkpoint, RUN/latest.
 A hub model is taken from the local Hugging Face cache when it is whole there, and downloaded otherwise
 (formats/hub.py): data files only (JSON, safetensors, the template's text), never code, never pickles.
 """
@@ -27,7 +28,9 @@ def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = Fals
     """
     name, path = f"{place} {src}", Path(src).expanduser()
     if _kind(path) and str(src):
-        if _kind(path) == "directory" or path.suffix == ".gguf":
+        if _kind(path) == "directory":
+            return _of_run(path)
+        if path.suffix == ".gguf":
             return path
         if path.suffix in PICKLE_SUFFIXES:
             raise ValueError(f"{name}: a pickle by its name, which can run code and is never opened; get safetensors")
@@ -55,6 +58,12 @@ def resolve_default(src: str | Path | None) -> Path:
 
 def _from_hub(repo: str, revision: str | None, tokenizer_only: bool = False) -> Path:
     return hub.cached(repo, revision, tokenizer_only) or hub.download(repo, revision, tokenizer_only)
+
+
+def _of_run(path: Path) -> Path:
+    """A training run's folder stands for its last checkpoint; every other directory for itself."""
+    is_run = not (path / "config.json").is_file() and (path / "config.yaml").is_file()
+    return path / "latest" if is_run and (path / "latest" / "config.json").is_file() else path
 
 
 def _kind(path: Path) -> str | None:

@@ -6,6 +6,7 @@ What becomes of the logits of a position is decided in `Reply` alone, for both l
 budget puts in, and the end. A draft (inference/speculate.py) only lets one pass of the model serve several positions.
 """
 
+import operator
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
@@ -67,6 +68,10 @@ def steps(
     without it and a guess only tells whether the pass already holds what follows, so the reply is the same.
     """
     reply = Reply(model, ids, params, chat, intervene)
+    ids = reply.ids
+    if cache is not None and cache.lengths[0] >= len(ids):
+        held = f"the cache holds {cache.lengths[0]:,} positions, but the prompt has {len(ids):,}"
+        raise ValueError(f"{held}; truncate it, so that at least one is left to compute")
     cache = cache or new_cache(model, len(ids) + reply.limit)
     pending = list(ids[cache.lengths[0] :])
     if speculation is not None:
@@ -110,17 +115,17 @@ class Reply:
         intervene: Intervene | None = None,
         until: Until | None = None,
     ):
-        check_prompt(model, ids)
+        self.ids = check_prompt(model, ids)
         self.params = params or recommended(model.generation_config, thinking=True)
         if self.params.stop and chat is None:
             raise ValueError("stop strings are text: give generate the checkpoint's chat too")
-        self.ids, self.tokens, self.ended = ids, [], False
+        self.tokens, self.ended = [], False
         # The last token itself need not be computed on, so it may lie behind the context.
-        self.limit = min(self.params.max_new_tokens, model.config.context_length - len(ids) + 1)
+        self.limit = min(self.params.max_new_tokens, model.config.context_length - len(self.ids) + 1)
         self.generator, self.ends = self.params.generator(), end_tokens(model)
-        self.seen = array("q", ids), array("q")  # prompt and reply once more, as the penalties read them fast
+        self.seen = array("q", self.ids), array("q")  # prompt and reply once more, as the penalties read them fast
         self.intervene, self.until = intervene, until
-        self.text = ReplyStream(chat, ids, self.params.stop, raw=True) if self.params.stop else None
+        self.text = ReplyStream(chat, self.ids, self.params.stop, raw=True) if self.params.stop else None
 
     def choose(self, logits: Tensor) -> list[tuple[int, Tensor | None]]:
         """The token drawn from logits [V] and, without logits, the ids that `intervene` puts behind it."""
@@ -165,6 +170,8 @@ def generate_batch(
     Each row has its own random state from its own seed. Finished rows leave the batch once they are half of it.
     `chat` is for stop strings; `intervene` and `until` hold what `Reply` takes, one for each prompt.
     """
+    if isinstance(prompts, Tensor | str):
+        raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of prompts, each a list of ids")
     if not prompts:
         return []
     each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
@@ -172,6 +179,7 @@ def generate_batch(
     given = zip(prompts, each, intervene or nobody, until or nobody, strict=True)
     replies = [Reply(model, ids, p, chat, put_in, end) for ids, p, put_in, end in given]
     device, context = model.model.embed_tokens.weight.device, model.config.context_length
+    prompts = [reply.ids for reply in replies]
 
     # Padding lies behind each prompt, where no real token looks; cutting the rows to length forgets it again.
     longest = max(map(len, prompts))
@@ -211,16 +219,32 @@ class PromptTooLong(ValueError):
     """A prompt that the model's context does not hold; in a chat it can begin anew."""
 
 
-def check_prompt(model: Qwen3, ids: Sequence[int]) -> None:
+def check_prompt(model: Qwen3, ids: Sequence[int] | Tensor) -> list[int]:
+    """The ids of one prompt as a list. Raises ValueError for what is none, or not one for this model."""
+    if isinstance(ids, str | bytes):
+        raise ValueError("the prompt is a text, but token ids are needed; Chat.encode or Chat.render makes them")
+    if isinstance(ids, Tensor):
+        if ids.dim() != 1:
+            raise ValueError(
+                f"the prompt has the shape {list(ids.shape)}; give the ids of one prompt, in one dimension"
+            )
+        ids = ids.tolist()
+    try:
+        ids = list(map(operator.index, ids))
+    except TypeError:
+        raise ValueError(f"the prompt is not a list of token ids (whole numbers): {repr(ids)[:80]}") from None
     context, vocabulary = model.config.context_length, model.config.vocab_size
     if not ids:
         raise ValueError("the prompt is empty; give at least one token")
     if len(ids) > context:
         raise PromptTooLong(f"the prompt has {len(ids):,} tokens, but this model's context is {context:,}; shorten it")
-    if max(ids) >= vocabulary or min(ids) < 0:
+    low, high = min(ids), max(ids)
+    if low < 0 or high >= vocabulary:
+        wrong = low if low < 0 else high
         raise ValueError(
-            f"token id {max(ids)} is outside of the vocabulary of {vocabulary:,}; the tokenizer is another's"
+            f"token id {wrong} is outside of the vocabulary of {vocabulary:,}; is the tokenizer another's?"
         )
+    return ids
 
 
 def end_tokens(model: Qwen3) -> set[int]:

@@ -436,3 +436,16 @@ def test_the_command_answers_though_the_hub_is_silent(black_hole, tmp_path, monk
     assert ended.returncode == 0 and ended.stdout
     first = ended.stderr.splitlines()[0]
     assert first == "org/name: not in the cache, and the hub can't be reached. The bundled tiny model answers."
+
+
+def test_the_folder_of_a_run_is_its_last_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    (run / "latest").mkdir(parents=True)
+    from formats.source import resolve
+
+    assert resolve(run) == run, "neither is a checkpoint, which its reader will say"
+    (run / "config.yaml").write_text("train: {}")
+    (run / "latest" / "config.json").write_text("{}")
+    assert resolve(run) == run / "latest" and resolve(run / "latest") == run / "latest"
+    (run / "config.json").write_text("{}")
+    assert resolve(run) == run, "a checkpoint of its own"
