@@ -207,10 +207,10 @@ def report(options: Namespace) -> None:
 def perplexity(options: Namespace) -> None:
     import torch
 
-    from evaluation.likelihood import Scorer
     from evaluation.perplexity import perplexity as measured
     from evaluation.perplexity import read_text
     from evaluation.run import Evaluated
+    from inference.likelihood import Scorer
 
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -10,9 +10,9 @@ from typing import Any
 
 from chat import Chat
 from evaluation.folder import OUTPUT, Folder
-from evaluation.likelihood import Scorer
 from evaluation.tasks import Question
 from inference.decode import PromptTooLong, ThinkingBudget, check_prompt, generate_batch
+from inference.likelihood import Scorer
 from inference.sampling import SamplingParams
 from inference.session import Listener
 from model import Qwen3

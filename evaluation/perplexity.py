@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from evaluation.likelihood import Scorer
+from inference.likelihood import Scorer
 
 
 class Perplexity(NamedTuple):

@@ -20,9 +20,9 @@ from data.corpus.tokenizer import TINY, pieces_of
 from evaluation import run as evaluation_run
 from evaluation import tasks
 from evaluation.folder import Folder
-from evaluation.likelihood import Scorer
 from evaluation.perplexity import perplexity, windows
 from inference.decode import ThinkingBudget, steps
+from inference.likelihood import Scorer
 from inference.params import SamplingParams
 from model import Qwen3
 

@@ -45,6 +45,7 @@ ROOMS = {
     ),
     "xray": ({"model", "chat", "inspection", "training", "data", "formats"}, {"rich"}),
     "audit": ({"model", "chat", "inspection", "formats"}, set()),
+    "lens": ({"inspection", "inference", "formats"}, set()),
     "generate": ({"inference"}, set()),
     "convert": ({"model", "chat", "formats", "ops"}, {"torch", "safetensors"}),
     "train": (
