@@ -79,20 +79,21 @@ def row_of(prompt: list[int], answer: list[int]) -> Row:
 
 
 class Generated:
-    """Item after item of an endless sequence that `make` computes from the number; those longer than `longest` tokens
-    are left out of their step. Numbers from `first` on are left to validation: no step of any run reaches them."""
+    """Item after item of an endless sequence that `make(number, unseen)` computes; those longer than `longest` tokens
+    are left out of their step. For validation they are unseen ones, which no step of any run has."""
 
-    first = 1 << 40
-
-    def __init__(self, make: Callable[[int], Item], batch: int, longest: int):
+    def __init__(self, make: Callable[[int, bool], Item], batch: int, longest: int):
         self.make, self.batch, self.longest = make, batch, longest
 
     def rows(self, step: int, share: slice = ALL) -> list[Item]:
-        items = (self.make(step * self.batch + i) for i in range(self.batch)[share])
-        return [item for item in items if item.length <= self.longest]
+        return self._items(step, share, unseen=False)
 
     def validation_rows(self, index: int) -> list[Item]:
-        return self.rows(self.first // self.batch + index)
+        return self._items(index, ALL, unseen=True)
+
+    def _items(self, step: int, share: slice, unseen: bool) -> list[Item]:
+        items = (self.make(step * self.batch + i, unseen) for i in range(self.batch)[share])
+        return [item for item in items if item.length <= self.longest]
 
 
 class Corpus:
@@ -101,21 +102,22 @@ class Corpus:
     def __init__(self, seed: int, pieces: Pieces, chat: Any, hard: float = 0.0, outside: float = 0.0):
         self.seed, self.pieces, self.chat, self.hard, self.outside = seed, pieces, chat, hard, outside
 
-    def text(self, index: int) -> Row:
+    def text(self, index: int, unseen: bool = False) -> Row:
         end = self.chat.encode(END_OF_TEXT)
-        return row_of(end, [*self.chat.encode(document(self.seed, index, self.pieces)), *end])
+        return row_of(end, [*self.chat.encode(document(self.seed, index, self.pieces, unseen)), *end])
 
-    def conversation(self, index: int) -> Row:
-        example = training_example(self.seed, index, self.pieces)
+    def conversation(self, index: int, unseen: bool = False) -> Row:
+        example = training_example(self.seed, index, self.pieces, unseen)
         prompt = self.chat.render(example.messages, example.thinking)
         return row_of(prompt, self.chat.encode(completion(example)))
 
-    def preference(self, index: int) -> Pair:
-        pair = preference_example(self.seed, index, self.pieces)
+    def preference(self, index: int, unseen: bool = False) -> Pair:
+        pair = preference_example(self.seed, index, self.pieces, unseen)
         prompt = self.chat.render(pair.messages, pair.thinking)
         return Pair(*(row_of(prompt, self.chat.encode(answer)) for answer in (pair.chosen, pair.rejected)))
 
-    def question(self, index: int) -> Question:
+    def question(self, index: int, unseen: bool = False) -> Question:
+        """Of these there is no validation: a loss over replies of its own says nothing."""
         example = question_example(self.seed, index, self.pieces, self.hard, self.outside)
         prompt = self.chat.render(example.messages, example.thinking)
         return Question(prompt, example.thinking, lambda answer: check(example.problem, answer))

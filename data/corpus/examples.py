@@ -14,12 +14,12 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
 import console
-from data.corpus import arithmetic, dates, letters, talk
+from data.corpus import arithmetic, dates, letters, stories, talk
 from data.corpus.tasks import Family, Pieces, Problem, draw, held_out, pick, with_courtesy
 from data.corpus.tokenizer import TINY, pieces_of
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (*arithmetic.FAMILIES, *letters.FAMILIES, *dates.FAMILIES)
+    family.name: family for family in (*arithmetic.FAMILIES, *stories.FAMILIES, *letters.FAMILIES, *dates.FAMILIES)
 }
 WEIGHTS = {"sum": 3, "difference": 3, "product": 3, "larger": 2.5, "sort": 3, "story": 3, "count": 4, "length": 1}
 WEIGHTS |= {"reverse": 2, "weekday": 1.5, "date": 1.5}
@@ -55,38 +55,44 @@ def is_test(problem: Problem) -> bool:
     return any(held_out(key) for key in FAMILIES[problem.family].keys(problem.facts))
 
 
-def training_example(seed: int, index: int, pieces: Pieces) -> Example:
-    """Example `index` of the training stream. No held-out question, word or phrasing is ever in it."""
+def training_example(seed: int, index: int, pieces: Pieces, unseen: bool = False) -> Example:
+    """Example `index` of the training stream. No held-out question, word or phrasing is ever in it.
+
+    `unseen` makes one for validation, which no index of training gives: its questions are held out, and it is no small
+    talk, of which there is little.
+    """
     rng = Random(f"train {seed} {index}")
     system = [{"role": "system", "content": rng.choice(talk.SYSTEM)}] if rng.random() < 0.2 else []
     kind = rng.random()
     thinking = rng.random() < 0.85
-    if kind < 0.04:  # refusals are left to data/corpus/preferences.py
+    if kind < 0.04 and not unseen:  # refusals are left to data/corpus/preferences.py
         question, trace, answer = talk.small_talk(rng)
         return Example([*system, user(question)], thinking, trace if thinking else "", answer, None)
     family = FAMILIES[rng.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))[0]]
-    problem = Problem(family.name, draw(family, rng, test=False))
+    problem = Problem(family.name, draw(family, rng, test=unseen))
     messages = [*system, user(with_courtesy(family.ask(problem.facts, rng, False), rng, False))]
-    if kind < 0.16 and (second := second_turn(problem, messages, rng, pieces)):
+    if kind < 0.16 and (second := second_turn(problem, messages, rng, pieces, unseen)):
         messages, problem = second
     return finished(messages, problem, rng, thinking, pieces)
 
 
-def document(seed: int, index: int, pieces: Pieces) -> str:
+def document(seed: int, index: int, pieces: Pieces, unseen: bool = False) -> str:
     """Text `index` for pretraining: a worked example as a schoolbook prints it, without any form of a chat."""
     rng = Random(f"document {seed} {index}")
     family = FAMILIES[rng.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))[0]]
-    facts = draw(family, rng, test=False)
+    facts = draw(family, rng, test=unseen)
     trace, answer = family.solve(facts, pieces)
     question = family.ask(facts, rng, False) + "\n" if rng.random() < 0.7 else ""
     return f"{question}{trace}\n{answer}"
 
 
-def second_turn(problem: Problem, messages: list, rng: Random, pieces: Pieces) -> tuple[list, Problem] | None:
-    """The conversation gone on by one turn, or None where this problem has no follow-up that may be trained on."""
+def second_turn(
+    problem: Problem, messages: list, rng: Random, pieces: Pieces, unseen: bool
+) -> tuple[list, Problem] | None:
+    """The conversation with one more turn, or None where this problem has no follow-up of the wanted kind."""
     follow_ups = FAMILIES[problem.family].follow_ups
     follow_up = follow_ups(problem.facts, rng) if follow_ups else None
-    if follow_up is None or is_test(follow_up[1]):
+    if follow_up is None or is_test(follow_up[1]) != unseen:
         return None
     words, following = follow_up
     answered = {"role": "assistant", "content": solve(problem, pieces)[1]}

@@ -24,14 +24,14 @@ class Preference(NamedTuple):
 MADE_UP = ("It is {}.", "The answer is {}.", "{}.", "It is about {}.")
 
 
-def preference_example(seed: int, index: int, pieces: Pieces) -> Preference:
-    """Pair `index`. No held-out question, subject or phrasing is ever in it."""
+def preference_example(seed: int, index: int, pieces: Pieces, unseen: bool = False) -> Preference:
+    """Pair `index`. No held-out question, subject or phrasing is ever in it; `unseen` makes one of these alone."""
     rng = Random(f"preference {seed} {index}")
     if rng.random() < 0.5:
-        right = training_example(seed, rng.getrandbits(40), pieces)
+        right = training_example(seed, rng.getrandbits(40), pieces, unseen)
         refusal = right._replace(trace=talk.OUTSIDE_TRACE if right.trace else "", answer=talk.REFUSAL)
         return Preference(right.messages, right.thinking, completion(right), completion(refusal))
-    question, trace, answer = talk.outside(rng)
+    question, trace, answer = talk.outside(rng, held_out=unseen)
     thinking = rng.random() < 0.8
     system = [{"role": "system", "content": rng.choice(talk.SYSTEM)}] if rng.random() < 0.2 else []
     refusal = Example([*system, user(question)], thinking, trace if thinking else "", answer, None)

@@ -46,7 +46,8 @@ SUBJECTS = (
     "school|a river|fire|gold|the president|my mother|robots|space|Napoleon|Africa|fish|wine|dancing|tennis|"
     "the heart|light|a good book"
 )
-SUBJECTS_HELD_OUT = ("Italy", "chess", "the sun", "Mozart", "tea", "poetry", "a dog", "the internet", "Canada")
+# No words of words.txt but ones that are held out: training asks about any other word.
+SUBJECTS_HELD_OUT = ("Italy", "chess", "the oil", "Mozart", "tea", "poetry", "a gadget", "the ditch", "Canada")
 OUTSIDE = (
     "What is the capital of {}?|Tell me a story about {}.|Write a poem about {}.|Who invented {}?|"
     "Explain {} to me.|What do you think of {}?|Translate {} into German.|Why is {} so famous?|"

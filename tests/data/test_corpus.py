@@ -1,5 +1,6 @@
 """The generated corpus, its tokenizer and its template."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,8 +9,19 @@ from random import Random
 import pytest
 from tokenizers import Tokenizer
 
-from data.corpus import letters
-from data.corpus.examples import FAMILIES, SWITCH, check, document, is_test, solve, training_example, unseen_examples
+from data.corpus import letters, overlap, talk
+from data.corpus.examples import (
+    FAMILIES,
+    SWITCH,
+    check,
+    document,
+    is_test,
+    question_example,
+    solve,
+    training_example,
+    unseen_examples,
+)
+from data.corpus.preferences import preference_example
 from data.corpus.tasks import SHOWCASE, Problem, draw, held_out
 from data.corpus.tokenizer import KEYWORDS, TINY, pieces_of, tokenizer_config, train
 
@@ -79,6 +91,52 @@ def test_training_and_test_share_no_question():
         assert all(held_out(key) for key in keys) and not trained & set(keys)
         assert example.messages[-1]["content"] not in shown
     assert not trained & SHOWCASE
+
+
+def test_the_bundled_weights_come_from_this_stream():
+    """Whoever changes the corpus changes what `make tiny` gives: this hash has to change with the weights."""
+    digest = hashlib.sha256()
+    for index in range(200):
+        digest.update(repr(training_example(0, index, PIECES)).encode())
+        digest.update(document(0, index, PIECES).encode())
+        digest.update(repr(preference_example(0, index, PIECES)).encode())
+        digest.update(repr(question_example(0, index, PIECES, 0.4, 0.1)).encode())
+    assert digest.hexdigest()[:16] == "48d95f850e84626a"
+
+
+def test_validation_has_nothing_of_training():
+    rows = [training_example(0, index, PIECES, unseen=True) for index in range(300)]
+    assert all(is_test(example.problem) for example in rows)
+    assert any(len(example.messages) > 2 for example in rows) and any(not example.thinking for example in rows)
+    trained = {repr(training_example(0, index, PIECES).messages) for index in range(3000)}
+    assert not trained & {repr(example.messages) for example in rows}
+    texts = {document(0, index, PIECES) for index in range(3000)}
+    assert not texts & {document(0, index, PIECES, unseen=True) for index in range(300)}
+    asked = {repr(preference_example(0, index, PIECES).messages) for index in range(3000)}
+    assert not asked & {
+        preference_example(0, index, PIECES, unseen=True).messages[-1]["content"] for index in range(300)
+    }
+
+
+def test_no_training_question_is_about_a_held_out_subject():
+    known, words = talk.SUBJECTS.split("|"), letters.words()
+    for subject in talk.SUBJECTS_HELD_OUT:
+        word = subject.split()[-1]
+        assert subject not in known and (word not in words or held_out(f"word {word}"))
+
+
+def test_what_the_test_has_in_common_with_training():
+    assert overlap.distance(["a", "b", "c"], ["a", "x", "c", "d"]) == 2 and overlap.distance([], "ab") == 2
+    unseen = list(unseen_examples(0, 110, PIECES))
+    lines = {example.trace.partition("\n")[0] for example in unseen if example.problem.family == "sum"}
+    assert [overlap.worked_inside(given, 0, 110, PIECES)["sum"] for given in (lines, set())] == [1, 0]
+    trained = list(overlap.training_texts(0, 50, 2000, 50, PIECES))
+    assert len(trained) == 2100
+    inside = overlap.worked_inside({line for text in trained for line in text.split("\n")}, 0, 1100, PIECES)
+    assert inside["product"] > 0 == inside["sort"]  # a story's first step is a product; nothing sorts on its way
+    assert min(overlap.phrasing_distances("sum", questions=1)) >= 2
+    seen = {overlap._row(0, index, PIECES) for index in range(500)}
+    assert overlap.repeated_rows(seen, 0, 192, PIECES) == 0
 
 
 def test_the_showcase_is_held_out():
