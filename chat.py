@@ -3,10 +3,10 @@
     messages -> `Chat.render` -> ids -> the model -> ids -> `ReplyStream` -> ("thinking" | "answer", text)
 
 Everything a checkpoint knows about text is in its tokenizer.json (BPE over bytes: Sennrich et al. 2016, Radford et
-al. 2019), its tokenizer_config.json and its chat template, a Jinja program that writes the messages out as one text.
-No id and no tag's place is written in this file; ids are looked up by their content.
+al. 2019), its tokenizer_config.json and its chat template, a Jinja program that renders the messages as one text.
+No id is hard-coded here; ids are looked up by their content.
 
-The template is somebody else's program and runs in a process of its own (formats/template.py).
+The template is someone else's program and runs in a process of its own (formats/template.py).
 """
 
 import codecs
@@ -31,15 +31,15 @@ from formats.tokenizer_files import (
 
 THINK_START, THINK_END = "<think>", "</think>"
 
-# What the model is made to say when its thinking budget is spent (Qwen3 Technical Report, arXiv:2505.09388, section
-# 4.3, and the code beside it in Qwen's documentation). `</think>` in it is encoded as the one token.
+# Appended to the reply when its thinking budget is spent (Qwen3 Technical Report, arXiv:2505.09388, section
+# 4.3, and the code beside it in Qwen's documentation). `</think>` in it is encoded as one token.
 EARLY_STOP_TEXT = (
     "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
     "</think>\n\n"
 )
 
-END_OF_TEXT = "<|endoftext|>"  # between documents; what ends a turn of a chat is the template's to say
-# The thinking that a template writes for a turn without any, at the beginning of the turn.
+END_OF_TEXT = "<|endoftext|>"  # between documents; the end of a chat turn is defined by the template
+# The empty thinking block that some templates write at the beginning of a turn without thinking.
 EMPTY_THINKING = re.compile(r"(?P<tag><think>)?\s*</think>\s*")
 
 
@@ -47,7 +47,7 @@ class Chat:
     """A checkpoint's tokenizer and chat template: messages and text to ids, ids to text.
 
     `source` names the checkpoint in error messages. `tokenizer_json` is the text of tokenizer.json; `tokenizer_config`
-    the content of tokenizer_config.json; a `template` beside them (chat_template.jinja) comes before the one inside it.
+    the content of tokenizer_config.json; `template` (chat_template.jinja) takes precedence over the one inside it.
     """
 
     def __init__(self, source: str, tokenizer_json: str, tokenizer_config: dict, template: str | None = None):
@@ -55,7 +55,7 @@ class Chat:
         self.templates = chat_templates(source, tokenizer_config) if template is None else {"default": template}
         self._sandbox = TemplateSandbox()
         if self.templates:
-            self._sandbox.start()  # it gets ready while the tokenizer is parsed
+            self._sandbox.start()  # it starts while the tokenizer is parsed
         self.tokenizer = load_tokenizer(source, tokenizer_json)
         added = self.tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
@@ -176,7 +176,7 @@ class Chat:
         bare = prompt.rstrip().removesuffix(THINK_END).rstrip().removesuffix(THINK_START)  # without an empty thinking
         shared = prompt if whole.startswith(prompt) or THINK_START not in prompt[len(bare) :] else bare
         if not whole.startswith(shared):
-            raise ValueError("the chat template writes this turn of the assistant otherwise than it asks for one")
+            raise ValueError("the chat template's generation prompt is not how it begins this turn of the assistant")
         said = whole[len(shared) :]
         for what, text in _said(asked, answer, normalise_tools(tools)):
             if text.strip() not in (said if what == "answer" else whole):
@@ -234,7 +234,7 @@ class Chat:
 
 
 def assistant_message(thinking: str, answer: str) -> dict:
-    """An assistant's turn for the history. Kept apart like this, the template itself drops thinking that is old."""
+    """An assistant's turn for the history. The template drops old thinking that has its own field."""
     return {"role": "assistant", "content": answer, "reasoning_content": thinking}
 
 
@@ -261,7 +261,7 @@ def _said(asked: list[Message], answer: Message, tools: list[dict] | None) -> It
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: each byte as one visible character, its own where Latin-1 has one, else one from U+0100 on."""
+    """GPT-2's alphabet: each byte as one visible character, Latin-1's if that is visible, else one from U+0100 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -291,11 +291,11 @@ class TextStream:
 
 
 class StopStrings:
-    """Text up to the first stop string. What could be the beginning of one is held back until that is decided.
+    """Text up to the first stop string. What may be the beginning of one is held back until it is decided.
 
     The stop string that is complete first ends the text, so the result does not depend on how the text is cut into
-    pieces. Hidden text (that of a special token) is looked through like any other but not returned. `stopped` tells
-    that one was found.
+    pieces. Hidden text (that of a special token) is searched like any other but not returned. `stopped`: one
+    was found.
     """
 
     def __init__(self, stop: Sequence[str] = ()):
@@ -320,7 +320,7 @@ class StopStrings:
         return self._release(len(held) - self._undecided(held))
 
     def flush(self) -> str:
-        """At the end of the text: what was held back after all."""
+        """At the end of the text: what is still held back."""
         return self._release(len(self._held))
 
     def _release(self, count: int) -> str:
@@ -338,10 +338,10 @@ class StopStrings:
 class ReplyStream:
     """A reply's ids one at a time to pieces of ("thinking" | "answer", text) that can be shown at once.
 
-    The ids of `<think>` and `</think>` part thinking from answer, not their text, which a model may well talk about;
-    neither they nor the line breaks that the template sets around them are shown. `prompt_ids` tell whether the reply
-    begins inside thinking. `stopped` tells that one of the strings `stop` came up, in either part; it and all after it
-    are not shown. With `raw` everything is answer and nothing but special tokens is left out.
+    The ids of `<think>` and `</think>` separate thinking from answer, not their text, which a model may talk about;
+    neither they nor the line breaks that the template writes around them are shown. `prompt_ids` tell whether the
+    reply begins inside thinking. `stopped`: one of the strings `stop` was found, in either part; it and all text after
+    it are not shown. With `raw` everything is answer, and only special tokens are left out.
     """
 
     def __init__(self, chat: Chat, prompt_ids: Sequence[int] = (), stop: Sequence[str] = (), raw: bool = False):
@@ -368,7 +368,7 @@ class ReplyStream:
         return "".join(self._parts["answer"])
 
     def push(self, token_id: int) -> list[tuple[str, str]]:
-        """What the next id allows to be shown: nothing or one (kind, text)."""
+        """What can be shown after the next id: nothing or one (kind, text)."""
         hidden = token_id in self._tags or token_id in self._special_ids
         text = self._text.flush() if hidden else ""  # of a character that remained incomplete
         text = self._stop.push(text) + self._stop.push(self._text.push(token_id), hidden)
@@ -379,7 +379,7 @@ class ReplyStream:
         return shown
 
     def finish(self) -> list[tuple[str, str]]:
-        """At the end of the ids: what was held back after all."""
+        """At the end of the ids: what is still held back."""
         return self._show(self._stop.push(self._text.flush()) + self._stop.flush())
 
     def _show(self, text: str) -> list[tuple[str, str]]:

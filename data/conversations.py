@@ -1,10 +1,10 @@
-"""Rows of other people's data, in the shapes that the field writes them.
+"""Rows of other people's data, in the shapes that are in common use.
 
     messages       {"messages": [{"role", "content"}, ...]}          OpenAI, UltraChat
                    {"conversations": [{"from", "value"}, ...]}       ShareGPT
     asked          {"prompt"}, {"question"}, {"query"}, {"instruction"} or {"input"}: a text, a list of messages, or a
-                   transcript "\n\nHuman: ...\n\nAssistant:" (hh-rlhf); {"input"} or {"context"} beside them is what is
-                   asked about (Alpaca, Dolly), {"history"} the pairs of turns before (LLaMA-Factory)
+                   transcript "\n\nHuman: ...\n\nAssistant:" (hh-rlhf); {"input"} or {"context"} beside them is
+                   appended (Alpaca, Dolly), {"history"} holds earlier pairs of turns (LLaMA-Factory)
     answered       {"completion"}, {"response"}, {"output"} or {"answer"}: a text or a list of messages, all of whose
                    turns are learnt, while none of the prompt's is (TRL)
     preference     {"chosen", "rejected"}: texts, messages or whole dialogues, with or without a prompt of its own
@@ -12,7 +12,7 @@
 
 Beside each of these: {"system"} (or {"system_prompt"}), {"tools"} (or {"functions"}), and {"chat_template_kwargs":
 {"enable_thinking"}}. Messages are those of formats/messages.py. A row of another shape, or one with a field that would
-change what it teaches and that is not known here, is a ValueError; whoever reads the rows knows where they stand.
+change what it teaches and that is not known here, is a ValueError; the caller knows its line.
 """
 
 import re
@@ -29,11 +29,11 @@ ABOUT = ("context", "input")
 ANSWERED = ("completion", "response", "output", "answer")
 BESIDE = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs", "history")
 FIELDS = frozenset((*DIALOGUES, *TRANSCRIPTS, *ASKED, *ABOUT, *ANSWERED, *BESIDE, "chosen", "rejected", "label"))
-"""All that is read of a row; others (an id, a category, a score) change nothing that is taught."""
+"""All fields that are read; others (an id, a category, a score) change nothing that is taught."""
 SETTINGS = ("n", "model", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "max_tokens", "max_new_tokens")
 SETTINGS += ("max_completion_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs")
 SETTINGS += ("tool_choice", "response_format", "logit_bias", "stream", "thinking_budget")
-"""Of a request: a prompt's reply would change with them, and they are given for the whole file."""
+"""Fields of a request that would change the reply; a prompt file gets them from the command line."""
 NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\d+(?:\.\d+)?")
 SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
 
@@ -56,7 +56,7 @@ def conversation(record: Any) -> Conversation | None:
     empty answer, of which Alpaca has a few, and where all weights are 0."""
     record = fields_of(record)
     if record.get("label") is False:
-        raise ValueError("label is false: an answer that is not wanted, which would be taught")
+        raise ValueError("label is false: this would teach an unwanted answer")
     if (messages := dialogue(record) or completed(record) or transcript(record)) is None:
         raise ValueError(
             f"has the fields {named(record)}, but a conversation is messages, or one of {', '.join(ASKED)} with one of "
@@ -75,7 +75,7 @@ def conversation(record: Any) -> Conversation | None:
 
 
 def preference(record: Any) -> Preference | None:
-    """None for pairs that differ in more than the last answer, or not at all: published sets have a few of them."""
+    """None for pairs that differ in more than the last answer, or not at all; published sets have a few."""
     record = fields_of(record)
     if record.get("chosen") is None or record.get("rejected") is None:
         raise ValueError(f"has the fields {named(record)}, but a preference has chosen and rejected")
@@ -104,13 +104,13 @@ def question(record: Any) -> tuple[Conversation, Callable[[str], bool]]:
 
 
 def prompt(record: Any) -> Conversation:
-    """What a line of a prompt file asks: a text, messages, or a row whose answer, if it has one, is left out. A turn of
-    the assistant at the end is the beginning of the reply."""
+    """What a line of a prompt file asks: a text, messages, or a training row without its answer. If the last message is
+    the assistant's, the reply continues it."""
     if isinstance(record, str):
         return Conversation([user(record)])
     for name in SETTINGS:
         if fields_of(record).get(name) is not None:
-            raise ValueError(f"{name} is a setting, which is given for the whole file; leave it out")
+            raise ValueError(f"{name} is a setting, which the command line gives for the whole file; leave it out")
     messages = dialogue(record) or asked(record)
     if messages is None:
         raise ValueError(f"has the fields {named(record)}, but a prompt is a text, prompt or messages")
@@ -127,20 +127,20 @@ def last_number(text: str) -> Decimal | None:
 
 
 def dialogue(record: dict) -> list[Message] | None:
-    """Messages that are a field, begun by the row's system message."""
+    """Messages in a field of their own, after the row's system message."""
     name = next((name for name in DIALOGUES if record.get(name) is not None), None)
     return None if name is None else with_system(record, complete(normalise(record[name], name), name))
 
 
 def asked(record: dict, names: tuple[str, ...] = ASKED) -> list[Message] | None:
-    """The messages of what is asked: what is asked about stands under it, the row's history before."""
+    """The question as messages, with its context or input appended, after the row's history."""
     name = next((name for name in names if record.get(name) is not None), None)
     if name is None:
         return None
-    other = name != "instruction" and record.get("instruction") is not None  # which has what is asked about then
+    other = name != "instruction" and record.get("instruction") is not None  # then context and input belong to that one
     about = [text_of(record, field) for field in ABOUT if field != name and record.get(field) and not other]
     if about and not isinstance(record[name], str):
-        raise ValueError(f"{name} is a list of messages, so {' and '.join(ABOUT)} have no place in it")
+        raise ValueError(f"{name} is a list of messages, so {' or '.join(ABOUT)} can't be appended to it")
     messages = as_messages(record[name], name, "user")
     if about:
         messages[-1]["content"] = "\n\n".join([messages[-1]["content"], *about])
@@ -150,7 +150,7 @@ def asked(record: dict, names: tuple[str, ...] = ASKED) -> list[Message] | None:
 
 
 def completed(record: dict) -> list[Message] | None:
-    """What is asked and what is answered; of the assistant's turns only those of the answer are learnt."""
+    """Question and answer; of the assistant's turns only those of the answer are learnt."""
     name, question = next((name for name in ANSWERED if record.get(name) is not None), None), asked(record)
     if name is None or question is None:
         return None
@@ -188,7 +188,7 @@ def with_system(record: dict, messages: list[Message]) -> list[Message]:
 
 
 def beside(record: dict) -> tuple[list[dict] | None, bool | None]:
-    """-> (tools, thinking). ValueError for what would change the text and can't."""
+    """-> (tools, thinking). ValueError for fields that would change the text and are not supported."""
     for name in NOT_TEXT:
         if record.get(name):
             raise ValueError(f"has {name}, and only text can be learnt")
@@ -207,7 +207,7 @@ def beside(record: dict) -> tuple[list[dict] | None, bool | None]:
 
 
 def whole(prompt: list[Message], record: dict, name: str) -> list[Message]:
-    """An answer behind its prompt; where it is a dialogue of its own, that has to begin with the prompt."""
+    """The prompt followed by an answer; an answer that is a whole dialogue has to begin with the prompt."""
     messages = answer_of(record, name)
     if not prompt or messages[0]["role"] in ("assistant", "tool"):
         return [*prompt, *messages]
@@ -222,7 +222,7 @@ def answer_of(record: dict, name: str) -> list[Message]:
     value = record[name]
     asked = (record.get(field) for field in ASKED)
     if isinstance(value, str) and any(isinstance(text, str) and SPEAKER.search(text) for text in asked):
-        value = value.removeprefix(" ")  # the one behind "Assistant:"
+        value = value.removeprefix(" ")  # the space after "Assistant:"
     return as_messages(value, name, "assistant")
 
 

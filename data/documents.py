@@ -1,6 +1,6 @@
 """The documents of text files, and the records of JSON, Parquet files and streamed data sets, one at a time.
 
-Each file is a stranger's: what can't be read is refused with the file and the line or row.
+The files are untrusted: what can't be read is refused with the file and the line or row.
 """
 
 import itertools
@@ -14,11 +14,11 @@ from formats.download import reach
 
 Documents = Callable[[], Iterator[str]]
 Records = Iterator[tuple[str, Any]]
-"""Where a record stands, for messages, and what it is: `Unreadable` for a line that is none."""
+"""Where a record was found, for messages, and the record: `Unreadable` for a line that holds none."""
 
 
 class Unreadable(ValueError):
-    """A line that holds no record; the ones behind it may."""
+    """A line that holds no record; later ones may."""
 
 
 def read_documents(source: str, field: str, split: str, config: str | None) -> Iterator[str]:
@@ -123,8 +123,8 @@ def _data_set(name: str, split: str, config: str | None) -> Records:
 
 
 def without_padding(value: Any, depth: int = 0) -> Any:
-    """A record of Arrow without the nulls inside of its columns: there every object of a list has the fields of all,
-    so that a tool's parameters would come with those of the other tools."""
+    """A record from Arrow without the nulls inside its columns: Arrow gives every object of a list the fields of all of
+    them, so that a tool would have the parameters of the other tools, too."""
     if isinstance(value, dict):
         return {key: without_padding(v, depth + 1) for key, v in value.items() if depth == 0 or v is not None}
     return [without_padding(item, depth + 1) for item in value] if isinstance(value, list) else value
@@ -156,9 +156,9 @@ def _field(record: Any, field: str, place: str) -> str:
     return value
 
 
-def parted(documents: Documents, share: float) -> tuple[Iterator[str], Iterator[str]]:
-    """Training and validation: the end of a single document's characters, or the last documents of several, at least
-    one of them for each.
+def split_documents(documents: Documents, share: float) -> tuple[Iterator[str], Iterator[str]]:
+    """Splits into training and validation: by the characters of a single document, else by documents, at least one for
+    each.
 
     `documents()` starts over each time, so that nothing has to be kept: the first pass only counts.
     """
@@ -167,7 +167,7 @@ def parted(documents: Documents, share: float) -> tuple[Iterator[str], Iterator[
         (text,) = documents()
         cut = int(len(text) * (1 - share))
         if not 0 < cut < len(text):
-            raise ValueError(f"--validation {share}: the one document is too short to be parted; give more text")
+            raise ValueError(f"--validation {share}: the only document is too short to be split; add more text")
         return iter([text[:cut]]), iter([text[cut:]])
     cut = min(max(round(count * (1 - share)), 1), max(count - 1, 0))
     return itertools.islice(documents(), cut), itertools.islice(documents(), cut, None)

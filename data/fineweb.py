@@ -2,7 +2,7 @@
 
     python data/shards.py download 0 1-2 --out runs/fineweb      0 is the validation shard, 1 to 103 are for training
 
-A download that broke off goes on where it stopped. A file gets its name only when its size, its header and its ids are
+An interrupted download continues where it stopped. A file gets its name only once its size, header and ids are
 right. HF_ENDPOINT names another hub, as for huggingface_hub.
 """
 
@@ -45,7 +45,7 @@ def parse_numbers(texts: list[str]) -> list[int]:
 
 
 def download(url: str, path: Path, size: int) -> None:
-    """Fetches a shard of a known size; what a broken transfer brought stays in `path`.part and is gone on from."""
+    """Fetches a shard of known size; a partial transfer stays in `path`.part and is continued from there."""
     part = path.with_name(path.name + ".part")
     with console.byte_progress() as progress:
         task = progress.add_task(path.stem, total=size)

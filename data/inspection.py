@@ -68,7 +68,7 @@ def header(shard: Shard) -> dict[str, str]:
 def counts(lengths: np.ndarray, starts: np.ndarray, separator: int) -> dict[str, str]:
     facts = {"documents": f"{len(starts):,} begin, each after token {separator:,}"}
     if len(lengths) > len(starts):
-        facts["documents"] += "; one goes on from before"
+        facts["documents"] += "; one began earlier"
     if len(lengths):
         median, most = int(np.median(lengths)), int(lengths.max())
         facts["lengths"] = f"median {median:,}, mean {lengths.mean():,.1f}, longest {most:,} tokens"

@@ -1,4 +1,4 @@
-"""How a step's rows are put together: those of similar length in one batch, or several in one sequence."""
+"""How a step's rows are grouped: rows of similar length in one batch, or several packed in one sequence."""
 
 from typing import Protocol, TypeVar
 
@@ -19,7 +19,7 @@ def in_parts(items: list[Item], parts: int) -> list[list[Item]]:
 
 
 class Sequence(list[Item]):
-    """Rows that are computed as one sequence, none of which sees another."""
+    """Rows that are computed as one sequence; none of them attends to another."""
 
     @property
     def length(self) -> int:
@@ -27,9 +27,9 @@ class Sequence(list[Item]):
 
 
 def packed(rows: list[Item], longest: int, least: int = 1) -> list[Sequence[Item]]:
-    """All rows of a step, the longest first, each into the first sequence of at most `longest` tokens that has room.
+    """All rows of a step, the longest first, each into the first sequence of at most `longest` tokens with enough room.
 
-    At least `least` sequences, where there are so many rows: each process needs one.
+    At least `least` sequences if there are that many rows, since each process needs one.
     """
     rows, sequences = sorted(rows, key=lambda row: -row.length), []
     for row in rows:
@@ -45,7 +45,7 @@ def packed(rows: list[Item], longest: int, least: int = 1) -> list[Sequence[Item
 
 
 def dealt(sequences: list[Sequence[Item]], micro_batches: int, processes: int, rank: int) -> list[list[Sequence[Item]]]:
-    """One process's micro-batches of packed sequences, at most `micro_batches`: every process has as many, each of
-    sequences of similar length. There are at least as many sequences as processes."""
+    """One process's micro-batches of packed sequences: at most `micro_batches`, as many as each other process has, with
+    sequences of similar length in each. There must be at least as many sequences as processes."""
     each = min(micro_batches, len(sequences) // processes)
     return in_parts(sequences, each * processes)[rank::processes]

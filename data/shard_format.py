@@ -3,8 +3,8 @@
 A shard is a header of 256 little-endian int32 ([0] magic, [1] version, [2] number of tokens, the rest unused) and then
 the ids: uint16 (magic 20240520, version 1), or uint32 where the vocabulary is larger (magic 20240801, version 7), both
 as in llm.c (https://github.com/karpathy/llm.c, dev/data). An end-of-text token precedes each document; a document may
-go on from one shard into the next. A shard is somebody else's file: header and size are checked when it is opened,
-each id when it is read, so that opening a hundred shards costs nothing.
+continue in the next shard. Shards are untrusted files: header and size are checked when one is opened, each id when it
+is read, so that opening a hundred shards costs nothing.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 12  # of a shard's fingerprint: 256 KB, of what
 
 
 class Shard:
-    """The ids of one file: `len(shard)` tokens, read where they are needed, so that no file stays open."""
+    """The ids of one file: `len(shard)` tokens, read when they are needed, so that no file stays open."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -65,7 +65,9 @@ class Shard:
         count = max(0, min(count, self.count - start))
         ids = np.fromfile(self.path, self.dtype, count, offset=HEADER_BYTES + start * self.dtype.itemsize)
         if len(ids) < count:
-            raise ValueError(f"{self.path}: it has become shorter since it was opened; leave it as it is during a run")
+            raise ValueError(
+                f"{self.path}: it has become shorter since it was opened; leave shards unchanged during a run"
+            )
         self._check(ids, start, vocabulary)
         return ids.astype(np.int64)
 

@@ -1,8 +1,8 @@
-"""What a training step learns from, as a pure function of the step: the data's cursor is the number of the step.
+"""The rows of a training step, as a pure function of its number, which is the only cursor of the data.
 
 So a resumed run continues with exactly the rows it would have seen. A source gives the items of one optimizer step,
-`rows(step, share)` (0 is the first; `share` is the slice of them that one process takes: the rest is not made),
-and of a validation, `validation_rows(index)`:
+`rows(step, share)` (0 is the first; `share` is the slice that one process takes, and only those are made), and
+of a validation, `validation_rows(index)`:
 
     Generated   the offline corpus          Row, Pair or Question
     Listed      files and streamed sets     Row, Pair or Question
@@ -33,11 +33,11 @@ ALL = slice(None)
 
 
 class Row(NamedTuple):
-    """Of lists or of numpy arrays."""
+    """Lists or numpy arrays of equal length."""
 
     ids: Sequence[int]
     targets: Sequence[int]
-    """The token after each position, or IGNORED where nothing is to be learnt."""
+    """The token after each position, or IGNORED where nothing is learnt."""
 
     @property
     def length(self) -> int:
@@ -80,7 +80,7 @@ def row_of(prompt: list[int], answer: list[int]) -> Row:
 
 class Generated:
     """Item after item of an endless sequence that `make(number, unseen)` computes; those longer than `longest` tokens
-    are left out of their step. For validation they are unseen ones, which no step of any run has."""
+    are left out of their step. Those of validation are unseen: no step of any run has them."""
 
     def __init__(self, make: Callable[[int, bool], Item], batch: int, longest: int):
         self.make, self.batch, self.longest = make, batch, longest
@@ -117,7 +117,7 @@ class Corpus:
         return Pair(*(row_of(prompt, self.chat.encode(answer)) for answer in (pair.chosen, pair.rejected)))
 
     def question(self, index: int, unseen: bool = False) -> Question:
-        """Of these there is no validation: a loss over replies of its own says nothing."""
+        """There is no validation on questions: a loss over the model's own replies says nothing."""
         example = question_example(self.seed, index, self.pieces, self.hard, self.outside)
         prompt = self.chat.render(example.messages, example.thinking)
         return Question(prompt, example.thinking, lambda answer: check(example.problem, answer))
@@ -127,7 +127,7 @@ class Corpus:
 
 
 class Listed:
-    """A list of items, in an order of its own for each epoch; every item comes once an epoch."""
+    """A list of items, shuffled anew for each epoch; every item comes once an epoch."""
 
     def __init__(self, items: list[Item], unseen: list[Item], batch: int, seed: int):
         self.items, self.unseen, self.batch, self.seed = items, unseen, batch, seed
@@ -151,14 +151,15 @@ class WrittenRows:
     """Rows (data/conversations.py) in the chat format of a tokenizer; `chat` is a `chat.Chat`."""
 
     def __init__(self, chat: Any, turns: str = "all", thinking: bool = True):
-        """`turns`: of the assistant, all are learnt or the last. `thinking`: whether replies to questions think."""
+        """`turns`: whether all of the assistant's turns are learnt or only the last. `thinking`: whether replies to
+        questions think."""
         self.chat, self.turns, self.thinking = chat, turns, thinking
 
     def conversation(self, record: Any) -> list[Row]:
-        """Each turn of the assistant that is learnt, behind the prompt that it is written for: that of `Chat.render`.
+        """Each learnt turn of the assistant after the prompt that `Chat.render` gives for it.
 
-        Turns whose text is the beginning of a later turn's share that one's row. With Qwen3's template they often do
-        not: it drops the thinking of earlier turns, so what a model sees while it writes one is no part of the whole.
+        A turn whose text is the beginning of a later turn's shares the row of that one. With Qwen3's template it often
+        is not: the template drops the thinking of earlier turns, so the prompt of a turn is no part of the whole text.
         """
         found = conversations.conversation(record)
         messages = found.messages if found else []
@@ -191,8 +192,8 @@ class WrittenRows:
     def turn(
         self, asked: list[dict], answer: dict, thinking: bool | None = None, tools: list[dict] | None = None
     ) -> tuple[list[int], list[int]]:
-        """The ids of what the model sees, and of what it says up to the token that ends its turn. A turn without
-        thinking is one of thinking turned off."""
+        """The ids of what the model sees, and of what it says up to the token that ends its turn. For a turn without
+        thinking the prompt turns thinking off."""
         prompt, said = self.chat.turn(asked, answer, thinking, tools)
         ids, end = self.chat.encode(said), self.chat.end_of_turn_id
         return self.chat.encode(prompt), ids[: len(ids) - ids[::-1].index(end)] if end in ids else ids
@@ -207,8 +208,8 @@ def read_items(
 ) -> tuple[list[Item], str]:
     """The items of all (where it stands, record), those longer than `longest` tokens left out, and a hash of them.
 
-    A row that is no such item is left out and counted. ValueError, with the first of them, where more than the share
-    `skip_share` of the rows are so: one may always be, unless the share is 0.
+    A row of another form is left out and counted. ValueError, naming the first, where they are more than the share
+    `skip_share` of all rows; one is always allowed, unless the share is 0.
     """
     rows, items, too_long, unusable, odd, unread = 0, [], 0, 0, [], set()
     digest = hashlib.blake2b(digest_size=8)
@@ -229,7 +230,7 @@ def read_items(
         items += fitting
     if odd and (not items or len(odd) > max(skip_share * rows, 1 if skip_share else 0)):
         raise ValueError(
-            f"{odd[0]} ({len(odd):,} of {rows:,} rows are not what is learnt here; data.skip_share {skip_share} may be)"
+            f"{odd[0]} ({len(odd):,} of {rows:,} rows are of another form; data.skip_share allows {skip_share})"
         )
     kinds = {f"longer than {longest:,} tokens": too_long, "without an answer or a difference": unusable}
     left_out = [f"{count:,} {kind}" for kind, count in kinds.items() if count]
@@ -240,7 +241,7 @@ def read_items(
         + (f"; fields that are not read: {', '.join(sorted(map(str, unread)))}" if unread else "")
     )
     if not items:
-        raise ValueError(f"data: {name} has nothing to learn from; give other rows or a longer train.sequence")
+        raise ValueError(f"data: {name} has nothing to learn from; use other rows or a longer train.sequence")
     return items, digest.hexdigest()
 
 
@@ -255,8 +256,8 @@ def fingerprint(item: Item) -> bytes:
 
 
 def records(place: str, split: str, subset: str | None, limit: int | None, out: Path) -> Iterator[tuple[str, Any]]:
-    """(where it stands, record) of the first `limit` rows. What is streamed is first copied into the run's folder, so
-    that going on needs no hub."""
+    """(place, record) of the first `limit` rows. A streamed data set is first copied into the run's folder, so that
+    resuming needs no hub."""
     if (not matches(place) and is_data_set(place)) or Path(place).is_dir():
         name = hashlib.blake2b(repr((place, split, subset, limit)).encode(), digest_size=6).hexdigest()
         copy = out / f"rows-{name}.jsonl"
@@ -279,7 +280,7 @@ def limited(found: Iterator, limit: int | None) -> Iterator:
 
 
 class Shards:
-    """Rows of token ids from shard files: shuffled ones for training, the first ones of the files for validation."""
+    """Rows of token ids from shard files: shuffled for training, the files' first ones for validation."""
 
     def __init__(self, train: str, validation: str | None, seed: int, batch: int, length: int, vocabulary: int):
         self.batch = batch
@@ -304,11 +305,11 @@ def matches(pattern: str) -> list[Path]:
     return [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207 (absolute patterns)
 
 
-def matching(pattern: str, mend: str = "get shards with python data/shards.py download 0 1") -> list[Path]:
+def matching(pattern: str, fix: str = "get shards with python data/shards.py download 0 1") -> list[Path]:
     """The same; ValueError where there are none."""
     paths = matches(pattern)
     if not paths:
-        raise ValueError(f"data: no file matches {pattern}; {mend}")
+        raise ValueError(f"data: no file matches {pattern}; {fix}")
     return paths
 
 

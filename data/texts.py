@@ -5,7 +5,7 @@
     python data/shards.py tokenize HuggingFaceFW/fineweb --config sample-10BT --tokenizer DIR --out DIR
 
 A source is a text file (one document), JSON lines, Parquet, or what `datasets` can stream: a data set's id on the hub
-or a folder. A document's text is only text: what looks like a special token in it becomes ordinary tokens. Shards
+or a folder. A document is plain text: what looks like a special token in it becomes ordinary tokens. Shards
 (data/shards.py) are OUT/train_000000.bin and so on, the same bytes for every number of processes.
 """
 
@@ -29,11 +29,11 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
 import console
-from data.documents import parted, read_documents
+from data.documents import read_documents, split_documents
 from data.shard_format import END_OF_TEXT, MOST_TOKENS, write_pieces
 from formats.files import publish
 
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # what a process gets at once: whichever is reached first
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # given to a process at once, whichever is reached first
 
 
 # --- the tokenizer ---
@@ -53,7 +53,7 @@ def load_tokenizer(source: Path) -> Tokenizer:
 
 
 def plain(tokenizer: Tokenizer) -> Tokenizer:
-    """A tokenizer.json may ask to cut or to pad; a document is tokenised whole, and nothing in it is a command."""
+    """A tokenizer.json may ask for truncation or padding; a document is tokenised whole, without special tokens."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -101,7 +101,7 @@ class Encoder:
 
     @staticmethod
     def start_worker(tokenizer: str, separator: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for this one
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent process
         Encoder.here = Encoder(plain(Tokenizer.from_str(tokenizer)), separator)
 
     @staticmethod
@@ -134,7 +134,7 @@ def token_stream(
 
 
 def cut(stream: Iterator[np.ndarray], size: int) -> Iterator[Iterator[np.ndarray]]:
-    """The stream in parts of `size` ids, the last one shorter; each part has to be used up before the next is asked."""
+    """The stream in parts of `size` ids, the last one shorter; each part must be consumed before the next one."""
     piece = next(stream, None)
 
     def part() -> Iterator[np.ndarray]:
@@ -161,7 +161,7 @@ def write_shards(
 
 
 def watched(stream: Iterator[np.ndarray], name: str) -> Iterator[np.ndarray]:
-    """The stream as it is, its speed shown on standard error."""
+    """The stream unchanged; its speed is shown on standard error."""
     tokens, start = 0, time.perf_counter()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     silent = not console.stderr.is_terminal
@@ -214,10 +214,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     parts = {"train": documents()}
     if arguments.validation:
-        parts["train"], parts["val"] = parted(documents, arguments.validation)
+        parts["train"], parts["val"] = split_documents(documents, arguments.validation)
     for name in parts:
         if there := sorted(arguments.out.glob(f"{name}_*.bin")):
-            raise ValueError(f"{there[0]} is there already and would be mixed with new shards; use another --out")
+            raise ValueError(f"{there[0]} already exists and would be mixed with new shards; use another --out")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     with written_together(arguments.out) as folder:
         written: dict[str, int] = {}

@@ -1,7 +1,7 @@
-"""Chat messages in the one form that chat templates read, from the spellings that files and clients use.
+"""Chat messages in the form that chat templates read, from the many forms that files and clients use.
 
-Chats, prompt files and training rows all pass through `normalise`. What changes the text, or what is learnt of it, is
-honoured or refused by name; nothing of it is dropped:
+Chats, prompt files and training rows all pass through `normalise`. Fields that change the text, or what is learnt of
+it, are honoured or refused by name, never dropped:
 
     role            developer is system, human and prompter are user, gpt, model and ai are assistant,
                     function, observation and tool_response are tool; others are refused
@@ -12,7 +12,7 @@ honoured or refused by name; nothing of it is dropped:
     tool_call_id    results come in the order of their calls, since Qwen's templates write no ids
     weight          0 or 1, whether training learns the turn; also as train, training (axolotl) and loss (ms-swift)
 
-Fields that are null are left out; others (name, ...) stay as they are and are the template's to read.
+Fields that are null are left out; others (name, ...) are passed on to the template.
 """
 
 import json
@@ -40,7 +40,7 @@ def normalise(messages: Any, place: str = "messages") -> list[Message]:
 
 
 def normalise_tools(tools: Any, place: str = "tools") -> list[dict] | None:
-    """The tools that a template gets: None where there are none. A JSON text, or a list of such, is read."""
+    """The tools as a template gets them, None if there are none. JSON texts are parsed."""
     tools = _parsed(tools, place) if isinstance(tools, str) and tools.strip() else tools
     if tools is None or tools == "" or tools == []:
         return None
@@ -56,7 +56,7 @@ def normalise_tools(tools: Any, place: str = "tools") -> list[dict] | None:
 
 
 def thinks(message: Message) -> bool:
-    """Whether a normalised turn of the assistant says any reasoning, in its field or before a `</think>`."""
+    """Whether a normalised assistant turn has any reasoning, in its field or before a `</think>`."""
     before, closed, _ = (message.get("content") or "").partition("</think>")
     return bool(message.get("reasoning_content")) or (bool(closed) and bool(before.replace("<think>", "").strip()))
 
@@ -75,7 +75,7 @@ def _message(given: Any, place: str) -> Message:
             message.setdefault(name, message.pop(other))
     for name in NOT_TEXT:
         if message.get(name):
-            raise ValueError(f"{place}.{name}: {short(message[name])} is not text; only text can be said or learnt")
+            raise ValueError(f"{place}.{name}: {short(message[name])} is not text; only text is supported")
     role = message.get("role")
     if role == "function_call":
         message["tool_calls"] = _parsed(message.pop("content", None), f"{place}.value")
@@ -100,7 +100,7 @@ def _content(content: Any, place: str) -> tuple[str, list[str]]:
     if isinstance(content, str):
         return content, []
     if not isinstance(content, list | tuple):
-        raise ValueError(f"{place}: {short(content)} is no text, nor a list of parts")
+        raise ValueError(f"{place}: {short(content)} is neither a text nor a list of parts")
     texts, thoughts = [], []
     for part in content:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
@@ -108,7 +108,7 @@ def _content(content: Any, place: str) -> tuple[str, list[str]]:
         if isinstance(part, dict) and kind in TEXT_PARTS + THINKING_PARTS:
             found = part.get(kind) if isinstance(part.get(kind), str) else part.get("text")
         if not isinstance(found, str):
-            raise ValueError(f"{place}: a part of type {short(kind)} is not text; only text can be said or learnt")
+            raise ValueError(f"{place}: a part of type {short(kind)} is not text; only text is supported")
         (thoughts if kind in THINKING_PARTS else texts).append(found)
     return "".join(texts), ["".join(thoughts)] if thoughts else []
 
@@ -116,10 +116,10 @@ def _content(content: Any, place: str) -> tuple[str, list[str]]:
 def _agreed(reasoning: list[Any], place: str) -> str:
     for text in reasoning:
         if not isinstance(text, str):
-            raise ValueError(f"{place}: its reasoning {short(text)} is no text")
+            raise ValueError(f"{place}: its reasoning {short(text)} is not a text")
     different = set(filter(None, reasoning))
     if len(different) > 1:
-        raise ValueError(f"{place}: two fields of {', '.join(REASONING)} say different things; keep one")
+        raise ValueError(f"{place}: two of {', '.join(REASONING)} differ; keep one")
     return different.pop() if different else ""
 
 
@@ -139,13 +139,13 @@ def _join_calls(message: Message, place: str) -> None:
 def _call(call: Any, place: str) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(f"{place}: {short(call)} is no call of a function by its name")
+        raise ValueError(f"{place}: {short(call)} is not a call with the name of a function")
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
         arguments = _parsed(arguments, f"{place}.arguments") if arguments.strip() else {}
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, dict):
-        raise ValueError(f"{place}.arguments: {short(arguments)} is no JSON object")
+        raise ValueError(f"{place}.arguments: {short(arguments)} is not a JSON object")
     found = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return found if call is function or call.get("id") is None else {"id": call["id"], **found}
 
@@ -156,13 +156,13 @@ def _join_weights(message: Message, place: str) -> None:
         if not isinstance(value, int | float) or value not in (0, 1):
             raise ValueError(f"{place}.{name}: {short(value)} is neither 0 nor 1")
     if len({bool(value) for value in given.values()}) > 1:
-        raise ValueError(f"{place}: {' and '.join(given)} say different things; keep one")
+        raise ValueError(f"{place}: {' and '.join(given)} differ; keep one")
     if given:
         message["weight"] = int(next(iter(given.values())))
 
 
 def _results_in_order(messages: list[Message]) -> list[Message]:
-    """Results of tools that name their calls in the order of these, wherever several follow one another."""
+    """Consecutive tool results with call ids, sorted into the order of their calls."""
     order, start = {}, 0
     for number, message in enumerate([*messages, {"role": None}]):
         if message["role"] == "tool":

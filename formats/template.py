@@ -1,11 +1,11 @@
 """A checkpoint's chat template, rendered in a process of its own.
 
-A chat template is a Jinja program that writes a list of messages out as one text, and it is somebody else's program.
+A chat template is a Jinja program that renders a list of messages as one text, and it is someone else's program.
 Jinja's sandbox keeps it away from Python's internals, but nothing inside a process can stop `'a' * 10**10`,
 `10**(10**10)` or the text of a list that holds itself a billion times: each is one call into C. A child process can be
-stopped by the kernel (setrlimit(2)): it has a second of processor time and a gigabyte of memory for a rendering, and
-may open no file and no socket. It is started once, while the tokenizer loads, and then serves a rendering in less than
-a millisecond. This file is both sides: `TemplateSandbox`, and the child when it is run as a program.
+stopped by the kernel (setrlimit(2)): a rendering gets one second of processor time and one gigabyte of memory, and
+no file or socket can be opened. The child is started once, while the tokenizer loads, and then renders in less than a
+millisecond. This file is both sides: `TemplateSandbox`, and the child when it is run as a program.
 """
 
 import json
@@ -29,7 +29,7 @@ MEMORY = 1 << 30  # bytes of address space, where the system enforces it (Linux 
 
 
 class TemplateSandbox:
-    """Renders templates in a child process that has little time, little memory and no files (see above).
+    """Renders templates in a child process with limited time and memory and without files.
 
     One JSON line goes to the child, [template, variables], and one comes back, {"text"} or {"error"}. After an error
     or a death the next rendering gets a new child.
@@ -40,8 +40,8 @@ class TemplateSandbox:
         self._lock = threading.Lock()
 
     def start(self) -> subprocess.Popen:
-        """The running child. It is outside the terminal's process group: Ctrl-C is not meant for it."""
-        if self._child is None or self._child.poll() is not None:  # which is so in a fork of this process too
+        """The running child. It is outside the terminal's process group, so that Ctrl-C does not reach it."""
+        if self._child is None or self._child.poll() is not None:  # also true in a fork of this process
             self._child = subprocess.Popen(
                 [sys.executable, "-P", __file__, "--serve-templates"],
                 stdin=subprocess.PIPE,
@@ -73,7 +73,7 @@ class TemplateSandbox:
         if status in (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM) and not reply:
             error = f"ran for more than {CPU_SECONDS} s of processor time or {SECONDS} s in all"
         error = "".join(character if character.isprintable() else " " for character in error[:300])
-        raise ValueError(f"{error}; mend the template or the messages, or use --raw")
+        raise ValueError(f"{error}; fix the template or the messages, or use --raw")
 
     def _stop(self) -> int:
         """Ends the child and gives its exit status."""
@@ -91,7 +91,7 @@ def _end_child(child: subprocess.Popen) -> int:
 
 
 def _exchange(child: subprocess.Popen, request: str) -> dict[str, str]:
-    """The child's reply, or {} if it died. The reply is a stranger's too: its size and form are checked."""
+    """The child's reply, or {} if it died. The reply is not trusted either: its size and form are checked."""
     try:
         child.stdin.write(request.encode("utf-8", "surrogatepass") + b"\n")
         child.stdin.flush()
@@ -102,14 +102,14 @@ def _exchange(child: subprocess.Popen, request: str) -> dict[str, str]:
 
 
 def _serve_templates() -> None:
-    """The child: sets its limits before it reads anything of a stranger's, then answers one request after the other."""
+    """The child: sets its limits before it reads any untrusted input, then answers one request after another."""
     import resource
 
     import jinja2
 
     environment = template_environment()
     compiled = lru_cache(maxsize=4)(environment.from_string)
-    with suppress(jinja2.TemplateError):  # what is imported or read on first use must be so before files are shut off
+    with suppress(jinja2.TemplateError):  # whatever is imported or read on first use, before files are shut off
         environment.from_string("{{ raise_exception(strftime_now('%Z')) }}").render()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

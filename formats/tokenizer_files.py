@@ -1,6 +1,6 @@
-"""The files that a checkpoint keeps its text in: tokenizer.json, tokenizer_config.json and chat_template.jinja.
+"""A checkpoint's text files: tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
-Each is a stranger's: what is no such file is refused in one line that names it.
+They are untrusted: a file of another kind is refused in one line that names it.
 """
 
 import json
@@ -24,7 +24,7 @@ def read_text(path: Path, limit: int) -> str:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start:,}; replace it by the published one") from None
 
 
-# A name of an affix with a value, or a letter that is spelt as an escape, as which a name could hide.
+# An affix's name with a value, or a letter written as an escape, which could hide such a name.
 AFFIX = re.compile(r'"(?:continuing_subword_prefix|end_of_word_suffix)"\s*+:\s*+(?!null\b|"")|\\u00[4-7]', re.ASCII)
 
 
@@ -35,7 +35,7 @@ def load_tokenizer(source: str, tokenizer_json: str) -> Tokenizer:
         if AFFIX.search(tokenizer_json):  # rare, and reading 11 MB of JSON takes a fifth of a second
             model = json.loads(tokenizer_json)["model"]
             affixed = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-        # With affixes the library may abort the whole process, so they are not even shown to it.
+        # With affixes the library may abort the whole process, so it never sees them.
         tokenizer = None if affixed else Tokenizer.from_str(tokenizer_json)
     except BaseException as error:
         reraise_unless_library(error)
@@ -44,13 +44,13 @@ def load_tokenizer(source: str, tokenizer_json: str) -> Tokenizer:
         raise ValueError(f"{source}: tokenizer.json is not a byte-level BPE, the only kind that Qwen3 has")
     if not isinstance(tokenizer.decoder, decoders.ByteLevel):
         raise ValueError(f"{source}: tokenizer.json has no ByteLevel decoder, which all of Qwen3's have")
-    tokenizer.no_truncation()  # the file may keep settings of somebody's training
+    tokenizer.no_truncation()  # the file may hold settings of a training run
     tokenizer.no_padding()
     return tokenizer
 
 
 def reraise_unless_library(error: BaseException) -> None:
-    """A panic of the tokenizers library is a BaseException without a public name; Ctrl-C and exits are not for us."""
+    """A panic of the tokenizers library is a BaseException without a public name; Ctrl-C and exits pass through."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 

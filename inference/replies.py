@@ -1,4 +1,4 @@
-"""What a finished reply consists of: thinking, answer, and whether both have their form."""
+"""A finished reply's thinking and answer, and whether it is well-formed."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,11 +12,11 @@ class Reply(NamedTuple):
     tokens: int
     """Of the thinking."""
     well_formed: bool
-    """The thinking is closed (where there is one) and the answer came to its end."""
+    """The thinking is closed (if there is any) and the answer ended with an end token."""
 
 
 def parse(chat: Chat, prompt: Sequence[int], ids: Sequence[int], thinking: bool, ends: set[int]) -> Reply:
-    """The ids of a reply to a prompt, parted at the end of its thinking. `ends`: the tokens that end a reply."""
+    """The ids of a reply to a prompt, split at the end of its thinking. `ends`: the tokens that end a reply."""
     ended = bool(ids) and ids[-1] in ends
     ids = list(ids[:-1] if ended else ids)
     if not thinking:

@@ -122,7 +122,7 @@ CALLED = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
             {"messages": [{"role": "bot", "content": "x"}]},
             r"messages\[0\]\.role: 'bot' is none of system",
         ),
-        (conversation, {"messages": [{"role": "user", "content": 3}]}, r"messages\[0\]\.content: 3 is no text"),
+        (conversation, {"messages": [{"role": "user", "content": 3}]}, r"messages\[0\]\.content: 3 is neither a text"),
         (conversation, {"messages": [{"role": "user"}, TELL]}, "the message of user has no content"),
         (conversation, {"messages": [ASK]}, "no turn of the assistant"),
         (conversation, {"messages": [TELL]}, "no turn of the assistant after"),
@@ -388,7 +388,7 @@ def test_an_odd_row_is_left_out_and_named(tmp_path, chat, capsys):
     said = capsys.readouterr().err
     assert "8 rows, 7 to learn from; left out: 1 of another form" in said
     assert "a.jsonl: line 8: instruction is 4, neither a text nor a list" in said and said.count("\n") == 1
-    with pytest.raises(ValueError, match=r"a\.jsonl: line 8: .*1 of 8 rows .* data\.skip_share 0\.0 may be"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: line 8: .*1 of 8 rows .* data\.skip_share allows 0\.0"):
         read(path, chat)
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], '{"instruction": "x"', "", *lines[1:]]))

@@ -205,12 +205,12 @@ def test_what_inspect_shows(tmp_path):
     text = shown(tmp_path / "a.bin", TINY, None, 9)
     assert "version 1, uint16 (magic 20240520)" in text
     assert f"{4 + len(first + hostile)} in {1024 + 2 * (4 + len(first + hostile)):,} bytes" in text
-    assert f"2 begin, each after token {end:,}; one goes on from before" in text
+    assert f"2 begin, each after token {end:,}; one began earlier" in text
     assert f"longest {max(len(first), len(hostile))} tokens" in text
     assert "[red]one↵two" in text and "\x1b" not in text and "three \ufffd[2J" in text
     ids = shown(tmp_path / "a.bin", None, str(end), 1)
     assert " ".join(map(str, first)) in ids and "three" not in ids
-    assert "0 begin, each after token 50,256; one goes on from before" in shown(tmp_path / "a.bin", None, None, 1)
+    assert "0 begin, each after token 50,256; one began earlier" in shown(tmp_path / "a.bin", None, None, 1)
     with pytest.raises(ValueError, match="--separator end: without --tokenizer"):
         shown(tmp_path / "a.bin", None, "end", 1)
     write_shard(tmp_path / "b.bin", [1, 2, 900], 1000)
@@ -269,11 +269,11 @@ def test_texts_become_shards_and_come_back(tmp_path, monkeypatch, sources, capsy
     assert documents_in(paths) == [*expected, "a whole file\r\nis one <|endoftext|> document 🍓"]
     printed = capsys.readouterr()
     assert printed.out.splitlines()[0] == f"{paths[0]}  1,000 tokens" and "a second" in printed.err
-    with pytest.raises(ValueError, match=r"train_000000\.bin is there already"):
+    with pytest.raises(ValueError, match=r"train_000000\.bin already exists"):
         tokenized(monkeypatch, tmp_path / "out", sources)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "val_000003.bin").touch()
-    with pytest.raises(ValueError, match=r"val_000003\.bin is there already"):
+    with pytest.raises(ValueError, match=r"val_000003\.bin already exists"):
         tokenized(monkeypatch, tmp_path / "other", sources, "--validation", "0.1")
     assert len(list((tmp_path / "other").iterdir())) == 1
 
@@ -332,7 +332,7 @@ def test_shards_are_written_together_or_not_at_all(tmp_path, monkeypatch):
         tokenized(monkeypatch, tmp_path / "out", [str(tmp_path / "a.jsonl")], "--validation", "0.1")
     assert not list((tmp_path / "out").iterdir())
     (tmp_path / "b.txt").write_text("x")
-    with pytest.raises(ValueError, match="too short to be parted"):
+    with pytest.raises(ValueError, match="too short to be split"):
         tokenized(monkeypatch, tmp_path / "out", [str(tmp_path / "b.txt")], "--validation", "0.1")
 
 
