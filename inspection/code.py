@@ -25,11 +25,11 @@ DANGER = re.compile(
 )
 PICKLE_SAFE = {"pickle.PickleError", "pickle.HIGHEST_PROTOCOL"}
 SHELL_DANGER = re.compile(
-    r"\b(curl|wget|fetch)\b[^\n|;&]{0,300}\|\s*(sudo\s+)?(ba|z|da|k)?sh\b|\b(curl|wget)\b[^\n|;&]{0,300}\|\s*(sudo\s+)?(python|perl|ruby|node)"
-    r"|\b(ba|z)?sh\s+(-c\s+)?[\"']?[<$]\(\s*(curl|wget)|base64\s+(-d|--decode|-D)[^\n]{0,300}\|\s*\w*sh\b|/dev/(tcp|udp)/|\bnc\b[^\n]{0,300}\s-e\b"
+    r"\b(curl|wget|fetch)\b[^\n|;&]{0,120}\|\s*(sudo\s+)?(ba|z|da|k)?sh\b|\b(curl|wget)\b[^\n|;&]{0,120}\|\s*(sudo\s+)?(python|perl|ruby|node)"
+    r"|\b(ba|z)?sh\s+(-c\s+)?[\"']?[<$]\(\s*(curl|wget)|base64\s+(-d|--decode|-D)[^\n]{0,120}\|\s*\w*sh\b|/dev/(tcp|udp)/|\bnc\b[^\n]{0,120}\s-e\b"
     r"|\brm\s+(-\w{1,20}\s+){0,6}-\w{0,9}[rf]\w{0,9}\s+(-\w{1,20}\s+){0,6}[\"']?(/|~|\$HOME)|\beval\s+[\"']?\$\(|\bcrontab\b|authorized_keys"
-    r"|chmod\s+[^\n]{0,300}(\+x|7\d\d)[^\n]{0,300}[\n;&]+\s*(sudo\s+)?\./|powershell[^\n]{0,300}-enc|Invoke-Expression|\bIEX\b|DownloadString"
-    r"|:\(\)\s*\{|\bmkfs\b|\bdd\b[^\n]{0,300}of=/dev/|python3?\s+-c\s+[\"'][^\n]{0,300}(exec|eval|urllib|socket)",
+    r"|chmod\s+[^\n]{0,120}(\+x|7\d\d)[^\n]{0,120}[\n;&]+\s*(sudo\s+)?\./|powershell[^\n]{0,120}-enc|Invoke-Expression|\bIEX\b|DownloadString"
+    r"|:\(\)\s*\{|\bmkfs\b|\bdd\b[^\n]{0,120}of=/dev/|python3?\s+-c\s+[\"'][^\n]{0,120}(exec|eval|urllib|socket)",
     re.IGNORECASE,
 )
 SHELL_NAMES = (".sh", ".bash", ".zsh", ".bat", ".cmd", ".ps1", ".command")

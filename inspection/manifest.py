@@ -208,9 +208,7 @@ def validate(manifest: dict[str, Any]) -> None:
     """ValueError where a manifest is not what the schema says. Needs jsonschema (the extra `audit`)."""
     import jsonschema
 
-    try:
-        jsonschema.validate(manifest, json.loads(SCHEMA_FILE.read_text("utf-8")))
-    except jsonschema.ValidationError as error:
-        raise ValueError(
-            f"{NAME}: {error.message[:200]} (at {'/'.join(map(str, error.absolute_path)) or 'the top'})"
-        ) from None
+    validator = jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text("utf-8")))
+    if error := jsonschema.exceptions.best_match(validator.iter_errors(manifest)):
+        place = "/".join(map(str, error.absolute_path)) or "the top"
+        raise ValueError(f"{NAME}: {error.message[-200:]} (at {place})")

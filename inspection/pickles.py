@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from inspection.findings import Ledger, Unexamined
 
-MAX_OPCODES = 2_000_000
+MAX_OPCODES = 1_000_000
 MAX_TEXT = 1 << 12  # bytes of an argument that is kept; longer ones are skipped
 MAX_LINE = 1 << 20
 MAX_PICKLES = 64  # one after the other; PyTorch's old format has five

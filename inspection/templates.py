@@ -375,7 +375,7 @@ def _try_words(
     words, switches = [], []
     for text in _candidates(tree):
         for form, before in zip(forms, plain, strict=True):
-            after = render(form.format(text)) if before is not None and failures < 12 else None
+            after = render(form.format(text)) if before is not None and failures < 4 else None
             if after is None or after.replace(text, NEUTRAL) == before.replace(text, NEUTRAL):
                 continue
             (words if _is_wordy(text) else switches).append(text)

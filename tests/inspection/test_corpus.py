@@ -1,7 +1,7 @@
 """Every bad repository of the corpus is found under the right name, and none of their harmless twins is accused."""
 
 import pytest
-from inspection_corpus import CASES, build
+from repositories import CASES, build
 
 from inspection import auditing, behaviour
 from inspection.tree import local_tree

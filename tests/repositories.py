@@ -1,7 +1,7 @@
 """Small repositories in pairs that differ in one thing: one to accuse under the right name, one to leave alone.
 
 `CASES` holds them: a name, the finding, and a function that changes a copy of one small checkpoint in place, into the
-bad repository or (with `bad` false) into its harmless twin. Used by the tests and by inspection/scanners.py.
+bad repository or (with `bad` false) into its harmless twin. Used by the tests and by scanners.py.
 """
 
 import bz2
@@ -235,7 +235,7 @@ def gzip_bomb(path, bad):
 
 @case("archive-bomb")
 def xz_bomb(path, bad):
-    (path / "corpus.txt.xz").write_bytes(lzma.compress(b"0" * (LARGE if bad else 1000)))
+    (path / "corpus.txt.xz").write_bytes(lzma.compress(b"0" * (LARGE if bad else 1000), preset=0))
 
 
 # ---- pickles ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,486 @@
+"""audit.py as it is used: exit statuses, comparisons, what it writes, a hub by range requests, hostile input."""
+
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from local_hub import Hub, use
+from markupsafe import escape
+from repositories import CASES, Call, base, build, edit_json, set_template
+from runs import CONFIG
+
+import audit
+from formats import record
+from formats.checkpoint import open_checkpoint
+from formats.gguf import writer
+from formats.gguf.reader import GGUF
+from inspection import auditing, manifest, templates, weights
+from inspection.findings import FINDINGS, Ledger
+from inspection.tree import local_tree
+from model import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "models" / "tiny"
+ASSETS = Path(os.environ.get("NANOQWEN_ASSETS", "/nowhere"))
+PUBLISHED = Path(os.environ.get("NANOQWEN_TEMPLATES", "/nowhere"))
+needs_assets = pytest.mark.skipif(not ASSETS.is_dir(), reason="NANOQWEN_ASSETS is not set")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command in this process: (exit status, standard output, standard error)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["audit.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            audit.console.run(audit.main)
+        out, err = capsys.readouterr()
+        return end.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def repository(tiny_checkpoint, tmp_path):
+    return base(tmp_path / "repository", tiny_checkpoint)
+
+
+def ids(found: dict, *severities: str) -> set[str]:
+    return {one["id"] for one in found["findings"] if not severities or one["severity"] in severities}
+
+
+# ---- the manifest and the reports ------------------------------------------------------------------------------------
+
+
+def test_the_bundled_model(run, tmp_path):
+    status, out, err = run(TINY, "--json", "--out", tmp_path / "out")
+    found = json.loads(out)
+    assert (status, err) == (0, "") and not ids(found, "high", "medium")
+    manifest.validate(found)
+    assert found["parameter_count"] == 479_264 and found["dtypes"] == {"BF16": 479_264}
+    assert found["safe_to_load"] is True and found["requires_trust_remote_code"] is False
+    assert found["license"] == "apache-2.0" and found["evidence"]["license"]["status"] == "claimed"
+    assert (
+        found["evidence"]["parameter_count"]["status"] == "verified"
+        and found["evidence"]["evals"]["status"] == "absent"
+    )
+    assert [one["number"] for one in found["questions"]] == list(range(1, 14))
+    sizes = {file["path"]: file["bytes"] for file in found["files"]}
+    assert sizes == {file.name: file.stat().st_size for file in (TINY).iterdir()}
+    assert all(re.fullmatch("[0-9a-f]{64}", file["sha256"]) for file in found["files"])
+    behaviour = found["behaviour"]
+    assert behaviour["top_logits"] == sorted(behaviour["top_logits"], reverse=True) and behaviour["perplexity"] > 1
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert written == {"model_context.json", "audit.md", "audit.html", "bom.cdx.json"}
+    assert json.loads((tmp_path / "out" / "model_context.json").read_text()) == found
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("audit.html", "audit.md"))
+    for one in found["questions"]:
+        assert one["question"] in text and escape(one["question"]) in page
+    bom = json.loads((tmp_path / "out" / "bom.cdx.json").read_text())
+    assert bom["specVersion"] == "1.6" and bom["metadata"]["component"]["type"] == "machine-learning-model"
+    assert {one["name"] for one in bom["components"] if one["type"] == "file"} == set(sizes)
+
+
+def test_the_schema_refuses_what_is_missing_or_of_another_kind(run):
+    found = json.loads(run(TINY, "--json")[1])
+    for key in ("repo", "safe_to_load", "evidence", "questions", "schema"):
+        with pytest.raises(ValueError, match=key):
+            manifest.validate({name: value for name, value in found.items() if name != key})
+    for key, value in (("parameter_count", "many"), ("schema", "nanoqwen/model_context/2"), ("questions", [])):
+        with pytest.raises(ValueError):
+            manifest.validate({**found, key: value})
+    jsonschema.Draft202012Validator.check_schema(json.loads(manifest.SCHEMA_FILE.read_text()))
+
+
+def test_every_finding_has_a_case_or_is_no_accusation():
+    covered = {case.finding for case in CASES}
+    elsewhere = {"template-differs", "base-differs", "changed", "added", "removed", "lineage-broken"}  # below
+    accusing = {id for id, (severity, _) in FINDINGS.items() if severity in ("high", "medium")}
+    assert accusing - covered <= elsewhere, accusing - covered - elsewhere
+
+
+def test_strangers_text_in_the_reports(run, tiny_checkpoint, tmp_path):
+    path = base(tmp_path / "a<script>", tiny_checkpoint)
+    evil = "<script>alert(1)</script>|`[x](http://y)\u202e"
+    (path / "README.md").write_text(f"---\nlicense: '{evil}'\ndatasets: ['{evil}']\n---\n")
+    status, out, _ = run(path, "--out", tmp_path / "out")
+    assert status == 0 and "\u202e" not in out
+    page = (tmp_path / "out" / "audit.html").read_text()
+    assert "<script>alert" not in page and "\u202e" not in page
+    assert "<script" not in (tmp_path / "out" / "audit.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "SRC"),
+        (("no/such/path/at/all",), "no such directory"),
+        (("{repo}", "--base", "{repo}", "--verify", "{repo}"), "one comparison"),
+        (("{repo}", "--verify", "{repo}"), "there is no model_context.json"),
+        (("{repo}", "--base", "nowhere/at/all"), "--base"),
+        (("{repo}", "--out", "{repo}/config.json"), "is a file"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_2(run, repository, arguments, said):
+    status, _, err = run(*(text.format(repo=repository) for text in arguments))
+    assert status == 2 and said in err and err.count("\n") == 1
+
+
+# ---- no false alarm --------------------------------------------------------------------------------------------------
+
+
+@needs_assets
+def test_official_configs(tmp_path):
+    for file in sorted((ASSETS / "configs").glob("*.config.json")):
+        name = file.name.removesuffix(".config.json")
+        path = tmp_path / name
+        path.mkdir()
+        shutil.copy(file, path / "config.json")
+        ledger = auditing.Audit(local_tree(path)).ledger
+        assert ledger.status == 0, (name, ledger.sorted())
+        published = {"Qwen3-0.6B": 596_049_920, "Qwen3-32B": 32_762_123_264, "Qwen3-30B-A3B": 30_532_122_624}
+        assert ledger.facts["parameters_of_config"] == published.get(name, ledger.facts["parameters_of_config"])
+
+
+@needs_assets
+def test_the_official_tokenizer_and_templates(tmp_path):
+    ledger = auditing.Audit(local_tree(ASSETS / "qwen3-0.6b")).ledger
+    assert ledger.status == 0 and "template-official" in {one.id for one in ledger.findings}, ledger.sorted()
+    for file in sorted((ASSETS / "templates").glob("*.jinja")):
+        shutil.copy(file, tmp_path / "chat_template.jinja")
+        ledger = auditing.Audit(local_tree(tmp_path)).ledger
+        assert ledger.status == 0 and "template-official" in {one.id for one in ledger.findings}, ledger.sorted()
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="NANOQWEN_TEMPLATES (llama.cpp's models/templates) is not set")
+def test_published_templates_of_other_families():
+    files = sorted(PUBLISHED.glob("*.jinja"))
+    assert len(files) >= 60
+    sandbox, tokens = templates.TemplateSandbox(), {"bos_token": "<s>", "eos_token": "</s>"}
+    for file in files:
+        ledger = Ledger()
+        templates.examine(ledger, file.name, file.read_text("utf-8"), sandbox, tokens)
+        assert not list(ledger.accusations()), (file.name, ledger.sorted())
+
+
+def test_parameters_of_a_config_are_those_of_the_model():
+    from model import Qwen3
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    for more in (
+        {},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True},
+        {"model_type": "qwen2"},
+        experts,
+        {**experts, "mlp_only_layers": [1]},
+    ):
+        config = Config(**sizes, **heads, **more)
+        with torch.device("meta"):
+            model = Qwen3(config)
+        assert weights.parameters_of_config(config)[0] == sum(p.numel() for p in model.parameters()), more
+
+
+# ---- against a base --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("type", writer.TYPES)
+def test_every_gguf_type_is_proven_and_one_nibble_is_found(run, monkeypatch, tmp_path, type):
+    monkeypatch.setattr(auditing.behaviour, "MOST", 0)  # what the model says is not the question here
+    tiny, file = TINY, tmp_path / "m.gguf"
+    writer.write_gguf(open_checkpoint(tiny), file, type)
+    status, out, _ = run(file, "--base", tiny, "--json")
+    found = json.loads(out)
+    assert status == 0 and "base-metadata" not in ids(found), out
+    assert [(one["status"], one["repo"]) for one in found["lineage"]] == [("verified", "tiny")]
+    place = GGUF(file).stored["blk.2.attn_k.weight"]
+    content = bytearray(file.read_bytes())
+    content[place.start + place.size // 2] ^= 0x10
+    file.write_bytes(content)
+    status, out, _ = run(file, "--base", tiny)
+    assert (
+        status == 1
+        and f"tensor blk.2.attn_k.weight: 1 bytes differ, the first at {place.start + place.size // 2:,}" in out
+    )
+
+
+def test_a_gguf_of_another_base_or_other_metadata(run, tiny_checkpoint, tmp_path):
+    file = tmp_path / "m.gguf"
+    writer.write_gguf(open_checkpoint(tiny_checkpoint), file, "q8_0")
+    assert run(file, "--base", TINY)[0] == 1
+    renamed = tmp_path / "renamed"
+    shutil.copytree(tiny_checkpoint, renamed)
+    edit_json(renamed / "config.json", rope_theta=5000.0)
+    status, out, _ = run(file, "--base", renamed)
+    assert status == 0 and "base-metadata" in out and "qwen3.rope.freq_base" in out
+
+
+def test_a_copy_a_cast_and_a_change(run, tiny_checkpoint, repository):
+    assert "equal to the byte" in run(repository, "--base", tiny_checkpoint)[1]
+    from safetensors.torch import load_file, save_file
+
+    file = repository / "model.safetensors"
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    edit_json(repository / "config.json", torch_dtype="bfloat16")
+    status, out, _ = run(repository, "--base", tiny_checkpoint)
+    assert status == 0 and f"{len(tensors)} equal after a cast" in out
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, file)
+    status, out, _ = run(repository, "--base", tiny_checkpoint)
+    assert status == 1 and "tensor model.norm.weight differs by up to 1" in out
+
+
+def test_a_changed_template_is_compared_line_by_line(run, tiny_checkpoint, repository, tmp_path):
+    text = json.loads((repository / "tokenizer_config.json").read_text())["chat_template"]
+    set_template(repository, text.replace("assistant", "helper", 1))
+    status, out, _ = run(repository, "--base", tiny_checkpoint, "--out", tmp_path / "out")
+    assert status == 1 and "template-differs" in out and "prompts differ" in out
+    assert "Template: tokenizer_config.json" in (tmp_path / "out" / "audit.html").read_text()
+    set_template(repository, text + "{# a note #}")
+    assert "all fixtures give the same prompt" in run(repository, "--base", tiny_checkpoint)[1]
+
+
+# ---- against a manifest ----------------------------------------------------------------------------------------------
+
+
+def test_one_changed_byte_is_named(run, repository, tmp_path):
+    out = tmp_path / "out"
+    assert run(repository, "--out", out)[0] == 0
+    status, text, _ = run(repository, "--verify", out)
+    assert status == 0 and "logits of the fixed prompt differ by at most 0" in text
+    file = repository / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    status, text, _ = run(repository, "--verify", out)
+    last = max(
+        auditing.Audit(local_tree(repository)).ledger.facts["safetensors"]["model.safetensors"][1].items(),
+        key=lambda one: one[1],
+    )[0]
+    assert status == 1 and f"model.safetensors: tensor {last} changed" in text
+    (repository / "LICENSE").unlink()
+    (repository / "new.txt").write_text("new")
+    (repository / "README.md").write_text((repository / "README.md").read_text().replace("Tests", "tests"))
+    found = json.loads(run(repository, "--verify", out, "--json")[1])
+    said = {(one["id"], one["file"]) for one in found["findings"]}
+    assert {("removed", "LICENSE"), ("added", "new.txt"), ("changed", "README.md")} <= said
+
+
+def test_a_manifest_inside_the_repository_is_not_a_change(run, repository):
+    assert run(repository, "--out", repository)[0] == 0
+    assert run(repository, "--verify", repository)[0] == 0
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"schema": "nanoqwen/model_context/1", "files": [1]}', "[" * 100_000])
+def test_a_manifest_that_is_none(run, repository, tmp_path, text):
+    (tmp_path / "model_context.json").write_text(text)
+    status, _, err = run(repository, "--verify", tmp_path)
+    assert status == 2 and "model_context.json" in err and err.count("\n") == 1
+
+
+# ---- what convert.py and train.py write ------------------------------------------------------------------------------
+
+
+def convert(monkeypatch, capsys, *arguments) -> None:
+    import convert
+
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
+    convert.main()
+    capsys.readouterr()
+
+
+def test_a_conversion_proves_its_lineage(run, monkeypatch, capsys, repository, tmp_path):
+    source, out = repository, tmp_path / "out"
+    convert(monkeypatch, capsys, "--to", "bf16", "--model", source, "--out", out)
+    manifest.validate(json.loads((out / "model_context.json").read_text()))
+    found = json.loads(run(out, "--json")[1])
+    lineage = found["lineage"][0]
+    assert (lineage["relation"], lineage["repo"], lineage["status"]) == ("converted from", str(source), "verified")
+    assert lineage["record"]["to"] == "bf16" and lineage["record"]["commit"]
+    assert run(out, "--verify", out)[0] == 0
+    assert run(out, "--out", out)[0] == 0 and record.verify(out)  # an audit into the same folder keeps the record
+    manifest.validate(json.loads((out / "model_context.json").read_text()))
+    edit_json(source / "config.json", note=1)
+    status, text, _ = run(out)
+    assert status == 1 and "lineage-broken" in text and "config.json" in text
+
+
+def test_a_converted_gguf_and_a_changed_byte(run, monkeypatch, capsys, tiny_checkpoint, tmp_path):
+    file = tmp_path / "m.gguf"
+    convert(monkeypatch, capsys, "--to", "gguf", "--type", "q8_0", "--model", tiny_checkpoint, "--out", file)
+    found = json.loads(run(file, "--json")[1])
+    assert found["status"] == 0 and [one["status"] for one in found["lineage"]] == ["verified"]
+    content = bytearray(file.read_bytes())
+    content[-40] ^= 1
+    file.write_bytes(content)
+    status, out, _ = run(file)
+    assert status == 1 and "lineage-broken" in out
+
+
+def test_a_training_run_proves_its_lineage(run, monkeypatch, tmp_path):
+    import train
+
+    settings = {**CONFIG, "model": {"init": str(TINY), "tokenizer": str(TINY)}}
+    settings["train"] = {**CONFIG["train"], "out": str(tmp_path / "run"), "steps": 2, "save_every": 2}
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "run.yaml")])
+    train.main()
+    found = json.loads(run(tmp_path / "run" / "latest", "--json")[1])
+    (lineage,) = found["lineage"]
+    assert (lineage["relation"], lineage["status"]) == ("trained from", "verified")
+    assert lineage["record"]["stage"] == "sft" and lineage["record"]["steps"] == 2
+    assert lineage["record"]["data"]["source"] and lineage["record"]["commit"]
+
+
+# ---- on the hub ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(repository, tmp_path, monkeypatch):
+    servers = []
+
+    def serve(**more: bytes) -> Hub:
+        files = {file.name: file.read_bytes() for file in repository.iterdir()} | more
+        server = Hub(files)
+        use(server.url, tmp_path, monkeypatch)
+        servers.append(server)
+        return server
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_hub_repository_is_read_by_range_requests(run, server, repository):
+    from safetensors.torch import load_file, save
+
+    tensors = {f"t{at}.weight": torch.zeros(1024, 1024) for at in range(3)}
+    pickled = repository.parent / "m.bin"
+    torch.save({"a": torch.ones(600_000), "b": Call(os.system, "true")}, pickled)
+    hub = server(
+        **{
+            "extra.safetensors": save(tensors),
+            "pytorch_model.bin": pickled.read_bytes(),
+            "big.json": b"[" + b"1," * 900_000 + b"1]",
+        }
+    )
+    status, out, _ = run("org/name", "--json")
+    found = json.loads(out)
+    files = {file["path"]: file for file in found["files"]}
+    assert status == 1 and "pickle-import" in ids(found)  # in the middle of a large zip
+    assert hub.sent < 1_000_000 and sum(map(len, hub.files.values())) > 15_000_000
+    assert files["extra.safetensors"]["examined"] and not files["big.json"]["examined"]
+    assert "bytes over the network" in found["coverage"] and found["revision"] == "a" * 40
+    assert found["parameter_count"] == sum(
+        tensor.numel() for tensor in load_file(repository / "model.safetensors").values()
+    )
+    assert found["evidence"]["behaviour"]["status"] == "absent"
+
+
+def test_a_good_hub_repository_ends_with_0_and_deep_reads_the_weights(run, server):
+    server()
+    assert run("org/name")[0] == 0
+    found = json.loads(run("org/name@v1", "--deep", "--json")[1])
+    assert found["status"] == 0 and found["revision"] == "b" * 40 and found["repo"] == "org/name" and found["tensors"]
+
+
+def test_a_hub_that_does_not_answer(run, tmp_path, monkeypatch):
+    use("http://127.0.0.1:9", tmp_path, monkeypatch)
+    status, _, err = run("org/name")
+    assert status == 2 and "can't be reached" in err and err.count("\n") == 1
+
+
+# ---- hostile input ---------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_run(tiny_checkpoint, tmp_path):
+    """Every way in which a repository could run code leaves its mark, and none does."""
+    path, mark = base(tmp_path / "repository", tiny_checkpoint), tmp_path / "mark"
+    call = Call(os.system, f"touch {mark}")
+    for protocol in range(6):
+        (path / f"p{protocol}.bin").write_bytes(pickle.dumps(call, protocol))
+    torch.save(call, path / "pytorch_model.bin")
+    code = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
+    (path / "modeling.py").write_text(code)
+    (path / "conftest.py").write_text(code)
+    edit_json(path / "config.json", auto_map={"AutoModel": "modeling.Model"})
+    (path / "run.yaml").write_text(f"!!python/object/apply:os.system ['touch {mark}']")
+    set_template(path, f"{{{{ cycler.__init__.__globals__.os.popen('touch {mark}').read() }}}}")
+    ledger = auditing.Audit(local_tree(path)).ledger
+    assert ledger.status == 1 and not mark.exists()
+    assert {"pickle-import", "remote-code", "yaml-tag", "template-attribute"} <= {one.id for one in ledger.findings}
+
+
+def test_bombs_stay_within_time_and_memory(tiny_checkpoint, tmp_path):
+    """All at once, in a process of its own whose memory is bounded."""
+    path = base(tmp_path / "repository", tiny_checkpoint)
+    for case in CASES:
+        if case.name in (
+            "zip_bomb",
+            "gzip_bomb",
+            "pipe",
+            "file_of_holes",
+            "link_in_a_circle",
+            "archives_in_archives",
+            "python_that_nests_deep",
+        ):
+            case.change(path, True)
+    (path / "deep.json").write_text("[" * 1_000_000)
+    (path / "wide.json").write_text("[" + "[]," * 3_000_000 + "[]]")
+    (path / "deep.ipynb").write_text('{"cells": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    (path / "deep.jinja").write_text("{{ " + "(" * 60_000 + "1" + ")" * 60_000 + " }}")
+    (path / "lines.txt").write_text("\n" * 1_000_000 + "import x(")
+    (path / "lines.sh").write_text("#!/bin/sh\n" + "curl " * 60_000 + "\n" * 1_000_000)
+    (path / "pickle.pkl").write_bytes(b"\x80\x04" + b"N0" * 1_000_000 + b".")
+    (path / "long.pkl").write_bytes(b"\x80\x04\x8d" + (1 << 62).to_bytes(8, "little") + b"x")
+    (path / "header.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{" + bytes(100))
+    (path / "count.gguf").write_bytes(
+        b"GGUF" + (3).to_bytes(4, "little") + (1 << 60).to_bytes(8, "little") * 2 + bytes(64)
+    )
+    with zipfile.ZipFile(path / "many.zip", "w") as archive:
+        for number in range(20_001):
+            archive.writestr(str(number), b"")
+    (path / "README.md").write_text(
+        "---\n" + "a: &a [" + "x," * 50_000 + "]\n---\n" + "#" * 500_000 + "\n- **" * 50_000
+    )
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    command = [sys.executable, ROOT / "audit.py", path, "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    found = json.loads(result.stdout)
+    assert result.returncode == 1 and not result.stderr, result.stderr
+    unseen = {file["path"] for file in found["files"] if not file["examined"]}
+    assert {
+        "events",
+        "table.csv",
+        "pickle.pkl",
+        "long.pkl",
+        "header.safetensors",
+        "count.gguf",
+        "many.zip",
+        "deep.py",
+    } <= unseen
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert peak == before or peak < 1_000_000, f"{peak:,} kB"  # kB on Linux
+
+
+def test_a_case_can_be_built_twice(tiny_checkpoint, tmp_path):
+    """The corpus is the same each time: docs/audit-scanners.md is made from it."""
+    for bad in (True, False):
+        path = build(tmp_path, CASES[0], bad, tiny_checkpoint)
+        assert (path / "config.json").is_file()
