@@ -444,21 +444,21 @@ class Attention(nn.Module):
         self.q_norm = nn.Identity() if qwen2 else RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = nn.Identity() if qwen2 else RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, step: "Step") -> Tensor:
+    def forward(self, x: Tensor, shared: "Pass") -> Tensor:
         """x [B, T, C] → [B, T, C]."""
         B, T, _ = x.shape
         q, k, v = (project(x).view(B, T, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.norm_rotate(q, k, step)
+        q, k = self.norm_rotate(q, k, shared)
         v = v.transpose(1, 2)  # [B, K, T, D]
-        if step.cache is not None:
-            k, v = step.cache.write(self.layer, k, v, step.positions)
-        out = attention(q, k, v, step.mask, step.causal)
+        if shared.cache is not None:
+            k, v = shared.cache.write(self.layer, k, v, shared.positions)
+        out = attention(q, k, v, shared.mask, shared.causal)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
-    def norm_rotate(self, q: Tensor, k: Tensor, step: "Step") -> tuple[Tensor, Tensor]:
+    def norm_rotate(self, q: Tensor, k: Tensor, shared: "Pass") -> tuple[Tensor, Tensor]:
         """q [B, T, H, D], k [B, T, K, D] → [B, H, T, D] and [B, K, T, D], normed and turned to their positions."""
         q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
-        return rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        return rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
 
 
 class MLP(nn.Module):
@@ -510,13 +510,13 @@ class Block(nn.Module):
         sparse = config.is_sparse(layer)
         self.mlp = MoE(config) if sparse else MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, step: "Step") -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), step)
+    def forward(self, x: Tensor, shared: "Pass") -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), shared)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 @dataclass
-class Step:
+class Pass:
     """What all layers of one forward pass share. Made by `Decoder`, the same for each layer."""
 
     cos: Tensor  # [B or 1, 1, T, D] in the activations' dtype
@@ -541,14 +541,14 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         """`mask` (bool [B, 1, T, T], without a cache) takes the place of the causal one: documents packed in a row."""
         x = self.embed_tokens(ids)
-        step = self._step(x, ids.shape[1], cache, mask)
+        shared = self._pass(x, ids.shape[1], cache, mask)
         for layer in self.layers:
-            x = layer(x, step)
+            x = layer(x, shared)
         if cache is not None:
             cache.advance(ids.shape[1])
         return self.norm(x)
 
-    def _step(self, x: Tensor, tokens: int, cache: KVCache | None, mask: Tensor | None) -> Step:
+    def _pass(self, x: Tensor, tokens: int, cache: KVCache | None, mask: Tensor | None) -> Pass:
         if cache is None:
             positions = torch.arange(tokens, device=x.device)[None]
             causal = mask is None and tokens > 1
@@ -563,7 +563,7 @@ class Decoder(nn.Module):
         angles = positions[:, None, :, None].float() * self.rope_frequencies  # [B or 1, 1, T, D/2]
         cos, sin = angles.cos() * self.rope_factor, angles.sin() * self.rope_factor
         cos, sin = torch.cat((cos, cos), -1).to(x.dtype), torch.cat((-sin, sin), -1).to(x.dtype)
-        return Step(cos, sin, mask, causal, cache, positions)
+        return Pass(cos, sin, mask, causal, cache, positions)
 
 
 def check_ids(model: "Qwen3", ids: Any, cache: KVCache | None) -> None:

@@ -5,12 +5,12 @@ fused as it is. On a CPU the token step in C++ (ops/cpu/step.py) goes on serving
 PyTorch computes there, four layers of the 0.6B shape in bfloat16 were no faster compiled than as they are.
 """
 
-import os
-import shutil
 from importlib.util import find_spec
 
 import torch
 from torch import nn
+
+from ops.compiler import find_compiler
 
 
 def compile_(model: nn.Module, place: str, backend: str = "inductor") -> None:
@@ -21,8 +21,7 @@ def compile_(model: nn.Module, place: str, backend: str = "inductor") -> None:
     device = model.model.embed_tokens.weight.device
     if backend == "inductor" and device.type == "cuda" and find_spec("triton") is None:
         raise ValueError(f"{place}: torch.compile needs Triton for CUDA, which is not installed; leave {place} out")
-    compilers = (os.environ.get("CXX"), "c++", "g++", "clang++")
-    if backend == "inductor" and device.type != "cuda" and not any(name and shutil.which(name) for name in compilers):
+    if backend == "inductor" and device.type != "cuda" and find_compiler() is None:
         raise ValueError(f"{place}: torch.compile needs a C++ compiler, and there is none; leave {place} out")
     options = {"dynamic": True, "fullgraph": True, "backend": backend}
     for layer in model.model.layers:

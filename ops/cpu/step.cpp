@@ -3,41 +3,33 @@
 // Read it beside model.py: the same names in the same order, and here the arithmetic that PyTorch does there. What it
 // is for is speed. A few tokens read every weight once, so memory bandwidth is their limit, and everything else must
 // stay out of the way: each thread reads its share of a matrix row by row as one sequential stream, activations stay in
-// float32 and in the cache, and five barriers a layer are all the threads ever wait for each other. Many tokens, a
-// prompt, are held by arithmetic instead, and go through matmul.h.
+// the cache, and five barriers a layer are all the threads ever wait for each other. Many tokens, a prompt, are
+// compute-bound: blocks of rows stay in the cache for all of them.
 //
-// A token's logits are the same bits whether it comes alone or as one of a few, so that a guess that is checked by one
-// step together with others is judged as if the tokens had come one by one.
+// A token's logits are the same bits whether it comes alone, as one of a few guesses, in a prompt or in a batch: see
+// products.h and attention.h. What is different for few and many is only who computes what.
 //
 // The interface is plain C over pointers into the model's own tensors; ops/cpu/step.py fills the structs and checks them.
 //
 // Letters for sizes as in model.py:  B batch   T tokens   N = B * T   C hidden size   H query heads   K key/value heads
 //                                    G = H / K   D head dim   S cached positions with the new ones   V vocabulary
-#include <atomic>
+#include <cstddef>
+#include <deque>
+#include <vector>
 
-#include "matmul.h"
-#include "vectors.h"
+#include "attention.h"
+#include "quantize.h"
+#include "threads.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#else  // one thread
-inline int omp_get_num_threads() { return 1; }
-#endif
-
-constexpr int64_t FEW = 16;            // tokens that a step takes row by row; ops/cpu/step.py knows it too
-constexpr int64_t AT_ONCE = 512;       // tokens of a prompt: bounds the memory of a long one
-constexpr int64_t SHORTEST = 1 << 15;  // bytes that a thread takes on at a time at least
+constexpr int64_t FEW = 16;       // tokens: so few each thread prepares for itself, rather than wait for another
+constexpr int64_t AT_ONCE = 512;  // tokens of a prompt: bounds the memory of a long one
+constexpr int64_t ROWS = 32;      // of weights that stay in the cache for all tokens
+constexpr int64_t QUERIES = 48;   // of a prompt, that go through a block of positions together
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What ops/cpu/step.py hands over. `void*` is a tensor of the model's dtype; nullptr where the model has none.
 
 extern "C" {
-struct Linear {
-    const void* weight;  // [rows, columns]; with scales as ops/quant.py packs them
-    const void* bias;
-    const void* scale;  // [rows, groups] of bfloat16
-    int64_t rows, columns, row_bytes, bits, groups;
-};
 struct Attention {
     Linear q_proj, k_proj, v_proj, o_proj;
     const void *q_norm, *k_norm;
@@ -53,7 +45,7 @@ struct Block {
     const MLP* experts;  // [num_experts], or that one
 };
 struct Qwen3 {
-    int64_t hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim, widest_mlp;
+    int64_t hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim;
     int64_t num_experts, num_experts_per_tok, norm_topk_prob;
     float rms_norm_eps, rope_factor;
     const float* rope_frequencies;  // [D/2]
@@ -74,242 +66,237 @@ struct Tokens {
 };
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Threads.
-
-inline void relax() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
-
-// Waits until all threads are here. Spins only briefly: where other programs share the cores, the thread that is waited
-// for may need this very core to get here, and OpenMP's own barrier, which spins on, made a token take five times as long.
-class Barrier {
-    alignas(64) std::atomic<int> arrived{0};
-    alignas(64) std::atomic<int> round{0};
-
-  public:
-    void wait(int threads) {
-        int now = round.load();
-        if (arrived.fetch_add(1) + 1 == threads) {
-            arrived.store(0);
-            round.store(now + 1);
-            round.notify_all();
-            return;
-        }
-        for (int spins = 0; spins < 1000; spins++) {
-            if (round.load() != now) return;
-            relax();
-        }
-        round.wait(now);
-    }
-};
-
 // Some tokens of each row of a batch, and where they stand.
 struct Span {
     int64_t B, first, T, N = B * T;  // T of each row, from its `first` new one on
+    const KVCache& cache;
     int64_t row(int64_t n) const { return n / T; }
     int64_t token(int64_t n) const { return first + n % T; }
+    int64_t position(int64_t n) const { return cache.lengths[row(n)] + token(n); }
+    int64_t blocks(int64_t b) const { return position((b + 1) * T - 1) / BLOCK + 1; }  // up to row b's last token
 };
 
-// Blocks of positions of row b, up to the last new one of the span.
-inline int64_t blocks(const KVCache& cache, const Span& span, int64_t b) {
-    return (cache.lengths[b] + span.first + span.T + BLOCK - 1) / BLOCK;
-}
+// Every size of scratch memory that is not plainly [N, …]: computed here and nowhere else.
+struct Sizes {
+    int64_t experts = 1;            // that a token has: 1 for a dense MLP
+    int64_t widest = 0, mlp = 0;    // columns of a linear layer, rows of an MLP's up_proj
+    bool forms[FORMS] = {};         // of activations that some linear layer wants
+    int64_t queries, blocks = 0;    // of one key head at once; of the longest row
+    std::vector<int64_t> partials;  // the first of row b, with their number at the end; only of few tokens
+
+    Sizes(const Qwen3& m, const Span& span, bool many) {
+        auto see = [&](const Linear& w) {
+            if (w.rows) widest = std::max(widest, w.columns), forms[form_of(w)] = true;
+        };
+        forms[NUMBERS] = true;  // attention's
+        for (int64_t layer = 0; layer < m.num_hidden_layers; layer++) {
+            const Block& block = m.layers[layer];
+            for (auto w : {&block.self_attn.q_proj, &block.self_attn.k_proj, &block.self_attn.v_proj}) see(*w);
+            see(block.self_attn.o_proj), see(block.gate);
+            if (block.gate.rows) experts = m.num_experts_per_tok;
+            for (int64_t e = 0; e < (block.gate.rows ? m.num_experts : 1); e++) {
+                const MLP& mlp = block.experts[e];
+                see(mlp.gate_proj), see(mlp.up_proj), see(mlp.down_proj);
+                this->mlp = std::max(this->mlp, mlp.up_proj.rows);
+            }
+        }
+        see(m.lm_head);
+        const int64_t G = m.num_attention_heads / m.num_key_value_heads;
+        queries = G * (many ? std::max(int64_t(1), QUERIES / G) : span.T);
+        partials.push_back(0);
+        for (int64_t b = 0; b < span.B; b++) {
+            blocks = std::max(blocks, span.blocks(b));
+            partials.push_back(partials.back() + (many ? 0 : m.num_key_value_heads * span.blocks(b)));
+        }
+    }
+};
 
 // What all threads share.
+template <class T>
 struct Shared {
-    std::vector<float> x;         // [N, C] the residual stream
-    std::vector<float> cos, sin;  // [N, D/2]
-    std::vector<float> q, k, v;   // [N, H, D], [N, K, D], [N, K, D]
-    std::vector<float> partial;   // a few tokens: attention over a part of the positions, [B, K, blocks, T, G, D + 2]
-    std::vector<float> router;    // [N, num_experts]
-    std::vector<float> gate, up;  // a few tokens: [N, num_experts_per_tok, widest_mlp]
-    Tiles normed, attended, hidden;  // many tokens: what goes into linear layers, [N, C], [N, H, D], [N, widest_mlp]
-    std::vector<std::atomic<int64_t>> taken;  // of each piece of work between barriers, what somebody is at or has done
-    Barrier barrier;
+    const Sizes sizes;
+    Buffer<float> x;             // [N, C] the residual stream
+    Buffer<float> cos, sin;      // [N, D/2]
+    Buffer<float> q, k, v;       // [N, H, D], [N, K, D], [N, K, D]
+    Buffer<float> partial;       // few tokens: attention over each block of positions, [B, K, blocks, …] (Partial)
+    Buffer<float> attended;      // many tokens: [N, H, D]
+    Buffer<float> router;        // [N, num_experts]
+    Buffer<float> gate, up;      // [N * experts, mlp]
+    Inputs<T> inputs;            // many: what goes into linear layers
+    Works works;
 
-    Shared(const Qwen3& m, int64_t N, bool many, int64_t parts)
-        : x(N * m.hidden_size), cos(N * m.head_dim / 2), sin(cos), q(N * m.num_attention_heads * m.head_dim),
-          k(N * m.num_key_value_heads * m.head_dim), v(k), partial(parts * (m.head_dim + 2)),
-          router(N * m.num_experts), gate(many ? 0 : N * m.num_experts_per_tok * m.widest_mlp), up(gate),
-          taken(m.num_hidden_layers * (10 + (many ? 0 : N * (m.num_experts_per_tok + 1))) + 4) {
-        if (!many) return;
-        normed.set(N, m.hidden_size);
-        attended.set(N, m.num_attention_heads * m.head_dim);
-        hidden.set(N, m.widest_mlp);
+    Shared(const Qwen3& m, const Span& span, bool many) : sizes(m, span, many) {
+        const int64_t N = span.N, D = m.head_dim, hidden = N * m.num_attention_heads * D;
+        x.allocate(N * m.hidden_size), cos.allocate(N * (D / 2)), sin.allocate(N * (D / 2));
+        q.allocate(hidden), k.allocate(N * m.num_key_value_heads * D), v.allocate(N * m.num_key_value_heads * D);
+        partial.allocate(sizes.partials.back() * Partial::size(sizes.queries, D));
+        attended.allocate(many ? hidden : 0), router.allocate(N * m.num_experts);
+        gate.allocate(N * sizes.experts * sizes.mlp), up.allocate(N * sizes.experts * sizes.mlp);
+        const int64_t count = N * sizes.experts;
+        inputs.allocate(count > FEW ? count : 0, sizes.widest, sizes.forms);
     }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The layers. A `Step` is one thread's part of the work on one span.
+// The layers: one thread's part of the work on one span. Allocates nothing once it is made.
 
 template <class T>
-struct Step {
+class Step {
     const Qwen3& model;
     const KVCache& cache;
-    const Span span;
-    Shared& shared;
-    const int threads;
+    const Span& span;
+    Shared<T>& shared;
+    const Sizes& sizes = shared.sizes;
+    Sharing sharing{shared.works};
     const int64_t C = model.hidden_size, D = model.head_dim, H = model.num_attention_heads;
-    const int64_t K = model.num_key_value_heads, G = H / K, N = span.N, QUERIES = span.T * G;
-    const bool many = N > FEW;
-    // Of a few tokens each thread computes for itself what is small, rather than wait for another.
-    std::vector<float> normed = std::vector<float>(many ? 0 : N * C);
-    std::vector<float> attended = std::vector<float>(many ? 0 : N * H * D);
-    std::vector<float> queries = std::vector<float>((many ? TILE : QUERIES) * D);
-    std::vector<float> scores;
-    std::vector<Input> inputs = std::vector<Input>(many ? 1 : N * model.num_experts_per_tok);
-    std::vector<int64_t> chosen = std::vector<int64_t>(many ? 1 : inputs.size());  // experts, [N, per token]
-    std::vector<float> weights = std::vector<float>(chosen.size());
-    std::vector<Line> packed, packed_keys, packed_values;
-    Tiles tile_queries, tile_weights;
-    int64_t works = 0;
+    const int64_t K = model.num_key_value_heads, G = H / K, N = span.N;
+    const bool many;
+    Inputs<T> own, queries;      // few: what goes into linear layers; heads of q on their way to the keys
+    Buffer<float> scratch;       // one vector
+    Buffer<float> unpacked;      // many: rows of bfloat16 weights as float
+    Buffer<float> scores;        // [queries, BLOCK]
+    Buffer<float> partials;      // many: of the queries, over blocks
+    std::vector<int64_t> first;  // experts: the first of each one's pairs, [num_experts + 1]
+    std::vector<int64_t> chosen, pair_token;      // of each token, [N, experts]; of each pair of token and expert
+    std::vector<float> weights, pair_weight;
 
-    void wait_for_all() { shared.barrier.wait(threads); }
-
-    // Splits n equal pieces of work, each of so many bytes to read, between the threads: calls work(begin, end) for
-    // ranges. They are long at first, to be one sequential stream, and shorter towards the end, so that all threads end
-    // together however fast each of them is.
-    template <class Work>
-    void share(int64_t n, int64_t bytes, Work work) {
-        std::atomic<int64_t>& taken = shared.taken[works++];
-        int64_t least = std::max(int64_t(1), SHORTEST / bytes), begin = taken.load();
-        while (begin < n) {
-            int64_t end = std::min(n, begin + std::max(least, (n - begin) / (2 * threads)));
-            if (!taken.compare_exchange_weak(begin, end)) continue;
-            work(begin, end);
-            begin = taken.load();
-        }
+  public:
+    Step(const Qwen3& model, const KVCache& cache, const Span& span, Shared<T>& shared, bool many)
+        : model(model), cache(cache), span(span), shared(shared), many(many),
+          first(std::max(model.num_experts, int64_t(1)) + 1), chosen(N * sizes.experts), pair_token(chosen.size()),
+          weights(chosen.size()), pair_weight(chosen.size()) {
+        const bool numbers[FORMS] = {true};
+        own.allocate(FEW, sizes.widest, sizes.forms), queries.allocate(sizes.queries, D, numbers);
+        scratch.allocate(std::max(sizes.widest, D)), scores.allocate(sizes.queries * BLOCK);
+        unpacked.allocate(UNPACKS ? ROWS * rounded_up(std::max(sizes.widest, D), LANES) : 0);
+        partials.allocate(many ? sizes.blocks * Partial::size(sizes.queries, D) : 0);
     }
 
-    // Rows begin .. end of weight·x + bias for N tokens: y [rows, N].
-    template <int N>
-    static void some_rows(const Linear& w, const Scales& scales, int64_t begin, int64_t end,
-                          const void* const* prepared, const float* const* x, float* y) {
-        const char* weight = (const char*)w.weight + begin * w.row_bytes;
-        const auto* scale = (const bfloat16*)w.scale + begin * w.groups;
-        for (int64_t row = begin; row < end; row++, weight += w.row_bytes, scale += w.groups, y += N) {
-            if (!w.scale)
-                dot<N>((const T*)weight, x, w.columns, y);
-            else if (w.bits == 4)
-                dot_packed<4, N>((const uint8_t*)weight, scale, scales, prepared, x, w.columns, y);
-            else
-                dot_packed<8, N>((const uint8_t*)weight, scale, scales, prepared, x, w.columns, y);
-            for (int i = 0; i < N && w.bias; i++) y[i] += to_float(((const T*)w.bias)[row]);
-        }
-    }
-
-    // Rows begin .. end for `count` tokens: put(token, row, y). A few rows at a time, which stay in the cache for all.
-    template <class Put>
-    static void rows(const Linear& w, int64_t begin, int64_t end, Input* inputs, int64_t count, Put put) {
-        constexpr int64_t SOME = 16;
-        const Scales scales(w.columns, std::max(w.groups, int64_t(1)), w.bits == 4 ? 4 : 8);
-        const float* x[FEW];
-        const void* prepared[FEW];
-        for (int64_t i = 0; i < count; i++) {
-            x[i] = inputs[i].x;
-            prepared[i] = w.scale ? inputs[i].prepared(w.bits) : nullptr;
-        }
-        for (; begin < end; begin += SOME) {
-            const int64_t last = std::min(end, begin + SOME);
-            by_fours(count, [&](int64_t token, auto at_once) {
-                float y[SOME * at_once];
-                some_rows<at_once>(w, scales, begin, last, prepared + token, x + token, y);
-                for (int64_t i = begin; i < last; i++)
-                    for (int k = 0; k < at_once; k++) put(token + k, i, y[(i - begin) * at_once + k]);
-            });
-        }
-    }
-
-    // weight·x + bias of `count` tokens: put(token, row, y, n) takes n results from `row` on. A few tokens come in
-    // `inputs`, many in `x`.
-    template <class Put>
-    void linear(const Linear& w, int64_t count, Tiles& x, Put put) {
-        if (count > FEW)
-            return many_tokens(w, w, ROWS, count, x, [&](int64_t token, int64_t row, Vector* y) {
-                for (int64_t i = 0; i < 2 && row + 16 * i < w.rows; i++)
-                    put(token, row + 16 * i, (float*)(y + i), std::min(int64_t(16), w.rows - row - 16 * i));
-            });
-        share(w.rows, w.row_bytes, [&](int64_t begin, int64_t end) {
-            rows(w, begin, end, inputs.data(), count, [&](int64_t n, int64_t i, float y) { put(n, i, &y, 1); });
+    void run(const Tokens& tokens, int threads) {
+        sharing.threads = threads;
+        for (int64_t layer = 0; layer < model.num_hidden_layers; layer++) block(model.layers[layer], layer);
+        // Of each row the last `wanted` tokens of this span; the first of them is `from` in the span, `to` in the logits.
+        const int64_t before = tokens.T - tokens.outputs, V = model.lm_head.rows;
+        const int64_t wanted = std::clamp(span.first + span.T - before, int64_t(0), span.T);
+        const int64_t from = span.T - wanted, to = span.first + from - before, count = span.B * wanted;
+        if (!wanted) return;
+        auto& x = prepared(count, C, {&model.lm_head}, [&](int64_t i, float* out) {
+            rms_norm(shared.x.at((i / wanted * span.T + from + i % wanted) * C, C), model.norm, C, out);
         });
+        linear(model.lm_head, x, count, [&](int64_t i, int64_t row, const float* y, int64_t n) {
+            T* logits = (T*)tokens.logits + (i / wanted * tokens.outputs + to + i % wanted) * V + row;
+            for (int64_t j = 0; j < n; j++) assign(logits[j], y[j]);
+        });
+        sharing.wait_for_all();  // here, as OpenMP would spin
     }
 
-    // The same for many tokens, 32 rows at a time: 16 of w and the next 16 (step 32), or 16 of w and of v (step 16).
-    template <class Put>
-    void many_tokens(const Linear& w, const Linear& v, int64_t step, int64_t count, Tiles& x, Put put) {
-        packed.resize(x.columns);
-        share((w.rows + step - 1) / step, step * w.row_bytes, [&](int64_t begin, int64_t end) {
-            for (int64_t row = begin * step; row < end * step; row += step) {
-                Vector factor[2], bias[2];
-                pack_rows(w, row, &packed[0], factor[0], bias[0]);
-                pack_rows(v, row + step - 16, &packed[1], factor[1], bias[1]);
-                for (int64_t token = 0; token < count; token += TILE) {
-                    Vector sums[TILE][2];
-                    multiply(packed.data(), x.tile(token), x.columns, sums);
-                    for (int64_t i = 0; i < std::min(int64_t(TILE), count - token); i++) {
-                        Vector y[2] = {sums[i][0] * factor[0] + bias[0], sums[i][1] * factor[1] + bias[1]};
-                        put(token + i, row, y);
+  private:
+    static constexpr bool UNPACKS = std::is_same_v<Plain<T>, Numbers<bfloat16>>;
+
+    // `count` vectors of n numbers in the forms that some linear layers want; make(i, out) makes one.
+    template <class Make>
+    const Inputs<T>& prepared(int64_t count, int64_t n, std::initializer_list<const Linear*> to, Make make) {
+        bool forms[FORMS] = {};
+        for (auto w : to) forms[form_of(*w)] = true;
+        return prepared(count, n, forms, make);
+    }
+    template <class Make>
+    const Inputs<T>& prepared(int64_t count, int64_t n, const bool (&forms)[FORMS], Make make) {
+        Inputs<T>& inputs = count > FEW ? shared.inputs : own;
+        auto some = [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) {
+                float* x = scratch.at(0, n);
+                make(i, x);
+                for (int form = 0; form < FORMS; form++)
+                    if (forms[form]) inputs.put(i, x, n, Form(form));
+            }
+        };
+        if (count <= FEW) return some(0, count), inputs;
+        sharing.share(count, Works::SHORTEST / 8, some);
+        sharing.wait_for_all();
+        return inputs;
+    }
+
+    // Rows begin .. end of weight·x + bias for `count` tokens: put(i, row, y, n) takes n results of the i-th from `row`
+    // on. at(i) is its place in `x`.
+    template <class At, class Put>
+    void rows(const Linear& w, int64_t begin, int64_t end, const Inputs<T>& x, int64_t count, At at, Put put) {
+        const Form form = form_of(w);
+        with_kind<T>(form, [&](auto kind) {
+            for (int64_t row = begin; row < end; row += ROWS) {
+                const int64_t last = std::min(end, row + ROWS);
+                Rows some = {(const char*)w.weight + row * w.row_bytes, (const bfloat16*)w.scale + row * w.groups,
+                             w.row_bytes, w.columns, w.groups, PREFETCH};
+                auto y = [&](int64_t i, int64_t r, const float* y, int64_t n) {
+                    float sums[4];
+                    for (int64_t j = 0; j < n; j++)
+                        sums[j] = w.bias ? y[j] + to_float(((const T*)w.bias)[row + r + j]) : y[j];
+                    put(i, row + r, sums, n);
+                };
+                if constexpr (std::is_same_v<decltype(kind), Numbers<bfloat16>>)
+                    if (count > FEW) {
+                        Rows floats = unpack(some, last - row);
+                        tiles<Numbers<float>>(floats, form, last - row, x, count, at, y);
+                        continue;
                     }
-                    if (row + step < end * step)  // the next rows, in the order in which they lie in memory
-                        prefetch(w, v, row + step, step, token, count);
-                }
+                tiles<decltype(kind)>(some, form, last - row, x, count, at, y);
             }
         });
     }
 
-    static void prefetch(const Linear& w, const Linear& v, int64_t row, int64_t step, int64_t token, int64_t count) {
-        const int64_t parts = (count + TILE - 1) / TILE, bytes = step * w.row_bytes;
-        for (int64_t at = token / TILE * bytes / parts / 64 * 64; at < (token / TILE + 1) * bytes / parts; at += 64) {
-            __builtin_prefetch((const char*)w.weight + row * w.row_bytes + at, 0, 2);
-            if (step == 16) __builtin_prefetch((const char*)v.weight + row * v.row_bytes + at, 0, 2);
-        }
+    template <class Kind, class At, class Put>
+    static void tiles(Rows w, Form form, int64_t rows, const Inputs<T>& x, int64_t count, At at, Put put) {
+        in_tiles<Kind::TOKENS>(count, [&](int64_t i, auto tokens) {
+            constexpr int MOST = tokens >= 4 ? Kind::ROWS : 1;
+            const char* inputs[tokens];
+            for (int k = 0; k < tokens; k++) inputs[k] = x.at(at(i + k), w.columns, form);
+            if (i) w.ahead = 0;  // the rows are in the cache now
+            else if (w.ahead && MOST > 1) w.ahead = MOST * w.row_bytes;
+            in_tiles<MOST>(rows, [&](int64_t r, auto together) {
+                const Rows here = {w.weight + r * w.row_bytes, w.scale + r * w.groups, w.row_bytes, w.columns, w.groups,
+                                   w.ahead};
+                float y[tokens * together];
+                tile<Kind, together, tokens>(here, inputs, y);
+                for (int k = 0; k < tokens; k++) put(i + k, r, y + k * together, int64_t(together));
+            });
+        });
     }
 
-    static void pack_rows(const Linear& w, int64_t row, Line* out, Vector& factor, Vector& bias) {
-        const int64_t rows = std::clamp(w.rows - row, int64_t(0), int64_t(16));
-        const char* weight = (const char*)w.weight + row * w.row_bytes;
-        const bfloat16* scale = (const bfloat16*)w.scale + row * w.groups;
-        if (w.scale)
-            pack((const uint8_t*)weight, w.row_bytes, rows, w.columns, out, scale, w.groups, w.bits);
-        else
-            pack((const bfloat16*)weight, w.row_bytes, rows, w.columns, out);
-        factor = Vector{} + 1.f, bias = Vector{};
-        for (int64_t i = 0; i < std::min(rows, int64_t(LANES)); i++) {
-            if (w.scale && w.groups == 1) factor[i] = to_float(scale[i]);
-            if (w.bias) bias[i] = to_float(((const T*)w.bias)[row + i]);
+    Rows unpack(const Rows& w, int64_t rows) {
+        const int64_t width = rounded_up(w.columns, LANES);
+        for (int64_t r = 0; r < rows; r++) {
+            const auto* from = (const bfloat16*)(w.weight + r * w.row_bytes);
+            float* to = unpacked.at(r * width, width);
+            int64_t i = 0;
+            for (; i + LANES <= w.columns; i += LANES) {
+                __builtin_prefetch((const char*)(from + i) + PREFETCH);
+                store(to + i, load(from + i));
+            }
+            if (i < w.columns) store(to + i, load_some(from + i, w.columns - i));
         }
+        return {(const char*)unpacked.at(0), nullptr, width * int64_t(sizeof(float)), w.columns, 0, 0};
+    }
+
+    // weight·x + bias of `count` tokens.
+    template <class Put>
+    void linear(const Linear& w, const Inputs<T>& x, int64_t count, Put put) {
+        const int64_t unit = count > FEW ? ROWS : 1;
+        sharing.share((w.rows + unit - 1) / unit, unit * w.row_bytes, [&](int64_t begin, int64_t end) {
+            rows(w, begin * unit, std::min(end * unit, w.rows), x, count, [](int64_t i) { return i; }, put);
+        });
     }
 
     void rms_norm(const float* x, const void* weight, int64_t n, float* out) const {
-        float scale = 1 / std::sqrt(dot(x, x, n) / n + model.rms_norm_eps);
-        for (int64_t i = 0; i < n; i++) out[i] = to_float(((const T*)weight)[i]) * (x[i] * scale);
-    }
-
-    // The residual stream of `count` tokens, normed, on its way into linear layers; at(i) is which token comes i-th.
-    template <class At>
-    void norm(const void* weight, int64_t count, At at) {
-        if (count <= FEW) {
-            normed.resize(std::max(int64_t(normed.size()), count * C));
-            inputs.resize(std::max(int64_t(inputs.size()), count));
-            for (int64_t i = 0; i < count; i++) {
-                rms_norm(&shared.x[at(i) * C], weight, C, &normed[i * C]);
-                inputs[i].set(&normed[i * C], C);
-            }
-            return;
+        const char* both[] = {(const char*)x};
+        Rows row = {(const char*)x, nullptr, 0, n / LANES * LANES, 0, 0};
+        Vector squares[1][1] = {};
+        Numbers<float>::multiply<1, 1>(row, both, squares);
+        if (int64_t rest = n % LANES) {
+            Vector last = load_some(x + n - rest, rest);
+            squares[0][0] = fma(last, last, squares[0][0]);
         }
-        share(count, SHORTEST / 8, [&](int64_t begin, int64_t end) {
-            std::vector<float> out(C);
-            for (int64_t i = begin; i < end; i++) {
-                rms_norm(&shared.x[at(i) * C], weight, C, out.data());
-                shared.normed.put(i, 0, out.data(), C);
-            }
-        });
-        wait_for_all();
+        const float scale = 1 / std::sqrt(sum(squares[0][0]) / n + model.rms_norm_eps);
+        for (int64_t i = 0; i < n; i++) out[i] = to_float(((const T*)weight)[i]) * (x[i] * scale);
     }
 
     // A head of q or k, normed where the model does that, and turned by its token's position: [D] → [D].
@@ -318,7 +305,7 @@ struct Step {
             rms_norm(x, weight, D, out);
         else
             std::copy(x, x + D, out);
-        const float *cos = &shared.cos[n * (D / 2)], *sin = &shared.sin[n * (D / 2)];
+        const float *cos = shared.cos.at(n * (D / 2), D / 2), *sin = shared.sin.at(n * (D / 2), D / 2);
         for (int64_t i = 0; i < D / 2; i++) {
             float a = out[i], b = out[i + D / 2];
             out[i] = a * cos[i] - b * sin[i];
@@ -328,237 +315,191 @@ struct Step {
 
     T* head_of(void* cached, int64_t b, int64_t head) const { return (T*)cached + (b * K + head) * cache.max_len * D; }
 
-    int64_t position(int64_t n) const { return cache.lengths[span.row(n)] + span.token(n); }
-
     // The new key and value of token n in one head, into the cache.
     void remember(const Attention& attn, int64_t n, int64_t head, T* keys, T* values) {
-        float *k = &shared.k[(n * K + head) * D], *v = &shared.v[(n * K + head) * D];
-        norm_and_rotate(k, n, attn.k_norm, k);
-        for (int64_t d = 0; d < D; d++) assign(keys[position(n) * D + d], k[d]);
-        for (int64_t d = 0; d < D; d++) assign(values[position(n) * D + d], v[d]);
+        const float *k = shared.k.at((n * K + head) * D, D), *v = shared.v.at((n * K + head) * D, D);
+        float* turned = scratch.at(0, D);
+        norm_and_rotate(k, n, attn.k_norm, turned);
+        for (int64_t d = 0; d < D; d++) assign(keys[span.position(n) * D + d], turned[d]);
+        for (int64_t d = 0; d < D; d++) assign(values[span.position(n) * D + d], v[d]);
     }
 
-    void query(const Attention& attn, int64_t n, int64_t head, float* out) const {
-        norm_and_rotate(&shared.q[(n * H + head) * D], n, attn.q_norm, out);
+    // Query g of a key head, of those that begin with token `from` of the span.
+    void query(const Attention& attn, int64_t from, int64_t head, int64_t g) {
+        const int64_t n = from + g / G;
+        float* out = scratch.at(0, D);
+        norm_and_rotate(shared.q.at((n * H + head * G + g % G) * D, D), n, attn.q_norm, out);
         for (int64_t d = 0; d < D; d++) out[d] /= std::sqrt(float(D));
+        queries.put(g, out, D, NUMBERS);
     }
 
-    void attention(const Attention& attn, void* keys, void* values) {
-        auto into = [&](std::vector<float>& out, int64_t width) {
+    // The queries that `query` prepared over one block of positions.
+    void attend(int64_t from, int64_t count, int64_t block, const T* keys, const T* values, float* partial) {
+        const int64_t start = block * BLOCK, last = span.position(from + (count - 1) / G);
+        const int64_t positions = std::min(BLOCK, last + 1 - start);
+        const Linear matrix = {keys + start * D, nullptr, nullptr, positions, D, D * int64_t(sizeof(T)), 0, 0};
+        rows(matrix, 0, positions, queries, count, [](int64_t i) { return i; },
+             [&](int64_t g, int64_t s, const float* y, int64_t n) { std::copy(y, y + n, scores.at(g * BLOCK + s, n)); });
+        auto seen = [&](int64_t g) { return std::clamp(span.position(from + g / G) + 1 - start, int64_t(0), positions); };
+        weigh(scores.at(0, count * BLOCK), count, positions, D, values + start * D, seen, {partial, count});
+    }
+
+    void attention(const Attention& attn, const Inputs<T>& x, void* keys, void* values) {
+        auto into = [&](Buffer<float>& out, int64_t width) {
             return [&out, width](int64_t n, int64_t row, const float* y, int64_t count) {
-                std::copy(y, y + count, &out[n * width + row]);
+                std::copy(y, y + count, out.at(n * width + row, count));
             };
         };
-        linear(attn.q_proj, N, shared.normed, into(shared.q, H * D));
-        linear(attn.k_proj, N, shared.normed, into(shared.k, K * D));
-        linear(attn.v_proj, N, shared.normed, into(shared.v, K * D));
-        wait_for_all();
+        linear(attn.q_proj, x, N, into(shared.q, H * D));
+        linear(attn.k_proj, x, N, into(shared.k, K * D));
+        linear(attn.v_proj, x, N, into(shared.v, K * D));
+        sharing.wait_for_all();
         many ? attend_many(attn, keys, values) : attend_few(attn, keys, values);
-        add_to_residual(attn.o_proj, shared.attended);
-    }
-
-    void add_to_residual(const Linear& w, Tiles& x) {
-        linear(w, N, x, [&](int64_t n, int64_t row, const float* y, int64_t count) {
-            for (int64_t i = 0; i < count; i++) shared.x[n * C + row + i] += y[i];
+        auto& out = prepared(N, H * D, {&attn.o_proj}, [&](int64_t n, float* out) {
+            if (many) return (void)std::copy(shared.attended.at(n * H * D), shared.attended.at(n * H * D) + H * D, out);
+            for (int64_t head = 0; head < H; head++) {
+                const int64_t b = span.row(n), blocks = span.blocks(b), first = sizes.partials[b] + head / G * blocks;
+                put_together(n % span.T * G + head % G, sizes.queries, span.position(n) / BLOCK + 1, D,
+                             [&](int64_t block) { return few_partial(first + block); }, out + head * D);
+            }
         });
-        wait_for_all();
+        add_to_residual(attn.o_proj, out);
     }
 
-    int64_t blocks(int64_t b) const { return ::blocks(cache, span, b); }
-
-    // What a block of positions gives the queries of a key head: [T, G] largest scores, [T, G] sums of exponentials,
-    // [T, G, D] the values weighted by the exponentials.
-    float* partial(int64_t b, int64_t head, int64_t block) {
-        int64_t before = 0;
-        for (int64_t i = 0; i < b; i++) before += K * blocks(i);
-        return &shared.partial[(before + head * blocks(b) + block) * QUERIES * (D + 2)];
+    float* few_partial(int64_t i) {
+        const int64_t size = Partial::size(sizes.queries, D);
+        return shared.partial.at(i * size, size);
     }
 
+    // Each block of positions is a piece of work; each key and value is read from memory once for all queries.
     void attend_few(const Attention& attn, void* keys, void* values) {
-        for (int64_t b = 0; b < span.B; b++)
-            share(K * blocks(b), 2 * BLOCK * D * sizeof(T), [&](int64_t begin, int64_t end) {
-                for (int64_t work = begin; work < end; work++) {
-                    int64_t head = work / blocks(b), block = work % blocks(b), start = block * BLOCK;
-                    T *head_keys = head_of(keys, b, head), *head_values = head_of(values, b, head);
-                    for (int64_t n = b * span.T; n < (b + 1) * span.T; n++) {
-                        if (position(n) / BLOCK == block) remember(attn, n, head, head_keys, head_values);
-                        for (int64_t g = 0; g < G; g++)
-                            query(attn, n, head * G + g, &queries[(n % span.T * G + g) * D]);
-                    }
-                    attend(b, start, head_keys + start * D, head_values + start * D, partial(b, head, block));
-                }
-            });
-        wait_for_all();
-        for (int64_t n = 0; n < N; n++) {
-            for (int64_t head = 0; head < H; head++) put_together(n, head, &attended[(n * H + head) * D]);
-            inputs[n].set(&attended[n * H * D], H * D);
-        }
-    }
-
-    // All queries of a key head over a block of positions; each key and value is read from memory once for all.
-    void attend(int64_t b, int64_t start, const T* keys, const T* values, float* partial) {
-        float *largest = partial, *total = largest + QUERIES, *out = total + QUERIES;
-        scores.resize(QUERIES * BLOCK);
-        const int64_t end = position((b + 1) * span.T - 1) + 1, count = std::min(BLOCK, end - start);
-        for (int64_t s = 0; s < count; s++)
-            by_fours(QUERIES, [&](int64_t g, auto queries_at_once) {
-                score<T, queries_at_once>(&queries[g * D], keys + s * D, D, &scores[g * BLOCK + s]);
-            });
-        for (int64_t g = 0; g < QUERIES; g++) {
-            float* p = &scores[g * BLOCK];
-            int64_t seen = std::clamp(position(b * span.T + g / G) + 1 - start, int64_t(0), count);
-            largest[g] = seen ? *std::max_element(p, p + seen) : -INFINITY;
-            total[g] = exponentials(p, largest[g], seen);
-            std::fill(p + seen, p + count, 0);
-        }
-        std::fill(out, out + QUERIES * D, 0);
-        by_fours(count, [&](int64_t s, auto rows) {
-            by_fours(QUERIES, [&](int64_t g, auto queries_at_once) {
-                add_weighted<T, queries_at_once, rows>(&scores[g * BLOCK + s], values + s * D, D, out + g * D);
-            });
+        sharing.share(sizes.partials.back(), 2 * BLOCK * D * sizeof(T), [&](int64_t begin, int64_t end) {
+            for (int64_t work = begin; work < end; work++) {
+                const auto after = std::upper_bound(sizes.partials.begin(), sizes.partials.end(), work);
+                const int64_t b = after - sizes.partials.begin() - 1, from = b * span.T;
+                const int64_t head = (work - sizes.partials[b]) / span.blocks(b);
+                const int64_t block = (work - sizes.partials[b]) % span.blocks(b);
+                T *head_keys = head_of(keys, b, head), *head_values = head_of(values, b, head);
+                for (int64_t n = from; n < from + span.T; n++)
+                    if (span.position(n) / BLOCK == block) remember(attn, n, head, head_keys, head_values);
+                for (int64_t g = 0; g < sizes.queries; g++) query(attn, from, head, g);
+                attend(from, sizes.queries, block, head_keys, head_values, few_partial(work));
+            }
         });
+        sharing.wait_for_all();
     }
 
-    // The softmax over all blocks from those within each.
-    void put_together(int64_t n, int64_t head, float* out) {
-        float largest = -INFINITY, total = 0;
-        int64_t b = span.row(n), g = n % span.T * G + head % G, seen = position(n) / BLOCK + 1;
-        for (int64_t block = 0; block < seen; block++)
-            largest = std::max(largest, partial(b, head / G, block)[g]);
-        std::fill(out, out + D, 0);
-        for (int64_t block = 0; block < seen; block++) {
-            const float* part = partial(b, head / G, block);
-            float weight = std::exp(part[g] - largest);
-            total += weight * part[QUERIES + g];
-            for (int64_t d = 0; d < D; d++) out[d] += weight * part[2 * QUERIES + g * D + d];
-        }
-        for (int64_t d = 0; d < D; d++) out[d] /= total;
-    }
-
-    // Scores and their sums over the values are two products of matrices for each key head: q·keys, then p·values.
+    // Some tokens of a row and a key head are a piece of work, over all blocks.
     void attend_many(const Attention& attn, void* keys, void* values) {
-        share(N * K, SHORTEST / 8, [&](int64_t begin, int64_t end) {
+        sharing.share(N * K, Works::SHORTEST / 8, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; i++) {
-                int64_t n = i / K, head = i % K, b = span.row(n);
+                const int64_t n = i / K, head = i % K, b = span.row(n);
                 remember(attn, n, head, head_of(keys, b, head), head_of(values, b, head));
             }
         });
-        wait_for_all();
-        constexpr int64_t TOKENS = 128;  // that share the packing of keys and values
-        const int64_t parts = (span.T + TOKENS - 1) / TOKENS;
-        share(span.B * K * parts, SHORTEST, [&](int64_t begin, int64_t end) {
+        sharing.wait_for_all();
+        const int64_t tokens = sizes.queries / G, parts = (span.T + tokens - 1) / tokens;
+        sharing.share(span.B * K * parts, Works::SHORTEST, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; i++) {
-                int64_t b = i / (K * parts), head = i / parts % K, first = i % parts * TOKENS;
-                attend_many(attn, b, head, first, std::min(first + TOKENS, span.T), head_of(keys, b, head),
-                            head_of(values, b, head));
+                const int64_t b = i / (K * parts), head = i / parts % K, from = b * span.T + i % parts * tokens;
+                const int64_t count = std::min(tokens, (b + 1) * span.T - from) * G;
+                const int64_t size = Partial::size(count, D);
+                auto part = [&](int64_t block) { return partials.at(block * size, size); };
+                for (int64_t g = 0; g < count; g++) query(attn, from, head, g);
+                const int64_t blocks = span.position(from + (count - 1) / G) / BLOCK + 1;
+                for (int64_t block = 0; block < blocks; block++)
+                    attend(from, count, block, head_of(keys, b, head), head_of(values, b, head), part(block));
+                for (int64_t g = 0; g < count; g++) {
+                    const int64_t n = from + g / G;
+                    float* out = shared.attended.at((n * H + head * G + g % G) * D, D);
+                    put_together(g, count, span.position(n) / BLOCK + 1, D, part, out);
+                }
             }
         });
-        wait_for_all();
+        sharing.wait_for_all();
     }
 
-    // Tokens first .. last of row b and the queries of one key head.
-    void attend_many(const Attention& attn, int64_t b, int64_t head, int64_t first, int64_t last, const T* keys,
-                     const T* values) {
-        const int64_t S = position(b * span.T + last - 1) + 1, padded = rounded_up(S, STRIDE), begin = first * G;
-        tile_queries.set(TILE, D), tile_weights.set(TILE, S), scores.resize(TILE * padded);
-        const int64_t width = rounded_up(D, STRIDE);
-        packed_keys.resize(padded / ROWS * width), packed_values.resize(width / ROWS * padded);
-        for (int64_t s = 0; s < padded; s += 16)
-            pack((const bfloat16*)keys + s * D, 2 * D, std::clamp(S - s, int64_t(0), int64_t(16)), D,
-                 &packed_keys[s / ROWS * width + s / 16 % 2]);
-        for (int64_t d = 0; d < width; d += ROWS)
-            pack_columns((const bfloat16*)values, S, D, d, &packed_values[d / ROWS * padded]);
-        for (int64_t query_index = begin; query_index < last * G; query_index += TILE) {
-            const int64_t count = std::min(int64_t(TILE), last * G - query_index);
-            auto token = [&](int64_t i) { return b * span.T + (query_index + i) / G; };
-            for (int64_t i = 0; i < count; i++) {
-                query(attn, token(i), head * G + (query_index + i) % G, &queries[i * D]);
-                tile_queries.put(i, 0, &queries[i * D], D);
-            }
-            const int64_t seen = rounded_up(position(token(count - 1)) + 1, STRIDE);
-            Vector sums[TILE][2];
-            for (int64_t s = 0; s < seen; s += ROWS) {
-                multiply(&packed_keys[s / ROWS * width], tile_queries.tile(0), width, sums);
-                for (int64_t i = 0; i < count; i++)
-                    for (int half = 0; half < 2; half++) store(&scores[i * padded + s + 16 * half], sums[i][half]);
-            }
-            float total[TILE];
-            for (int64_t i = 0; i < count; i++) {
-                float* p = &scores[i * padded];
-                int64_t own = position(token(i)) + 1;
-                total[i] = exponentials(p, *std::max_element(p, p + own), own);
-                std::fill(p + own, p + seen, 0);
-                tile_weights.put(i, 0, p, seen);
-            }
-            for (int64_t d = 0; d < D; d += ROWS) {
-                multiply(&packed_values[d / ROWS * padded], tile_weights.tile(0), seen, sums);
-                for (int64_t i = 0; i < count; i++)
-                    for (int half = 0; half < 2; half++) {
-                        Vector out = sums[i][half] / total[i];
-                        int64_t at = d + 16 * half, rest = std::clamp(D - at, int64_t(0), int64_t(16));
-                        int64_t column = (head * G + (query_index + i) % G) * D + at;
-                        shared.attended.put(token(i), column, (float*)&out, rest);
-                    }
-            }
-        }
+    void add_to_residual(const Linear& w, const Inputs<T>& x) {
+        linear(w, x, N, [&](int64_t n, int64_t row, const float* y, int64_t count) {
+            float* to = shared.x.at(n * C + row, count);
+            for (int64_t i = 0; i < count; i++) to[i] += y[i];
+        });
+        sharing.wait_for_all();
     }
 
-    void mlp(const Block& block) {
-        if (many) return mlp_many(block.experts[0]);
-        const bool sparse = block.gate.rows;
-        const int64_t count = sparse ? model.num_experts_per_tok : 1, width = model.widest_mlp;
-        std::fill(chosen.begin(), chosen.end(), 0), std::fill(weights.begin(), weights.end(), 1);
-        if (sparse) route(block.gate);
-        for (int64_t n = 0; n < (sparse ? N : 1); n++)  // a dense MLP takes all tokens at once
-            for (int64_t i = 0; i < count; i++)
-                up(block.experts[chosen[n * count + i]], n, sparse ? n + 1 : N, i, count);
-        wait_for_all();
-        for (int64_t i = 0; i < N * count; i++)
-            inputs[i].set(&shared.gate[i * width], block.experts[chosen[i]].up_proj.rows);
-        for (int64_t first = 0; first < N; first += sparse ? 1 : N) {
-            const Linear& down = block.experts[chosen[first * count]].down_proj;
-            share(down.rows, count * down.row_bytes, [&](int64_t begin, int64_t end) {
-                for (int64_t k = first * count; k < (first + 1) * count; k++)
-                    rows(block.experts[chosen[k]].down_proj, begin, end, &inputs[k], sparse ? 1 : N,
-                         [&](int64_t n, int64_t i, float y) { shared.x[(first + n) * C + i] += weights[k] * y; });
+    // A dense MLP is a single expert, which every token has. Experts are used in their own order, whatever their
+    // probabilities, so that a token's sum does not depend on which other tokens share an expert.
+    void mlp(const Block& block, const Inputs<T>& x) {
+        const int64_t experts = block.gate.rows ? model.num_experts : 1;
+        if (block.gate.rows)
+            route(block.gate, x);
+        else
+            alone();
+        const int64_t pairs = first[experts], width = block.experts[0].up_proj.rows, unit = pairs > FEW ? ROWS : 1;
+        const int64_t units = (width + unit - 1) / unit;
+        sharing.share(experts * units, 2 * unit * block.experts[0].up_proj.row_bytes, [&](int64_t begin, int64_t end) {
+            for (int64_t e = begin / units; e * units < end; e++)
+                up(block.experts[e], e, std::max(begin - e * units, int64_t(0)) * unit,
+                   std::min(std::min(end - e * units, units) * unit, width), x);
+        });
+        sharing.wait_for_all();
+        bool forms[FORMS] = {};
+        for (int64_t e = 0; e < experts; e++) forms[form_of(block.experts[e].down_proj)] = true;
+        auto& hidden = prepared(pairs, width, forms, [&](int64_t pair, float* out) {
+            std::memcpy(out, shared.gate.at(pair * width, width), width * sizeof(float));
+            const float* up = shared.up.at(pair * width, width);
+            by_vectors(out, width, [&](int64_t i, Vector gate) {
+                return silu(gate) * (i + LANES <= width ? load(up + i) : load_some(up + i, width - i));
             });
-        }
-        wait_for_all();
+        });
+        const int64_t piece = pairs > FEW ? ROWS : 1;
+        sharing.share((C + piece - 1) / piece, piece * sizes.experts * block.experts[0].down_proj.row_bytes,
+                      [&](int64_t begin, int64_t end) {
+                          for (int64_t e = 0; e < experts; e++)
+                              down(block.experts[e].down_proj, e, begin * piece, std::min(end * piece, C), hidden);
+                      });
+        sharing.wait_for_all();
     }
 
-    // silu(gate(x)) · up(x) of tokens first .. last in one expert, the i-th of `count` for each of them.
-    void up(const MLP& expert, int64_t first, int64_t last, int64_t i, int64_t count) {
-        share(expert.up_proj.rows, 2 * expert.up_proj.row_bytes, [&](int64_t begin, int64_t end) {
-            const int64_t stride = count * model.widest_mlp, start = first * stride + i * model.widest_mlp;
-            float *gate = &shared.gate[start], *up = &shared.up[start];
-            Input* x = &inputs[first];
-            auto into = [&](float* out) { return [=](int64_t n, int64_t j, float y) { out[n * stride + j] = y; }; };
-            rows(expert.gate_proj, begin, end, x, last - first, into(gate));
-            rows(expert.up_proj, begin, end, x, last - first, into(up));
-            for (int64_t n = 0; n < last - first; n++)
-                silu_and_multiply(gate + n * stride + begin, up + n * stride + begin, end - begin);
-        });
+    void up(const MLP& expert, int64_t e, int64_t begin, int64_t end, const Inputs<T>& x) {
+        const int64_t count = first[e + 1] - first[e], width = expert.up_proj.rows;
+        auto token = [&](int64_t i) { return pair_token[first[e] + i]; };
+        auto into = [&](Buffer<float>& out) {
+            return [&, e](int64_t i, int64_t row, const float* y, int64_t n) {
+                std::copy(y, y + n, out.at((first[e] + i) * width + row, n));
+            };
+        };
+        if (!count) return;
+        rows(expert.gate_proj, begin, end, x, count, token, into(shared.gate));
+        rows(expert.up_proj, begin, end, x, count, token, into(shared.up));
     }
 
-    void mlp_many(const MLP& mlp) {
-        const int64_t width = mlp.up_proj.rows;
-        many_tokens(mlp.gate_proj, mlp.up_proj, 16, N, shared.normed, [&](int64_t n, int64_t row, Vector* y) {
-            Vector hidden = silu(y[0]) * y[1];
-            shared.hidden.put(n, row, (float*)&hidden, std::min(int64_t(16), width - row));
-        });
-        wait_for_all();
-        add_to_residual(mlp.down_proj, shared.hidden);
+    void down(const Linear& w, int64_t e, int64_t begin, int64_t end, const Inputs<T>& hidden) {
+        const int64_t count = first[e + 1] - first[e];
+        if (count)
+            rows(w, begin, end, hidden, count, [&](int64_t i) { return first[e] + i; },
+                 [&](int64_t i, int64_t row, const float* y, int64_t n) {
+                     const int64_t pair = first[e] + i;
+                     float* to = shared.x.at(pair_token[pair] * C + row, n);
+                     for (int64_t j = 0; j < n; j++) to[j] += pair_weight[pair] * y[j];
+                 });
     }
 
-    // The most probable experts of each token and their weights.
-    void route(const Linear& router) {
-        const int64_t experts = model.num_experts, count = model.num_experts_per_tok;
-        linear(router, N, shared.normed, [&](int64_t n, int64_t row, const float* y, int64_t rows) {
-            std::copy(y, y + rows, &shared.router[n * experts + row]);
+    void alone() {
+        first[0] = 0, first[1] = N;
+        for (int64_t n = 0; n < N; n++) pair_token[n] = n, pair_weight[n] = 1;
+    }
+
+    // The most probable experts of each token and their weights, then the tokens of each expert. Each thread for itself.
+    void route(const Linear& router, const Inputs<T>& x) {
+        const int64_t experts = model.num_experts, count = sizes.experts;
+        linear(router, x, N, [&](int64_t n, int64_t row, const float* y, int64_t rows) {
+            std::copy(y, y + rows, shared.router.at(n * experts + row, rows));
         });
-        wait_for_all();
+        sharing.wait_for_all();
+        std::fill(first.begin(), first.end(), 0);
         for (int64_t n = 0; n < N; n++) {
-            const float* p = &shared.router[n * experts];
+            const float* p = shared.router.at(n * experts, experts);
             int64_t* best = &chosen[n * count];
             float largest = *std::max_element(p, p + experts), total = 0, of_chosen = 0;
             for (int64_t e = 0; e < experts; e++) total += std::exp(p[e] - largest);
@@ -568,104 +509,100 @@ struct Step {
                     if (std::find(best, best + i, e) == best + i && (best[i] < 0 || p[e] > p[best[i]])) best[i] = e;
                 weights[n * count + i] = std::exp(p[best[i]] - largest) / total;
                 of_chosen += weights[n * count + i];
+                first[best[i] + 1]++;
             }
             for (int64_t i = 0; i < count && model.norm_topk_prob; i++) weights[n * count + i] /= of_chosen;
         }
+        for (int64_t e = 0; e < experts; e++) first[e + 1] += first[e];
+        for (int64_t i = 0; i < N * count; i++) {
+            const int64_t pair = first[chosen[i]]++;
+            pair_token[pair] = i / count, pair_weight[pair] = weights[i];
+        }
+        std::copy_backward(first.begin(), first.end() - 1, first.end());  // each is now where the next one begins
+        first[0] = 0;
     }
 
     void block(const Block& block, int64_t layer) {
-        auto all = [](int64_t n) { return n; };
-        norm(block.input_layernorm, N, all);
-        attention(block.self_attn, cache.keys[layer], cache.values[layer]);
-        norm(block.post_attention_layernorm, N, all);
-        mlp(block);
+        const Attention& attn = block.self_attn;
+        auto& x = prepared(N, C, {&attn.q_proj, &attn.k_proj, &attn.v_proj}, normed(block.input_layernorm));
+        attention(attn, x, cache.keys[layer], cache.values[layer]);
+        bool forms[FORMS] = {};
+        if (block.gate.rows) forms[form_of(block.gate)] = true;
+        for (int64_t e = 0; e < (block.gate.rows ? model.num_experts : 1); e++)
+            forms[form_of(block.experts[e].gate_proj)] = forms[form_of(block.experts[e].up_proj)] = true;
+        mlp(block, prepared(N, C, forms, normed(block.post_attention_layernorm)));
     }
 
-    void step(const Tokens& tokens) {
-        for (int64_t layer = 0; layer < model.num_hidden_layers; layer++) block(model.layers[layer], layer);
-        // Of each row the last `wanted` tokens of this span; the first of them is `from` in the span, `to` in the logits.
-        const int64_t before = tokens.T - tokens.outputs, V = model.lm_head.rows;
-        const int64_t wanted = std::clamp(span.first + span.T - before, int64_t(0), span.T);
-        const int64_t from = span.T - wanted, to = span.first + from - before, count = span.B * wanted;
-        if (!wanted) return;
-        norm(model.norm, count, [&](int64_t i) { return i / wanted * span.T + from + i % wanted; });
-        linear(model.lm_head, count, shared.normed, [&](int64_t i, int64_t row, const float* y, int64_t n) {
-            T* logits = (T*)tokens.logits + (i / wanted * tokens.outputs + to + i % wanted) * V + row;
-            for (int64_t j = 0; j < n; j++) assign(logits[j], y[j]);
-        });
-        wait_for_all();  // here, as OpenMP would spin
+    auto normed(const void* weight) {
+        return [this, weight](int64_t n, float* out) { rms_norm(shared.x.at(n * C, C), weight, C, out); };
     }
 };
 
 template <class T>
-void step(const Qwen3& model, const KVCache& cache, const Tokens& tokens, Span span, int threads) {
+void step(const Qwen3& model, const KVCache& cache, const Tokens& tokens, const Span& span, int threads) {
     const bool many = span.N > FEW;
-    int64_t parts = 0, D = model.head_dim;
-    for (int64_t b = 0; b < span.B && !many; b++)
-        parts += blocks(cache, span, b) * model.num_attention_heads * span.T;
-    Shared shared(model, span.N, many, parts);
+    const int64_t C = model.hidden_size, half = model.head_dim / 2;
+    Shared<T> shared(model, span, many);
     for (int64_t n = 0; n < span.N; n++) {
-        int64_t id = tokens.ids[span.row(n) * tokens.T + span.token(n)];
-        const T* embedding = (const T*)model.embed_tokens + id * model.hidden_size;
-        for (int64_t i = 0; i < model.hidden_size; i++) shared.x[n * model.hidden_size + i] = to_float(embedding[i]);
-        for (int64_t i = 0; i < D / 2; i++) {
-            float angle = float(cache.lengths[span.row(n)] + span.token(n)) * model.rope_frequencies[i];
-            shared.cos[n * (D / 2) + i] = std::cos(angle) * model.rope_factor;
-            shared.sin[n * (D / 2) + i] = std::sin(angle) * model.rope_factor;
+        const int64_t id = tokens.ids[span.row(n) * tokens.T + span.token(n)];
+        const T* embedding = (const T*)model.embed_tokens + id * C;
+        for (int64_t i = 0; i < C; i++) *shared.x.at(n * C + i) = to_float(embedding[i]);
+        for (int64_t i = 0; i < half; i++) {
+            float angle = float(span.position(n)) * model.rope_frequencies[i];
+            *shared.cos.at(n * half + i) = std::cos(angle) * model.rope_factor;
+            *shared.sin.at(n * half + i) = std::sin(angle) * model.rope_factor;
         }
     }
+    std::deque<Step<T>> steps;  // made here, so that a lack of memory is an exception outside of the threads
+    for (int i = 0; i < threads; i++) steps.emplace_back(model, cache, span, shared, many);
 #pragma omp parallel num_threads(threads)
-    Step<T>{model, cache, span, shared, omp_get_num_threads()}.step(tokens);
+    steps[omp_get_thread_num()].run(tokens, omp_get_num_threads());
 }
 
+// 0; 1 where there is not enough memory.
 template <class T>
-void step(const Qwen3& model, const KVCache& cache, const Tokens& tokens, int threads) {
+int step(const Qwen3& model, const KVCache& cache, const Tokens& tokens, int threads) {
     const int64_t at_once = std::max(int64_t(1), AT_ONCE / tokens.B);
-    for (int64_t first = 0; first < tokens.T; first += at_once)
-        step<T>(model, cache, tokens, {tokens.B, first, std::min(at_once, tokens.T - first)}, threads);
-}
-
-// Rows of weights in the form that ops/quant.py stores: for the head, which a quantised checkpoint keeps as it was.
-template <class T>
-void quantize_rows(const T* weight, Linear w, int threads) {
-    std::vector<float> ranges = {1};
-    if (w.bits == 4) ranges = {0.86, 0.93, 1, 1.06, 1.13, 1.2};
-    const float low = -(1 << (w.bits - 1));
-    const int64_t columns = w.columns, size = columns / w.groups;
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> x(columns);
-        std::vector<int32_t> q(columns);
-#pragma omp for
-        for (int64_t row = 0; row < w.rows; row++) {
-            for (int64_t i = 0; i < columns; i++) x[i] = to_float(weight[row * columns + i]);
-            for (int64_t group = 0; group < w.groups; group++) {
-                const float *part = &x[group * size], largest = largest_of(part, size);
-                bfloat16 scale, best = {};
-                float least = INFINITY;
-                for (float range : ranges) {
-                    assign(scale, largest / (low * range));
-                    float error = quantize(part, size, w.bits, to_float(scale), &q[group * size]);
-                    if (error < least) least = error, best = scale;
-                }
-                if (best.bits != scale.bits) quantize(part, size, w.bits, to_float(best), &q[group * size]);
-                ((bfloat16*)w.scale)[row * w.groups + group] = best;
-            }
-            uint8_t* packed = (uint8_t*)w.weight + row * w.row_bytes;
-            for (int64_t i = 0; i < columns && w.bits == 8; i++) packed[i] = q[i] + 128;
-            for (int64_t i = 0; i < columns / 2 && w.bits == 4; i++) packed[i] = (q[2 * i] + 8) | (q[2 * i + 1] + 8) << 4;
+    try {
+        for (int64_t first = 0; first < tokens.T; first += at_once) {
+            const int64_t T_now = std::min(at_once, tokens.T - first);
+            step<T>(model, cache, tokens, Span{tokens.B, first, T_now, tokens.B * T_now, cache}, threads);
         }
+    } catch (const std::bad_alloc&) {
+        return 1;
     }
+    return 0;
 }
 
+#define FIELD(type, name) offsetof(type, name)
 extern "C" {
-int serves_many_tokens() { return MANY_TOKENS; }
-void quantize_float32(const float* weight, const Linear* w, int threads) { quantize_rows(weight, *w, threads); }
-void quantize_bfloat16(const bfloat16* weight, const Linear* w, int threads) { quantize_rows(weight, *w, threads); }
-void step_float32(const Qwen3* model, const KVCache* cache, const Tokens* tokens, int threads) {
-    step<float>(*model, *cache, *tokens, threads);
+// Sizes of the structs and offsets of their fields, which ops/cpu/step.py compares with its mirrors of them.
+extern const int64_t layout[];
+const int64_t layout[] = {
+    sizeof(Linear), FIELD(Linear, weight), FIELD(Linear, bias), FIELD(Linear, scale), FIELD(Linear, rows),
+    FIELD(Linear, columns), FIELD(Linear, row_bytes), FIELD(Linear, bits), FIELD(Linear, groups),
+    sizeof(Attention), FIELD(Attention, q_proj), FIELD(Attention, k_proj), FIELD(Attention, v_proj),
+    FIELD(Attention, o_proj), FIELD(Attention, q_norm), FIELD(Attention, k_norm),
+    sizeof(MLP), FIELD(MLP, gate_proj), FIELD(MLP, up_proj), FIELD(MLP, down_proj),
+    sizeof(Block), FIELD(Block, input_layernorm), FIELD(Block, self_attn), FIELD(Block, post_attention_layernorm),
+    FIELD(Block, gate), FIELD(Block, experts),
+    sizeof(Qwen3), FIELD(Qwen3, hidden_size), FIELD(Qwen3, num_hidden_layers), FIELD(Qwen3, num_attention_heads),
+    FIELD(Qwen3, num_key_value_heads), FIELD(Qwen3, head_dim), FIELD(Qwen3, num_experts),
+    FIELD(Qwen3, num_experts_per_tok), FIELD(Qwen3, norm_topk_prob), FIELD(Qwen3, rms_norm_eps),
+    FIELD(Qwen3, rope_factor), FIELD(Qwen3, rope_frequencies), FIELD(Qwen3, embed_tokens), FIELD(Qwen3, layers),
+    FIELD(Qwen3, norm), FIELD(Qwen3, lm_head),
+    sizeof(KVCache), FIELD(KVCache, keys), FIELD(KVCache, values), FIELD(KVCache, max_len), FIELD(KVCache, lengths),
+    sizeof(Tokens), FIELD(Tokens, ids), FIELD(Tokens, B), FIELD(Tokens, T), FIELD(Tokens, outputs),
+    FIELD(Tokens, logits), -1};
+
+int step_float32(const Qwen3* model, const KVCache* cache, const Tokens* tokens, int threads) {
+    return step<float>(*model, *cache, *tokens, threads);
 }
-void step_bfloat16(const Qwen3* model, const KVCache* cache, const Tokens* tokens, int threads) {
-    step<bfloat16>(*model, *cache, *tokens, threads);
+int step_bfloat16(const Qwen3* model, const KVCache* cache, const Tokens* tokens, int threads) {
+    return step<bfloat16>(*model, *cache, *tokens, threads);
+}
+int quantize_float32(const float* weight, const Linear* w, int threads) { return quantize_rows(weight, *w, threads); }
+int quantize_bfloat16(const bfloat16* weight, const Linear* w, int threads) {
+    return quantize_rows(weight, *w, threads);
 }
 }

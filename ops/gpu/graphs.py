@@ -1,4 +1,6 @@
-"""One token under a CUDA graph: the launches of all layers are recorded once and sent to the GPU as one.
+"""EXPERIMENTAL: one token under a CUDA graph, the launches of all layers recorded once and sent to the GPU as one.
+
+Never measured on a GPU yet: held against PyTorch on a CPU and in Triton's interpreter only. `make gpu` would check it.
 
 At batch 1 a token of Qwen3-0.6B takes a fast GPU less time than Python needs to ask for it, kernel by kernel. A graph
 (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/) repeats the same launches with the same addresses, so
@@ -20,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from formats.compressed_tensors import Scheme
 from ops.devices import pick_kernels
+from ops.head import copied_head, output_head
 from ops.quant import QuantizedLinear
+from ops.watch import Watch
 
 WINDOW = 128  # the narrowest
-HEAD_GROUP = 16  # columns that share a scale in a head of 4 bits, as in ops/cpu/step.py
+KERNELS = "ops.gpu.kernels"  # whose methods may take the place of model.py's: they compute the same
 
 
 def linear(
@@ -59,8 +62,8 @@ def attend(
     """
     B, K, _, D = keys.shape
     q, k, v = qkv.view(B, 1, -1, D).split((qkv.shape[1] // D - 2 * K, K, K), 2)
-    step = SimpleNamespace(cos=cos[positions][:, None, None], sin=sin[positions][:, None, None])
-    q, k = attention.norm_rotate(q, k, step)
+    shared = SimpleNamespace(cos=cos[positions][:, None, None], sin=sin[positions][:, None, None])
+    q, k = attention.norm_rotate(q, k, shared)
     rows = torch.arange(B, device=keys.device)
     keys[rows, :, positions], values[rows, :, positions] = k[:, :, 0], v[:, 0]
     mask = (torch.arange(window, device=keys.device) <= positions[:, None])[:, None, None]
@@ -79,11 +82,12 @@ class TokenStep:
         self.records = device.type == "cuda"
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.lengths: list[int] | None = None  # what `positions` holds on the device
-        self.is_served = _is_served(model, cache)
-        if not self.is_served:
+        self.watch = Watch(model, allowed=KERNELS)
+        self.reason = self.watch.reason or _reason(model, cache)
+        if self.reason is not None:
             return
-        self.seen = _Look(model)
-        self.is_served = not self.seen.hooked
+        # The old tensors are held here, so that a graph that has become stale reads nobody else's memory.
+        self.kept = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
         self.linear, self.attend = linear, attend
         if kernels == "triton":
             from ops.gpu import token_kernels
@@ -93,11 +97,10 @@ class TokenStep:
         with torch.inference_mode(False), torch.no_grad():
             self.ids = torch.zeros(rows, dtype=torch.long, device=device)
             self.positions = torch.zeros(rows, dtype=torch.long, device=device)
-            table = decoder._step(torch.empty(0, dtype=dtype, device=device), cache.max_len, None, None)
+            table = decoder._pass(torch.empty(0, dtype=dtype, device=device), cache.max_len, None, None)
             self.cos, self.sin = (t.to(dtype).view(cache.max_len, -1).contiguous() for t in (table.cos, table.sin))
-            self.head = _head(model)
-        self.source = decoder.embed_tokens if model.config.tie_word_embeddings else model.lm_head
-        self.version = None if self.head is self.source else _version(self.source.weight)
+            self.copy = copied_head(model, self.watch.changes)
+        self.head = output_head(model) if self.copy is None else self.copy.layer
         if self.attend is attend:  # masked slots have weight 0, and 0 · NaN would be NaN
             for tensor in (*self.keys, *self.values):
                 tensor[:, :, max(cache.lengths) :].zero_()
@@ -125,9 +128,9 @@ class TokenStep:
         recorded = self.graphs.get(window)
         if recorded is not None:
             recorded[0].replay()
-        # The GPU is at work meanwhile. The old tensors are held here, so that a stale graph reads nobody else's memory.
-        moved = _places(cache.keys + cache.values) != _places(self.keys + self.values) or not self.seen.is_current()
-        if moved or (self.head is not self.source and self.version != _version(self.source.weight)):
+        # The GPU is at work meanwhile.
+        moved = _places(cache.keys + cache.values) != _places(self.keys + self.values) or not self.watch.is_current()
+        if moved or not (self.copy is None or self.copy.is_current(output_head(model).weight)):
             return None
         if recorded is not None:
             logits = recorded[1].clone()
@@ -148,52 +151,30 @@ class TokenStep:
                 logits = self.run(model, window)
             self.graphs[window] = graph, logits
         except RuntimeError as error:
-            self.is_served = False
+            self.reason = f"no CUDA graph could be recorded: {str(error).splitlines()[0]}"
             notice(f"no CUDA graph, so decoding goes kernel by kernel and is slower: {str(error).splitlines()[0]}")
-
-
-class _Look:
-    """What a model's modules and tensors are, and whether they still are it."""
-
-    def __init__(self, model: nn.Module):
-        modules = list(model.modules())
-        self.owners = [(m._modules, name) for m in modules for name in m._modules]
-        self.parts = [part for m in modules for part in (m._parameters, m._buffers) if part]
-        self.hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.attributes = [m.__dict__ for m in modules]
-        self.kept = [tensor.detach() for part in self.parts for tensor in part.values() if tensor is not None]
-        self.seen = self._look()
-        foreign = (getattr(f, "__module__", None) != "ops.gpu.kernels" for f in self.seen[2] if f)
-        self.hooked = any(self.hooks) or any(foreign)
-
-    def is_current(self) -> bool:
-        """Asked for each token: 0.2 ms for 28 layers, while the GPU computes."""
-        return not any(self.hooks) and self._look() == self.seen
-
-    def _look(self) -> tuple[list, ...]:
-        tensors = [tensor for part in self.parts for tensor in part.values() if tensor is not None]
-        children = [owner.get(name) for owner, name in self.owners]
-        return children, _places(tensors), [attributes.get("forward") for attributes in self.attributes]
 
 
 def _places(tensors: list[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-def _is_served(model: nn.Module, cache: Any) -> bool:
-    """Whether `run` covers this model: dense, each group of layers of one kind, one dtype, one device."""
+def _reason(model: nn.Module, cache: Any) -> str | None:
+    """Why `run` does not cover this model and cache: dense, each group of layers of one kind, one dtype, one device."""
     config, embedding = model.config, model.model.embed_tokens.weight
-    if any(config.is_sparse(layer) for layer in range(config.num_hidden_layers)):
-        return False
+    if any(hasattr(layer.mlp, "experts") for layer in model.model.layers):
+        return "a mixture of experts"
     shape = (len(cache.lengths), config.num_key_value_heads, cache.max_len, config.head_dim)
     tensors = [*cache.keys, *cache.values]
-    if len(tensors) != 2 * config.num_hidden_layers or any(t.shape != shape or not t.is_contiguous() for t in tensors):
-        return False
+    if len(tensors) != 2 * len(model.model.layers):
+        return "a cache of another number of layers"
+    if any(t.shape != shape or not t.is_contiguous() for t in tensors):
+        return "a cache of another shape"
     floats = [t for t in model.parameters() if t.is_floating_point()]
     if {t.dtype for t in (*floats, *tensors)} != {embedding.dtype}:
-        return False
+        return "tensors of several dtypes"
     if {t.device for t in (*model.parameters(), *model.buffers(), *tensors)} != {embedding.device}:
-        return False
+        return "tensors on several devices"
     groups = [
         group
         for layer in model.model.layers
@@ -206,7 +187,9 @@ def _is_served(model: nn.Module, cache: Any) -> bool:
         )
     ]
     groups += [] if config.tie_word_embeddings else [(model.lm_head,)]
-    return all(len(set(map(_kind, group))) == 1 and None not in map(_kind, group) for group in groups)
+    if any(len(set(map(_kind, group))) != 1 or None in map(_kind, group) for group in groups):
+        return "linear layers of several kinds that one kernel would read"
+    return None
 
 
 def _kind(module: nn.Module) -> tuple | None:
@@ -215,34 +198,12 @@ def _kind(module: nn.Module) -> tuple | None:
         groups = module.weight_scale.shape[1]
         plain = module.in_features % groups == 0 and module.weight_packed.is_contiguous()
         return (module.bits, groups, module.bias is None) if plain else None
-    if getattr(type(module), "forward", None) is nn.Linear.forward and module.weight.is_contiguous():  # no LoRA
+    if isinstance(module, nn.Linear) and module.weight.is_contiguous():
         return (module.weight.dtype, module.bias is None)
     return None
 
 
-def _head(model: nn.Module) -> nn.Module:
-    """The output head; of a quantised model a copy in as many bits, or it would be half of what a token reads."""
-    head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
-    bits = min((m.bits for m in model.modules() if isinstance(m, QuantizedLinear)), default=None)
-    if bits is None or isinstance(head, QuantizedLinear):
-        return head
-    known = _heads.get(model)
-    if known is None or known[0] is not head.weight or known[1] != _version(head.weight):
-        bits = 8 if head.weight.shape[1] % HEAD_GROUP else bits
-        layer = nn.Linear(head.weight.shape[1], head.weight.shape[0], bias=False, device="meta")
-        layer.weight = head.weight
-        scheme = Scheme(bits, HEAD_GROUP if bits == 4 else None)
-        known = _heads[model] = (head.weight, _version(head.weight), QuantizedLinear.from_linear(layer, scheme))
-    return known[2]
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written to in place; those made in inference mode do not count it."""
-    return None if tensor.is_inference() else tensor._version
-
-
 _steps: weakref.WeakKeyDictionary[Any, TokenStep] = weakref.WeakKeyDictionary()  # by cache
-_heads: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
 
 
 def step(model: nn.Module, ids: Tensor, cache: Any) -> Tensor | None:
@@ -250,6 +211,8 @@ def step(model: nn.Module, ids: Tensor, cache: Any) -> Tensor | None:
 
     None where the model, the cache or the machine is not served here: then model.py goes on in PyTorch.
     """
+    if type(ids) is not Tensor or ids.dtype != torch.int64 or min(cache.lengths) < 0:
+        return None
     off = os.environ.get("NANOQWEN_STEP") == "off" or torch.compiler.is_compiling()
     if off or torch.is_autocast_enabled(ids.device.type) or len(ids) != len(cache.lengths):
         return None
@@ -258,7 +221,7 @@ def step(model: nn.Module, ids: Tensor, cache: Any) -> Tensor | None:
     known = _steps.get(cache)
     if known is None or known.model() is not model or known.rows != len(ids) or known.kernels != model.kernels:
         known = _steps[cache] = TokenStep(model, cache, pick_kernels(model.kernels, ids.device, "kernels"))
-    if not known.is_served:
+    if known.reason is not None:
         return None
     logits = known(model, ids, cache)
     if logits is None:

@@ -290,9 +290,9 @@ def _norm(module: nn.Module, x: Tensor) -> Tensor:
     return rms_norm(x, module.weight, module.eps)
 
 
-def _norm_rotate(attention: nn.Module, q: Tensor, k: Tensor, step: Any) -> tuple[Tensor, Tensor]:
+def _norm_rotate(attention: nn.Module, q: Tensor, k: Tensor, shared: Any) -> tuple[Tensor, Tensor]:
     pairs = ((q, attention.q_norm), (k, attention.k_norm))
-    return tuple(norm_rotate(x, norm.weight, step.cos, step.sin, norm.eps) for x, norm in pairs)
+    return tuple(norm_rotate(x, norm.weight, shared.cos, shared.sin, norm.eps) for x, norm in pairs)
 
 
 def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:

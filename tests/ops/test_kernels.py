@@ -21,6 +21,7 @@ from ops import devices
 from ops.devices import pick_kernels
 from ops.gpu import graphs
 from ops.quant import QuantizedLinear, quantize_
+from ops.watch import invalidate
 from training.lora import add_lora
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -171,7 +172,7 @@ def test_a_static_token_of_a_quantized_model_has_a_quantized_head(quantization):
     quantize_(model, quantization)
     ids, caches = torch.tensor([[7]]), [KVCache(model.config, 1, 9) for _ in range(2)]
     found, x = graphs.step(model, ids, caches[0]), model.model(ids, caches[1])
-    head = graphs._heads[model][2]
+    head = graphs._steps[caches[0]].head
     assert isinstance(head, QuantizedLinear) and head.bits == (8 if quantization == "int8" else 4)
     torch.testing.assert_close(found, head(x))
     model.lm_head.weight.mul_(2)  # in place: another token is never computed with the old copy
@@ -201,7 +202,24 @@ def override(model, cache):
     model.model.norm.forward = lambda x: x
 
 
-@pytest.mark.parametrize("change", [grow, replace_layer, replace_weight, hook, override], ids=lambda f: f.__name__)
+def another_eps(model, cache):
+    model.model.layers[1].self_attn.q_norm.eps = 0.1
+
+
+def transpose(model, cache):
+    weight = model.model.layers[1].self_attn.o_proj.weight
+    weight.data = weight.data.t().contiguous().t()
+
+
+def say_so(model, cache):
+    model.lm_head.weight.data.mul_(2)
+    invalidate(model)
+
+
+CHANGES = [grow, replace_layer, replace_weight, hook, override, another_eps, transpose, say_so]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 @torch.no_grad()
 def test_a_change_is_seen_before_the_next_token(change):
     model = random_model()
@@ -209,7 +227,7 @@ def test_a_change_is_seen_before_the_next_token(change):
     assert graphs.step(model, ids, cache) is not None
     change(model, cache)
     assert graphs.step(model, ids, cache) is None and cache.lengths == [1]
-    assert (graphs.step(model, ids, cache) is None) == (change in (hook, override))
+    assert (graphs.step(model, ids, cache) is None) == (change in (hook, override, transpose))
 
 
 @torch.no_grad()

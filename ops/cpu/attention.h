@@ -1,0 +1,71 @@
+// Attention of a few queries to a block of positions, and of the blocks to each other. Blocks begin at multiples of
+// BLOCK, so that a query's sums are the same whatever is computed beside it.
+#pragma once
+#include "products.h"
+
+constexpr int64_t BLOCK = 256;  // positions
+
+// out[g] += the values of `count` positions, weighted, for N queries. weights [N, BLOCK], values [count, D], out [N, D].
+template <class T, int N>
+inline void add_weighted(const float* weights, const T* values, int64_t count, int64_t D, float* out) {
+    constexpr int WIDTH = LANES == 16 ? 2 : 1;  // vectors at a time
+    auto part = [&](int64_t d, auto width, auto load_values) __attribute__((always_inline)) {
+        Vector total[N][width] = {};
+        for (int64_t s = 0; s < count; s++) {
+            Vector v[width];
+            for (int i = 0; i < width; i++) v[i] = load_values(values + s * D + d + i * LANES);
+            for (int g = 0; g < N; g++)
+                for (int i = 0; i < width; i++)
+                    total[g][i] = fma(Vector{} + weights[g * BLOCK + s], v[i], total[g][i]);
+        }
+        for (int g = 0; g < N; g++)
+            for (int i = 0; i < width; i++) {
+                const int64_t at = d + i * LANES;
+                std::memcpy(out + g * D + at, &total[g][i], std::min(int64_t(LANES), D - at) * sizeof(float));
+            }
+    };
+    auto all = [](const T* p) { return load(p); };
+    int64_t d = 0;
+    for (; d + WIDTH * LANES <= D; d += WIDTH * LANES) part(d, std::integral_constant<int, WIDTH>(), all);
+    for (; d + LANES <= D; d += LANES) part(d, std::integral_constant<int, 1>(), all);
+    if (d < D) part(d, std::integral_constant<int, 1>(), [&](const T* p) { return load_some(p, D - d); });
+}
+
+// What a block of positions gives some queries: [queries] largest scores, [queries] sums of exponentials, [queries, D]
+// the values weighted by the exponentials.
+struct Partial {
+    float *largest, *total, *out;
+
+    static int64_t size(int64_t queries, int64_t D) { return queries * (D + 2); }
+    Partial(float* p, int64_t queries) : largest(p), total(p + queries), out(p + 2 * queries) {}
+};
+
+// From scores [queries, BLOCK] of `count` positions, of which query g sees the first seen(g). Overwrites the scores.
+template <class T, class Seen>
+inline void weigh(float* scores, int64_t queries, int64_t count, int64_t D, const T* values, Seen seen, Partial to) {
+    for (int64_t g = 0; g < queries; g++) {
+        float* p = scores + g * BLOCK;
+        to.largest[g] = seen(g) ? *std::max_element(p, p + seen(g)) : -INFINITY;
+        to.total[g] = exponentials(p, to.largest[g], seen(g));
+        std::fill(p + seen(g), p + count, 0.f);
+    }
+    in_tiles<4>(queries, [&](int64_t g, auto at_once) {
+        add_weighted<T, at_once>(scores + g * BLOCK, values, count, D, to.out + g * D);
+    });
+}
+
+// The softmax over all blocks from those within each: query g of `queries`, part(block) for each of so many blocks.
+template <class Part>
+inline void put_together(int64_t g, int64_t queries, int64_t blocks, int64_t D, Part part, float* out) {
+    float largest = -INFINITY, total = 0;
+    for (int64_t block = 0; block < blocks; block++)
+        largest = std::max(largest, Partial(part(block), queries).largest[g]);
+    std::fill(out, out + D, 0.f);
+    for (int64_t block = 0; block < blocks; block++) {
+        Partial from(part(block), queries);
+        const float weight = std::exp(from.largest[g] - largest);
+        total += weight * from.total[g];
+        for (int64_t d = 0; d < D; d++) out[d] += weight * from.out[g * D + d];
+    }
+    for (int64_t d = 0; d < D; d++) out[d] /= total;
+}

@@ -1,0 +1,183 @@
+"""The compiled token step: builds ops/cpu/step.cpp for this machine, loads it, and mirrors its structs.
+
+The library is compiled once for this machine, in some seconds, into $XDG_CACHE_HOME/nanoqwen (~/.cache/nanoqwen) with
+$CXX or the first of c++, g++ and clang++. It is code, so it is loaded only where nobody else can have written it, and a
+damaged one is compiled again. Without a compiler one notice says so. NANOQWEN_STEP=off keeps to PyTorch.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import stat
+import subprocess
+from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from console import notice
+from formats.files import atomic_file
+from ops.compiler import find_compiler
+
+SOURCE = Path(__file__).with_name("step.cpp")
+HEADERS = ("vectors.h", "products.h", "attention.h", "quantize.h", "threads.h")
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
+FLAGS += ("-fvisibility-inlines-hidden", "-fno-semantic-interposition", "-Wno-psabi")
+TUNED = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())  # the first that compiles
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mirrors of the structs of step.cpp (ctypes), field by field; `load` compares every size and offset.
+
+
+class Linear(ctypes.Structure):
+    _fields_ = [(name, c_void_p) for name in ("weight", "bias", "scale")]
+    _fields_ += [(name, c_int64) for name in ("rows", "columns", "row_bytes", "bits", "groups")]
+
+
+class Attention(ctypes.Structure):
+    _fields_ = [(name, Linear) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    _fields_ += [("q_norm", c_void_p), ("k_norm", c_void_p)]
+
+
+class MLP(ctypes.Structure):
+    _fields_ = [(name, Linear) for name in ("gate_proj", "up_proj", "down_proj")]
+
+
+class Block(ctypes.Structure):
+    _fields_ = [("input_layernorm", c_void_p), ("self_attn", Attention), ("post_attention_layernorm", c_void_p)]
+    _fields_ += [("gate", Linear), ("experts", POINTER(MLP))]
+
+
+class Qwen3(ctypes.Structure):
+    SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    _fields_ = [(name, c_int64) for name in (*SIZES, "num_experts", "num_experts_per_tok", "norm_topk_prob")]
+    _fields_ += [("rms_norm_eps", c_float), ("rope_factor", c_float)]
+    _fields_ += [("rope_frequencies", c_void_p), ("embed_tokens", c_void_p), ("layers", POINTER(Block))]
+    _fields_ += [("norm", c_void_p), ("lm_head", Linear)]
+
+
+class KVCache(ctypes.Structure):
+    _fields_ = [("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p))]
+    _fields_ += [("max_len", c_int64), ("lengths", POINTER(c_int64))]
+
+
+class Tokens(ctypes.Structure):
+    _fields_ = [("ids", c_void_p), ("B", c_int64), ("T", c_int64), ("outputs", c_int64), ("logits", c_void_p)]
+
+
+MIRRORS = (Linear, Attention, MLP, Block, Qwen3, KVCache, Tokens)
+
+
+def layout() -> list[int]:
+    """Size of each mirror and the offsets of its fields, as `layout` in step.cpp."""
+    return [n for m in MIRRORS for n in (ctypes.sizeof(m), *(getattr(m, name).offset for name, _ in m._fields_))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building and loading.
+
+
+class Unavailable:
+    """Why there is no library."""
+
+    reason: str | None = None
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled step.cpp; None, with one notice for the whole process, where it cannot be had."""
+    Unavailable.reason = None
+    if os.environ.get("NANOQWEN_STEP") == "off":
+        Unavailable.reason = "NANOQWEN_STEP=off"
+        return None
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoqwen"
+    try:
+        path = build(directory)
+        try:
+            return load(path)
+        except OSError:  # damaged, or from a machine that only looks like this one
+            path.unlink(missing_ok=True)
+            return load(build(directory))
+    except (OSError, RuntimeError, ValueError) as error:
+        Unavailable.reason = str(error)
+        notice(f"no C++ token step, so decoding runs in PyTorch and is slower: {error}")
+        return None
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Loads a compiled step.cpp. OSError where the file is no such library, or not one of these structs."""
+    loaded = ctypes.CDLL(str(path))
+    try:
+        expected = layout()
+        found = list((c_int64 * (len(expected) + 1)).in_dll(loaded, "layout"))
+        functions = [getattr(loaded, kind + name) for name in DTYPES.values() for kind in ("step_", "quantize_")]
+    except (ValueError, AttributeError) as error:
+        raise OSError(f"{path}: {error}") from None
+    if found != [*expected, -1]:
+        raise OSError(f"{path}: its structs are others than those of {Path(__file__).name}")
+    for function, kinds in zip(functions, 2 * ((Qwen3, KVCache, Tokens), (Linear,)), strict=True):
+        first = () if len(kinds) > 1 else (c_void_p,)
+        function.argtypes, function.restype = (*first, *map(POINTER, kinds), c_int), c_int
+    return loaded
+
+
+def build(directory: Path) -> Path:
+    """Compiles step.cpp into `directory` unless it is there. ValueError or OSError where that is not possible."""
+    compiler = find_compiler()
+    if compiler is None:
+        raise ValueError("no C++ compiler is installed (c++, g++ or clang++)")
+    version, processor = Path(compiler).resolve().stat(), _processor()
+    code = [path.read_bytes() for path in (SOURCE, *map(SOURCE.with_name, HEADERS))]
+    flags = FLAGS
+    if "GenuineIntel" in processor:  # vdpbf16ps at 1.85 · 10^9 a second and core, fma at 7.4 · 10^9 (Sapphire Rapids)
+        flags += ("-DFLOAT_PRODUCTS",)
+    key = (code, flags, TUNED, compiler, version.st_size, version.st_mtime_ns, processor)
+    path = directory / f"step-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if hasattr(os, "getuid") and directory.stat().st_uid == os.getuid():
+        directory.chmod(stat.S_IMODE(directory.stat().st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+    _check_ownership(directory)
+    if os.path.lexists(path):
+        try:
+            _check_ownership(path)
+            if path.stat().st_size:
+                return path
+        except ValueError as error:
+            notice(f"{error}; compiling it again")
+        path.unlink()
+    notice(f"compiling {SOURCE.name} for this machine, once")
+    with atomic_file(path) as temporary:  # each process has its own; of several at once the last one stays
+        for tuned in TUNED:
+            command = [compiler, *flags, *tuned, str(SOURCE), "-o", str(temporary)]
+            result = subprocess.run(command, check=False, capture_output=True, text=True)
+            if result.returncode == 0:
+                break
+        else:
+            raise ValueError(f"{compiler} does not compile {SOURCE.name}: {result.stderr.strip()[:200]}")
+    path.chmod(0o600)  # whatever the umask is
+    return path
+
+
+def _check_ownership(path: Path) -> None:
+    """ValueError where somebody else could have written a file or directory of code that is about to be loaded."""
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode) and not path.is_dir():
+        raise ValueError(f"{path} is a link")
+    status = path.stat()
+    if hasattr(os, "getuid") and status.st_uid not in (os.getuid(), 0):
+        raise ValueError(f"{path} belongs to another user (number {status.st_uid})")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(f"{path} can be written by others (mode {stat.S_IMODE(status.st_mode):o}; chmod go-w)")
+
+
+def _processor() -> str:
+    """What -march=native depends on, as one home directory may be shared by different machines."""
+    described = ("vendor_id", "model name", "flags", "Features", "CPU part")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return repr((platform.platform(), platform.processor(), sorted({x for x in lines if x.startswith(described)})))
