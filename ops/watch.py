@@ -106,8 +106,8 @@ def _reason(model: nn.Module, allowed: str) -> str | None:
     source = sys.modules[type(model).__module__]
     known = {getattr(source, name, None) for name in ATTRIBUTES} | {QuantizedLinear, *TORCH}
     written = {source.__name__, QuantizedLinear.__module__, *(kind.__module__ for kind in TORCH)}
-    for name, module in model.named_modules():
-        kind, name = type(module), name or "the model"
+    for path, module in model.named_modules():
+        kind, name = type(module), path or "the model"
         if kind not in known or type(model).__name__ != "Qwen3":
             return f"{name} is a {kind.__module__}.{kind.__qualname__}"
         if kind is not nn.ModuleList and kind.forward.__module__ not in written:

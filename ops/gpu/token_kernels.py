@@ -1,5 +1,5 @@
-"""EXPERIMENTAL: one token through a layer in five kernels, Triton's share of ops/gpu/graphs.py, which has their twins in
-PyTorch. Never measured on a GPU yet: compiled for one, and held against the twins in Triton's interpreter.
+"""EXPERIMENTAL: one token through a layer in five kernels, Triton's share of ops/gpu/graphs.py (twins in PyTorch).
+Never measured on a GPU yet: compiled for one, and held against the twins in Triton's interpreter.
 
 At batch 1 a token is one read of every weight, and on a fast GPU even the time between two kernels counts: at 4.8 TB/s
 a layer of Qwen3-0.6B (31 MB) takes 7 µs, a launch within a CUDA graph one or two. So there are two operations only:
