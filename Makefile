@@ -19,7 +19,7 @@ VERSION := $(shell sed -n 's/^torch==//p' requirements.lock)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 QUESTION ?= How many times does the letter r appear in strawberry?
 
-.PHONY: run test interop gpu tiny clean
+.PHONY: run test interop fuzz gpu tiny clean
 
 run: $(VENV)/.run
 	@$(BIN)/python generate.py --model models/tiny --thinking "$(QUESTION)"
@@ -33,6 +33,10 @@ test: $(VENV)/.test
 interop: $(VENV)/.test
 	$(BIN)/python -c "import llama_cpp" 2>/dev/null || $(INSTALL) llama-cpp-python==0.3.36
 	$(BIN)/python -m pytest tests/interop
+
+# The C++ step under sanitizers, for every instruction set: 200 random models each, some minutes.
+fuzz: $(VENV)/.test
+	PYTHONPATH=. $(BIN)/python tests/ops/cpu/test_fuzz.py 200
 
 # On a machine with an NVIDIA GPU: the kernels against PyTorch, then what they and the model reach.
 gpu: $(VENV)/.test

@@ -20,6 +20,7 @@ Letters for sizes:  B batch   T tokens   C hidden size   H query heads   K key/v
 import difflib
 import json
 import math
+from copy import copy
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,8 @@ class KVCache:
     def positions(self, tokens: int) -> Tensor:
         """Where the next `tokens` positions of each row lie: LongTensor [B, T]; one row stands for all if equal."""
         starts = self.lengths[:1] if self.is_uniform else self.lengths
+        if min(starts) < 0:
+            raise ValueError(f"cache with a length of {min(starts):,}: lengths count positions, from 0 on")
         if max(starts) + tokens > self.max_len:
             raise ValueError(f"cache of {self.max_len:,} positions: {max(starts):,} are used and {tokens:,} more come")
         device = self.keys[0].device
@@ -406,6 +409,13 @@ class KVCache:
         self.keys = [keys[rows] for keys in self.keys]
         self.values = [values[rows] for values in self.values]
         self.lengths = [self.lengths[row] for row in rows]
+
+    def row(self, row: int) -> "KVCache":
+        """A cache of one row whose keys and values are this one's, with a length of its own."""
+        view = copy(self)
+        view.keys, view.values = ([tensor[row : row + 1] for tensor in part] for part in (self.keys, self.values))
+        view.lengths = self.lengths[row : row + 1]
+        return view
 
     def grow(self, max_len: int) -> None:
         """Makes room for `max_len` positions and keeps those that are filled."""

@@ -181,19 +181,9 @@ def generate_batch(
     device, context = model.model.embed_tokens.weight.device, model.config.context_length
     prompts = [reply.ids for reply in replies]
 
-    # Padding lies behind each prompt, where no real token looks; cutting the rows to length forgets it again.
-    longest = max(map(len, prompts))
-    padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in prompts], device=device)
     room = max(len(reply.ids) + reply.limit for reply in replies)
-    cache = new_cache(model, min(room, longest + CACHE_ROOM), len(prompts))
-    last: list[Tensor] = [None] * len(prompts)
-    for start in range(0, longest, PREFILL_CHUNK):
-        hidden = model.model(padded[:, start : start + PREFILL_CHUNK], cache)
-        for row, ids in enumerate(prompts):
-            if start < len(ids) <= start + PREFILL_CHUNK:
-                last[row] = hidden[row, len(ids) - 1 - start]
-    cache.truncate([len(ids) for ids in prompts])
-    logits = model.head(torch.stack(last))
+    cache = new_cache(model, min(room, max(map(len, prompts)) + CACHE_ROOM), len(prompts))
+    logits = prefill(model, prompts, cache)
 
     rows = replies  # of the batch
     while True:
@@ -213,6 +203,26 @@ def generate_batch(
         at = [n - len(reply.ids) if not reply.ended else -1 for n, reply in zip(cache.lengths, rows, strict=True)]
         tokens = [[reply.tokens[position]] for position, reply in zip(at, rows, strict=True)]
         logits = model(torch.tensor(tokens, device=device), cache)[:, -1]
+
+
+def prefill(model: Qwen3, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+    """Puts each prompt into its row of an empty cache and returns the logits [B, V] behind the prompts.
+
+    Each prompt is computed alone, as `generate` does it: nothing is padded, and its logits are the same bits. One that
+    comes several times is computed once.
+    """
+    first: dict[tuple[int, ...], int] = {}
+    logits: list[Tensor] = []
+    for row, ids in enumerate(map(tuple, prompts)):
+        before = first.setdefault(ids, row)
+        if before == row:
+            logits.append(forward(model, ids, cache.row(row))[0])
+            continue
+        logits.append(logits[before])
+        for tensor in (*cache.keys, *cache.values):
+            tensor[row, :, : len(ids)] = tensor[before, :, : len(ids)]
+    cache.lengths = list(map(len, prompts))
+    return torch.stack(logits)
 
 
 class PromptTooLong(ValueError):

@@ -1,0 +1,176 @@
+// Random models through the token step, under the address and undefined-behaviour sanitizers: `fuzz FIRST COUNT`.
+//
+// Every tensor lies in memory of its own and of exactly its size, so that a read past one is seen. Each model is run
+// row by row and token by token, then as a prompt, in pieces and as a ragged batch: all logits must be the same bits.
+#include "../../../ops/cpu/step.cpp"
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+
+std::mt19937_64 generator;
+int64_t any(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+int64_t one_of(std::initializer_list<int64_t> values) { return *(values.begin() + any(0, values.size() - 1)); }
+float normal() { return std::normal_distribution<float>()(generator); }
+
+std::deque<std::vector<char>> memory;
+void* bytes(int64_t count) {
+    memory.emplace_back(count);
+    return memory.back().data();
+}
+template <class T>
+const T* numbers(int64_t count, float scale, float around = 0) {
+    T* result = (T*)bytes(count * sizeof(T));
+    for (int64_t i = 0; i < count; i++) assign(result[i], normal() * scale + around);
+    return result;
+}
+
+struct Kind {
+    int64_t bits = 0, group = 0;  // 0: as the model; 0: a scale for each row
+};
+
+template <class T>
+Linear linear(int64_t rows, int64_t columns, Kind kind, bool has_bias) {
+    Linear w = {};
+    w.rows = rows, w.columns = columns;
+    if (has_bias) w.bias = numbers<T>(rows, 1);
+    if (!kind.bits) {
+        w.weight = numbers<T>(rows * columns, 1 / std::sqrt(float(columns)));
+        w.row_bytes = columns * sizeof(T), w.bits = 8 * sizeof(T);
+        return w;
+    }
+    w.bits = kind.bits, w.groups = kind.group ? columns / kind.group : 1;
+    w.row_bytes = (columns * w.bits + 31) / 32 * 4;
+    auto* codes = (uint8_t*)bytes(rows * w.row_bytes);
+    for (int64_t i = 0; i < rows * w.row_bytes; i++) codes[i] = any(0, 255);
+    w.weight = codes;
+    w.scale = numbers<bfloat16>(rows * w.groups, 0.1f / std::sqrt(float(columns)), 0.01f);
+    return w;
+}
+
+template <class T>
+struct Cache {
+    int64_t max_len;
+    std::vector<int64_t> lengths;
+    std::vector<std::vector<T>> keys, values;
+
+    Cache(const Qwen3& m, int64_t B, int64_t max_len)
+        : max_len(max_len), lengths(B), keys(m.num_hidden_layers), values(m.num_hidden_layers) {
+        for (auto* tensors : {&keys, &values})
+            for (auto& tensor : *tensors) tensor.resize(B * m.num_key_value_heads * max_len * m.head_dim);
+    }
+};
+
+template <class T>
+std::vector<T> run(const Qwen3& m, Cache<T>& cache, const std::vector<int64_t>& ids, int64_t outputs) {
+    const int64_t B = cache.lengths.size(), length = ids.size() / B;
+    std::vector<T> logits(B * outputs * m.lm_head.rows);
+    std::vector<void*> keys, values;
+    for (auto& tensor : cache.keys) keys.push_back(tensor.data());
+    for (auto& tensor : cache.values) values.push_back(tensor.data());
+    const Tokens tokens = {ids.data(), B, length, outputs, logits.data()};
+    if (step<T>(m, {keys.data(), values.data(), cache.max_len, cache.lengths.data()}, tokens, any(1, 3))) std::abort();
+    for (auto& n : cache.lengths) n += length;
+    return logits;
+}
+
+#define CHECK(condition, ...) \
+    if (!(condition)) { std::printf("FAILED: " __VA_ARGS__), std::puts(""); std::exit(1); }
+
+template <class T>
+void model(int64_t seed) {
+    Qwen3 m = {};
+    Kind kind = {one_of({0, 0, 8, 8, 4}), 0};
+    int64_t unit = 1;
+    if (kind.bits == 4) unit = kind.group = one_of({8, 16, 32, 32});
+    if (kind.bits == 8) unit = kind.group = one_of({0, 0, 4, 8, 32}), unit = std::max(unit, int64_t(1));
+    auto size = [&](int64_t most) { return unit * any(1, std::max(most / unit, int64_t(1))); };
+    const bool moe = any(0, 2) == 0, bias = any(0, 2) == 0, qk_norm = any(0, 2) > 0;
+    const int64_t C = m.hidden_size = size(200), D = m.head_dim = one_of({2, 4, 6, 10, 16, 18, 64, 80, 128, 256});
+    const int64_t K = m.num_key_value_heads = any(1, 3), H = m.num_attention_heads = K * any(1, 5);
+    const int64_t V = any(1, 400), layers = m.num_hidden_layers = any(1, 2), wide = size(150);
+    const bool o_fits = H * D % unit == 0;
+    m.num_experts = moe ? any(1, 9) : 0, m.num_experts_per_tok = moe ? any(1, m.num_experts) : 1;
+    m.norm_topk_prob = any(0, 1), m.rms_norm_eps = 1e-6, m.rope_factor = 1;
+    m.rope_frequencies = numbers<float>(D / 2, 0.1);
+    m.embed_tokens = numbers<T>(V * C, 1), m.norm = numbers<T>(C, 0.3, 1);
+    m.lm_head = linear<T>(V, C, any(0, 1) ? kind : Kind(), false);
+    std::vector<Block> blocks(layers);
+    std::deque<std::vector<MLP>> experts;
+    for (auto& block : blocks) {
+        block.input_layernorm = numbers<T>(C, 0.3, 1), block.post_attention_layernorm = numbers<T>(C, 0.3, 1);
+        block.self_attn = {linear<T>(H * D, C, kind, bias), linear<T>(K * D, C, kind, bias),
+                           linear<T>(K * D, C, kind, bias), linear<T>(C, H * D, o_fits ? kind : Kind(), bias),
+                           qk_norm ? numbers<T>(D, 0.3, 1) : nullptr, qk_norm ? numbers<T>(D, 0.3, 1) : nullptr};
+        const bool sparse = moe && any(0, 3);
+        block.gate = sparse ? linear<T>(m.num_experts, C, {}, false) : Linear{};
+        experts.emplace_back(sparse ? m.num_experts : 1);
+        for (auto& mlp : experts.back())
+            mlp = {linear<T>(wide, C, kind, false), linear<T>(wide, C, kind, false), linear<T>(C, wide, kind, false)};
+        block.experts = experts.back().data();
+    }
+    m.layers = blocks.data();
+
+    // Token by token, each row alone.
+    const int64_t B = one_of({1, 2, 3, 5, 17, 32}), total = any(20, 48);
+    std::vector<std::vector<int64_t>> ids(B);
+    std::vector<std::vector<T>> expected(B);
+    std::deque<Cache<T>> start;
+    std::vector<int64_t> before(B);
+    for (int64_t b = 0; b < B; b++) {
+        before[b] = any(0, 3) || b > 3 ? any(0, 9) : any(240, 256);  // some cross the end of a block of positions
+        start.emplace_back(m, 1, before[b] + total);
+        for (auto* tensors : {&start[b].keys, &start[b].values})
+            for (auto& tensor : *tensors)
+                for (auto& x : tensor) assign(x, normal());
+        start[b].lengths[0] = before[b];
+        for (int64_t i = 0; i < total; i++) ids[b].push_back(any(0, V - 1));
+    }
+    const int64_t compared = std::min(B, int64_t(5));
+    for (int64_t b = 0; b < compared; b++) {
+        Cache<T> cache = start[b];
+        for (int64_t id : ids[b])
+            for (T x : run<T>(m, cache, {id}, 1)) expected[b].push_back(x);
+        for (bool in_pieces : {false, true}) {
+            Cache<T> other = start[b];
+            for (int64_t at = 0; at < total;) {
+                const int64_t count = in_pieces ? any(1, total - at) : total, outputs = any(1, count);
+                auto found = run<T>(m, other, {ids[b].begin() + at, ids[b].begin() + at + count}, outputs);
+                at += count;
+                CHECK(!std::memcmp(found.data(), &expected[b][(at - outputs) * V], found.size() * sizeof(T)),
+                      "seed %ld row %ld: %ld tokens to %ld are other bits than one by one", seed, b, count, at);
+            }
+        }
+    }
+
+    // All rows together, of different lengths.
+    Cache<T> batch(m, B, *std::max_element(before.begin(), before.end()) + total);
+    for (int64_t b = 0; b < B; b++) {
+        batch.lengths[b] = before[b];
+        for (int64_t i = 0; i < layers * K; i++) {
+            const int64_t from = i % K * start[b].max_len * D, to = (b * K + i % K) * batch.max_len * D;
+            std::copy_n(&start[b].keys[i / K][from], before[b] * D, &batch.keys[i / K][to]);
+            std::copy_n(&start[b].values[i / K][from], before[b] * D, &batch.values[i / K][to]);
+        }
+    }
+    for (int64_t at = 0; at < total;) {
+        const int64_t count = any(1, std::min(total - at, int64_t(12)));
+        std::vector<int64_t> some;
+        for (auto& one : ids) some.insert(some.end(), one.begin() + at, one.begin() + at + count);
+        auto found = run<T>(m, batch, some, count);
+        for (int64_t b = 0; b < compared; b++)
+            CHECK(!std::memcmp(&found[b * count * V], &expected[b][at * V], count * V * sizeof(T)),
+                  "seed %ld row %ld of %ld: %ld tokens from %ld are other bits than alone", seed, b, B, count, at);
+        at += count;
+    }
+    memory.clear();
+}
+
+int main(int, char** arguments) {
+    const int64_t first = std::atol(arguments[1]), count = std::atol(arguments[2]);
+    for (int64_t seed = first; seed < first + count; seed++) {
+        generator.seed(seed);
+        seed % 2 ? model<float>(seed) : model<bfloat16>(seed);
+    }
+    std::printf("%ld models\n", count);
+}
