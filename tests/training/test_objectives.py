@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.packing import dealt, packed
 from data.sources import Row
 from model import Config, Qwen3
 from ops.cross_entropy import linear_cross_entropy
-from training.batches import batches, packed, packed_batches
+from training.batches import batches, packed_batch
 from training.objectives import DPO, GRPO, IGNORED, Batch, Pairs, Rollouts, advantages, next_token_loss, target_losses
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -148,7 +149,7 @@ def conversations(count: int) -> list[Row]:
 def test_packed_rows_have_the_loss_of_rows_by_themselves(model):
     rows, device = conversations(13), torch.device("cpu")
     alone = sum(next_token_loss(model, batch) for row in rows for batch in batches([row], 1, device))
-    together = packed_batches(rows, 2, device, 24)
+    together = [packed_batch(part, device) for part in dealt(packed(rows, 24), 2, 1, 0)]
     assert len(together) == 2 and sum(len(batch.ids) for batch in together) < len(rows)
     assert sum(batch.count for batch in together) == sum(t != IGNORED for row in rows for t in row.targets)
     assert_same(sum(next_token_loss(model, batch) for batch in together), alone.double(), model)
