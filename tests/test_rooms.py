@@ -58,8 +58,8 @@ ROOMS = {
     ),
     "evaluate": ({"evaluation", "inference", "formats"}, {"torch"}),
     "benchmarks": (
-        {"generate", "train", "model", "chat", "inference", "training", "data", "formats", "ops"},
-        {"torch", "numpy", "yaml", "matplotlib", "rich"},
+        {"generate", "train", "model", "chat", "inference", "training", "inspection", "data", "formats", "ops"},
+        {"torch", "numpy", "yaml", "matplotlib", "rich", "duckdb", "datasets", "pyarrow"},
     ),
     "bench": ({"benchmarks"}, set()),
 }

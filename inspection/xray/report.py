@@ -19,6 +19,7 @@ VERDICTS = {
     "no": ("bad", "Do not train on it"),
 }
 STYLE = """
+section ul { margin: .3rem 0 .7rem; padding-left: 1.2rem; } section li { margin: .2rem 0; overflow-wrap: anywhere; }
 .tokens { white-space: pre-wrap; overflow-wrap: anywhere; font-family: var(--mono, monospace); font-size: 13px;
   max-height: 24em; overflow-y: auto; padding: 8px 10px; border: 1px solid var(--line); border-radius: 6px; }
 .tokens mark { background: color-mix(in srgb, var(--good, #2a7) 26%, transparent); color: inherit; border-radius: 3px; }
@@ -38,6 +39,13 @@ def rows_line(report: dict[str, Any]) -> str:
         return f"{report['rows_read']:,}, all counted"
     whole = f" of {report['rows']:,}" if report["rows"] is not None else " (how many there are is not known)"
     return f"{report['rows_read']:,} read{whole}: every figure here is of this part"
+
+
+def headline(report: dict[str, Any]) -> str:
+    """The verdict in one line."""
+    verdict = report["verdict"]
+    why = verdict["reasons"][0] if verdict["train"] == "no" else report["task"]
+    return f"{VERDICTS[verdict['train']][1]}: {why}"
 
 
 def license_line(report: dict[str, Any]) -> str:
@@ -61,7 +69,9 @@ def fields(report: dict[str, Any]) -> dict[str, str]:
     }
     duplicates = report["duplicates"]
     made["duplicates"] = f"{duplicates['exact']:,} exact (but for case and white space), {duplicates['near']:,} near"
-    if "near_threshold" in duplicates:
+    if duplicates.get("near_rows_compared") == 0:
+        made["duplicates"] = made["duplicates"].rpartition(", ")[0] + "; near ones were not looked for"
+    elif "near_threshold" in duplicates:
         made["duplicates"] += f" (Jaccard of word 3-grams at least {duplicates['near_threshold']}"
         compared = duplicates["near_rows_compared"]
         made["duplicates"] += ")" if compared >= report["rows_read"] else f", in the first {compared:,} rows)"
@@ -98,6 +108,11 @@ def length_rows(report: dict[str, Any]) -> list[list[Any]]:
     ]
 
 
+def suspicious_rows(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(rule, row) of three rules, the most severe first."""
+    return [(finding["id"], row) for finding in report["findings"] for row in finding["shown"][:1]][:3]
+
+
 LENGTH_HEADER = ["column", "in", "median", "95 %", "longest", "together"]
 
 
@@ -131,17 +146,25 @@ def _plain(value: Any) -> str:
 
 def html(report: dict[str, Any]) -> str:
     verdict = report["verdict"]
-    tone, line = VERDICTS[verdict["train"]]
-    made = page.Page(f"X-ray of {report['name']}", rows_line(report), (tone, f"{line}: {report['task']}"))
+    tone, _ = VERDICTS[verdict["train"]]
+    made = page.Page(f"X-ray of {report['name']}", rows_line(report), (tone, headline(report)))
     made.style(STYLE)
     made.section("What it is", page.facts(fields(report)), _columns(report))
     made.section(
         "Verdict",
         page.badge(verdict["train"], tone),
         page.text(f"For {verdict['task']}: {report['task']}."),
-        Markup("").join(page.text(f"· {reason}") for reason in verdict["reasons"]) or page.text("No rule is broken."),
+        Markup("<ul>{}</ul>").format(
+            Markup("").join(Markup("<li>{}</li>").format(page.show(reason)) for reason in verdict["reasons"])
+        )
+        if verdict["reasons"]
+        else page.text("No rule is broken."),
     )
     made.section("Findings", *_findings(report))
+    if suspicious := suspicious_rows(report):
+        made.section(
+            "Three suspicious rows", *(_row(row | {"why": f"{name}. {row['why']}"}) for name, row in suspicious)
+        )
     if report["mask"]:
         made.section("What will be learnt", page.facts(mask_facts(report)), *_spans(report["mask"]))
     made.section("Lengths", page.table(length_rows(report), LENGTH_HEADER), *_histograms(report))
@@ -179,7 +202,9 @@ def _findings(report: dict[str, Any]) -> list[Markup]:
     for finding in report["findings"]:
         some = ", ".join(f"{row:,}" for row in finding["rows"][:20]) + (" …" if finding["count"] > 20 else "")
         head = Markup("{} {} {}").format(
-            page.badge(finding["severity"], TONES[finding["severity"]]), finding["id"], f"{finding['count']:,} rows"
+            page.badge(finding["severity"], TONES[finding["severity"]]),
+            finding["id"],
+            f"{finding['count']:,} row{'' if finding['count'] == 1 else 's'}",
         )
         parts = [page.text(finding["reason"]), page.facts({"condition": finding["rule"], "rows": some})]
         made.append(page.fold(head, *parts, *(_row(shown) for shown in finding["shown"])))
@@ -244,7 +269,7 @@ def escaped(text: Any, most: int = 300) -> str:
 def markdown(report: dict[str, Any]) -> str:
     verdict = report["verdict"]
     lines = [f"# X-ray of {escaped(report['name'])}", ""]
-    lines += [f"**{VERDICTS[verdict['train']][1]}**: {escaped(report['task'])}", ""]
+    lines += [f"**{escaped(headline(report))}**", ""]
     lines += [f"- {escaped(reason)}" for reason in verdict["reasons"]]
     lines += [
         "",
@@ -332,7 +357,7 @@ def terminal(report: dict[str, Any]):
         return Padding.indent(table, 2)
 
     colours = {"good": "green", "warn": "yellow", "bad": "red"}
-    tone, line = VERDICTS[report["verdict"]["train"]]
+    tone, _ = VERDICTS[report["verdict"]["train"]]
     parts: list[Any] = [Text(f"X-ray of {printable(report['name'])}", style="bold"), grid(fields(report))]
     columns = [[column["name"], column["type"]] for column in report["columns"][:20]]
     parts += [Text("\nColumns", style="bold"), listed(["column", "type"], columns, set())]
@@ -354,10 +379,9 @@ def terminal(report: dict[str, Any]):
             for finding in report["findings"]
         ]
         parts.append(listed(["finding", "severity", "rows", "which (from 0)"], rows, {2}))
-        shown = [(finding["id"], row) for finding in report["findings"] for row in finding["shown"][:1]][:3]
-        if shown:
+        if suspicious := suspicious_rows(report):
             parts.append(Text("\nThree suspicious rows", style="bold"))
-            parts += [grid({name: f"{row['where']}: {row['why'] or row['text']}"}) for name, row in shown]
+            parts += [grid({name: f"{row['where']}: {row['why'] or row['text']}"}) for name, row in suspicious]
     else:
         parts.append(Padding.indent(Text("no row breaks a rule"), 2))
     if report["leakage"]:
@@ -370,7 +394,7 @@ def terminal(report: dict[str, Any]):
     parts += [
         grid({printable(row["why"]).partition(":")[0]: f"{row['where']}: {row['text']}"}) for row in report["examples"]
     ]
-    parts += [Text(f"\n{line}: {report['task']}", style=f"bold {colours[tone]}")]
+    parts += [Text(f"\n{headline(report)}", style=f"bold {colours[tone]}")]
     parts += [Padding.indent(Text("· ") + cell(reason), 2) for reason in report["verdict"]["reasons"]]
     return Group(*parts)
 

@@ -38,7 +38,8 @@ def verdict(report: dict[str, Any], rules: dict[str, Rule], to_drop: int) -> dic
         rule = rules[finding["id"]]
         if rule.drops or rule.severity == "medium":
             what = "leave out" if rule.drops else "look at"
-            reasons.append(f"{what} {finding['count']:,} rows of {finding['id']}: {rule.reason}")
+            rows_of = f"{finding['count']:,} row{'' if finding['count'] == 1 else 's'}"
+            reasons.append(f"{what} {rows_of} of {finding['id']}: {rule.reason}")
     train = "yes"
     if to_drop:
         train = "after-fixes"
