@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from data.documents import read_records
+from data.documents import Unreadable, read_records
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOST_TEXT = 1 << 20  # characters of a question, an answer or a choice
@@ -117,6 +117,8 @@ def questions(task: Task, records: Iterable[tuple[str, Any]], examples: list[tup
 
 def _posed(task: Task, place: str, row: Any) -> tuple[str, Any, list[str], int]:
     """(what is asked, what is right, the choices as continuations, the right one's index)"""
+    if isinstance(row, Unreadable):
+        raise ValueError(f"{place}: {row}")
     if not isinstance(row, dict):
         raise ValueError(f"{place}: a {type(row).__name__} where a row {{question, answer}} is expected")
     try:

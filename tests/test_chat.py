@@ -314,6 +314,12 @@ def test_the_end_of_a_turn_is_what_the_template_writes(small):
 
 
 @without_assets
+def test_gpt2_has_an_end_token_without_a_config():
+    """Its folder is tokenizer.json alone; what ends documents ends a reply."""
+    assert Chat.from_pretrained(ASSETS / "gpt2").eos_token_id == 50256
+
+
+@without_assets
 @pytest.mark.parametrize("content", ["The answer is", "  4, since "])
 @pytest.mark.parametrize("reasoning", [{}, {"reasoning_content": "Hm."}])
 def test_a_reply_that_has_begun_is_continued(official, content, reasoning):

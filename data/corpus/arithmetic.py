@@ -1,7 +1,7 @@
 """Families of numbers: sums, differences, products, comparing and sorting.
 
-The traces work digit by digit, as on paper. Each line names its place and its digits before the verdict, since a
-small model can look up `7+8+1=16` but cannot decide first and read afterwards.
+The traces work digit by digit, as on paper. Each line names the place and its digits before the result, since a small
+model can look up `7+8+1=16` but can't decide first and read afterwards.
 """
 
 import re
@@ -30,7 +30,7 @@ def column_digits(number: int, width: int) -> list[int]:
 
 
 def add(a: int, b: int) -> tuple[list[str], int]:
-    """Column addition: its lines, and the sum that they arrive at."""
+    """Column addition: its lines and the sum."""
     width = max(len(str(a)), len(str(b)))
     lines, carry, written = [f"{a} + {b}"], 0, ""
     for place, (x, y) in enumerate(zip(column_digits(a, width), column_digits(b, width), strict=True)):
@@ -95,7 +95,7 @@ def compare(a: str, b: str) -> tuple[list[str], int]:
 
 
 def same_length(a: str, b: str) -> tuple[str, str]:
-    """Two decimals with zeros before and behind, so that their digits stand below each other: 7.1, 12 to 07.1, 12.0."""
+    """Two decimals padded with zeros, so that their digits align: 7.1, 12 to 07.1, 12.0."""
     (whole_a, _, part_a), (whole_b, _, part_b) = a.partition("."), b.partition(".")
     whole, part = max(len(whole_a), len(whole_b)), max(len(part_a), len(part_b))
     padded = (f"{w.rjust(whole, '0')}.{p.ljust(part, '0')}" for w, p in ((whole_a, part_a), (whole_b, part_b)))
@@ -176,7 +176,7 @@ TIMES = ("and times {b}?", "Now multiply it by {b}.", "times {b}?", "And {b} tim
 
 
 def go_on_from(result: int, rng: Random) -> tuple[str, Problem]:
-    """A second turn that goes on with the number of the first answer."""
+    """A second turn that continues with the number of the first answer."""
     b = number(rng, rng.choice((1, 1, 2, 3)))
     if 0 <= result < 1000 and rng.random() < 0.25:
         b = number(rng, 1)
@@ -286,7 +286,7 @@ def ask_sort(facts: Facts, rng: Random, unseen: bool) -> str:
 
 
 def solve_sort(facts: Facts, pieces: Pieces) -> tuple[str, str]:
-    """Insertion: `062: 009 029 062 086` puts 62 to its place among those before, all with three digits or more."""
+    """Insertion: `062: 009 029 062 086` inserts 62 among the earlier ones, all with at least three digits."""
     numbers, first = facts
     done: list[int] = []
     lines, width = [" ".join(map(str, numbers)) + f", {first} first"], max(3, *(len(str(number)) for number in numbers))

@@ -1,4 +1,4 @@
-"""The offline corpus: conversations with thinking traces, generated from a seed, example i always the same.
+"""The offline corpus: conversations with thinking traces, a pure function of seed and index.
 
 python data/corpus/examples.py --seed 0 --count 3        prints examples
 """
@@ -28,13 +28,13 @@ SWITCH = re.compile(r"\s*/(?:no_)?think$")
 
 
 class Example(NamedTuple):
-    """A conversation up to the user's last turn, and how the assistant goes on."""
+    """A conversation up to the user's last turn, and the assistant's reply."""
 
     messages: list[dict[str, str]]
     thinking: bool
-    """What the chat template is asked for (`enable_thinking`)."""
+    """The chat template's `enable_thinking`."""
     trace: str
-    """Empty where no thinking is wanted."""
+    """Empty without thinking."""
     answer: str
     problem: Problem | None
     """None for small talk."""
@@ -45,13 +45,13 @@ def solve(problem: Problem, pieces: Pieces) -> tuple[str, str]:
 
 
 def check(problem: Problem | None, answer: str) -> bool:
-    """Whether an answer (the text after the thinking) is right: the evaluation's verdict and a reward. What is outside
-    of every family (None) has to be declined."""
+    """Whether an answer (the text after the thinking) is right: the evaluation's verdict and a reward. A question
+    outside of every family (None) has to be declined."""
     return talk.is_refusal(answer) if problem is None else FAMILIES[problem.family].check(problem.facts, answer)
 
 
 def is_test(problem: Problem) -> bool:
-    """Whether anything of the question is held out, so that training must not show it."""
+    """Whether any key of the question is held out, so that training must not contain it."""
     return any(held_out(key) for key in FAMILIES[problem.family].keys(problem.facts))
 
 
@@ -77,7 +77,7 @@ def training_example(seed: int, index: int, pieces: Pieces, unseen: bool = False
 
 
 def document(seed: int, index: int, pieces: Pieces, unseen: bool = False) -> str:
-    """Text `index` for pretraining: a worked example as a schoolbook prints it, without any form of a chat."""
+    """Text `index` for pretraining: a worked example as in a textbook, without any chat format."""
     rng = Random(f"document {seed} {index}")
     family = FAMILIES[rng.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))[0]]
     facts = draw(family, rng, test=unseen)
@@ -100,7 +100,7 @@ def second_turn(
 
 
 def finished(messages: list, problem: Problem, rng: Random, thinking: bool, pieces: Pieces) -> Example:
-    """The example with its solution; now and then with the soft switch at the end of the question."""
+    """The example with its solution; sometimes with /think or /no_think at the end of the question."""
     trace, answer = solve(problem, pieces)
     if thinking and rng.random() < 0.06:
         thinking_wanted = rng.random() < 0.5
@@ -110,7 +110,7 @@ def finished(messages: list, problem: Problem, rng: Random, thinking: bool, piec
 
 
 def unseen_examples(seed: int, count: int, pieces: Pieces, phrasings: str = "trained") -> Iterator[Example]:
-    """`count` unseen questions, the families in turn; `phrasings="held-out"` also words them as training never does."""
+    """`count` unseen questions, the families in turn; `phrasings="held-out"` also uses held-out phrasings."""
     unseen = phrasings == "held-out"
     for index in range(count):
         rng = Random(f"test {seed} {index} {phrasings}")
@@ -136,7 +136,7 @@ def question_example(seed: int, index: int, pieces: Pieces, hard: float, outside
 
 
 def hard_examples(seed: int, count: int, pieces: Pieces) -> Iterator[Example]:
-    """`count` unseen hard questions, the families that have such in turn."""
+    """`count` unseen hard questions, in turn from the families that have any."""
     for index in range(count):
         yield posed(HARD[index % len(HARD)], Random(f"hard {seed} {index}"), pieces, test=True, hard=True)
 
@@ -149,7 +149,7 @@ def outside_examples(seed: int, count: int) -> Iterator[Example]:
 
 
 def posed(family: Family, rng: Random, pieces: Pieces, test: bool, hard: bool) -> Example:
-    """A single question of a family in a trained phrasing, to be thought about."""
+    """A single question of a family in a trained phrasing, with thinking."""
     problem = Problem(family.name, draw(family, rng, test, hard))
     messages = [{"role": "system", "content": rng.choice(talk.SYSTEM)}] if rng.random() < 0.2 else []
     question = user(with_courtesy(family.ask(problem.facts, rng, False), rng, False))

@@ -1,7 +1,7 @@
 """Families of letters: counting one in a word or two, counting all of them, spelling a word backwards.
 
 A model sees pieces of words, not letters. So the traces spell a word piece by piece, each letter with its running
-number; what a piece consists of is all that has to be known by heart, and every piece occurs in many words.
+number; only the letters of a piece have to be memorised, and every piece occurs in many words.
 """
 
 import re
@@ -53,12 +53,12 @@ CODAS = "- - - b ck d ff g l ll m n nd ng nt p r rr s ss st t tt x"  # "-": the 
 
 @cache
 def words() -> tuple[str, ...]:
-    """English words, lower case; how the list was made stands in data/words.md."""
+    """English words in lower case; words.md says how the list was made."""
     return tuple((Path(__file__).parent / "words.txt").read_text(encoding="utf-8").split())
 
 
 def pseudo_word(rng: Random) -> str:
-    """Two to four syllables that nobody has seen, so that spelling cannot be known word by word."""
+    """Two to four random syllables, so that spelling can't be memorised word by word."""
     syllables = rng.randint(2, 4)
     parts = (rng.choice(kind.split()) for _ in range(syllables) for kind in (ONSETS, NUCLEI, CODAS))
     return "".join(parts).replace("-", "")[:14]

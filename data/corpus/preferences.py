@@ -1,8 +1,8 @@
-"""Preferences on the offline corpus: a polite refusal of what the model cannot know, an answer of what it can.
+"""Preferences on the offline corpus: polite refusals of what the model can't know, answers to what it can.
 
-Half of the pairs ask about something outside every family: the refusal is chosen, and rejected is what a model that
-knows nothing but its families would make up. The others ask what the families do know: the right answer is chosen and
-the refusal rejected, so that the model neither learns to decline everything nor forgets what it could.
+Half of the pairs ask about something outside every family: the refusal is chosen, and what a model that
+only knows its families would make up is rejected. The others ask what the families know: the right answer is chosen and
+the refusal rejected, so that the model neither declines everything nor forgets its skills.
 """
 
 from random import Random
@@ -25,7 +25,7 @@ MADE_UP = ("It is {}.", "The answer is {}.", "{}.", "It is about {}.")
 
 
 def preference_example(seed: int, index: int, pieces: Pieces, unseen: bool = False) -> Preference:
-    """Pair `index`. No held-out question, subject or phrasing is ever in it; `unseen` makes one of these alone."""
+    """Pair `index`. No held-out question, subject or phrasing is ever in it; `unseen` makes one only of these."""
     rng = Random(f"preference {seed} {index}")
     if rng.random() < 0.5:
         right = training_example(seed, rng.getrandbits(40), pieces, unseen)

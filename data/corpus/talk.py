@@ -113,7 +113,7 @@ def is_refusal(answer: str) -> bool:
 
 
 def trained_subject(rng: Random) -> str:
-    """Half of the time any word, so that the question and not its subject tells that it is outside."""
+    """Half of the time any word, so that the question and not its subject shows that it is outside."""
     if rng.random() < 0.5:
         return rng.choice(SUBJECTS.split("|"))
     while is_held_out(f"word {(word := rng.choice(words()))}"):

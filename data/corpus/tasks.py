@@ -1,8 +1,8 @@
 """The question families of the bundled model: what a family is, and which of its questions are never trained on.
 
 A family turns facts (`(473, 89)`) into a question in one of many phrasings, a trace that a person can check line by
-line, and an answer that stands alone. The answer is computed from the trace's own steps; `check` finds the truth by
-another road (Python's arithmetic, str.count, the calendar) and compares, so that trace and truth hold each other.
+line, and a self-contained answer. The answer is computed from the trace's own steps; `check` computes the truth
+independently (Python's arithmetic, str.count, the calendar) and compares, so that each verifies the other.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 Facts = tuple[Any, ...]
 Pieces = Callable[[str], list[str]]
-"""A word to the pieces that the tokenizer cuts it into; spelling goes piece by piece, since pieces are all it sees."""
+"""A word to the pieces that the tokenizer cuts it into; words are spelled by pieces, since a model sees nothing else."""
 
 
 class Family(NamedTuple):
@@ -42,7 +42,7 @@ SHOWCASE = frozenset({"word strawberry", "sum 89 473", "difference 512 77", "pro
 
 
 def held_out(key: str) -> bool:
-    """Whether what this key names belongs to the test: the showcase, and one in twelve by its hash."""
+    """Whether this key belongs to the test: the showcase, and one in twelve by its hash."""
     return key in SHOWCASE or hashlib.blake2b(key.encode(), digest_size=8).digest()[0] % 12 == 0
 
 
@@ -74,9 +74,9 @@ TELLING += ("Would you {}?", "You should {}.", "Help me {}.", "{}", "Let us {}."
 
 
 def phrasings(things: str, actions: str, others: str) -> tuple[str, ...]:
-    """Phrasings for things that can be asked for and actions that can be told, and some that stand alone.
+    """Phrasings from things to ask for, actions to request, and complete sentences.
 
-    Each argument lists alternatives between bars; {fields} stay to be filled in.
+    Each argument lists alternatives between bars; {fields} are filled in later.
     """
     asked = [f"{asking} {thing}" for asking in ASKING for thing in things.split("|")]
     told = [telling.replace("{}", action) for telling in TELLING for action in actions.split("|")]

@@ -2,8 +2,8 @@
 
     python data/corpus/tokenizer.py OUT        writes tokenizer.json, tokenizer_config.json, generation_config.json
 
-Merges inside words rank before merges that take in the space before a word. So a word is cut the same way wherever
-it stands (` straw`, `"straw`, `straw`), and what the model knows of the spelling of its pieces holds everywhere.
+Merges inside words rank before merges that include the space before a word. So a word is cut the same way everywhere
+(` straw`, `"straw`, `straw`), and what the model knows of the spelling of its pieces always applies.
 """
 
 import json
