@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 Facts = tuple[Any, ...]
 Pieces = Callable[[str], list[str]]
-"""A word to the pieces that the tokenizer cuts it into; words are spelled by pieces, since a model sees nothing else."""
+"""A word to the pieces that the tokenizer cuts it into; words are spelled piece by piece: a model sees nothing else."""
 
 
 class Family(NamedTuple):
