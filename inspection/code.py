@@ -111,6 +111,8 @@ class Calls:
                         self._names[node.targets[0].id] = full
         for node in nodes:
             self._judge(node)
+        for called in [what for what in self.dangers if f"{what}()" in self.dangers]:
+            del self.dangers[called]
 
     def _learn(self, node: ast.AST) -> None:
         if isinstance(node, ast.Import):

@@ -109,7 +109,9 @@ def coverage(tree: Tree, ledger: Ledger) -> str:
     """What was looked at, in one line."""
     examined = sum(file.examined for file in ledger.files)
     values = "all values of the weights read" if ledger.facts.get("values_read") else "no value of the weights read"
-    members = f", {ledger.members:,} members of archives" if ledger.members else ""
+    members = (
+        f", {ledger.members:,} {'member' if ledger.members == 1 else 'members'} of archives" if ledger.members else ""
+    )
     network = f", {tree.budget.used:,} bytes over the network" if tree.budget else ""
     left_out = f"; left out: {', '.join(tree.left_out)}" if tree.left_out else ""
     return f"{examined:,} of {len(ledger.files):,} files examined{members}, {values}{network}{left_out}"

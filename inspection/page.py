@@ -151,16 +151,12 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = ()) -> Markup:
     numbers = [_is_number(cell) for cell in rows[0]] if rows else []
 
     def line(tag: str, row: Sequence[Any]) -> Markup:
-        cells = (
-            Markup("<{0}{1}>{2}</{0}>").format(
-                tag,
-                Markup(' class="number"')
-                if (numbers[at : at + 1] == [True] if tag == "th" else _is_number(cell))
-                else "",
-                show(cell),
-            )
-            for at, cell in enumerate(row)
-        )
+        cells = []
+        for at, cell in enumerate(row):
+            is_number = numbers[at : at + 1] == [True] if tag == "th" else _is_number(cell)
+            kind = Markup(' class="number"') if is_number else ""
+            label = Markup(' data-label="{}"').format(show(header[at])) if tag == "td" and at < len(header) else ""
+            cells.append(Markup("<{0}{1}{2}>{3}</{0}>").format(tag, kind, label, show(cell)))
         return Markup("<tr>{}</tr>\n").format(Markup("").join(cells))
 
     head = Markup("<thead>{}</thead>").format(line("th", header)) if header else ""
@@ -208,7 +204,7 @@ def bars(pairs: dict[str, float], unit: str = "", most: float | None = None) -> 
     parts = []
     for at, (name, value) in enumerate(pairs.items()):
         y, width = at * step, max(0.0, min(1.0, value / most)) * full
-        label = name if len(name) < 29 else f"{name[:27]}…"
+        label = name if len(name) < 26 else f"{name[:24]}…"
         parts += [
             _label(left - 8, y + 17, label, "end", title=name),
             _rectangle("rest", left, y + 5, full, 16),

@@ -253,7 +253,8 @@ def examine(ledger: Ledger, where: str, stream: BinaryIO, several: bool = False)
                 break
     except Unexamined as error:
         problem = error if count == 0 else None  # what follows the pickles of a legacy checkpoint are its numbers
-    if harmless or problem is None:
+    is_accused = any(finding.file == where and finding.id != "pickle" for finding in ledger.findings)
+    if not is_accused and (harmless or problem is None):
         names = ", ".join(sorted(f"{module}.{name}" for module, name in harmless)) or "nothing"
         ledger.find("pickle", where, f"imports {names}")
     if problem:

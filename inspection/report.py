@@ -63,13 +63,10 @@ def verdict(manifest: dict[str, Any]) -> str:
     """One line: what the exit status means here."""
     count = len(accusations(manifest))
     unseen = sum(not file["examined"] for file in manifest["files"])
+    left = f"{unseen} {'file' if unseen == 1 else 'files'} could not be examined"
     if count:
-        return f"{count} {'thing was' if count == 1 else 'things were'} found" + (
-            f", and {unseen} files could not be examined" if unseen else ""
-        )
-    if unseen:
-        return f"{unseen} {'file' if unseen == 1 else 'files'} could not be examined; nothing was found in the others"
-    return VERDICTS[manifest["status"]]
+        return f"{count} {'thing was' if count == 1 else 'things were'} found" + (f", and {left}" if unseen else "")
+    return f"{left}; nothing was found in the others" if unseen else VERDICTS[manifest["status"]]
 
 
 def terminal(manifest: dict[str, Any], lines: list[str]) -> str:
@@ -87,6 +84,14 @@ def terminal(manifest: dict[str, Any], lines: list[str]) -> str:
         if note and note["status"] != "absent":
             value = printable(plain(manifest[key]))
             out.append(f"{note['status']:<10}{key:<27}{value if len(value) < 110 else value[:107] + '...'}")
+    for one in manifest["lineage"]:
+        out.append(f"{one['status']:<10}{'lineage':<27}{printable(one['relation'])} {printable(one['repo'])[:120]}")
+    if behaviour := manifest.get("behaviour"):
+        perplexity = (
+            f"perplexity {behaviour['perplexity']:,} of {behaviour['passage']}, " if behaviour.get("perplexity") else ""
+        )
+        speed = f"{behaviour['tokens_per_second']:,} tokens/s, {size(behaviour['peak_memory_bytes'])} of memory"
+        out.append(f"{'verified':<10}{'behaviour':<27}{perplexity}{speed}")
     absent = [key for key, note in manifest["evidence"].items() if note["status"] == "absent"]
     out.append(f"{'absent':<10}{', '.join(absent) or 'nothing'}")
     return "\n".join(out)

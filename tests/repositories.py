@@ -69,6 +69,7 @@ def base(path: Path, checkpoint: Path) -> Path:
     tokens = {
         token["content"]: token["id"] for token in json.loads((path / "tokenizer.json").read_text())["added_tokens"]
     }
+    edit_json(path / "tokenizer_config.json", pad_token="<|endoftext|>")
     edit_json(path / "generation_config.json", eos_token_id=[tokens["<|im_end|>"], tokens["<|endoftext|>"]])
     (path / "README.md").write_text(CARD.format(front="", text=""))
     (path / "LICENSE").write_text(APACHE)
