@@ -19,6 +19,7 @@ from typing import NamedTuple
 from console import byte_progress
 from formats.download import HubUnreachable, reach, read_document, transfer
 from formats.files import publish, sha256, write_text
+from formats.gguf.files import choose
 
 TOKENIZER_FILES = [
     "config.json",
@@ -27,6 +28,7 @@ TOKENIZER_FILES = [
     "tokenizer_config.json",
     "chat_template.jinja",
 ]
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 DATA_FILES = [*TOKENIZER_FILES, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 ATTEMPTS = 5  # in a row that bring nothing
 
@@ -39,8 +41,8 @@ class RemoteFile(NamedTuple):
     digest: str
 
 
-def cached(repo: str, revision: str | None, tokenizer_only: bool = False) -> Path | None:
-    """The snapshot in the local cache if each file that a run needs is there. Makes no request."""
+def cached(repo: str, revision: str | None, tokenizer_only: bool = False, tag: str | None = None) -> Path | None:
+    """The snapshot in the local cache, or its .gguf, if each file that a run needs is there. Makes no request."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -48,7 +50,13 @@ def cached(repo: str, revision: str | None, tokenizer_only: bool = False) -> Pat
         path = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=DATA_FILES))
     except LocalEntryNotFoundError:
         return None
-    return path if _whole(path, tokenizer_only) else None
+    if tag is None and (_whole(path, tokenizer_only) or all((path / name).exists() for name in ADAPTER_FILES)):
+        return path
+    try:
+        parts = choose([file.relative_to(path).as_posix() for file in path.rglob("*.gguf")], tag)
+    except ValueError:
+        return None
+    return path / parts[0] if all((path / part).exists() for part in parts) else None
 
 
 def _whole(path: Path, tokenizer_only: bool) -> bool:
@@ -65,15 +73,19 @@ def _whole(path: Path, tokenizer_only: bool) -> bool:
         return False
 
 
-def download(repo: str, revision: str | None, tokenizer_only: bool = False) -> Path:
-    """The snapshot in the local cache after what it lacks was downloaded. ValueError says why that is not possible."""
+def download(repo: str, revision: str | None, tokenizer_only: bool = False, tag: str | None = None) -> Path:
+    """The snapshot in the local cache, or its .gguf, after what it lacks was downloaded.
+
+    Of a repository without safetensors one .gguf alone is asked for (`tag`: which). ValueError says why that is not
+    possible.
+    """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.file_download import repo_folder_name
     from huggingface_hub.utils import WeakFileLock, logging
 
     logging.set_verbosity_error()  # its warnings would stand between the lines of a command
-    commit, files = _ask(repo, revision, tokenizer_only)
+    commit, files = _ask(repo, revision, tokenizer_only, tag)
     folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
     blobs, snapshot = folder / "blobs", folder / "snapshots" / commit
     for path in (blobs, snapshot):
@@ -90,21 +102,41 @@ def download(repo: str, revision: str | None, tokenizer_only: bool = False) -> P
     if reference.name != commit:
         reference.parent.mkdir(parents=True, exist_ok=True)
         write_text(reference, commit)
-    return snapshot
+    ggufs = [file.name for file in files if file.name.endswith(".gguf")]
+    return snapshot / ggufs[0] if ggufs else snapshot
 
 
-def _ask(repo: str, revision: str | None, tokenizer_only: bool) -> tuple[str, list[RemoteFile]]:
+def _ask(repo: str, revision: str | None, tokenizer_only: bool, tag: str | None) -> tuple[str, list[RemoteFile]]:
     """The commit of a revision and its data files, tokenizer.json and the weights last: once they are there, all is."""
     commit, found = listing(repo, revision)
-    patterns, last = (TOKENIZER_FILES, "tokenizer.json") if tokenizer_only else (DATA_FILES, ".safetensors")
-    files = [
-        file for file in found if "/" not in file.name and any(fnmatchcase(file.name, pattern) for pattern in patterns)
-    ]
-    if not any(file.name.endswith(last) for file in files):
-        if tokenizer_only:
-            raise ValueError("no tokenizer.json on the hub; name the model that this one was made from")
-        raise ValueError("no model.safetensors on the hub; pickle weights (.bin) can run code and are never loaded")
+    wanted = _wanted([file.name for file in found], tokenizer_only, tag)
+    files = [file for file in found if file.name in wanted]
+    if any(file.name.endswith(".gguf") for file in files):
+        return commit, sorted(files)
     return commit, sorted(files, key=lambda file: (file.name.startswith("model"), file.name == "tokenizer.json"))
+
+
+def _wanted(names: list[str], tokenizer_only: bool, tag: str | None) -> list[str]:
+    """Which of a repository's files a run needs: those of the official layout, of an adapter, or of one .gguf."""
+    patterns, last = (TOKENIZER_FILES, "tokenizer.json") if tokenizer_only else (DATA_FILES, ".safetensors")
+    plain = [name for name in names if "/" not in name]
+    data = [name for name in plain if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if tag is None and any(name.endswith(last) for name in data):
+        return data
+    if tag is None and set(ADAPTER_FILES) <= set(plain):
+        return data + ADAPTER_FILES
+    # The folders of a path become folders of the cache, so none may lead out of it.
+    ggufs = [name for name in names if re.fullmatch(r"(?:\w[\w.-]*/){0,4}\w[\w.-]*\.gguf", name, re.ASCII)]
+    if ggufs:
+        parts = choose(ggufs, tag)
+        if missing := [part for part in parts if part not in ggufs]:
+            raise ValueError(f"the hub lacks a part of this model: {missing[0]}")
+        return parts
+    if tag is not None:
+        raise ValueError(f"no .gguf file on the hub, so {tag} names nothing there; leave it out")
+    if tokenizer_only:
+        raise ValueError("no tokenizer.json on the hub; name the model that this one was made from")
+    raise ValueError("no model.safetensors on the hub; pickle weights (.bin) can run code and are never loaded")
 
 
 def listing(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
@@ -203,5 +235,6 @@ def _fetch(url: str, blob: Path, file: RemoteFile, report: Callable[[int], objec
 def _link(name: Path, blob: Path) -> None:
     """The file's name in the snapshot; a relative link, so that the cache can be moved."""
     if not name.exists():
+        name.parent.mkdir(parents=True, exist_ok=True)
         name.unlink(missing_ok=True)
         name.symlink_to(os.path.relpath(blob, name.parent))

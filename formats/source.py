@@ -1,8 +1,9 @@
 """Where a model comes from: SRC is a directory, a .gguf file, or a hub id (`org/name`, `org/name@revision`).
 
-The folder of a training run stands for its last checkpoint, RUN/latest.
-A hub model is taken from the local Hugging Face cache when it is whole there, and downloaded otherwise
-(formats/hub.py): data files only (JSON, safetensors, the template's text), never code, never pickles.
+The folder of a training run stands for its last checkpoint, RUN/latest. Of several .gguf files in a directory or
+repository a tag names one: `DIR:Q4_K_M`, `org/name:Q4_K_M`, or its whole name, `org/name/FILE.gguf`. A hub model is
+taken from the local Hugging Face cache when it is whole there, and downloaded otherwise (formats/hub.py): data files
+only (JSON, safetensors, GGUF, the template's text), never code, never pickles.
 """
 
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from console import notice
 from formats import hub
+from formats.gguf.files import choose
 from formats.hub import HubUnreachable as HubUnreachable
 from formats.tensors import PICKLE_SUFFIXES
 
@@ -17,7 +19,11 @@ DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny"
 
 PART = r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}"
-HUB_ID = re.compile(rf"(?P<repo>{PART}/{PART})(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
+HUB_ID = re.compile(
+    rf"(?P<repo>{PART}/{PART})(?:/(?P<file>(?!.*\.\.)\w[\w./-]*\.gguf))?"
+    r"(?:@(?P<revision>(?!.*\.\.)\w[\w./-]*))?(?::(?P<tag>(?!.*\.\.)\w[\w./-]*))?",
+    re.ASCII,
+)
 
 
 def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = False) -> Path:
@@ -27,9 +33,14 @@ def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = Fals
     Raises ValueError for a path that is neither, an unknown hub id or revision, and `HubUnreachable`.
     """
     name, path = f"{place} {src}", Path(src).expanduser()
+    folder, _, tag = str(path).rpartition(":")
+    if _kind(path) is None and folder and _kind(Path(folder)) == "directory":
+        return _gguf_of(name, Path(folder), tag)
     if _kind(path) and str(src):
         if _kind(path) == "directory":
-            return _of_run(path)
+            path = _of_run(path)
+            only_ggufs = not _has_safetensors(path) and any(path.rglob("*.gguf"))
+            return _gguf_of(name, path, None) if only_ggufs else path
         if path.suffix == ".gguf":
             return path
         if path.suffix in PICKLE_SUFFIXES:
@@ -39,7 +50,7 @@ def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = Fals
     if match is None:
         raise ValueError(f"{name}: no such directory or .gguf file, and not a hub id like {DEFAULT_MODEL}")
     try:
-        return _from_hub(match["repo"], match["revision"], tokenizer_only)
+        return _from_hub(match["repo"], match["revision"], match["file"] or match["tag"], tokenizer_only)
     except (ValueError, OSError) as error:
         kind = HubUnreachable if isinstance(error, HubUnreachable) else ValueError
         raise kind(f"{name} is no directory here; as a hub model: {error}") from error
@@ -50,14 +61,26 @@ def resolve_default(src: str | Path | None) -> Path:
     if src is not None:
         return resolve(src)
     try:
-        return _from_hub(DEFAULT_MODEL, None)
+        return _from_hub(DEFAULT_MODEL, None, None)
     except (ValueError, OSError) as error:
         notice(f"{DEFAULT_MODEL}: {' '.join(str(error).split())}. The bundled tiny model answers.")
         return BUNDLED_MODEL
 
 
-def _from_hub(repo: str, revision: str | None, tokenizer_only: bool = False) -> Path:
-    return hub.cached(repo, revision, tokenizer_only) or hub.download(repo, revision, tokenizer_only)
+def _from_hub(repo: str, revision: str | None, tag: str | None, tokenizer_only: bool = False) -> Path:
+    return hub.cached(repo, revision, tokenizer_only, tag) or hub.download(repo, revision, tokenizer_only, tag)
+
+
+def _has_safetensors(path: Path) -> bool:
+    """Whether a directory holds weights, or what stands for them (an index, an adapter), in the official layout."""
+    return any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json"))
+
+
+def _gguf_of(name: str, folder: Path, tag: str | None) -> Path:
+    try:
+        return folder / choose([file.relative_to(folder).as_posix() for file in folder.rglob("*.gguf")], tag)[0]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _of_run(path: Path) -> Path:

@@ -34,7 +34,7 @@ class Hub(ThreadingHTTPServer):
         siblings = []
         for name, content in self.files.items():
             entry = {"rfilename": name, "size": len(content), "blobId": git_sha1(content)}
-            if name.endswith(".safetensors"):
+            if name.endswith((".safetensors", ".gguf")):
                 entry["lfs"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(), "pointerSize": 1}
             siblings.append(entry | self.renamed.get(name, {}))
         return {"id": "org/name", "sha": COMMITS.get(revision, revision), "siblings": siblings}
@@ -47,7 +47,8 @@ class Hub(ThreadingHTTPServer):
 
     def fetched(self) -> list[tuple[str, str | None]]:
         """Which files were asked for, with the byte ranges."""
-        return [(path.rpartition("/")[2], part) for path, part in self.requests if "/resolve/" in path]
+        found = [(re.fullmatch(r"/org/name/resolve/[^/]+/(.+)", path), part) for path, part in self.requests]
+        return [(match[1], part) for match, part in found if match]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -64,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, json.dumps(self.server.listing(revision)).encode())
         if "/tree/" in self.path:
             return self.send(200, json.dumps(self.server.tree()).encode())
-        name = self.path.rpartition("/")[2]
+        name = re.sub(r"^/org/name/resolve/[^/]+/", "", self.path)
         content, start = self.server.files[name], 0
         end = total = len(content)
         if self.headers["Range"] and self.server.ranges:

@@ -11,7 +11,6 @@ values are explained in formats/gguf/kquants.py, and formats/gguf/writer.py writ
 
 import io
 import mmap
-import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from formats.gguf import names, types
+from formats.gguf.files import part_names
 from formats.gguf.tokenizer import from_metadata
 from formats.mapping import map_file, release
 from formats.tensors import TensorInfo
@@ -31,7 +31,6 @@ DEFAULT_ALIGNMENT = 32
 # Far above any real file (Qwen3-235B: 1,131 tensors, some 300,000 strings), and read within seconds.
 MAX_PAIRS, MAX_TENSORS, MAX_VALUES, MAX_NESTING = 1 << 14, 1 << 16, 1 << 22, 3
 MAX_NAME = 64  # GGML_MAX_NAME
-MAX_PARTS = 1000
 
 
 class Tensor(NamedTuple):
@@ -194,18 +193,6 @@ def parse(path: str | Path, stream: BinaryIO, size: int) -> Head:
     return Head(path, data)
 
 
-PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-
-
-def split_parts(path: Path) -> list[Path]:
-    """All files of a split model, as llama-gguf-split names them, from any one; a whole file is its only part."""
-    match = PART.fullmatch(path.name)
-    count = int(match["count"]) if match else 1
-    if not 2 <= count <= MAX_PARTS:
-        return [path]
-    return [path.with_name(f"{match['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
-
-
 def _head(path: Path) -> Head:
     if not path.stat().st_size:
         raise ValueError(f"{path}: the file is empty (download or convert it again)")
@@ -218,7 +205,7 @@ def _open_parts(path: Path) -> list[Head]:
     count = head.metadata.get("split.count", 0)
     if type(count) is not int or count < 2:
         return [head]
-    parts = split_parts(path)
+    parts = [path.with_name(name) for name in part_names(path.name)]
     if len(parts) != count:
         wanted = f"NAME-00001-of-{count:05d}.gguf"
         raise ValueError(f"{path}: one of {count} parts of a model; give all of them their names again ({wanted}, …)")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from local_hub import COMMITS, Hub, use
+from local_hub import COMMITS, Handler, Hub, use
 
 from chat import Chat
 from formats import download, hub, source
@@ -140,6 +140,92 @@ def test_shards(server):
     assert_same(path, server)
     (path / "model-00002-of-00002.safetensors").resolve().unlink()
     assert hub.cached("org/name", None) is None
+    assert_same(source.resolve("org/name"), server)
+
+
+QUANTISATIONS = {"Qwen3-Q4_K_M.gguf": b"four", "Qwen3-Q8_0.gguf": b"eight", "Qwen3-UD-IQ2_M.gguf": b"two"}
+SPLIT = {f"BF16/Qwen3-BF16-{i:05d}-of-00003.gguf": b"part %d" % i for i in (1, 2, 3)}
+BESIDE = {"config.json": b"{}", "README.md": b"", "mmproj-F16.gguf": b"eyes", "../evil-Q4_0.gguf": b"out"}
+
+
+def test_a_repository_of_ggufs_alone(server):
+    server.files = QUANTISATIONS | SPLIT | BESIDE
+    with pytest.raises(ValueError) as error:
+        source.resolve("org/name")
+    for name in (*QUANTISATIONS, "BF16/Qwen3-BF16-00001-of-00003.gguf", ":Q4_K_M"):
+        assert name in str(error.value)
+    assert "mmproj" not in str(error.value) and "evil" not in str(error.value) and not server.fetched()
+    path = source.resolve("org/name:q4_k_m")
+    assert path.name == "Qwen3-Q4_K_M.gguf" and path.read_bytes() == b"four"
+    assert server.fetched() == [("Qwen3-Q4_K_M.gguf", None)]  # and nothing else
+    assert source.resolve("org/name/Qwen3-Q8_0.gguf@main").read_bytes() == b"eight"
+    server.requests.clear()
+    assert source.resolve("org/name:Q4_K_M") == path and not server.requests
+    assert source.resolve("org/name@main:BF16").read_bytes() == b"part 1"
+    assert sorted(server.fetched()) == [(name, None) for name in SPLIT]
+    assert (path.parent / "BF16/Qwen3-BF16-00003-of-00003.gguf").read_bytes() == b"part 3"
+
+
+@pytest.mark.parametrize(
+    ("src", "line"),
+    [
+        ("org/name:Q4_K", "no .gguf file is called Q4_K; there are Qwen3-Q4_K_M.gguf"),
+        ("org/name:Qwen3", "3 models in .gguf files"),
+        ("org/name/Other.gguf", "no .gguf file is called Other.gguf"),
+        ("org/name:../x", "not a hub id"),
+    ],
+)
+def test_a_tag_that_names_no_model_or_several(server, src, line):
+    server.files = QUANTISATIONS | BESIDE
+    with pytest.raises(ValueError) as error:
+        source.resolve(src)
+    assert line in str(error.value) and not server.fetched()
+
+
+def test_the_only_gguf_needs_no_tag(server):
+    server.files = {"Qwen3-Q8_0.gguf": b"eight"} | BESIDE
+    assert source.resolve("org/name").read_bytes() == b"eight"
+    del server.files["Qwen3-Q8_0.gguf"]
+    with pytest.raises(ValueError, match=r"no \.gguf file|there are none"):
+        source.resolve("org/name@v1:Q8_0")
+
+
+def test_a_part_that_the_hub_lacks_is_named(server):
+    server.files = {name: content for name, content in SPLIT.items() if "00002-of" not in name}
+    with pytest.raises(ValueError, match="lacks a part of this model: BF16/Qwen3-BF16-00002-of-00003"):
+        source.resolve("org/name")
+
+
+def test_a_folder_of_ggufs(tmp_path):
+    folder = tmp_path / "ggufs"
+    for name, content in (QUANTISATIONS | SPLIT).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"4 models in \.gguf files"):
+        source.resolve(folder)
+    assert source.resolve(f"{folder}:Q8_0") == folder / "Qwen3-Q8_0.gguf"
+    assert source.resolve(f"{folder}:bf16") == folder / "BF16/Qwen3-BF16-00001-of-00003.gguf"
+    (folder / "model.safetensors").touch()
+    assert source.resolve(folder) == folder
+    with pytest.raises(ValueError, match=r"no \.gguf file is called Q5_0"):
+        source.resolve(f"{folder}:Q5_0")
+
+
+def test_a_hub_that_sends_another_part_is_found_out(server, monkeypatch):
+    """Range is answered from a place that was not asked for: the bytes would land at the wrong one."""
+    server.cuts["model.safetensors"] = [1000]
+    monkeypatch.setattr(hub, "ATTEMPTS", 1)
+    with pytest.raises(ValueError, match="the download stopped"):
+        source.resolve("org/name")
+    honest = Handler.send
+
+    def shifted(self, status, body, cut=None, part=""):
+        honest(self, status, body, cut, part.replace("bytes 1000-", "bytes 900-"))
+
+    monkeypatch.setattr(Handler, "send", shifted)
+    with pytest.raises(ValueError, match="the server sends another part than the one asked for"):
+        source.resolve("org/name")
+    monkeypatch.setattr(Handler, "send", honest)
     assert_same(source.resolve("org/name"), server)
 
 
