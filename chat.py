@@ -70,9 +70,10 @@ class Chat:
 
         Raises ValueError, in one line, for a checkpoint without tokenizer or with a broken one.
         """
+        from formats.adapter import text_path
         from formats.source import resolve
 
-        path = resolve(src, tokenizer_only=True)
+        path = text_path(resolve(src, tokenizer_only=True))
         if path.is_file():
             from formats.gguf.reader import GGUF
 

@@ -34,7 +34,7 @@ from formats.files import atomic_directory, atomic_file
 from formats.gguf import writer
 from formats.gguf.reader import GGUF
 from formats.safetensors_write import SafetensorsWriter, Shard, plan_shards
-from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, resolve_default
+from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, resolve, resolve_default
 from formats.threads import map_in_threads
 from model import EMBEDDING, HEAD, all_finite, refuse, skeleton
 from ops.encode import Cast, Errors, Quantize, lossless
@@ -65,10 +65,11 @@ CARRIED = (
 class Source:
     """An opened checkpoint whose tensors are those that its config promises. `given` is what the user called it."""
 
-    def __init__(self, given: str | None):
+    def __init__(self, given: str | None, adapter: str | None = None):
         self.path = resolve_default(given)
+        self.adapter = adapter and resolve(adapter, "--adapter")
         self.given = given or (str(self.path) if self.path == BUNDLED_MODEL else DEFAULT_MODEL)
-        self.checkpoint = unpacked(open_checkpoint(self.path))
+        self.checkpoint = unpacked(open_checkpoint(self.path, self.adapter))
         self.config, self.tensors = self.checkpoint.config, self.checkpoint.tensors
         refuse(self.checkpoint, skeleton(self.checkpoint)[1])
 
@@ -85,14 +86,16 @@ class Source:
     @property
     def files(self) -> dict[str, Path]:
         """Every file that the result depends on."""
-        beside = [self.path / name for name in ("config.json", *CARRIED)] if self.is_directory else []
+        beside = [self.checkpoint.path / name for name in ("config.json", *CARRIED)]
+        beside += [self.checkpoint.text_path / name for name in CARRIED]  # with an adapter's own tokenizer
         return {file.name: file for file in (*self.checkpoint.files, *beside) if file.is_file()}
 
     def describe(self, hashes: record.HashThread) -> dict[str, Any]:
         """The source as the record keeps it. A snapshot in the hub's cache is named by its commit."""
         revision = self.path.name if self.path.parent.name == "snapshots" else None
         path = str(self.path.absolute())
-        return {"model": self.given, "path": path, "revision": revision, "files": hashes.result()}
+        adapter = {} if self.adapter is None else {"adapter": str(self.adapter)}
+        return {"model": self.given, "path": path, "revision": revision, **adapter, "files": hashes.result()}
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
         """A tensor's rows, at most PIECE values at a time, copied so that the file's pages are given back at once."""
@@ -106,11 +109,15 @@ class Source:
             yield piece
 
     def carry(self, directory: Path) -> None:
-        """Copies, or rebuilds from a GGUF's metadata, the tokenizer and what else belongs to a checkpoint."""
-        if self.is_directory:
-            for name in CARRIED:
-                if (self.path / name).is_file():
-                    shutil.copyfile(self.path / name, directory / name)
+        """Copies, or rebuilds from a GGUF's metadata, the tokenizer and what else belongs to a checkpoint.
+
+        An adapter's own tokenizer comes before its base's.
+        """
+        for folder in (self.checkpoint.path, self.checkpoint.text_path):
+            for name in CARRIED if folder.is_dir() else ():
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, directory / name)
+        if (directory / "tokenizer.json").exists() or not self.checkpoint.path.is_file():
             return
         tokenizer, tokenizer_config = self.checkpoint.tokenizer()
         write_json(directory / "tokenizer.json", tokenizer)
@@ -403,6 +410,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--to", choices=TARGETS, help="a container, or a precision in the official layout")
     add("--model", metavar="SRC", help=f"directory, hub id or .gguf file (default: {DEFAULT_MODEL})")
+    add("--adapter", metavar="DIR", help="a PEFT adapter (LoRA) to merge into it first: directory or hub id")
     add("--out", type=Path, metavar="PATH", help="file or directory of the result (default: named after the model)")
     add("--type", choices=writer.TYPES, help="precision of the GGUF (default: q8_0)")
     add("--for", dest="reader", choices=["qwen3.c"], help="F32 GGUF and text files as qwen3.c maps them")
@@ -466,7 +474,7 @@ def main() -> None:
     if options.verify:
         verify(options.verify)
         return
-    source = Source(options.model)
+    source = Source(options.model, options.adapter)
     is_directory = options.to != "gguf" or options.reader is not None
     out = output_path(options, source, is_directory)
     check_place(out, source, is_directory, options.force)

@@ -109,6 +109,7 @@ def parse_arguments(arguments: list[str]) -> Namespace:
 def add_model(parser) -> None:
     add = parser.add_argument
     add("--model", default="models/tiny", metavar="SRC", help="directory, hub id or .gguf file (default: models/tiny)")
+    add("--adapter", metavar="DIR", help="a PEFT adapter (LoRA) to merge into it: directory or hub id")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--quantize", choices=("int8", "int4"), help="quantise the weights while loading")

@@ -54,6 +54,7 @@ def parse_arguments(arguments: list[str]):
     )
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="SRC", help="directory, hub id or .gguf file (default: Qwen/Qwen3-0.6B)")
+    add("--adapter", metavar="DIR", help="a PEFT adapter (LoRA) to merge into it: directory or hub id")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto, the fastest there is")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: auto, as stored")
     add("--quantize", choices=("int8", "int4"), help="quantize the weights while loading")

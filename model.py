@@ -670,15 +670,19 @@ class Qwen3(nn.Module):
         return self.lm_head(x)
 
     @classmethod
-    def from_pretrained(cls, src: str | Path, device="cpu", dtype: torch.dtype | None = None) -> "Qwen3":
-        """The model of a directory, hub id or .gguf file. dtype None keeps the stored one.
+    def from_pretrained(
+        cls, src: str | Path, device="cpu", dtype: torch.dtype | None = None, adapter: str | Path | None = None
+    ) -> "Qwen3":
+        """The model of a directory, hub id or .gguf file. dtype None keeps the stored one; `adapter` is a PEFT adapter
+        (directory or hub id) to merge into it. An adapter as `src` brings its base.
 
         Raises ValueError with one line for everything that can be wrong with a checkpoint.
         """
         from formats.checkpoint import open_checkpoint
         from formats.source import resolve
 
-        return load(open_checkpoint(resolve(src)), device, dtype)
+        adapter = adapter and resolve(adapter, "adapter")
+        return load(open_checkpoint(resolve(src), adapter), device, dtype)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and model.safetensors in the official layout, each whole or not at all."""

@@ -18,6 +18,7 @@ from evaluation.ask import Asker
 from evaluation.folder import Folder
 from evaluation.results import SCORERS, score
 from evaluation.tasks import Question, Task
+from formats.adapter import text_path
 from formats.checkpoint import open_checkpoint
 from formats.files import sha256
 from formats.source import resolve
@@ -36,8 +37,9 @@ class Evaluated:
 
     def __init__(self, options: Namespace):
         path = resolve(options.model)
-        self.chat = Chat.from_pretrained(path)
-        checkpoint = open_checkpoint(path)
+        adapter = options.adapter and resolve(options.adapter, "--adapter")
+        self.chat = Chat.from_pretrained(text_path(path, adapter))
+        checkpoint = open_checkpoint(path, adapter)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
         self.model = load(checkpoint, pick_device(options.device, "--device"), dtype)
         if options.quantize:

@@ -134,7 +134,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path = self.text_path = path
         self.config = read_json(path / "config.json")
         generation = path / "generation_config.json"
         self.generation_config = read_json(generation) if lexists(generation) else {}

@@ -6,6 +6,7 @@ from argparse import Namespace
 import torch
 
 from chat import Chat
+from formats.adapter import text_path
 from formats.checkpoint import open_checkpoint
 from formats.source import resolve, resolve_default
 from inference.params import MOST_GUESSES, recommended
@@ -23,10 +24,11 @@ def load_session(options: Namespace) -> Session:
     device = pick_device(options.device, "--device")
     kernels = pick_kernels(options.kernels, device, "--kernels")
     bandwidth = read_bandwidth(device) if options.stats else None  # frees its 256 MB before the weights are loaded
-    chat = Chat.from_pretrained(path)
+    adapter = options.adapter and resolve(options.adapter, "--adapter")
+    chat = Chat.from_pretrained(text_path(path, adapter))
     release_freed_memory()
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = load(open_checkpoint(path), device, dtype)
+    model = load(open_checkpoint(path, adapter), device, dtype)
     if options.quantize:
         from ops.quant import quantize_
 

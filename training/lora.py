@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from formats.adapter import CONFIG, PREFIX, WEIGHTS
 from model import Qwen3
 from ops.quant import QuantizedLinear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PEFT_PREFIX = "base_model.model."
 
 
 class Adapted(nn.Module):
@@ -159,23 +159,23 @@ def merged_weights(model: Qwen3) -> dict[str, Tensor]:
 
 def adapter_weights(model: Qwen3) -> dict[str, Tensor]:
     """A and B of every adapter under PEFT's names, float32."""
-    return {PEFT_PREFIX + name: p.detach() for name, p in model.named_parameters() if ".lora_" in name}
+    return {PREFIX + name: p.detach() for name, p in model.named_parameters() if ".lora_" in name}
 
 
 def save_adapter(model: Qwen3, directory: Path, base: str, rank: int, alpha: float, targets: list[str]) -> None:
     """Writes the folder that PEFT's `PeftModel.from_pretrained(base_model, directory)` opens."""
     directory.mkdir()
-    save_file(adapter_weights(model), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(adapter_weights(model), directory / WEIGHTS, metadata={"format": "pt"})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank}
     config |= {"lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": sorted(targets), "bias": "none"}
     config |= {"fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True}
     text = json.dumps(config, indent=2) + "\n"
-    (directory / "adapter_config.json").write_text(text, encoding="utf-8")
+    (directory / CONFIG).write_text(text, encoding="utf-8")
 
 
 def load_adapter(model: Qwen3, directory: Path) -> None:
     """Sets the adapters of a model to saved ones of the same ranks and targets."""
-    path = directory / "adapter_model.safetensors"
+    path = directory / WEIGHTS
     try:
         saved = load_file(path)
     except (SafetensorError, OSError) as error:

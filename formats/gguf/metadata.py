@@ -158,12 +158,12 @@ def _rope_scaling(path: Path, rope: dict) -> Pairs:
 
 
 def _tokenizer(checkpoint: Any, rows: int) -> Pairs:
-    if checkpoint.path.is_file():
+    path = checkpoint.text_path
+    if path.is_file():
         tokenizer, tokenizer_config = checkpoint.tokenizer()
     else:
-        tokenizer = read_json(checkpoint.path / "tokenizer.json")
-        tokenizer_config = read_json(checkpoint.path / "tokenizer_config.json")
-        template = checkpoint.path / "chat_template.jinja"
+        tokenizer, tokenizer_config = read_json(path / "tokenizer.json"), read_json(path / "tokenizer_config.json")
+        template = path / "chat_template.jinja"
         if template.is_file() and "chat_template" not in tokenizer_config:
             tokenizer_config["chat_template"] = template.read_text(encoding="utf-8")
     try:

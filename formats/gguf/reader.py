@@ -239,7 +239,7 @@ class GGUF:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = self.text_path = Path(path)
         heads = _open_parts(self.path)
         self.files = [head.path for head in heads]
         self.metadata, self.types, self.elements = heads[0].metadata, heads[0].types, heads[0].elements
