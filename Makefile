@@ -19,7 +19,7 @@ VERSION := $(shell sed -n 's/^torch==//p' requirements.lock)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 QUESTION ?= How many times does the letter r appear in strawberry?
 
-.PHONY: run test interop fuzz gpu tiny clean
+.PHONY: run test interop fuzz gpu tiny pictures clean
 
 run: $(VENV)/.run
 	@$(BIN)/python generate.py --model models/tiny --thinking "$(QUESTION)"
@@ -65,6 +65,10 @@ tiny: $(VENV)/.run
 	$(BIN)/python convert.py --model $(OUT)/grpo/latest --to bf16 --out $(OUT)/bf16 --force
 	$(BIN)/python evaluate.py run families --model $(OUT)/bf16 --limit 3300 --threads 1 --batch-size 64 \
 	  --resume --out $(OUT)/evaluation/bf16
+
+# The README's pictures, from the commands' own output.
+pictures: $(VENV)/.run
+	$(BIN)/python docs/pictures.py
 
 # On Linux PyPI has the CUDA build, and PyTorch's own index the CPU build, as version +cpu. `===` takes PyPI's for certain.
 $(VENV)/.torch: requirements.lock

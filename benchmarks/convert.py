@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import console
-from benchmarks.speed import ROOT, cache_directory, llama_program, peak_bytes
+from benchmarks.common import ROOT, cache_directory, llama_program, peak_bytes
 from formats.source import resolve_default
 
 CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0")

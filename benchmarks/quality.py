@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import console
-from benchmarks.speed import ROOT, cache_directory, run_script
+from benchmarks.common import ROOT, cache_directory, run_script
 from chat import Chat
 from data.corpus.examples import completion, unseen_examples
 from data.corpus.tokenizer import TINY, pieces_of

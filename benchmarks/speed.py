@@ -12,32 +12,35 @@ import argparse
 import json
 import os
 import resource
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime
 from fnmatch import fnmatch
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import console
+from benchmarks.common import (
+    PEERS,
+    ROOT,
+    cache_directory,
+    describe_machine,
+    header,
+    llama_program,
+    peak_bytes,
+    run_script,
+    start_worker,
+)
 from benchmarks.report import draw, markdown, number, ratios, show, summary, tables, title
 from formats.files import atomic_directory, sha256, write_text
 from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, HubUnreachable, resolve
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ROOT / "configs" / "qwen3-0.6b.json"  # of the random weights that stand in where the real ones are not at hand
-PEERS = ROOT / "benchmarks" / "peers"  # no part of the product, so that it never imports transformers
 SCRIPTS = {
     "nanoqwen": (ROOT / "bench.py", "speed"),
     "transformers": (PEERS / "transformers_row.py",),
@@ -170,12 +173,6 @@ def _decode(engine: Any, rows: int, depth: int, count: int) -> float:
 # In a worker process that has torch and stays: the machine, and facts about the model.
 
 
-def describe_machine(threads: int) -> dict[str, Any]:
-    from ops.limits import describe, limits
-
-    return {**describe(), "load_average": os.getloadavg()[0], "limits": limits(threads)}
-
-
 def bandwidth_now(device: str, threads: int) -> float:
     import torch
 
@@ -232,30 +229,6 @@ def write_random_model(path: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows in fresh processes.
-
-
-def run_script(script: Path, *arguments: str) -> str:
-    """What a Python script of this checkout prints; ValueError with its last line if it fails."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(script), *arguments]
-    result = subprocess.run(
-        command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment
-    )
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"{script.name} ended with status {result.returncode}"]
-        raise ValueError(lines[-1])
-    return result.stdout
-
-
-def peak_bytes(usage: resource.struct_rusage) -> int:
-    """Peak resident memory of a process, or the largest of several, shared pages too."""
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
-
-
-def llama_program(name: str) -> str | None:
-    folder = os.environ.get("NANOQWEN_LLAMA_CPP")
-    places = [folder, str(Path(folder) / "bin"), str(Path(folder) / "build" / "bin")] if folder else [None]
-    return next(filter(None, (shutil.which(name, path=place) for place in places)), None)
 
 
 def convert(model: Path, row: Row, directory: Path) -> Path:
@@ -353,12 +326,6 @@ def choose_rows(patterns: list[str] | None, cuda: bool) -> tuple[list[Row], dict
     return rows, absent
 
 
-def cache_directory() -> Path:
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoqwen"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def find_model(src: str | None, worker: ProcessPoolExecutor) -> tuple[Path, str]:
     """Path and name of SRC; without one Qwen3-0.6B where it is at hand, else random weights of its shape, kept."""
     if src is not None:
@@ -374,25 +341,6 @@ def find_model(src: str | None, worker: ProcessPoolExecutor) -> tuple[Path, str]
         return path, f"{SHAPE.stem} (random weights)"
 
 
-def commit() -> str:
-    """The checkout's commit, with a plus where files differ from it."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name.stdout.strip() + ("+" if changed.stdout else "")
-
-
-def versions() -> dict[str, str]:
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for package in ("torch", "transformers"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
 def main(arguments: list[str]) -> None:
     options = parse_arguments(arguments)
     if options.measure:
@@ -400,7 +348,7 @@ def main(arguments: list[str]) -> None:
         return
     choose_rows(options.rows, cuda=True)  # a mistake is said before the first measurement
     options.out.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as worker:
+    with start_worker() as worker:
         model, name = find_model(options.model, worker)
         facts = worker.submit(model_facts, str(model)).result()
         room, threads = facts["context"] // 2, facts.pop("threads")
@@ -410,12 +358,7 @@ def main(arguments: list[str]) -> None:
         machine = worker.submit(describe_machine, job.threads).result()
         rows, absent = choose_rows(options.rows, cuda=bool(machine["gpu"]))
         results = run_all(model, rows, job, options.repeats, facts["active_parameters"], worker)
-    report = {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": commit(),
-        "command": shlex.join(["python", "bench.py", "speed", *arguments]),
-        "machine": machine,
-        "versions": versions(),
+    report = header(machine, "speed", arguments) | {
         "model": {"name": name, **facts},
         "settings": {"repeats": options.repeats, "after": SHORT, **asdict(job)},
         "rows": results,

@@ -1,14 +1,18 @@
-"""From how few tokens train.py learns, beside AdamW in the usual loop:
+"""From how few tokens a model learns, by train.py and by the usual loop, with Muon and with AdamW:
 
     python bench.py tokens --corpus TEXT... --tokenizer SRC
 
-The texts are tokenised, the last tenth of each for validation. The peer (benchmarks/peers/train_transformers.py) trains
-transformers' Qwen3 with a tuned AdamW; the loss that all of its seeds reach at the end is the mark, and a run's figure
-is how many tokens it had seen when its validation loss first was as low. Same model, rows, batch and validation rows;
-weights and order of the rows by seed. `--tune` first tries the grids below on other seeds and takes the best of each.
+Four sides: this project's trainer and transformers' Qwen3 in a plain loop (benchmarks/peers/train_transformers.py),
+each with both optimizers, so that what the trainer gives and what Muon gives can be told apart. All have the same
+model, rows, batch, validation rows and schedule; weights and order of the rows by seed. The texts are tokenised, the
+last tenth of each for validation; the report names them by their SHA-256.
+
+The loss that all seeds of transformers with AdamW reach at the end is the mark, and a run's figure is how many tokens
+it had seen when its validation loss first was as low. `--tune` first tries the grids below on other seeds and takes the
+best of each.
 
 Every run leaves a record in OUT/runs, named after its settings, and is not done again: a command that was interrupted
-goes on with what is missing. Runs have one thread each; --jobs of them go on at once.
+continues with what is missing. Runs have one thread each; --jobs of them run at once.
 """
 
 import hashlib
@@ -20,21 +24,20 @@ import signal
 import statistics
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 import console
+from benchmarks.common import ROOT, describe_machine, finish, header, run_script, start_worker
 from benchmarks.report import number
-from benchmarks.speed import ROOT, describe_machine, run_script
-from benchmarks.train import DTYPES, SCRIPTS, finish, header
+from benchmarks.train import DTYPES, SCRIPTS
 from data.shard_format import Shard, write_shard
 from data.texts import load_tokenizer, vocabulary_of
-from formats.files import write_text
+from formats.files import sha256, write_text
 
 BATCH, SEQUENCE, STEPS = 16, 128, 128  # of the peer
 VALIDATE_EVERY, VALIDATION_ROWS = 4, 32
@@ -48,29 +51,31 @@ SIZES = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
+SCHEDULE = {"name": "wsd", "warmup": 0.05, "decay": 0.95, "final": 0.0}  # up, then down in a line to nothing
 TUNING_SEED = 1000
+
+Curve = list[tuple[int, float]]  # tokens seen, validation loss
 
 
 @dataclass
 class Lesson:
     """One run of the peer: given to a child process as JSON."""
 
-    config: str  # of train.py: the model and the rows
+    config: str  # of train.py: the model, the rows and the schedule
     seed: int
     steps: int
+    optimizer: str  # adamw, or muon for the hidden matrices beside it
     lr: float
+    embedding_lr: float
     betas: list[float]
     weight_decay: float
-    warmup: float = 0.05
     precision: str = "bf16"
 
 
-PEER = {"lr": 0.004, "betas": [0.9, 0.99], "weight_decay": 0.1}
-PEER_GRID = {"lr": [0.002, 0.004, 0.008], "betas": [[0.9, 0.95], [0.9, 0.99]]}
-OURS = {"train.steps": 80, "optimizer.lr": 0.01, "optimizer.embedding_lr": 0.02}
-OURS_GRID = {"optimizer.lr": [0.01, 0.02], "optimizer.embedding_lr": [0.01, 0.02]}
-
-Curve = list[tuple[int, float]]  # tokens seen, validation loss
+class Side(NamedTuple):
+    run: Callable[[Path, int, dict, Path], Curve]
+    settings: dict[str, Any]
+    grid: dict[str, list]
 
 
 # --- the texts ---
@@ -80,7 +85,8 @@ def prepare(corpus: list[Path], tokenizer: Path, out: Path) -> Path:
     """Shards of the texts, one of validation rows spread evenly over the last tenths, and the config of train.py."""
     vocabulary = vocabulary_of(load_tokenizer(tokenizer))
     tokenizer = tokenizer if tokenizer.is_dir() else tokenizer.parent
-    name = hashlib.sha256("\0".join(str(path.resolve()) for path in [tokenizer, *corpus]).encode()).hexdigest()[:12]
+    contents = "".join(sha256(path) for path in [tokenizer / "tokenizer.json", *corpus])
+    name = hashlib.sha256(contents.encode()).hexdigest()[:12]
     folder = out / f"texts-{name}"
     for index, path in enumerate(corpus):
         if not (folder / str(index)).exists():
@@ -109,6 +115,7 @@ def prepare(corpus: list[Path], tokenizer: Path, out: Path) -> Path:
             "validation": str(folder / "validation.bin"),
         },
         "optimizer": {"lr": 0.01},
+        "schedule": SCHEDULE,
     }
     write_text(folder / "config.yaml", yaml.safe_dump(config))
     return folder / "config.yaml"
@@ -131,21 +138,45 @@ def ours(config: Path, seed: int, settings: dict[str, Any], out: Path) -> Curve:
 
 def peers(config: Path, seed: int, settings: dict[str, Any], out: Path) -> Curve:
     """A whole run of the peer, from the beginning."""
-    lesson = Lesson(str(config), seed, STEPS, **settings)
+    lesson = Lesson(str(config), seed, **{"steps": STEPS} | settings)
     return json.loads(run_script(*SCRIPTS["transformers"], "--learn", json.dumps(asdict(lesson))).splitlines()[-1])
 
 
-def recorded(run: Callable, config: Path, seed: int, settings: dict[str, Any], out: Path) -> Curve:
+MUON, ADAMW = {"lr": [0.01, 0.02], "embedding_lr": [0.01, 0.02]}, {"lr": [0.002, 0.004, 0.008]}
+PEERS_ADAMW = {"optimizer": "adamw", "lr": 0.004, "embedding_lr": 0.004, "betas": [0.9, 0.99], "weight_decay": 0.1}
+OURS_ADAMW = {"name": "adamw", "lr": 0.004, "embedding_lr": 0.004, "betas": [0.9, 0.99], "weight_decay": 0.1}
+BETAS = [[0.9, 0.95], [0.9, 0.99]]
+
+
+def of_optimizer(settings: dict[str, Any]) -> dict[str, Any]:
+    return {f"optimizer.{name}": value for name, value in settings.items()}
+
+
+SIDES = {
+    "nanoqwen, Muon": Side(
+        ours, {"train.steps": 80} | of_optimizer({"name": "muon", "lr": 0.01, "embedding_lr": 0.02}), of_optimizer(MUON)
+    ),
+    "nanoqwen, AdamW": Side(ours, of_optimizer(OURS_ADAMW), of_optimizer(ADAMW | {"betas": BETAS})),
+    "transformers, Muon": Side(
+        peers, PEERS_ADAMW | {"optimizer": "muon", "lr": 0.01, "embedding_lr": 0.02, "steps": 80}, MUON
+    ),
+    "transformers, AdamW": Side(peers, PEERS_ADAMW, ADAMW | {"betas": BETAS}),
+}
+MARK = "transformers, AdamW"  # whose loss at the end is the mark
+
+
+def recorded(name: str, side: Side, config: Path, seed: int, settings: dict[str, Any], out: Path) -> Curve:
     """The curve of a run that is on record, else of one that is done now."""
-    key = json.dumps([run.__name__, seed, settings, config.read_text(encoding="utf-8")], sort_keys=True)
-    path = out / "runs" / f"{run.__name__}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    key = json.dumps([name, seed, settings, config.read_text(encoding="utf-8")], sort_keys=True)
+    slug = name.lower().replace(", ", "-")
+    path = out / "runs" / f"{slug}-{seed}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     record = path.with_suffix(".json")
     if not record.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        curve = run(config, seed, settings, path)
+        curve = side.run(config, seed, settings, path)
         write_text(record, json.dumps({"seed": seed, "settings": settings, "curve": curve}) + "\n")
     curve = json.loads(record.read_text(encoding="utf-8"))["curve"]
-    console.notice(f"{run.__name__} {settings}, seed {seed}: {curve[-1][1]:.4f} after {curve[-1][0]:,} tokens")
+    console.notice(f"{name} {settings}, seed {seed}: {curve[-1][1]:.4f} after {curve[-1][0]:,} tokens")
     return curve
 
 
@@ -161,13 +192,22 @@ def combinations(grid: dict[str, list]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
-def tuned(run: Callable, start: dict, grid: dict, config: Path, out: Path, pool: ThreadPoolExecutor) -> dict[str, Any]:
-    """The settings of a grid with the lowest loss at the end, on a seed that is not compared."""
-    tried = [start | chosen for chosen in combinations(grid)]
-    curves = pool.map(lambda settings: recorded(run, config, TUNING_SEED, settings, out), tried)
+def tuned(name: str, side: Side, config: Path, out: Path, pool: ThreadPoolExecutor) -> dict[str, Any]:
+    """The settings of a side's grid with the lowest loss at the end, on a seed that is not compared.
+
+    AdamW has one learning rate for all weights: what its grid says of the hidden matrices holds for the others too.
+    """
+    tried = [side.settings | shared(chosen) for chosen in combinations(side.grid)]
+    curves = pool.map(lambda settings: recorded(name, side, config, TUNING_SEED, settings, out), tried)
     loss, _, best = min((curve[-1][1], index, tried[index]) for index, curve in enumerate(curves))
-    console.notice(f"the best of {len(tried)} for {run.__name__}: {best}, {loss:.4f}")
+    console.notice(f"the best of {len(tried)} for {name}: {best}, {loss:.4f}")
     return best
+
+
+def shared(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the learning rate of the embeddings, that of the matrices where it has none of its own."""
+    prefix = "optimizer." if any(name.startswith("optimizer.") for name in chosen) else ""
+    return {f"{prefix}embedding_lr": chosen[f"{prefix}lr"]} | chosen
 
 
 def main(arguments: list[str]) -> None:
@@ -183,24 +223,29 @@ def main(arguments: list[str]) -> None:
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} {getattr(options, name)}: give at least 1")
+    for path in options.corpus:
+        if not path.is_file():
+            raise ValueError(f"--corpus {path}: no such file")
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(1, get_context("spawn")) as worker:
+    with start_worker() as worker:
         machine = worker.submit(describe_machine, 1).result()
-    config, sides = prepare(options.corpus, options.tokenizer, options.out), {ours: OURS, peers: PEER}
+    config, out = prepare(options.corpus, options.tokenizer, options.out), options.out
+    settings = {name: side.settings for name, side in SIDES.items()}
     with ThreadPoolExecutor(options.jobs) as pool:
         if options.tune:
-            grids = {ours: OURS_GRID, peers: PEER_GRID}
-            sides = {run: tuned(run, start, grids[run], config, options.out, pool) for run, start in sides.items()}
+            settings = {name: tuned(name, side, config, out, pool) for name, side in SIDES.items()}
         under_way = {
-            run: [pool.submit(recorded, run, config, seed, settings, options.out) for seed in range(options.seeds)]
-            for run, settings in sides.items()
+            name: [
+                pool.submit(recorded, name, side, config, seed, settings[name], out) for seed in range(options.seeds)
+            ]
+            for name, side in SIDES.items()
         }
-        curves = {run.__name__: [future.result() for future in futures] for run, futures in under_way.items()}
-    mark = options.mark or max(curve[-1][1] for curve in curves["peers"])
-    settings = {run.__name__: settings for run, settings in sides.items()}
-    report = header(machine) | {"mark": mark, "settings": settings, "curves": curves}
+        curves = {name: [future.result() for future in futures] for name, futures in under_way.items()}
+    mark = options.mark or max(curve[-1][1] for curve in curves[MARK])
+    report = header(machine, "tokens", arguments) | {"mark": mark, "settings": settings, "curves": curves}
+    report["texts"] = {path.name: sha256(path) for path in options.corpus}
     report["tokens"] = {name: [reached(curve, mark) for curve in found] for name, found in curves.items()}
-    finish(report, options.out / "tokens", "Tokens to a validation loss", tables(report), notes_of(report))
+    finish(report, out / "tokens", "Tokens to a validation loss", tables(report), notes_of(report))
 
 
 def tables(report: dict[str, Any]) -> dict[str, list[list[str]]]:
@@ -210,16 +255,18 @@ def tables(report: dict[str, Any]) -> dict[str, list[list[str]]]:
         cells = [", ".join("never" if count is None else f"{count:,}" for count in tokens), "", ""]
         if None not in tokens:
             cells[1:] = f"{statistics.mean(tokens):,.0f}", f"{min(tokens):,} to {max(tokens):,}"
-        title = {"ours": "nanoqwen", "peers": "transformers, AdamW"}[name]
-        lines.append([title, *cells, f"{statistics.mean(ends):.4f} ({min(ends):.4f} to {max(ends):.4f})"])
+        lines.append([name, *cells, f"{statistics.mean(ends):.4f} ({min(ends):.4f} to {max(ends):.4f})"])
     return {"Tokens": lines}
 
 
 def notes_of(report: dict[str, Any]) -> list[str]:
-    ours, peers = report["tokens"]["ours"], report["tokens"]["peers"]
-    notes = [f"The mark is a validation loss of {report['mark']:.4f} nats per token."]
-    if None not in ours + peers:
-        notes.append(f"Ours / theirs: {number(statistics.mean(ours) / statistics.mean(peers))} of the tokens.")
+    notes = [f"The mark, which all seeds of {MARK} reach, is a validation loss of {report['mark']:.4f} nats per token."]
+    theirs = report["tokens"][MARK]
+    for name, tokens in report["tokens"].items():
+        if name != MARK and None not in tokens + theirs:
+            notes.append(f"{name} / {MARK}: {number(statistics.mean(tokens) / statistics.mean(theirs))} of the tokens.")
+    notes += [f"{name}: SHA-256 {digest}." for name, digest in report["texts"].items()]
+    notes.append(f"Schedule of all: {json.dumps(SCHEDULE)}.")
     notes += [f"Settings of {name}: {json.dumps(settings)}." for name, settings in report["settings"].items()]
     return [*notes, f"{BATCH} x {SEQUENCE} tokens a step; the model: {json.dumps(SIZES)}."]
 

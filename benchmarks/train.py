@@ -12,26 +12,32 @@ import argparse
 import json
 import os
 import resource
-import shlex
 import signal
 import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from fnmatch import fnmatch
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 import console
-from benchmarks.report import hardware, markdown_table, show, summary, table
-from benchmarks.speed import PEERS, ROOT, cache_directory, commit, describe_machine, peak_bytes, run_script, versions
+from benchmarks.common import (
+    PEERS,
+    ROOT,
+    cache_directory,
+    describe_machine,
+    finish,
+    header,
+    peak_bytes,
+    run_script,
+    start_worker,
+)
+from benchmarks.report import summary, table
 from formats.files import write_text
 from formats.source import BUNDLED_MODEL
 
@@ -41,8 +47,8 @@ SCRIPTS = {
     "nanogpt": (PEERS / "train_nanogpt.py",),
 }
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
-# Qwen3 of width 256; nanoGPT's has the same width, layers and heads, and an MLP of 4 x 256.
-SIZES = {
+# nanoGPT's model of a shape has the same width, layers, heads and vocabulary, and an MLP of four times the width.
+NARROW = {
     "hidden_size": 256,
     "intermediate_size": 768,
     "num_hidden_layers": 6,
@@ -52,6 +58,13 @@ SIZES = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
+GPT2_SMALL = NARROW | {  # that of configs/qwen3-124m.yaml
+    "hidden_size": 768,
+    "intermediate_size": 2304,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 6,
+}
 WARM_UP = 2  # steps that are not counted
 AGREEMENT = 20  # steps whose losses are compared
 
@@ -60,9 +73,15 @@ class Shape(NamedTuple):
     vocabulary: int
     batch: int
     sequence: int
+    sizes: dict[str, Any]  # of config.json
 
 
-SHAPES = {"qwen3": Shape(151_936, 4, 512), "gpt2": Shape(50_304, 8, 256)}
+# The first two take a minute, but most of their work is the head's; the third has a size that people train.
+SHAPES = {
+    "qwen3": Shape(151_936, 4, 512, NARROW),
+    "gpt2": Shape(50_304, 8, 256, NARROW),
+    "124m": Shape(50_304, 4, 512, GPT2_SMALL),
+}
 
 
 class Row(NamedTuple):
@@ -163,7 +182,7 @@ def prepare(folder: str, shape: Shape, threads: int) -> dict[str, Any]:
 
     path = Path(folder)
     torch.manual_seed(0)
-    model = Qwen3(Config(vocab_size=shape.vocabulary, **SIZES))
+    model = Qwen3(Config(vocab_size=shape.vocabulary, **shape.sizes))
     model.save_pretrained(path / "initial")
     vocabulary = Chat.from_pretrained(str(BUNDLED_MODEL)).tokenizer.get_vocab_size()
     tokens = shape.batch * shape.sequence
@@ -182,6 +201,7 @@ def prepare(folder: str, shape: Shape, threads: int) -> dict[str, Any]:
     write_text(path / "config.yaml", yaml.safe_dump(config))
     weights, attention = flops_per_token(model)
     return {
+        "sizes": shape.sizes,
         "parameters": sum(p.numel() for p in model.parameters()),
         "operations_per_token": weights + attention * shape.sequence / 2,
     }
@@ -258,7 +278,7 @@ def tables(report: dict[str, Any]) -> dict[str, list[list[str]]]:
     rows = [(f"{row['engine']} {row['precision']}, {row['shape']}", row["summary"]) for row in report["rows"]]
     found = {"Speed": table([row for row in rows if row[1]], headings, {})}
     if report["ratios"]:
-        # bench_report shows peak_bytes in MB; a quotient of two of them is a plain number
+        # report.py shows peak_bytes in MB; a quotient of two of them is a plain number
         compared = [
             (
                 f"{ratio['precision']}, {ratio['shape']}: nanoqwen / {ratio['peer']}",
@@ -306,31 +326,6 @@ def choose_rows(patterns: list[str] | None) -> tuple[list[Row], list[str]]:
     return [row for row in rows if row.engine == "nanoqwen"], [f"Not installed: transformers ({', '.join(absent)})."]
 
 
-def header(machine: dict[str, Any]) -> dict[str, Any]:
-    """What every report begins with."""
-    return {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": commit(),
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "machine": machine,
-        "versions": versions(),
-    }
-
-
-def finish(report: dict, path: Path, name: str, found: dict[str, list[list[str]]], notes: list[str]) -> None:
-    """Writes PATH.json and PATH.md, and shows the tables."""
-    programs = ", ".join(f"{program} {version}" for program, version in report["versions"].items())
-    lines = [f"# {name}", "", f"`{report['command']}`, {report['date']}, commit {report['commit']}."]
-    lines += [f"{hardware(report['machine'])}; {programs}."]
-    for title, (head, *body) in found.items():
-        lines += ["", f"## {title}", "", *markdown_table(head, body)]
-    write_text(path.with_suffix(".md"), "\n".join([*lines, "", *notes]) + "\n")
-    write_text(path.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
-    show(found)
-    print("\n".join(notes))
-    console.notice(f"written: {path}.json and {path}.md")
-
-
 def parse_arguments(arguments: list[str]) -> Any:
     parser = console.ArgumentParser(prog="bench.py train", description="Measure training on this machine.")
     add = parser.add_argument
@@ -357,10 +352,9 @@ def main(arguments: list[str]) -> None:
     rows, absent = choose_rows(options.rows)
     options.out.mkdir(parents=True, exist_ok=True)
     threads = options.threads or os.cpu_count()
-    ignore = (signal.SIGINT, signal.SIG_IGN)
     with (
         tempfile.TemporaryDirectory(dir=cache_directory(), prefix="bench-train-") as folder,
-        ProcessPoolExecutor(1, get_context("spawn"), signal.signal, ignore) as worker,
+        start_worker() as worker,
     ):
         console.notice("measuring the machine")
         machine = worker.submit(describe_machine, threads).result()
@@ -368,8 +362,13 @@ def main(arguments: list[str]) -> None:
         shapes = {name: SHAPES[name] for name in dict.fromkeys(row.shape for row in rows)}
         facts = {n: worker.submit(prepare, f"{folder}/{n}", s, threads).result() for n, s in shapes.items()}
         results = run_all(rows, options, threads, facts, rates, Path(folder))
-    settings = {"repeats": options.repeats, "threads": threads, "steps": options.steps, "model": SIZES}
-    report = header(machine) | {"settings": settings, "facts": facts, "rows": results, "absent": absent}
+    settings = {"repeats": options.repeats, "threads": threads, "steps": options.steps}
+    report = header(machine, "train", arguments) | {
+        "settings": settings,
+        "facts": facts,
+        "rows": results,
+        "absent": absent,
+    }
     report |= {"ratios": ratios(results), "agreement": agreement(results)}
     finish(report, options.out / "speed", "Speed of training", tables(report), notes_of(report))
 

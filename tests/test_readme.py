@@ -1,36 +1,60 @@
-"""The README is kept true: its commands are run, its table of places is looked up, its links lead somewhere."""
+"""The pages are kept true: their commands run as printed, twice, and print what is shown; what they name exists.
+
+A block marked `bash` or `python` runs, in the order of its page, in a copy of the repository; a `text` block right
+after it is what it prints, with … for what differs from run to run. A block marked `sh` needs what a test has not (the
+network, GPUs, a second machine): its flags and settings are looked up.
+"""
 
 import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import transformers.models.qwen3.modeling_qwen3 as dense
 import transformers.models.qwen3_moe.modeling_qwen3_moe as sparse
 
 import model
+from training import schema
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+OTHERS = ["configs/README.md", "models/tiny/README.md"]  # without blocks that run
+# Prints the exit status of each command that fails, and goes on.
+TRAPPED = "trap 'echo failed with $? >&2' ERR\n"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^ *```{language}\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)
+class Block(NamedTuple):
+    language: str
+    text: str
+    printed: str | None
+    """The `text` block right behind it."""
 
 
-def shell(command: str, tmp_path: Path) -> subprocess.CompletedProcess:
+def blocks(page: str) -> list[Block]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```\n(\n?)", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    following = [*found[1:], ("", "", "")]
+    text = (ROOT / page).read_text()
+    made = []
+    for (language, body, _), (after, shown, _) in zip(found, following, strict=True):
+        is_next = after == "text" and f"{body}```\n\n```text\n{shown}" in text
+        made.append(Block(language, body, shown if is_next else None))
+    return made
+
+
+def run(code: str, cwd: Path) -> subprocess.CompletedProcess:
     binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": binaries, "HF_HUB_OFFLINE": "1"}
-    command = command.replace("OUT/", f"{tmp_path}/")
     return subprocess.run(
-        command,
-        shell=True,
+        ["bash", "-c", code],
         check=False,
-        cwd=ROOT,
+        cwd=cwd,
         env=environment,
         capture_output=True,
         text=True,
@@ -38,45 +62,77 @@ def shell(command: str, tmp_path: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_its_commands_run_in_their_order(tmp_path):
-    commands = [line for block in blocks("bash") for line in block.splitlines() if line]
-    assert len(commands) > 5
-    for command in commands:
-        result = shell(command, tmp_path)
-        assert result.returncode == 0, f"{command}\n{result.stderr}"
-        assert "Traceback" not in result.stderr
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """What a clone has, in a folder that may be written to."""
+    leave = shutil.ignore_patterns(".*", "runs", "wandb", "__pycache__", "*.egg-info")
+    return shutil.copytree(ROOT, tmp_path_factory.mktemp("pages") / "nanoqwen", ignore=leave)
 
 
-def test_its_python_runs_and_answers(tmp_path):
-    for block in blocks("python"):
-        code = "\n".join(line.removeprefix("  ") for line in block.splitlines())
-        result = shell(f"python -c {shlex.quote(code)}", tmp_path)
-        assert result.returncode == 0 and "562" in result.stdout, result.stderr
+@pytest.mark.parametrize("page", [page for page in PAGES if "```bash" in (ROOT / page).read_text()])
+def test_a_page_does_what_it_says(page, checkout):
+    """The second time, what is there already is left alone or replaced, and a command that refuses says why."""
+    for block in blocks(page):
+        if block.language not in ("bash", "python"):
+            continue
+        code = block.text if block.language == "bash" else f"python -c {shlex.quote(block.text)}"
+        ended = run(f"set -euo pipefail\n{code}", checkout)
+        assert ended.returncode == 0, f"{code}\n{ended.stderr}"
+        assert "Traceback" not in ended.stderr
+        if block.printed is not None:
+            pattern = ".*".join(map(re.escape, block.printed.split("…")))
+            assert re.fullmatch(pattern, ended.stdout, re.DOTALL), f"{code}prints\n{ended.stdout}"
+        if "runs/" in code:
+            again = run(TRAPPED + code, checkout)
+            failed = re.findall(r"failed with (\d+)", again.stderr)
+            refused = re.findall(r"^\w+\.py: error: .+$", again.stderr, re.MULTILINE)
+            assert "Traceback" not in again.stderr and set(failed) <= {"2"}, f"{code}\n{again.stderr}"
+            assert len(failed) == len(refused), again.stderr
 
 
-def test_its_first_output_is_what_make_run_prints(tmp_path):
+def test_its_first_output_is_what_make_run_prints():
     question = re.search(r"^QUESTION \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    result = shell(f"python generate.py --model models/tiny --thinking {shlex.quote(question)}", tmp_path)
-    assert blocks("")[0] == result.stdout
+    assert f"*{question}*" in README
+    result = run(f"python generate.py --model models/tiny --thinking {shlex.quote(question)}", ROOT)
+    assert next(block.text for block in blocks("README.md") if not block.language) == result.stdout
 
 
-PROGRAM = r"python (\w+\.py(?: (?:speed|train|tokens|convert|quality)\b)?)"
+PROGRAM = r"python ([\w/]+\.py(?: (?:speed|train|tokens|convert|quality|sampling|tokenize|inspect|download)\b)?)"
+TEXTS = {page: (ROOT / page).read_text().replace("\\\n", " ") for page in [*PAGES, *OTHERS]}
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(PROGRAM, README))))
-def test_every_flag_it_names_exists(command, tmp_path):
-    known = set(re.findall(r"--[a-z][a-z-]+", shell(f"python {command} --help", tmp_path).stdout))
+@pytest.mark.parametrize("command", sorted({found for text in TEXTS.values() for found in re.findall(PROGRAM, text)}))
+def test_every_flag_that_is_named_exists(command):
+    known = set(re.findall(r"--[a-z][a-z-]+", run(f"python {command} --help", ROOT).stdout))
     used = {
         flag
-        for line in README.splitlines()
+        for text in TEXTS.values()
+        for line in text.splitlines()
         if command in re.findall(PROGRAM, line)
-        for flag in re.findall(r"[ (`](--[a-z-]+)", line.partition(command)[2])
+        for flag in re.findall(r"[ (`](--[a-z-]+)", line.partition(command)[2].partition("|")[0])
     }
     assert known and used <= known | {"--help"}, used - known
 
 
+def test_settings_of_runs_that_a_test_cannot_do_exist():
+    lines = [
+        line
+        for page in PAGES
+        for block in blocks(page)
+        if block.language == "sh"
+        for line in block.text.replace("\\\n", " ").splitlines()
+        if "train.py" in line
+    ]
+    assert len(lines) >= 3
+    for line in lines:
+        words = shlex.split(line.partition("train.py")[2], comments=True)
+        config, overrides = words[0], [word for word in words[1:] if not word.startswith("--")]
+        schema.load(ROOT / config, overrides)
+
+
 def rows() -> list[list[str]]:
-    table = README.partition("| concept | place in model.py |")[2].partition("\n\n")[0]
+    page = (ROOT / "docs" / "learning.md").read_text()
+    table = page.partition("| concept | place in model.py |")[2].partition("\n\n")[0]
     return [re.findall(r"`([^`]+)`", line) for line in table.splitlines()[2:]]
 
 
@@ -97,9 +153,23 @@ def test_the_places_of_the_two_languages_exist(row):
     assert any(lookup(module, theirs) for module in modules), f"transformers has no {theirs}"
 
 
-def test_its_links_and_rooms_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
-    rooms = README.partition("| room | what lives there |")[2].partition("\n\n")[0]
-    for name in re.findall(r"`([\w/]+(?:\.py|/))`", rooms):
-        assert (ROOT / name).exists(), name
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS])
+def test_links_and_named_files_exist(page):
+    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (folder / target).exists(), target
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    for name in re.findall(r"`([\w./-]+\.py|(?!runs/|\.)[\w.-]+/[\w./-]+\.\w+)`", prose):
+        assert (ROOT / name).exists() or (folder / name).exists(), name
+
+
+def test_the_map_names_what_exists_and_all_of_it():
+    table = README.partition("| room | what lives there |")[2].partition("\n\n")[0]
+    named = {name.rstrip("/") for name in re.findall(r"`([\w/]+(?:\.py|/))`", table)}
+    assert all((ROOT / name).exists() for name in named), named
+    there = {path.name for path in ROOT.glob("*.py")}
+    there |= {
+        path.parent.relative_to(ROOT).parts[0] for path in ROOT.glob("*/*") if path.suffix in (".py", ".md", ".yaml")
+    }
+    there -= {name for name in there if name.startswith(".")} | {"models"}  # models/tiny is named
+    assert there <= named, f"README's map lacks {there - named}"

@@ -7,7 +7,8 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.speed import QUESTION, SHORT, Job, llama_program, peak_bytes
+from benchmarks.common import llama_program, peak_bytes
+from benchmarks.speed import QUESTION, SHORT, Job
 
 
 def run(program: str, job: Job, *options: object) -> str:

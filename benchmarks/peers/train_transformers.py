@@ -1,7 +1,7 @@
 """benchmarks/train.py's first peer: transformers' own Qwen3 in the usual loop, in a process of its own.
 
---measure JSON    speed of some steps (bench_train.Job)
---learn JSON      a whole run on texts with a schedule, and its validation losses (bench_tokens.Lesson)
+--measure JSON    speed of some steps (benchmarks/train.py: Job)
+--learn JSON      a whole run on texts with a schedule, and its validation losses (benchmarks/tokens.py: Lesson)
 """
 
 import json
@@ -10,34 +10,48 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen3Config, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, Qwen3Config
 from transformers.utils import logging
 
 from benchmarks.tokens import Lesson
 from benchmarks.train import Job, PeerRows, measure
+from training.optimizers import learning_rate_factor
 
 
 class Loop:
     """AdamW around a module (ids, targets) -> loss, as nanoGPT and the Trainer of transformers have it by default:
-    fused, weight decay for matrices and embeddings alone, gradients clipped at norm 1, autocast for bfloat16."""
+    fused, weight decay for matrices and embeddings alone, gradients clipped at norm 1, autocast for bfloat16. `muon`:
+    the learning rate of PyTorch's Muon for the hidden matrices, which AdamW then leaves out."""
 
-    def __init__(self, model: nn.Module, lr: float, betas: list[float], weight_decay: float, precision: str):
+    def __init__(
+        self, model: nn.Module, lr: float, betas: list[float], weight_decay: float, precision: str, muon: float = 0.0
+    ):
         self.model, self.precision = model.train(), precision
-        matrices = [p for p in model.parameters() if p.ndim >= 2]
+        hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name] if muon else []
+        taken = {id(p) for p in hidden}
+        matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in taken]
         vectors = [p for p in model.parameters() if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=1e-8, fused=True)
+        self.optimizers = [torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=1e-8, fused=True)]
+        if muon:
+            scaled = {"adjust_lr_fn": "match_rms_adamw", "weight_decay": weight_decay}
+            self.optimizers.append(torch.optim.Muon(hidden, lr=muon, **scaled))
+        self.peaks = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16) if self.precision == "bf16" else nullcontext():
             return self.model(ids, targets)
 
-    def step(self, ids: Tensor, targets: Tensor) -> float:
+    def step(self, ids: Tensor, targets: Tensor, factor: float = 1.0) -> float:
+        """One step at `factor` times the learning rates; the loss before it."""
         loss = self.loss(ids, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
 
@@ -71,19 +85,24 @@ def speed(job: Job) -> Measured:
 
 
 def learn(lesson: Lesson) -> list[tuple[int, float]]:
-    """(tokens, validation loss) now and then. The learning rate rises and then falls in a line to nothing."""
+    """(tokens, validation loss) now and then, by the schedule of train.py."""
     torch.set_num_threads(1)
     torch.manual_seed(lesson.seed)
     rows = PeerRows(lesson.config, lesson.seed)
     settings = rows.settings
     model = Qwen3(AutoModelForCausalLM.from_config(Qwen3Config(**settings.model.config)).float())
-    loop = Loop(model, lesson.lr, lesson.betas, lesson.weight_decay, lesson.precision)
-    schedule = get_linear_schedule_with_warmup(loop.optimizer, round(lesson.warmup * lesson.steps), lesson.steps)
+    loop = Loop(
+        model,
+        lesson.embedding_lr,
+        lesson.betas,
+        lesson.weight_decay,
+        lesson.precision,
+        muon=lesson.lr if lesson.optimizer == "muon" else 0.0,
+    )
     tokens, found = 0, []
     for number in range(1, lesson.steps + 1):
         ids, targets = rows.training(number)
-        loop.step(ids, targets)
-        schedule.step()
+        loop.step(ids, targets, learning_rate_factor(number, lesson.steps, settings.schedule))
         tokens += ids.numel()
         if number % settings.train.validate_every == 0 or number == lesson.steps:
             with torch.no_grad():

@@ -1,5 +1,6 @@
 """bench.py train and tokens on tiny shapes: that peers learn the same, and what the reports say; no clock."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -20,9 +21,7 @@ TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num
 def config(tmp_path_factory) -> str:
     """What benchmarks/train.py prepares, of a shape in which an optimizer step takes milliseconds."""
     folder = tmp_path_factory.mktemp("shape")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_train, "SIZES", bench_train.SIZES | TINY)
-        facts = bench_train.prepare(str(folder), bench_train.Shape(1700, 4, 32), 1)
+    facts = bench_train.prepare(str(folder), bench_train.Shape(1700, 4, 32, bench_train.NARROW | TINY), 1)
     assert facts["parameters"] < facts["operations_per_token"] / 6 < 1.2 * facts["parameters"]
     return str(folder / "config.yaml")
 
@@ -126,25 +125,70 @@ def test_tokens_on_a_text(tmp_path):
     out = tmp_path / "out"
     code = "import sys, console; from benchmarks import tokens as b; "
     code += "b.BATCH, b.SEQUENCE, b.STEPS, b.VALIDATION_ROWS = 4, 16, 8, 4; "
-    code += f"b.SIZES |= {TINY}; b.OURS['train.steps'] = 6; console.run(lambda: b.main(sys.argv[1:]))"
+    code += f"b.SIZES |= {TINY}; b.SIDES['nanoqwen, Muon'].settings['train.steps'] = 6; "
+    code += "b.SIDES['transformers, Muon'].settings['steps'] = 6; console.run(lambda: b.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--corpus", str(text), "--tokenizer", str(ROOT / "models" / "tiny")]
     command += ["--seeds", "1", "--out", str(out)]
     result = subprocess.run(command, check=False, cwd=ROOT, env={**os.environ}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     report = json.loads((out / "tokens.json").read_text())
-    assert [curve[-1][0] for curve in report["curves"]["peers"]] == [8 * 64]
-    assert [curve[-1][0] for curve in report["curves"]["ours"]] == [6 * 64]
-    assert report["mark"] == max(curve[-1][1] for curve in report["curves"]["peers"])
-    assert None not in report["tokens"]["peers"]
-    assert f"The mark is a validation loss of {report['mark']:.4f}" in (out / "tokens.md").read_text()
-
-    def ours(*arguments):
-        raise AssertionError("this run is on record")
+    ends = {name: [curve[-1][0] for curve in curves] for name, curves in report["curves"].items()}
+    steps = {"nanoqwen, Muon": 6, "nanoqwen, AdamW": 8, "transformers, Muon": 6, "transformers, AdamW": 8}
+    assert ends == {name: [count * 64] for name, count in steps.items()}
+    assert report["mark"] == max(curve[-1][1] for curve in report["curves"][bench_tokens.MARK])
+    assert None not in report["tokens"][bench_tokens.MARK]
+    said = (out / "tokens.md").read_text()
+    assert f"is a validation loss of {report['mark']:.4f}" in said
+    assert f"words.txt: SHA-256 {hashlib.sha256(text.read_bytes()).hexdigest()}." in said
 
     (config,) = out.glob("texts-*/config.yaml")
-    assert bench_tokens.recorded(ours, config, 0, report["settings"]["ours"], out) == report["curves"]["ours"][0]
-    with pytest.raises(AssertionError):
-        bench_tokens.recorded(ours, config, 1, report["settings"]["ours"], out)
+    name = "nanoqwen, Muon"
+    side = bench_tokens.SIDES[name]._replace(run=lambda *arguments: pytest.fail("this run is on record"))
+    settings, curves = report["settings"][name], report["curves"][name]
+    assert bench_tokens.recorded(name, side, config, 0, settings, out) == curves[0]
+    with pytest.raises(pytest.fail.Exception):
+        bench_tokens.recorded(name, side, config, 1, settings, out)
+
+
+def test_both_sides_take_the_same_steps_with_muon(config, monkeypatch):
+    """From the same weights on the same rows, by the same schedule: PyTorch's Muon and ours. The first step moves."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "peers"))
+    import train_transformers as peer
+    from transformers import AutoModelForCausalLM
+
+    from model import Qwen3
+    from training.batches import Batch
+    from training.objectives import next_token_loss
+    from training.optimizers import Optimizers, learning_rate_factor
+    from training.schema import Optimizer, Schedule
+
+    rows = bench_train.PeerRows(config)
+    start, schedule = rows.settings.model.init, Schedule(**bench_tokens.SCHEDULE)
+    model = Qwen3.from_pretrained(start, dtype=torch.float32)
+    chosen = Optimizer(name="muon", lr=0.02, embedding_lr=0.01, betas=[0.9, 0.99], weight_decay=0.1)
+    ours = Optimizers(model, chosen, torch.float32)
+    theirs = peer.Loop(
+        peer.Qwen3(AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)),
+        0.01,
+        [0.9, 0.99],
+        0.1,
+        "f32",
+        0.02,
+    )
+    before = model.model.layers[0].mlp.up_proj.weight.clone()
+    for number in range(1, 7):
+        factor = learning_rate_factor(number, 6, schedule)
+        ids, targets = rows.training(number)
+        loss = next_token_loss(model, Batch(ids, targets)) / targets.numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        ours.step(factor)
+        assert theirs.step(ids, targets, factor) == pytest.approx(loss.item(), abs=5e-3)
+        if number == 1:
+            first = loss.item()
+            assert not torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
+    assert loss.item() < first - 0.05
 
 
 @pytest.mark.parametrize(
