@@ -23,6 +23,8 @@ from typing import Any
 import console
 from formats.source import BUNDLED_MODEL, DEFAULT_MODEL
 
+GENERATED_ROWS = 1000  # of an endless source
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = console.ArgumentParser(description=__doc__, usage="xray.py SRC [options]")
@@ -98,7 +100,7 @@ def tokenizer_source(options: argparse.Namespace) -> str:
         return options.tokenizer or options.model
     from formats import hub
 
-    cached = hub.cached(DEFAULT_MODEL, None)
+    cached = hub.cached(DEFAULT_MODEL, None, tokenizer_only=True)
     if cached is None:
         console.notice(
             f"tokens are counted by the bundled model's tokenizer; --tokenizer {DEFAULT_MODEL} fetches Qwen3's"
@@ -130,15 +132,22 @@ def settings_of(options: argparse.Namespace):
 
     run = schema.load(options.src)
     decide_source(run)
-    if run.data.source == "corpus":
-        raise ValueError(f"{options.src}: data.source is corpus, which is generated; there is no set to look at")
-    if run.data.train is None:
-        raise ValueError(f"{options.src}: data.train names no rows")
     options.tokenizer = options.tokenizer or run.model.tokenizer
     settings.batch, settings.sequence = row_limits(run)
     settings.parts, settings.seed, settings.turns = run.train.accumulate, run.train.seed, run.data.turns
     settings.stage, settings.pack, settings.thinking = run.stage, run.data.pack, run.grpo.thinking
     settings.limit, settings.subset = options.limit or run.data.limit, options.subset or run.data.subset
+    if run.data.source == "corpus":
+        from chat import Chat
+        from inspection.xray.generated import rows_of
+        from training.sources import build_source
+
+        chat = Chat.from_pretrained(options.tokenizer)
+        settings.limit = options.limit or GENERATED_ROWS
+        settings.generated = lambda limit: rows_of(build_source(run, chat), chat, limit)
+        return options.src, settings
+    if run.data.train is None:
+        raise ValueError(f"{options.src}: data.train names no rows")
     if run.data.source == "rows" and not matches(run.data.train):  # of files all is read
         settings.split = options.split or run.data.split
     return run.data.train, settings

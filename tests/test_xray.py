@@ -80,7 +80,6 @@ def test_fail_on(run, rows, names, status):
         (["ROWS", "--sql", "DELETE FROM data"], "one SELECT"),
         (["ROWS", "--against", "nowhere.jsonl"], "neither a file"),
         (["ROWS", "--no-such-flag"], "no option --no-such-flag"),
-        ([str(ROOT / "configs" / "tiny-sft.yaml")], "generated"),
     ],
 )
 def test_mistakes_are_one_line(run, rows, arguments, said):
@@ -137,6 +136,24 @@ def test_the_rows_of_a_training_run(run, rows, tmp_path):
     assert found["mask"]["training_rows"] == len(source.items) > 0
     assert found["mask"]["target_tokens"] == sum(int((row.targets != -100).sum()) for row in source.items)
     assert found["mask"]["truncated_rows"] == 30 - len(source.items) > 0
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "grpo"])
+def test_a_run_on_the_generated_corpus(run, stage):
+    from chat import Chat
+    from training import schema
+    from training.sources import build_source
+
+    path = ROOT / "configs" / f"tiny-{stage}.yaml"
+    status, out, _ = run(path, "--json", "--limit", 64, "--near-rows", 0)
+    found = json.loads(out)
+    shape = {"sft": "sft", "dpo": "preference"}.get(stage, "pretraining")
+    assert (status, found["shape"], found["rows"], found["rows_read"]) == (0, shape, None, 64)
+    assert not {finding["id"] for finding in found["findings"]} & {"zero_target", "missing_end", "special_tokens"}
+    if stage == "sft":
+        source = build_source(schema.load(path), Chat.from_pretrained(TINY))
+        items = [item for step in range(64) for item in source.rows(step)][:64]
+        assert found["mask"]["target_tokens"] == sum(sum(target != -100 for target in row.targets) for row in items)
 
 
 def test_ctrl_c_gives_the_report_of_what_was_read(tmp_path):

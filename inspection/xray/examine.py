@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import console
 from chat import Chat
 from data.conversations import ANSWERED
+from data.sources import Row
 from inspection.xray import card, croissant, figures, fix, reading, rubric, shards
 from inspection.xray.leakage import Leakage
 from inspection.xray.masks import LEARNT_SHAPES, Mask, Masks
@@ -60,6 +61,7 @@ class Settings:
     keep_rows: bool = False
     bits: Callable[[Mask], float | None] | None = None
     compare_croissant: bool = True
+    generated: Callable[[int], Iterator[tuple[dict, list[Row]]]] | None = None  # of a run on the generated corpus
 
 
 @dataclass
@@ -80,7 +82,10 @@ class Examined:
 def examine(src: str, settings: Settings, chat: Chat | None) -> Examined:
     """`chat`: the tokenizer and template; None: no tokens are counted, no masks made."""
     rules = rubric.load(settings.rules)
-    parts = reading.parts_of(src, settings.split, settings.subset)
+    if settings.generated is not None:
+        parts = [reading.Part("train", records=lambda: (record for record, _ in settings.generated(settings.limit)))]
+    else:
+        parts = reading.parts_of(src, settings.split, settings.subset)
     if any(part.path is not None and kind_of(part.path) == ".bin" for part in parts):
         paths = [part.path for part in parts if part.path is not None and kind_of(part.path) == ".bin"]
         report = shards.examine(paths, chat, rules, settings.limit)
@@ -96,7 +101,11 @@ def examine(src: str, settings: Settings, chat: Chat | None) -> Examined:
             scan.close()
             raise
         whole = reading.counted_rows(parts) if settings.limit is not None else None
-        complete = not interrupted and (settings.limit is None or scan.rows < settings.limit or whole == scan.rows)
+        complete = (
+            settings.generated is None
+            and not interrupted
+            and (settings.limit is None or scan.rows < settings.limit or whole == scan.rows)
+        )
         if complete:
             whole = scan.rows
         report |= {"rows": whole, "complete": complete, "seconds": round(scan.seconds, 3)}
@@ -112,7 +121,7 @@ def examine(src: str, settings: Settings, chat: Chat | None) -> Examined:
 
 def _about(src: str, parts: list[reading.Part], chat: Chat | None, settings: Settings) -> dict[str, Any]:
     path = Path(src).expanduser()
-    local = parts[0].path is not None
+    local = parts[0].stream is None
     found = card.read_card(src) if path.exists() or not local else card.Card("none", {})
     return {
         "schema": SCHEMA,
@@ -152,7 +161,8 @@ def _scan(
             return None
         if shape.name in ("eval", "rag") and (shape.fields[2] not in ANSWERED or shape.fields[1] in CHOICES):
             return None  # train.py reads no such rows
-        return Masks(chat, shape, settings.sequence, settings.turns, settings.thinking, settings.stage)
+        made = settings.generated and (rows for _, rows in settings.generated(settings.limit))
+        return Masks(chat, shape, settings.sequence, settings.turns, settings.thinking, settings.stage, made)
 
     options = Options(
         rules=rules,

@@ -4,6 +4,7 @@ A record gives one training row or several (a chat of several turns whose thinki
 ids and of targets; what the targets leave out is not learnt.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Mask(NamedTuple):
     rows: list[Row]  # those that fit, and those that don't
     why: str | None = None  # it can't be learnt from
 
-    def facts(self, chat: Chat, sequence: int, ends: frozenset[int], thinking_turns: int) -> dict:
+    def facts(self, chat: Chat, sequence: int, ends: frozenset[int], thinking_turns: int, stage: str) -> dict:
         """The columns that conditions over `mask` see."""
         fitting = [row for row in self.rows if row.length <= sequence]
         learnt = [np.asarray(row.targets) for row in fitting]
@@ -33,7 +34,7 @@ class Mask(NamedTuple):
         thought = sum(int((targets == chat.think_end_id).sum()) for targets in learnt)
         longest = max((row.length for row in self.rows), default=0)
         return {
-            "_targets": sum(map(len, learnt)) if longest <= sequence or learnt else None,
+            "_targets": None if stage == "grpo" or (longest > sequence and not learnt) else sum(map(len, learnt)),
             "_tokens": longest,
             "_has_end": all(len(targets) == 0 or int(targets[-1]) in ends for targets in learnt),
             "_thinking_dropped": thinking_turns > thought and bool(fitting),
@@ -52,6 +53,7 @@ class Masks:
     turns: str = "all"
     thinking: bool = True
     stage: str | None = None  # of a training run; None: what the shape is for
+    made: Iterator[list[Row]] | None = None  # the rows of each record in turn, where a run makes them itself
     lengths: list[int] = field(default_factory=list)  # of the rows that fit, in the order of the records
 
     def __post_init__(self):
@@ -62,6 +64,8 @@ class Masks:
 
     def of(self, record: dict) -> Mask:
         """What train.py makes of it. A row that it refuses has the reason."""
+        if self.made is not None:
+            return Mask(next(self.made))
         try:
             if self.stage == "pretrain":
                 return Mask([self._window(str(record.get(self.shape.column) or ""))])
@@ -82,7 +86,7 @@ class Masks:
 
     def thinking_turns(self, record: dict) -> int:
         """How many turns of the assistant that are to be learnt think, in the record."""
-        found = conversations.conversation(record) if self.stage == "sft" else None
+        found = conversations.conversation(record) if self.stage == "sft" and self.made is None else None
         turns = [message for message in found.messages if conversations.is_learnt(message)] if found else []
         return sum(map(thinks, turns[-1:] if self.turns == "last" else turns))
 

@@ -14,7 +14,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +68,7 @@ class Part(NamedTuple):
     split: str
     path: Path | None = None
     stream: Any = None  # a datasets.IterableDataset
+    records: Callable[[], Iterator[dict]] | None = None
 
 
 Found = tuple[str, Any, str | None]  # where, record, why it can't be read
@@ -167,7 +168,10 @@ def counted_rows(parts: list[Part]) -> int | None:
 
 
 def _part_batches(part: Part, first: int, left: int | None) -> Iterator[Batch | Unreadable]:
-    if part.stream is not None:
+    if part.records is not None:
+        found = ((f"row {number:,}", record, None) for number, record in enumerate(part.records()))
+        yield from _record_batches(part, found, first, left)
+    elif part.stream is not None:
         yield from _stream_batches(part, first, left)
     elif kind_of(part.path) == ".parquet":
         yield from _parquet_batches(part, first, left)

@@ -355,7 +355,7 @@ class Scan:
                 self._show("not_trainable", Snippet(int(row), f"row {int(row):,}", "", mask.why))
                 continue
             masks.add(mask)
-            facts = mask.facts(masks.chat, masks.sequence, masks.ends, masks.thinking_turns(record))
+            facts = mask.facts(masks.chat, masks.sequence, masks.ends, masks.thinking_turns(record), masks.stage)
             bits = self.options.bits(mask) if self.options.bits is not None else None
             made.append({"_row": int(row), **facts, "_bits": bits})
             if len(self.mask_examples) < 3 and facts["_targets"]:
