@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from formats.config_json import published_spelling, rope_type
 from formats.official_names import EMBEDDING, HEAD
+from formats.tensors import all_finite
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config: the fields of config.json under their official names. No size of any model stands in this file.
@@ -811,15 +812,6 @@ def _fits(info, slot: Tensor) -> bool:
 def _same_kind(stored: torch.dtype, wanted: torch.dtype) -> bool:
     """Floating-point types convert into each other; packed integers are what they are."""
     return stored == wanted or (stored.is_floating_point and wanted.is_floating_point)
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite: both survive a minimum and maximum, which need no second tensor."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    if tensor.itemsize == 1:  # PyTorch does not compute with float8 itself
-        tensor = tensor.to(torch.bfloat16)
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -29,3 +29,12 @@ DTYPES = {
 class TensorInfo(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite: both survive a minimum and maximum, which need no second tensor."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.itemsize == 1:  # PyTorch does not compute with float8 itself
+        tensor = tensor.to(torch.bfloat16)
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
