@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,14 +39,13 @@ class Block(NamedTuple):
 
 
 def blocks(page: str) -> list[Block]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```\n(\n?)", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
-    following = [*found[1:], ("", "", "")]
     text = (ROOT / page).read_text()
-    made = []
-    for (language, body, _), (after, shown, _) in zip(found, following, strict=True):
-        is_next = after == "text" and f"{body}```\n\n```text\n{shown}" in text
-        made.append(Block(language, body, shown if is_next else None))
-    return made
+    fences = list(re.finditer(r"^```(\w*)\n(.*?)^```\n", text, re.DOTALL | re.MULTILINE))
+    found = []
+    for fence, after in zip_longest(fences, fences[1:]):
+        follows = after and after[1] == "text" and text[fence.end() : after.start()] == "\n"
+        found.append(Block(fence[1], fence[2], after[2] if follows else None))
+    return found
 
 
 def run(code: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -159,7 +159,7 @@ def test_links_and_named_files_exist(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (folder / target).exists(), target
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    for name in re.findall(r"`([\w./-]+\.py|(?!runs/|\.)[\w.-]+/[\w./-]+\.\w+)`", prose):
+    for name in re.findall(r"`([\w./-]+\.py|(?!runs/|\.)[\w.-]+/[\w./-]+\.(?:md|yaml|json|txt|h|cpp|jinja))`", prose):
         assert (ROOT / name).exists() or (folder / name).exists(), name
 
 
