@@ -11,7 +11,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -168,6 +168,23 @@ def run(main: Callable[[], None]) -> NoReturn:
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would flush into it again
     sys.exit(status)
+
+
+def answer_early(parse: Callable[[], Any]) -> None:
+    """Ends the process where reading the arguments ends it (--help, a wrong flag); else they will be read again.
+
+    For a command whose imports take seconds, before them.
+    """
+
+    class Complete(Exception):
+        pass
+
+    def read() -> None:
+        parse()
+        raise Complete
+
+    with suppress(Complete):
+        run(read)
 
 
 def _open_closed_streams() -> None:

@@ -13,15 +13,20 @@ takes its final name when it is whole, and model_context.json beside it says wha
 
 import argparse
 import math
-import re
+import shlex
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import console
+from formats.convert_options import parse_arguments
+
+if __name__ == "__main__":
+    console.answer_early(parse_arguments)  # --help and a wrong flag need no PyTorch
+
 import torch
 
-import console
 from formats import record
 from formats.compressed_tensors import BITS, quantization_config
 from formats.conversion import Checked, Source, check_disk, check_place, show_size, write_json
@@ -29,13 +34,11 @@ from formats.files import atomic_directory, atomic_file
 from formats.gguf import writer
 from formats.gguf.reader import GGUF
 from formats.safetensors_write import SafetensorsWriter, Shard, plan_shards
-from formats.source import DEFAULT_MODEL
 from formats.threads import map_in_threads
 from model import EMBEDDING, HEAD, refuse, skeleton
 from ops.encode import Cast, Errors, Quantize, lossless
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-TARGETS = ("gguf", "safetensors", *DTYPES, *BITS)
 PENDING = 2  # pieces that may wait for the writing thread
 
 # ---- the result ------------------------------------------------------------------------------------------------------
@@ -238,63 +241,6 @@ def write_gguf(source: Source, planned: list[Any], path: Path, name: str, option
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def parse_size(text: str) -> int:
-    """5GB, 500MB, 2GiB or a number of bytes."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*(?:([KMGT])(i?)B)?", text, re.IGNORECASE | re.ASCII)
-    power = " KMGT".index((match[2] or " ").upper()) if match else 0
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 5GB or 500MB")
-    return size
-
-
-def parse_group_size(text: str) -> int:
-    size = int(text) if re.fullmatch(r"\d{1,6}", text, re.ASCII) else 0
-    if size < 8 or size % 8:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 8 (vLLM's kernels know 32, 64 and 128)")
-    return size
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = console.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("--to", choices=TARGETS, help="a container, or a precision in the official layout")
-    add("--model", metavar="SRC", help=f"directory, hub id or .gguf file (default: {DEFAULT_MODEL})")
-    add("--adapter", metavar="DIR", help="a PEFT adapter (LoRA) to merge into it first: directory or hub id")
-    add("--out", type=Path, metavar="PATH", help="file or directory of the result (default: named after the model)")
-    add("--type", choices=writer.TYPES, help="precision of the GGUF (default: q8_0)")
-    add("--for", dest="reader", choices=["qwen3.c"], help="F32 GGUF and text files as qwen3.c maps them")
-    add("--group-size", type=parse_group_size, metavar="N", help="weights that share a scale (int4: 32, int8: a row)")
-    add("--max-shard-size", type=parse_size, metavar="SIZE", help="of one safetensors file (default: 5GB)")
-    add("--force", action="store_true", help="replace an earlier result")
-    add("--verify", type=Path, metavar="OUT", help="hold a result against its model_context.json")
-    options = parser.parse_args()
-    if problem := combination_problem(options):
-        parser.error(problem)
-    options.max_shard_size = options.max_shard_size or 5 * 10**9
-    if options.to == "gguf" and not options.reader:
-        options.type = options.type or "q8_0"
-    return options
-
-
-def combination_problem(options: argparse.Namespace) -> str | None:
-    """What is wrong with flags that are each right."""
-    given = {name for name, value in vars(options).items() if value not in (None, False)}
-    if options.verify:
-        return "--verify stands alone: it reads a result and changes nothing" if given != {"verify"} else None
-    if not options.to:
-        return f"--to is missing: one of {', '.join(TARGETS)}"
-    if options.to != "gguf" and given & {"type", "reader"}:
-        return f"--type and --for belong to --to gguf, not to --to {options.to}"
-    if options.type and options.reader:
-        return f"--type {options.type} with --for {options.reader}: that program reads F32 alone; leave --type out"
-    if options.group_size and options.to not in BITS:
-        return f"--group-size belongs to --to int8 and int4, not to --to {options.to}"
-    if options.max_shard_size and options.to == "gguf":
-        return "--max-shard-size belongs to safetensors; a GGUF is one file"
-    return None
-
-
 def output_path(options: argparse.Namespace, source: Source, is_directory: bool) -> Path:
     if options.out is None:
         suffix = "" if is_directory else ".gguf"
@@ -336,6 +282,8 @@ def main() -> None:
     result.warn_of_overflow()
     size = sum(file["bytes"] for file in result.files.values())
     print(f"wrote {out}: {show_size(size)} in {count(result.files, 'file')}; --verify {out} checks it")
+    if not options.reader:
+        console.notice(f"try it: python generate.py --model {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

@@ -23,19 +23,24 @@ uninterrupted one on a CPU.
 """
 
 import math
+import shlex
 import signal
 import sys
 import time
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
+
+import console
+from training.arguments import parse_arguments
+
+if __name__ == "__main__":
+    console.answer_early(parse_arguments)  # --help and a wrong flag need no PyTorch
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import console
 from chat import Chat
 from formats.source import resolve
 from inference.decode import generate
@@ -258,19 +263,13 @@ def check_combinations(settings: Settings, processes: int) -> None:
 
 
 def main() -> None:
-    parser = console.ArgumentParser(description="Trains a Qwen3 by a YAML config.")
-    parser.add_argument("config", nargs="?", type=Path)
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override keys")
-    parser.add_argument("--resume", action="store_true", help="continue from OUT/latest")
-    parser.add_argument("--keys", action="store_true", help="list every key of a config and end")
-    arguments = parser.parse_args()
-    if arguments.keys:
-        print(schema.table())
-        return
-    if arguments.config is None:
-        raise ValueError("no config given; python train.py configs/toy.yaml")
+    arguments = parse_arguments()
     trainer = Trainer(schema.load(arguments.config, arguments.set), arguments.resume)
     trainer.train()
+    if trainer.processes.is_first:
+        raw = " --raw TEXT" if trainer.settings.stage == "pretrain" else ""
+        path = shlex.quote(str(trainer.run.path))
+        console.notice(f"wrote {trainer.run.latest}; try it: python generate.py --model {path}{raw}")
     trainer.processes.close()
 
 

@@ -114,9 +114,10 @@ def test_numbers_as_yaml_1_2_has_them(config):
 
 def test_the_key_table_has_every_key():
     table = schema.table()
-    assert "train.save_every (a whole number, required): steps between checkpoints" in table
-    assert "optimizer.embedding_lr (a number or null, None)" in table
-    assert len(table.splitlines()) == 1 + sum(len(schema.fields(f.type)) for f in schema.fields(schema.Settings)[1:])
+    assert "train.save_every (a whole number from 1; required): steps between checkpoints" in table
+    assert "optimizer.embedding_lr (a number or null from 0; default null)" in table
+    sections = schema.fields(schema.Settings)[1:]
+    assert len(table.splitlines()) == 1 + sum(2 + len(schema.fields(section.type)) for section in sections)
 
 
 # --- objectives ---

@@ -7,6 +7,7 @@ YAML leaves out has the default given here; the resolved whole is saved with the
 # ruff: noqa: RUF009 (key() is dataclasses.field)
 
 import difflib
+import json
 import math
 import re
 import types
@@ -223,15 +224,29 @@ def may_change() -> set[str]:
 
 
 def table() -> str:
-    """Every key with its type, default and meaning, one a line."""
+    """Every key by section: its type or allowed values, its default, and what it does."""
     lines = []
     for section in fields(Settings):
-        inner = fields(section.type) if is_dataclass(section.type) else [section]
-        for f in inner:
-            name = f.name if f is section else f"{section.name}.{f.name}"
-            default = "required" if f.default_factory is MISSING else f.default_factory()
-            lines.append(f"{name} ({_type_name(f.type)}, {default}): {f.metadata['about']}")
+        if is_dataclass(section.type):
+            lines.append(f"\n{section.name}")
+        for f in fields(section.type) if is_dataclass(section.type) else [section]:
+            name = f.name if f is section else f"  {section.name}.{f.name}"
+            default = "required" if f.default_factory is MISSING else f"default {_yaml_value(f.default_factory())}"
+            lines.append(f"{name} ({_allowed(f)}; {default}): {f.metadata['about']}")
     return "\n".join(lines)
+
+
+def _allowed(f) -> str:
+    """`auto, cpu or cuda`, `a number from 0 to 1`, `a text`: what a key may be."""
+    choices, low, high = (f.metadata[name] for name in ("choices", "low", "high"))
+    if choices:
+        return f"{', '.join(choices[:-1])} or {choices[-1]}"
+    limits = "" if low is None else f" from {low:g}" + ("" if high is None else f" to {high:g}")
+    return _type_name(f.type) + limits
+
+
+def _yaml_value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _yaml(text: str, origin: str) -> Any:

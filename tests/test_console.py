@@ -1,0 +1,136 @@
+"""What all commands share: streams that are closed or full, arguments that are wrong, and answers without PyTorch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import console
+from formats import convert_options
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shell(line: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHON": sys.executable, **variables}
+    command = ["bash", "-c", line]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False, timeout=60)
+
+
+PROGRAM = """\
+import sys, console
+def main():
+    sys.argv = ["program.py"]
+    text = sys.stdin.read() if "read" in {arguments!r} else ""
+    for i in range(20000 if "much" in {arguments!r} else 1):
+        print("result", i, text)
+    console.notice("a notice")
+    open({file!r}, "w").write("the file's own")
+console.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "redirection", "status", "out", "err"),
+    [
+        ("read", "<&-", 0, "result 0 \n", "a notice\n"),
+        ("", ">&-", 0, "", "a notice\n"),
+        ("", "2>&-", 0, "result 0 \n", ""),
+        ("read", "<&- >&- 2>&-", 0, "", ""),
+        ("much", "| head -1", 0, "result 0 \n", ""),
+        ("much", ">/dev/full", 2, "", "program.py: error: [Errno 28] No space left on device\n"),
+        ("", ">/dev/full", 2, "", "program.py: error: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_closed_and_full_streams_are_no_traceback(tmp_path, arguments, redirection, status, out, err):
+    program, file = tmp_path / "program.py", tmp_path / "file"
+    program.write_text(PROGRAM.format(arguments=arguments, file=str(file)))
+    ends = "exit ${PIPESTATUS[0]}"
+    result = shell(f'"$PYTHON" {program} {redirection}; {ends}', PYTHONPATH=str(ROOT))
+    assert (result.returncode, result.stdout) == (status, out)
+    said = result.stderr if status == 0 else result.stderr.removeprefix("a notice\n")  # where stdout has a buffer
+    assert said == err or (redirection == "| head -1" and not said)
+    if status == 0 and redirection != "| head -1":
+        assert file.read_text() == "the file's own", "a closed stream's number is not given to a file"
+
+
+COMMANDS = ("generate.py", "train.py", "convert.py", "evaluate.py")
+BLOCKED = "import sys; sys.modules['torch'] = None; import runpy; sys.argv = sys.argv[1:]; "
+BLOCKED += "sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_version_and_wrong_flags_need_no_pytorch(command):
+    """In a process in which an import of torch fails."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        whole = [sys.executable, "-c", BLOCKED, command, *arguments]
+        return subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+
+    shown = run("--help")
+    assert shown.returncode == 0 and "examples:\n" in shown.stdout and not shown.stderr
+    assert all(len(line) <= 120 for line in shown.stdout.splitlines())
+    version = run("--version")
+    assert (version.returncode, version.stdout) == (0, f"nanoqwen {console.project()['version']}\n")
+    wrong = run(*(["tasks"] if command == "evaluate.py" else []), "--hlep")
+    assert wrong.returncode == 2 and "did you mean --help?" in wrong.stderr and wrong.stderr.count("\n") == 1
+
+
+def test_keys_of_training_need_no_pytorch():
+    whole = [sys.executable, "-c", BLOCKED, "train.py", "--keys"]
+    result = subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+    assert result.returncode == 0 and "\ntrain\n  train.out (a text; required)" in result.stdout
+    assert "train.device (auto, cpu, cuda or mps; default auto)" in result.stdout
+    assert "train.seed (a whole number from 0; default 0)" in result.stdout
+
+
+def test_the_lists_of_convert_are_those_of_its_rooms():
+    import convert
+    from formats.compressed_tensors import BITS
+    from formats.gguf import writer
+
+    assert list(convert_options.TYPES) == list(writer.TYPES)
+    assert ("gguf", "safetensors", *convert.DTYPES, *BITS) == convert_options.TARGETS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--temprature", "1"], "there is no option --temprature; did you mean --temperature?"),
+        (["--temprature=1"], "there is no option --temprature; did you mean --temperature?"),
+        (["--device", "cdua"], "'cdua' is not one of cpu, cuda; did you mean cuda?"),
+        (["--device", "xyz"], "'xyz' is not one of cpu, cuda ("),
+        (["one", "two"], "'two' is one argument too many; put a text of several words in quotes"),
+        (["--temp", "1"], "there is no option --temp"),
+        (["inner", "--cuont", "3"], "there is no option --cuont; did you mean --count?"),
+    ],
+)
+def test_a_mistyped_flag_is_answered_with_the_nearest(arguments, said):
+    parser = console.ArgumentParser(prog="program.py")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    if "inner" in arguments:
+        parser.add_subparsers().add_parser("inner").add_argument("--count")
+    else:
+        parser.add_argument("word", nargs="?")
+    with pytest.raises(ValueError) as error:
+        parser.parse_args(arguments)
+    assert said in str(error.value)
+
+
+def test_a_missing_package_is_one_line_with_the_command(monkeypatch, capsys):
+    def main() -> None:
+        raise ModuleNotFoundError("No module named 'wandb'", name="wandb.sdk")
+
+    with pytest.raises(SystemExit) as end:
+        console.run(main)
+    assert end.value.code == 2
+    assert "wandb.sdk is not installed; pip install -e '.[train]'" in capsys.readouterr().err
+
+    def defect() -> None:
+        raise ModuleNotFoundError("No module named 'inference.gone'", name="inference.gone")
+
+    with pytest.raises(ModuleNotFoundError):
+        console.run(defect)
