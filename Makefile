@@ -19,7 +19,7 @@ VERSION := $(shell sed -n 's/^torch==//p' requirements.lock)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 QUESTION ?= How many times does the letter r appear in strawberry?
 
-.PHONY: run test interop fuzz gpu tiny pictures clean
+.PHONY: run test interop fuzz mutants gpu tiny pictures clean
 
 run: $(VENV)/.run
 	@$(BIN)/python generate.py --model models/tiny --thinking "$(QUESTION)"
@@ -37,6 +37,12 @@ interop: $(VENV)/.test
 # The C++ step under sanitizers, for every instruction set: 200 random models each, some minutes.
 fuzz: $(VENV)/.test
 	PYTHONPATH=. $(BIN)/python tests/ops/cpu/test_fuzz.py 200
+
+# Small errors put into the code, one at a time: which of them would the tests not notice? SAMPLE of each file; hours.
+SAMPLE ?= 40
+mutants: $(VENV)/.test
+	$(call install,--editable '.[mutation]')
+	$(BIN)/python tests/mutation/mutate.py --sample $(SAMPLE)
 
 # On a machine with an NVIDIA GPU: the kernels against PyTorch, then what they and the model reach.
 gpu: $(VENV)/.test
