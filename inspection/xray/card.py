@@ -44,13 +44,14 @@ class Card:
 
 
 def read_card(src: str) -> Card:
-    """The card of a folder or of a data set on the hub; a file has none."""
+    """The card of a folder, of the folder of a file, or of a data set on the hub."""
     path = Path(src).expanduser()
-    if path.is_dir() and (path / "README.md").is_file():
-        with (path / "README.md").open("rb") as file:
-            return parse(str(path / "README.md"), file.read(CARD_BYTES).decode("utf-8", "replace"))
     if path.exists():
-        return Card("none", {})
+        card = (path if path.is_dir() else path.parent) / "README.md"
+        if not card.is_file():
+            return Card("none", {})
+        with card.open("rb") as file:
+            return parse(str(card), file.read(CARD_BYTES).decode("utf-8", "replace"))
     return _hub_card(src)
 
 

@@ -86,7 +86,12 @@ class Masks:
 
     def thinking_turns(self, record: dict) -> int:
         """How many turns of the assistant that are to be learnt think, in the record."""
-        found = conversations.conversation(record) if self.stage == "sft" and self.made is None else None
+        if self.stage != "sft" or self.made is not None:
+            return 0
+        try:
+            found = conversations.conversation(record)
+        except ValueError:
+            return 0
         turns = [message for message in found.messages if conversations.is_learnt(message)] if found else []
         return sum(map(thinks, turns[-1:] if self.turns == "last" else turns))
 

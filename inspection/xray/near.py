@@ -59,7 +59,7 @@ class NearDuplicates:
         keys = np.zeros((len(kept), BANDS), np.uint64)
         for place in range(SLOTS // BANDS):
             keys = mixed(keys * np.uint64(31) + slots[:, :, place])
-        self._key_file.write(keys.tobytes())
+        self._key_file.write(np.ascontiguousarray(keys.T).tobytes())  # a band after the other
         self._set_file.write(hashes.tobytes())
         self.rows.append(rows[kept])
         self.sizes.append(sizes[kept])
@@ -72,13 +72,12 @@ class NearDuplicates:
         if not self.rows:
             return
         rows, sizes = np.concatenate(self.rows), np.concatenate(self.sizes)
-        keys = np.memmap(self._keys, np.uint64, "r").reshape(len(rows), BANDS)
         sets = np.memmap(self._sets, np.uint64, "r")
         offsets = np.concatenate(([0], np.cumsum(sizes)))
         kept = np.flatnonzero(~np.isin(rows, left_out))
         candidates = np.empty(0, np.int64)
         for band in range(BANDS):
-            pairs = _bucket_pairs(np.ascontiguousarray(keys[kept, band]))
+            pairs = _bucket_pairs(self._band(band)[kept])
             candidates = np.unique(np.concatenate((candidates, kept[pairs[:, 0]] * len(rows) + kept[pairs[:, 1]])))
         best: dict[int, tuple[float, int]] = {}
         for pair in candidates.tolist():
@@ -92,6 +91,15 @@ class NearDuplicates:
                 best[later] = max(best.get(later, (0.0, 0)), (similarity, -earlier))
         for later, (similarity, earlier) in sorted(best.items()):
             yield int(rows[later]), int(rows[-earlier]), similarity
+
+    def _band(self, band: int) -> np.ndarray:
+        """uint64 [rows]: the keys of one band."""
+        parts, before = [np.empty(0, np.uint64)], 0
+        for rows in map(len, self.rows):
+            offset = 8 * (before * BANDS + band * rows)
+            parts.append(np.fromfile(self._keys, np.uint64, rows, offset=offset))
+            before += rows
+        return np.concatenate(parts)
 
 
 def _bucket_pairs(keys: np.ndarray) -> np.ndarray:

@@ -353,7 +353,6 @@ class Scan:
             if mask.why is not None:
                 self._record("not_trainable", [int(row)])
                 self._show("not_trainable", Snippet(int(row), f"row {int(row):,}", "", mask.why))
-                continue
             masks.add(mask)
             facts = mask.facts(masks.chat, masks.sequence, masks.ends, masks.thinking_turns(record), masks.stage)
             bits = self.options.bits(mask) if self.options.bits is not None else None

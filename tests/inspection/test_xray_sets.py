@@ -148,8 +148,7 @@ def test_the_rules_for_conversations(look, suffix):
     found = findings(look(rows, f"rows.{suffix}", mask_rows=40, sequence=4096))
     assert found.pop("role_alternation") == [5, 6]
     assert found.pop("empty_turn") == [7]
-    assert 8 in found.pop("not_trainable")
-    assert set(found) <= {"zero_target"} and found.get("zero_target", [7]) == [7]
+    assert found == {"not_trainable": [8], "zero_target": [7, 8]}
 
 
 def test_the_rules_for_pairs(look):
@@ -351,6 +350,28 @@ def test_a_set_from_which_nothing_is_learnt(look):
     found = look(rows, mask_rows=30)
     assert found["mask"]["zero_target_rows"] == 30 and found["mask"]["target_tokens"] == 0
     assert found["verdict"]["train"] == "no"
+
+
+def test_a_row_whose_mask_is_all_zero(look):
+    rows = [make("messages", i) for i in range(20)]
+    for message in rows[4]["messages"]:
+        message["weight"] = 0
+    rows[6]["messages"] = [user(sentence(1)), user(sentence(2))]
+    found = look(rows, mask_rows=20, sequence=2048)
+    assert findings(found)["zero_target"] == [4, 6] and found["mask"]["zero_target_rows"] == 2
+
+
+def test_what_is_remembered_does_not_grow_with_the_rows(look, monkeypatch):
+    from inspection.xray import reading, scan
+
+    for room, name, value in ((scan, "PROMPTS", 50), (scan, "BUFFERED", 100), (reading, "BATCH_ROWS", 100)):
+        monkeypatch.setattr(room, name, value)
+    rows = [{"instruction": f"Why {i}?", "output": sentence(i) if i % 3 else "ok"} for i in range(3000)]
+    found = look(rows, mask_rows=10)
+    state = look.last.scan
+    assert len(state.prompts) <= 100 and len(state._sample) <= 64 and sum(map(len, state._broken.values())) <= 200
+    assert all(len(shown) <= 3 for shown in state.snippets.values()) and len(state.mask_examples) <= 3
+    assert findings(found)["short_response"] == list(range(0, 3000, 3))
 
 
 # --- shards ---
