@@ -352,7 +352,7 @@ def test_verify_finds_missing_longer_and_forged(models, tmp_path, run, refuse):
 def test_flags(models, refuse, tmp_path):
     model = ["--model", models / "tied", "--out", tmp_path / "out"]
     assert "--to is missing" in refuse(*model)
-    assert "invalid choice: 'int3'" in refuse("--to", "int3", *model)
+    assert "'int3' is not one of gguf" in refuse("--to", "int3", *model)
     assert "invalid choice: 'q3_x'" in refuse("--to", "gguf", "--type", "q3_x", *model)
     assert "belong to --to gguf" in refuse("--to", "bf16", "--type", "q8_0", *model)
     assert "belong to --to gguf" in refuse("--to", "int4", "--for", "qwen3.c", *model)
