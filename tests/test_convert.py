@@ -353,7 +353,7 @@ def test_flags(models, refuse, tmp_path):
     model = ["--model", models / "tied", "--out", tmp_path / "out"]
     assert "--to is missing" in refuse(*model)
     assert "'int3' is not one of gguf" in refuse("--to", "int3", *model)
-    assert "invalid choice: 'q3_x'" in refuse("--to", "gguf", "--type", "q3_x", *model)
+    assert "'q3_x' is not one of f32" in refuse("--to", "gguf", "--type", "q3_x", *model)
     assert "belong to --to gguf" in refuse("--to", "bf16", "--type", "q8_0", *model)
     assert "belong to --to gguf" in refuse("--to", "int4", "--for", "qwen3.c", *model)
     assert "leave --type out" in refuse("--to", "gguf", "--type", "f32", "--for", "qwen3.c", *model)
