@@ -722,7 +722,8 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
             defects["non-finite"].append(name)
         if name not in slots or not _fits(stored[name], slots[name]):
             continue
-        target = dtype if tensor.is_floating_point() else tensor.dtype
+        scale = name.endswith(".weight_scale")  # of quantised weights: it keeps its type, whatever the activations'
+        target = dtype if tensor.is_floating_point() and not scale else slots[name].dtype
         loaded = tensor.to(device, target)
         if target != tensor.dtype and not all_finite(loaded) and all_finite(tensor):
             defects["non-finite"].append(f"{name} as {target}")

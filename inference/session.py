@@ -21,7 +21,7 @@ from inference.decode import (
 from inference.params import SamplingParams
 from inference.speculate import Speculation, common_prefix
 from model import EMBEDDING, HEAD, KVCache, Qwen3
-from ops.cpu.step import head_copy_bytes
+from ops.cpu import step as cpu_step
 
 
 @dataclass
@@ -226,6 +226,8 @@ class Session:
             stats["drafted_tokens"], stats["accepted_tokens"] = guessing.drafted, guessing.accepted
             stats["acceptance"] = round(guessing.accepted / guessing.drafted, 3) if guessing.drafted else None
             stats["tokens_per_pass"] = rate(len(clock) - 1, guessing.passes)
+        if (reason := not_served(self.model)) is not None:
+            stats["computed_by_pytorch"] = reason  # slower than the fast path that this device has
         if self.bandwidth:
             passes = max(decoded, 0) if guessing is None else max(guessing.passes - 1, 0)
             read = weight_bytes_per_token(self.model) * passes / max(last - first, 1e-9)
@@ -245,7 +247,7 @@ def rate(count: int, seconds: float) -> float | None:
 
 def weight_bytes_per_token(model: Qwen3) -> int:
     """Bytes of weights that one decoded token reads: all but the unread rows of the embedding and the idle experts."""
-    config, total, copy = model.config, 0, head_copy_bytes(model)
+    config, total, copy = model.config, 0, cpu_step.head_copy_bytes(model)
     head = EMBEDDING if config.tie_word_embeddings else HEAD
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         share = 1.0
@@ -255,3 +257,13 @@ def weight_bytes_per_token(model: Qwen3) -> int:
             share = 1 / config.vocab_size
         total += copy if copy and name == head else tensor.nbytes * share
     return int(total)
+
+
+def not_served(model: Qwen3) -> str | None:
+    """Why this model's tokens do not go the fast way that its device has; None where they do, or it has none."""
+    device = model.model.embed_tokens.weight.device.type
+    if device == "cuda":
+        from ops.gpu import graphs
+
+        return graphs.why(model)
+    return cpu_step.why(model) if device == "cpu" else None

@@ -100,6 +100,14 @@ class QuantizedLinear(nn.Module):
         layer.bias = linear.bias
         return layer
 
+    def _apply(self, fn, recurse=True):
+        """`.to(dtype)` and the like convert what belongs to the activations; scales keep their type, as codes do."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        kept = self.weight_scale if scale.is_meta else scale.to(self.weight_scale.device)
+        self.weight_scale = kept.to(SCALE_DTYPE)
+        return self
+
     def dequantize(self, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Rows `start` to `stop` of the weight, [rows, in_features]."""
         rows = slice(start, stop)

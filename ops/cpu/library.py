@@ -143,8 +143,9 @@ def build(directory: Path) -> Path:
     if os.path.lexists(path):
         try:
             _check_ownership(path)
-            if path.stat().st_size:
+            if _is_whole(path):
                 return path
+            notice(f"{path} is damaged; compiling it again")
         except ValueError as error:
             notice(f"{error}; compiling it again")
         path.unlink()
@@ -157,8 +158,17 @@ def build(directory: Path) -> Path:
                 break
         else:
             raise ValueError(f"{compiler} does not compile {SOURCE.name}: {result.stderr.strip()[:200]}")
+        with temporary.open("r+b") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+            file.write(digest)  # behind the end that the loader sees
     path.chmod(0o600)  # whatever the umask is
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library ends with the digest of all before it: one that was cut off would crash where it is loaded."""
+    content = path.read_bytes()
+    return content[-32:] == hashlib.sha256(content[:-32]).digest()
 
 
 def _check_ownership(path: Path) -> None:

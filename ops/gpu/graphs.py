@@ -227,3 +227,10 @@ def step(model: nn.Module, ids: Tensor, cache: Any) -> Tensor | None:
     if logits is None:
         del _steps[cache]  # something moved: this token goes through PyTorch, the next one is bound anew
     return logits
+
+
+def why(model: nn.Module) -> str | None:
+    """Why this model's last tokens went through PyTorch kernel by kernel, in a few words; None if they did not."""
+    if os.environ.get("NANOQWEN_STEP") == "off":
+        return "NANOQWEN_STEP=off"
+    return next((known.reason for known in _steps.values() if known.model() is model and known.reason), None)

@@ -17,6 +17,7 @@ from inference.sampling import distribution, penalized
 from inference.session import Session
 from inference.speculate import DraftModel, PromptLookup, Speculation, common_prefix
 from model import Config, KVCache, Qwen3
+from ops.quant import quantize_
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -357,3 +358,66 @@ def test_a_batch_stops_at_strings_and_budgets_like_a_single_reply(tiny_checkpoin
     assert generate_batch(model, prompts, params, chat=chat, intervene=budgets) == alone
     long = SamplingParams(temperature=1, seed=2, max_new_tokens=390)  # outgrows the cache that a batch begins with
     assert generate_batch(model, prompts, long) == [list(generate(model, ids, long)) for ids in prompts]
+
+
+class Recorder(Wild):
+    """Guesses as many as it may, and remembers how many that was."""
+
+    def begin(self, prompt):
+        super().begin(prompt)
+        self.asked = []
+
+    def propose(self, reply, most, params, generator):
+        self.asked.append((len(reply), most))
+        return super().propose(reply, most, params, generator)
+
+
+def test_guesses_never_reach_behind_the_last_token_of_a_reply():
+    """A reply of n tokens, after m of them: the pass yields one token by itself, so n - m - 1 guesses are the most."""
+    model, params = small_model(2), SamplingParams(temperature=0, max_new_tokens=9, stop=())
+    model.config.eos_token_id = None
+    draft = Recorder()
+    assert len(list(generate(model, [5, 6, 7], params, speculation=Eager(draft)))) == 9
+    assert draft.asked and all(most <= 9 - made - 1 for made, most in draft.asked)
+    room = small_model(2, context=12)  # the last token may lie behind the context: 12 - 3 + 1 tokens
+    room.config.eos_token_id = None
+    params = SamplingParams(temperature=0, max_new_tokens=50)
+    plain = list(generate(room, [5, 6, 7], params))
+    assert len(plain) == 10
+    assert list(generate(room, [5, 6, 7], params, speculation=Eager(draft))) == plain
+    assert list(generate(room, [5, 6, 7], params, speculation=Eager(DraftModel(room)))) == plain
+
+
+def test_finished_rows_start_over_so_that_a_batch_needs_no_more_room_than_its_longest_row(monkeypatch):
+    """A row that ends early stays while it is less than half of the batch, and must not ask for more room."""
+    model = small_model(4, context=300)
+    model.config.eos_token_id = None
+    monkeypatch.setattr("inference.decode.CACHE_ROOM", 4)
+    lengths, seen = [200, 3, 40, 40], []
+    prompts = [[5 + i % 7 for i in range(n)] for n in lengths]
+    params = [SamplingParams(temperature=0, max_new_tokens=n) for n in (2, 90, 90, 90)]
+    grow = KVCache.grow
+    monkeypatch.setattr(KVCache, "grow", lambda cache, most: (seen.append(most), grow(cache, most))[1])
+    replies = generate_batch(model, prompts, params)
+    assert replies == [list(generate(model, ids, p)) for ids, p in zip(prompts, params, strict=True)]
+    assert [len(reply) for reply in replies] == [2, 90, 90, 90]
+    assert not seen, "the row of 200 ended at once: it starts over, and no other one is as long"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+def test_a_reply_is_the_same_with_many_guesses_and_in_a_batch(scheme, dtype):
+    """Flat distributions, where another order of sums would soon choose another token."""
+    model = small_model(6, scale=1, hidden_size=64, intermediate_size=96, head_dim=16)
+    model.to(dtype).requires_grad_(False)
+    if scheme:
+        quantize_(model, scheme)
+    prompts = [[2 + (i * i) % 37 for i in range(n)] for n in (3, 60, 17, 18, 60, 1)]
+    params = [SamplingParams(temperature=1, seed=n, max_new_tokens=40) for n in range(len(prompts))]
+    alone = [list(steps(model, ids, p)) for ids, p in zip(prompts, params, strict=True)]
+    assert generate_batch(model, prompts, params) == [[token for token, _ in one] for one in alone]
+    for ids, p, one in zip(prompts, params, alone, strict=True):
+        for draft in (DraftModel(model), Wild()):
+            guessed = list(steps(model, ids, p, speculation=Eager(draft, 40)))
+            assert [token for token, _ in guessed] == [token for token, _ in one]
+            assert all(torch.equal(a, b) for (_, a), (_, b) in zip(guessed, one, strict=True))

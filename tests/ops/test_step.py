@@ -2,9 +2,11 @@
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ import torch
 from torch import nn
 
 from model import Config, KVCache, Linear, Qwen3
+from ops.cpu import library as built
 from ops.cpu import step as ops_step
 from ops.quant import quantize_
+from ops.watch import invalidate
 
 SIZES = {"vocab_size": 301, "hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20, "max_position_embeddings": 2048}
@@ -321,6 +325,225 @@ def test_bad_input_raises_as_without_a_cache():
     with pytest.raises(ValueError, match="cache of 1 positions"):
         model(torch.tensor([[3]]), cache)
     assert cache.lengths == [1]
+
+
+def transpose_data(model):
+    for layer in model.model.layers:
+        weight = layer.self_attn.o_proj.weight
+        weight.data = weight.data.t().contiguous().t()
+
+
+def another_eps(model):
+    for module in model.modules():
+        if hasattr(module, "eps"):
+            module.eps = 0.5
+
+
+def eps_of_one(model):
+    model.model.layers[1].self_attn.q_norm.eps = 0.5
+
+
+def parametrize_one(model):
+    class Half(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    nn.utils.parametrize.register_parametrization(model.model.layers[1].mlp.down_proj, "weight", Half())
+
+
+def subclass(model):
+    class Doubled(Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model.model.layers[1].mlp.down_proj.__class__ = Doubled
+
+
+def property_weight(model):
+    class Computed(Linear):
+        weight = property(lambda self: torch.ones(self.out_features, self.in_features))
+
+    old = model.model.layers[1].mlp.down_proj
+    new = Computed.__new__(Computed)
+    nn.Module.__init__(new)
+    new.in_features, new.out_features, new.bias = old.in_features, old.out_features, None
+    model.model.layers[1].mlp.down_proj = new
+
+
+def override_a_method(model):
+    attention = model.model.layers[0].self_attn
+    attention.norm_rotate = lambda q, k, shared: (2 * q.transpose(1, 2), k.transpose(1, 2))
+
+
+def fewer_layers(model):
+    model.model.layers = model.model.layers[:2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [transpose_data, another_eps, eps_of_one, parametrize_one, subclass, property_weight, override_a_method],
+    ids=lambda change: change.__name__,
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_what_is_no_plain_model_any_more_is_computed_as_pytorch_computes_it(change, before, in_pytorch):
+    """Made before the first token or after it."""
+    model, ids = random_model(hidden_size=120), torch.tensor([[3, 5]])
+    plain = model(ids, KVCache(model.config)) if before else None
+    change(model)
+    expected = in_pytorch(model, ids, KVCache(model.config))
+    assert error(model(ids, KVCache(model.config)), expected) < 1e-5
+    assert plain is None or change is transpose_data or error(plain, expected) > 1e-3
+    served = change is another_eps
+    assert is_served(model) == served and (ops_step.why(model) is None) == served
+
+
+def test_experts_cut_short_and_layers_taken_out_never_end_the_process(in_pytorch):
+    model, ids = random_model(**MOE), torch.tensor([[3]])
+    assert is_served(model)
+    model.model.layers[1].mlp.experts = model.model.layers[1].mlp.experts[:2]
+    with suppress(IndexError):  # PyTorch's, where a token wants an expert that is gone
+        assert error(model(ids, KVCache(model.config)), in_pytorch(model, ids, KVCache(model.config))) < 1e-5
+    assert "experts" in ops_step.why(model)
+    model = random_model()
+    fewer_layers(model)
+    cache = KVCache(model.config)
+    assert error(model(ids, cache), in_pytorch(model, ids, KVCache(model.config))) < 1e-5
+
+
+def test_a_cache_that_is_not_the_models_never_reaches_the_step(in_pytorch):
+    model, ids = random_model(), torch.tensor([[3]])
+    good = KVCache(model.config, 1, 8)
+    model(ids, good)
+    assert not _step(model, ids, KVCache(model.config, 1, 8, dtype=torch.bfloat16))
+    assert not _step(model, ids, KVCache(model.config, 1, 8, device="meta"))
+    strided = KVCache(model.config, 1, 8)  # the shape and the dtype are right
+    strided.keys[2] = torch.zeros(1, 2, 20, 8).transpose(2, 3)
+    assert strided.keys[2].shape == good.keys[2].shape and not _step(model, ids, strided)
+    assert error(model(ids, strided), in_pytorch(model, ids, KVCache(model.config, 1, 8))) < 1e-5
+    for length in (-1, -(2**40), 9, 2**62):
+        wrong = KVCache(model.config, 1, 8)
+        wrong.lengths = [length]
+        assert not _step(model, ids, wrong)
+        with pytest.raises(ValueError, match="cache"):
+            model(ids, wrong)
+    short = KVCache(model.config, 1, 8)
+    short.values = short.values[:2]
+    assert not _step(model, ids, short)
+
+
+def _step(model, ids, cache) -> bool:
+    return ops_step.step(model, ids, cache) is not None
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int8-8", "int4", "int4-32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fields", [{}, {**MOE, "moe_intermediate_size": 64}], ids=["dense", "experts"])
+def test_the_same_bits_whatever_is_computed_together(scheme, dtype, fields):
+    """1 to 40 tokens at a time, and as a batch of rows of different lengths."""
+    sizes = {"hidden_size": 160, "intermediate_size": 192, "head_dim": 32, "num_attention_heads": 4}
+    model = random_model(dtype, **sizes, **fields)
+    if scheme:
+        quantize_(model, scheme[:4], int(scheme[5:]) if scheme[5:] else None)
+    ids = torch.randint(0, 301, (1, 290))
+    alone = KVCache(model.config, 1, 290, dtype=dtype)
+    expected = torch.cat([model(ids[:, i : i + 1], alone) for i in range(290)], 1)
+    cache, at = KVCache(model.config, 1, 290, dtype=dtype), 0
+    for count in (1, 40, 17, 2, 16, 39, 3, 33, 15, 31, 5, 28, 23, 37):
+        assert torch.equal(model(ids[:, at : at + count], cache), expected[:, at : at + count]), count
+        at += count
+    whole = KVCache(model.config, 1, 290, dtype=dtype)
+    assert at == 290 and torch.equal(model(ids, whole), expected)
+    for other in (cache, whole):
+        assert all(map(torch.equal, alone.keys + alone.values, other.keys + other.values))
+    starts = [*range(20), 100, 250]
+    batch = KVCache(model.config, len(starts), 290, dtype=dtype)
+    batch.lengths = list(starts)
+    for part, filled in ((batch.keys, alone.keys), (batch.values, alone.values)):
+        for layer, tensor in enumerate(part):
+            tensor[:] = filled[layer]
+    for count in (1, 3, 30):
+        rows = torch.cat([ids[:, n : n + count] for n in batch.lengths])
+        together = model(rows, batch)
+        for row, n in zip(together, [length - count for length in batch.lengths], strict=True):
+            assert torch.equal(row, expected[0, n : n + count])
+
+
+def test_quantised_weights_keep_their_scales_in_every_dtype(tmp_path, in_pytorch):
+    model = random_model(torch.bfloat16, hidden_size=64, intermediate_size=96, head_dim=16)
+    quantize_(model, "int8")
+    scales = model.model.layers[0].mlp.up_proj.weight_scale.clone()
+    for dtype in (torch.float16, torch.float32):
+        assert torch.equal(model.to(dtype).model.layers[0].mlp.up_proj.weight_scale, scales)
+    assert is_served(model) and ops_step.why(model) is None
+
+
+def test_quantised_models_in_inference_mode():
+    with torch.inference_mode():
+        model = random_model(hidden_size=64, intermediate_size=96, head_dim=16)
+        quantize_(model, "int4")
+        ids = torch.tensor([[3]])
+        before = model(ids, KVCache(model.config))
+        model.lm_head.weight.mul_(2)  # no version counts this; some numbers of the head tell
+        assert error(model(ids, KVCache(model.config)), 2 * before.double()) < 0.01
+
+
+def test_the_copied_head_follows_what_pytorch_cannot_see():
+    model, ids = random_model(hidden_size=64, intermediate_size=96, head_dim=16), torch.tensor([[3]])
+    quantize_(model, "int8")
+    before = model(ids, KVCache(model.config)).clone()
+    model.lm_head.weight.data.mul_(2)
+    assert error(model(ids, KVCache(model.config)), 2 * before.double()) < 1e-4
+    model.lm_head.weight.data[7, 40:] = 0  # a few numbers only: this is what `invalidate` is for
+    invalidate(model)
+    assert (model(ids, KVCache(model.config))[..., 7] - 2 * before[..., 7]).abs().item() > 1e-3
+
+
+def test_why_says_in_words_what_is_not_served(monkeypatch):
+    assert ops_step.why(random_model()) is None
+    assert "float64" in ops_step.why(random_model(torch.float64))
+    model = random_model()
+    model.model.layers[1].register_forward_hook(lambda *_: None)
+    assert "hook" in ops_step.why(model)
+    monkeypatch.setenv("NANOQWEN_STEP", "off")
+    ops_step.library.cache_clear()
+    assert ops_step.why(random_model()) == "NANOQWEN_STEP=off"
+
+
+@pytest.mark.parametrize("harm", ["damaged", "cut off", "empty", "writable", "a link"])
+def test_a_library_that_is_not_as_it_was_written_is_compiled_again(harm, tmp_path, monkeypatch, capfd):
+    good = built.build(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoqwen")
+    copies = []
+
+    def compile_again(command, **_):
+        copies.append(command)
+        Path(command[-1]).write_bytes(good.read_bytes()[:-32])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(built.subprocess, "run", compile_again)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ops_step.library.cache_clear()
+    path = built.build(tmp_path / "nanoqwen")
+    assert path == built.build(tmp_path / "nanoqwen") and len(copies) == 1
+    new = path.with_suffix(".new")  # another file: the one that is loaded stays as it is
+    if harm == "writable":
+        shutil.copy(path, new)
+        new.chmod(0o666)
+    elif harm == "a link":
+        new.symlink_to(shutil.copy(good, tmp_path / "theirs.so"))
+    else:
+        content = path.read_bytes()
+        wrong = {"damaged": content[:20000] + b"?" + content[20001:], "cut off": content[:-5000], "empty": b""}
+        new.write_bytes(wrong[harm])
+    new.replace(path)
+    ops_step.library.cache_clear()
+    assert ops_step.library() is not None and len(copies) == 2
+    assert path.stat().st_mode & 0o777 == 0o600 and not path.is_symlink()
+
+
+def test_structs_of_another_layout_are_not_loaded(monkeypatch):
+    monkeypatch.setattr(built, "layout", lambda: [8, 0])
+    with pytest.raises(OSError, match="structs"):
+        built.load(built.build(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoqwen"))
 
 
 def test_without_a_compiler_one_notice_and_pytorch(monkeypatch, tmp_path, capfd):
