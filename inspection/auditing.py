@@ -55,6 +55,8 @@ class Audit:
 
     def __init__(self, tree: Tree, *, deep: bool = False, progress: Progress = lambda size: None):
         self.tree, self.ledger, self.lines, self.diffs = tree, Ledger(), [], {}
+        if not tree.entries:
+            raise ValueError(f"{tree.root or tree.repo}: holds no file; give the directory of a model")
         ledger = self.ledger
         for entry in tree.entries:
             contents.examine(ledger, entry)

@@ -38,6 +38,8 @@ def measure(path: Path) -> dict[str, Any]:
     ids = [id for id in ids if id < rows][: model.config.max_position_embeddings]
     with torch.inference_mode():
         logits = model(torch.tensor([ids]))[0, -1].float()
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError("its logits are not finite")
         values, top = logits.topk(min(SHOWN, rows))
         result = {
             "prompt": PROMPT,

@@ -3,6 +3,7 @@
 https://huggingface.co/docs/hub/model-cards: YAML between two lines of ---, then Markdown.
 """
 
+import math
 import re
 from typing import Any
 
@@ -13,6 +14,7 @@ from inspection.findings import Ledger
 
 MAX_CARD = 1 << 20
 MAX_FRONT = 200_000
+MAX_EVALS, MAX_EVAL = 100, 1 << 16  # files of .eval_results that are read, and characters of each
 
 # id -> (uses allowed in a phrase, words that its text must contain). https://spdx.org/licenses/, and the hub's own ids.
 LICENCES = {
@@ -179,21 +181,23 @@ def _evals(files: Files, front: dict[str, Any]) -> list[dict[str, Any]]:
             for metric in _dicts(result.get("metrics")):
                 kind = _as_text(metric.get("type") or metric.get("name"))
                 found.append(_result(name, kind, metric.get("value"), _as_text(source.get("url")), raw))
-    for path in files.names():
-        if path.startswith(".eval_results/") and path.endswith((".yaml", ".yml")):
-            try:
-                entries = yaml.load(files.text(path) or "", _Loader)
-            except (yaml.YAMLError, ValueError, RecursionError):
-                continue
-            for entry in _dicts(entries if isinstance(entries, list) else [entries]):
-                data = _dict(entry.get("dataset"))
-                name, kind = _as_text(data.get("id")), _as_text(data.get("task_id"))
-                found.append(_result(name, kind, entry.get("value"), path, raw or bool(entry.get("verifyToken"))))
+    written = [name for name in files.names() if re.fullmatch(r"\.eval_results/[^/]+\.ya?ml", name)]
+    for path in written[:MAX_EVALS]:
+        try:
+            entries = yaml.load(files.text(path, MAX_EVAL) or "", _Loader)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            continue
+        for entry in _dicts(entries if isinstance(entries, list) else [entries]):
+            data = _dict(entry.get("dataset"))
+            name, kind = _as_text(data.get("id")), _as_text(data.get("task_id"))
+            found.append(_result(name, kind, entry.get("value"), path, raw or bool(entry.get("verifyToken"))))
     return found[:500]
 
 
 def _result(dataset: str | None, metric: str | None, value: Any, source: str | None, raw: bool) -> dict[str, Any]:
-    value = value if isinstance(value, int | float | str) else None
+    if isinstance(value, float) and not math.isfinite(value):
+        value = str(value)
+    value = value if isinstance(value, int | float | str) and not isinstance(value, bool) else None
     return {"dataset": dataset, "metric": metric, "value": value, "source": source, "raw_outputs": raw}
 
 
@@ -237,8 +241,18 @@ def _examine_parameters(ledger: Ledger, card: dict[str, Any]) -> None:
     """Numbers of parameters in front matter and text, against those of the weights (or of config.json)."""
     actual = ledger.facts.get("parameter_count") or ledger.facts.get("parameters_of_config")
     claims: list[str] = []
-    for key in ("parameters", "parameter_count", "num_parameters", "params", "model_size", "size", "n_params"):
+    for key in (
+        "parameters",
+        "parameter_count",
+        "safetensors",
+        "num_parameters",
+        "params",
+        "model_size",
+        "size",
+        "n_params",
+    ):
         value = card["front"].get(key)
+        value = value.get("total") if isinstance(value, dict) else value
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             claims.append(str(value))
     claims += re.findall(

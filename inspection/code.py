@@ -12,7 +12,8 @@ from typing import Any
 
 from inspection.findings import Ledger, Unexamined
 
-MAX_CODE = 4 << 20  # bytes of a file that is parsed
+MAX_CODE = 1 << 19  # characters of a file that is parsed: a syntax tree is a thousand times as large
+MAX_TOTAL = 1 << 24  # of all files of a repository
 DANGER = re.compile(
     r"(os\.(system|popen|exec\w*|spawn\w*|posix_spawn\w*|fork\w*|remove|unlink|rmdir|removedirs|kill|putenv|startfile|dup2)"
     r"|(posix|nt|pty|commands|popen2|webbrowser|ctypes|_ctypes|cffi|socket|ssl|subprocess|telnetlib|ftplib|smtplib|paramiko|requests"
@@ -205,6 +206,9 @@ def _writes(node: ast.Call) -> bool:
 
 def examine_python(ledger: Ledger, where: str, text: str) -> None:
     """Keeps what the file imports and calls for `judge`, which knows whether a configuration names it."""
+    ledger.code += len(text)
+    if len(text) > MAX_CODE or ledger.code > MAX_TOTAL:
+        raise Unexamined("too-large", f"{len(text):,} characters of code; at most {MAX_CODE:,} are parsed")
     calls = Calls(parse(text))
     ledger.facts.setdefault("python", {})[where] = calls
 
@@ -228,6 +232,9 @@ def examine_notebook(ledger: Ledger, where: str, notebook: dict[str, Any]) -> No
         return
     ledger.find("notebook", where, f"{sum(bool(line.strip()) for line in lines)} lines of code")
     _judge_shell(ledger, where, "\n".join(shell))
+    ledger.code += sum(map(len, lines))
+    if sum(map(len, lines)) > MAX_CODE or ledger.code > MAX_TOTAL:
+        raise Unexamined("too-large", f"{len(lines):,} lines of code")
     try:
         dangers = Calls(parse("\n".join(lines))).dangers
     except Unexamined:

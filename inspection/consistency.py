@@ -21,6 +21,7 @@ class Files:
 
     def __init__(self, tree: Tree, ledger: Ledger):
         self._tree, self._ledger = tree, ledger
+        self._files = {file.path: file for file in ledger.files}
         self.config = self.json("config.json")
         self.generation = self.json("generation_config.json")
         self.tokenizer_config = self.json("tokenizer_config.json")
@@ -38,8 +39,7 @@ class Files:
         return data.decode("utf-8", "replace") if data else None
 
     def bytes(self, name: str, limit: int) -> bytes:
-        entry = self._tree.get(name)
-        file = next((file for file in self._ledger.files if file.path == name), None)
+        entry, file = self._tree.get(name), self._files.get(name)
         if entry is None or file is None or not file.examined:
             return b""
         try:

@@ -300,7 +300,11 @@ def _examine_text(ledger: Ledger, where: str, name: str, stream: BinaryIO, size:
             ledger.find("other-code", where, "a page or picture with a script")
             return "HTML or SVG with a script", "code"
         return "HTML or SVG", "data"
-    if not name.endswith((".md", ".jinja", ".csv", ".jsonl", ".tsv")) and code.is_python(text):
+    if (
+        not name.endswith((".md", ".jinja", ".csv", ".jsonl", ".tsv"))
+        and ledger.code < code.MAX_TOTAL
+        and code.is_python(text)
+    ):
         code.examine_python(ledger, where, text)
         return "Python", "code"
     return "text", "data"

@@ -152,12 +152,16 @@ class Ledger:
     facts: dict[str, Any] = field(default_factory=dict)
     unpacked: int = 0  # bytes taken out of archives so far
     members: int = 0  # files examined inside archives
+    opcodes: int = 0  # of pickles
+    code: int = 0  # characters of code that were parsed
+    _known: set[tuple[str, str | None, str]] = field(default_factory=set)
 
     def find(self, id: str, file: str | None, what: str) -> None:
         severity = FINDINGS[id][0]
-        finding = Finding(id, severity, file, what[:400])
-        if finding not in self.findings:
-            self.findings.append(finding)
+        what = what[:400]
+        if (id, file, what) not in self._known:
+            self._known.add((id, file, what))
+            self.findings.append(Finding(id, severity, file, what))
 
     def accusations(self) -> Iterator[Finding]:
         return (finding for finding in self.findings if finding.severity in ("high", "medium"))

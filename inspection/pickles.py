@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from inspection.findings import Ledger, Unexamined
 
-MAX_OPCODES = 1_000_000
+MAX_OPCODES = 3_000_000  # of all pickles of a repository
 MAX_TEXT = 1 << 12  # bytes of an argument that is kept; longer ones are skipped
 MAX_LINE = 1 << 20
 MAX_PICKLES = 64  # one after the other; PyTorch's old format has five
@@ -94,13 +94,14 @@ class _Stack(list):
             pass
 
 
-def imports(stream: BinaryIO) -> Iterator[tuple[str, str] | None]:
+def imports(stream: BinaryIO, ledger: Ledger) -> Iterator[tuple[str, str] | None]:
     """(module, name) of each import of the pickle that begins here, None for one whose name is computed.
 
     Ends behind STOP. Raises `Unexamined` where the bytes are no (whole) pickle, or too many.
     """
     stack, memo = _Stack(), {}
-    for _ in range(MAX_OPCODES):
+    while ledger.opcodes < MAX_OPCODES:
+        ledger.opcodes += 1
         code = stream.read(1)
         if not code:
             raise Unexamined("truncated", "the pickle ends without its end mark")
@@ -120,7 +121,7 @@ def imports(stream: BinaryIO) -> Iterator[tuple[str, str] | None]:
         elif name.startswith("EXT"):
             yield None
         _apply(opcode, argument, stack, memo)
-    raise Unexamined("too-large", f"the pickle has more than {MAX_OPCODES:,} opcodes")
+    raise Unexamined("too-large", f"the pickles have more than {MAX_OPCODES:,} opcodes")
 
 
 def _apply(opcode: pickletools.OpcodeInfo, argument: Any, stack: _Stack, memo: dict[Any, Any]) -> None:
@@ -224,7 +225,7 @@ def is_text_pickle(data: bytes) -> bool:
         return False
     found = 0
     try:
-        for one in imports(io.BytesIO(data)):
+        for one in imports(io.BytesIO(data), Ledger()):
             found += one is None or (one[0].replace(".", "").replace("_", "").isalnum() and " " not in one[1])
     except Unexamined:
         return found > 0 and _looks_like_import(data)
@@ -246,7 +247,7 @@ def examine(ledger: Ledger, where: str, stream: BinaryIO, several: bool = False)
     harmless, problem, count = set(), None, 0
     try:
         while count < MAX_PICKLES:
-            for found in imports(stream):
+            for found in imports(stream, ledger):
                 _judge(ledger, where, found, harmless)
             count += 1
             if not several or stream.peek(1)[:1] != b"\x80":

@@ -9,6 +9,7 @@ one, ordinary words may not.
 
 import hashlib
 import re
+import time
 import unicodedata
 from collections.abc import Iterator
 from typing import Any
@@ -98,6 +99,7 @@ FIXTURES: dict[str, dict[str, Any]] = {
     },
 }
 UNRENDERED = {"template-blowup", "template-attribute", "template-include"}
+SLOW = 2.0  # seconds of four short renderings, above which hundreds more are left out
 NEUTRAL = "qzvkw"  # a word that no template knows
 
 
@@ -361,16 +363,24 @@ def _try_words(
 
     failures = 0
 
-    def render(text: str) -> str | None:
+    def render(text: str, more: dict[str, Any] | None = None) -> str | None:
         nonlocal failures
+        fixture = {
+            **(more or {}),
+            "messages": [*(more or {}).get("messages", [])[:2], {"role": "user", "content": text}],
+        }
         try:
-            return sandbox.render(source, request({"messages": [{"role": "user", "content": text}]}, variables))
+            return sandbox.render(source, request(fixture, variables))
         except ValueError:  # each one costs a process
             failures += 1
             return None
 
     forms = ("Please tell me about {} now.", "{}", "{} and more", "more and {}")
+    began = time.monotonic()
     plain = [render(form.format(NEUTRAL)) for form in forms]
+    if time.monotonic() - began > SLOW:
+        ledger.find("template-unrendered", where, "it is slow: its words were not tried")
+        return
     failures = 0
     words, switches = [], []
     for text in _candidates(tree):
@@ -380,6 +390,15 @@ def _try_words(
                 continue
             (words if _is_wordy(text) else switches).append(text)
             break
+    all_words = " ".join(text for text in _candidates(tree) if _is_wordy(text))
+    for more in ({}, {"tools": [TOOL]}, {"messages": FIXTURES["history"]["messages"]}) if all_words else ():
+        before, after = (render(text, more) for text in (NEUTRAL, all_words))
+        if (
+            not words
+            and None not in (before, after)
+            and after.replace(all_words, NEUTRAL) != before.replace(all_words, NEUTRAL)
+        ):
+            words.append(all_words)
     for text in words[:8]:
         ledger.find("template-trigger", where, f"{text[:80]!r} in a user's message changes the prompt around it")
     if switches:

@@ -56,8 +56,11 @@ class Tree:
     left_out: tuple[str, ...] = ()
     budget: "Budget | None" = None
 
+    def __post_init__(self):
+        self._by_path = {entry.path: entry for entry in self.entries}
+
     def get(self, path: str) -> Entry | None:
-        return next((entry for entry in self.entries if entry.path == path), None)
+        return self._by_path.get(path)
 
 
 def local_tree(path: Path) -> Tree:

@@ -446,7 +446,7 @@ def test_bombs_stay_within_time_and_memory(tiny_checkpoint, tmp_path):
     (path / "deep.jinja").write_text("{{ " + "(" * 60_000 + "1" + ")" * 60_000 + " }}")
     (path / "lines.txt").write_text("\n" * 1_000_000 + "import x(")
     (path / "lines.sh").write_text("#!/bin/sh\n" + "curl " * 60_000 + "\n" * 1_000_000)
-    (path / "pickle.pkl").write_bytes(b"\x80\x04" + b"N0" * 1_000_000 + b".")
+    (path / "pickle.pkl").write_bytes(b"\x80\x04" + b"N0" * 1_600_000 + b".")
     (path / "long.pkl").write_bytes(b"\x80\x04\x8d" + (1 << 62).to_bytes(8, "little") + b"x")
     (path / "header.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{" + bytes(100))
     (path / "count.gguf").write_bytes(
