@@ -86,6 +86,9 @@ class Trainer:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         for block in self.model.model.layers if train.compile else ():
             block.compile()
+        # A tied embedding's few rows are added to the head's gradient, not a whole matrix that is zero elsewhere.
+        tied, on_cpu = self.model.config.tie_word_embeddings, self.device.type == "cpu"
+        self.model.model.embed_tokens.sparse = tied and on_cpu and train.parallel == "none"
         self.flops = flops_per_token(self.model)
         self.objective = self.processes.wrap(self.stage.objective)
         self.optimizers = Optimizers(self.model, settings.optimizer, getattr(torch, train.dtype))
@@ -147,8 +150,7 @@ class Trainer:
                     (loss * (processes.count / count)).backward()  # DDP and FSDP take the mean over the processes
                 losses.append(loss.detach())
             loss = processes.sum(sum(map(float, losses))) / count  # read once: each reading waits for a GPU
-            clip = self.settings.train.clip or math.inf
-            norm = float(full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), clip)))
+            norm = self.clip_gradients(self.settings.train.clip or math.inf)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise ValueError(
                     f"step {step}: the loss is {loss} and the gradient's norm {norm}; lower optimizer.lr or "
@@ -182,6 +184,16 @@ class Trainer:
         total, count = self.processes.sums(total, count)
         measured = {"loss": total / count} | self._measured() if count else {}
         return {f"validation_{name}": value for name, value in measured.items()}
+
+    def clip_gradients(self, limit: float) -> float:
+        """The norm of all gradients, which are scaled down to `limit` if it is longer. (clip_grad_norm_ would multiply
+        them by 1 if it is not, so that a GPU need not be waited for; here the norm is read anyway.)"""
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        total = nn.utils.get_total_norm([p.grad for p in trained])
+        norm = float(full_tensor(total))
+        if norm > limit:
+            nn.utils.clip_grads_with_norm_(trained, limit, total)
+        return norm
 
     def save(self, step: int) -> None:
         """One checkpoint; every process has to call this."""

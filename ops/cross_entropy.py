@@ -61,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if context.summed:
             grad_x, grad_weight = context.saved_tensors
             grad_x = grad_x if grad_x is None else grad_x.mul_(grad.to(grad_x.dtype))
-            grad_weight = grad_weight if grad_weight is None else grad_weight.mul_(grad)
+            grad_weight = grad_weight if grad_weight is None else _times(grad_weight, grad)
         else:
             needed = context.needs_input_grad[:2]
             _, grad_x, grad_weight = _in_chunks(*context.saved_tensors, grad, needed, *context.settings)
@@ -80,15 +80,14 @@ def _in_chunks(
     errors: Callable,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Cross-entropies float32 [N], and where `needed` the gradients in x and weight of their sum, each times its share
-    (float32 [N]; None: 1)."""
+    (float32 [N]; None: 1). That of weight is float32, or of the product's dtype if one chunk is all."""
     needs_x, needs_weight = needed
     losses = torch.empty(len(x), device=x.device)
     grad_x = torch.empty_like(x) if needs_x else None
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight and len(x) == 0 else None
     head = weight.to(product)
     # One allocation for all chunks: on a CPU new pages of memory cost as much time as the arithmetic on them.
     logits = torch.empty(min(chunk, len(x)), len(weight), dtype=product, device=x.device)
-    partial = torch.empty_like(head) if needs_weight and product != torch.float32 else None
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
@@ -97,12 +96,15 @@ def _in_chunks(
             losses[part] = errors(error, targets[part], None if shares is None else shares[part])
             if needs_x:
                 grad_x[part] = error @ head
-            if partial is not None:
-                torch.mm(error.T, rows, out=partial)
+            if needs_weight and start == 0:
+                first = error.T @ rows
+                grad_weight = first if len(x) <= chunk else first.float()
+            elif needs_weight and product == torch.float32:
+                grad_weight.addmm_(error.T, rows)
+            elif needs_weight:
+                partial = torch.mm(error.T, rows, out=first)
                 for rows in _cached_rows(head):
                     grad_weight[rows] += partial[rows].float()
-            elif needs_weight:
-                grad_weight.addmm_(error.T, rows)
     return losses, grad_x, grad_weight
 
 
@@ -118,6 +120,16 @@ def _errors(logits: Tensor, targets: Tensor, shares: Tensor | None) -> Tensor:
         probabilities.scatter_add_(-1, wanted, probabilities.new_full((), -1.0).expand_as(wanted))
         logits[part] = probabilities if shares is None else probabilities.mul_(shares[part, None])
     return losses
+
+
+def _times(matrix: Tensor, factor: Tensor) -> Tensor:
+    """matrix [V, C] times a float32 [], in float32; in place if it is that already."""
+    if matrix.dtype == torch.float32:
+        return matrix.mul_(factor)
+    result = torch.empty_like(matrix, dtype=torch.float32)
+    for rows in _cached_rows(matrix):
+        torch.mul(matrix[rows].float(), factor, out=result[rows])
+    return result
 
 
 def _cached_rows(matrix: Tensor) -> Iterator[slice]:
