@@ -72,7 +72,7 @@ class Trainer:
         keep_freed_memory()
         self.processes = Processes(train.parallel, train.device)
         self.device = self.processes.device
-        check_combinations(settings, self.processes.count)
+        check_combinations(settings)
         self.chat = Chat.from_pretrained(settings.model.tokenizer)
         source = build_source(settings, self.chat)
         self.run, self.model, reference = begin(settings, self.chat, self.processes, resume)
@@ -253,14 +253,9 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def check_combinations(settings: Settings, processes: int) -> None:
+def check_combinations(settings: Settings) -> None:
     """ValueError for settings that are right by themselves but not together."""
     train, lora, stage = settings.train, settings.lora, settings.stage
-    if train.accumulate % processes:
-        raise ValueError(
-            f"train.accumulate {train.accumulate} can't be divided among {processes} processes; "
-            f"set train.accumulate={-(-train.accumulate // processes) * processes}"
-        )
     if train.parallel == "fsdp" and stage == "grpo":
         raise ValueError("train.parallel fsdp shards the model, but stage grpo writes replies with it; set ddp")
     if train.parallel == "fsdp" and lora.rank:

@@ -43,9 +43,12 @@ class Train:
     steps: int = key(..., "optimizer steps in all; the schedule is stretched over them", low=1, may_change=True)
     save_every: int = key(..., "steps between checkpoints; the last step is always saved", low=1, may_change=True)
     keep: int = key(2, "how many of the last checkpoints stay on the disk", low=1, may_change=True)
-    batch: int = key(32, "rows (sequences, conversations, pairs, replies) in one step, over all processes", low=1)
+    batch: int = key(32, "rows (sequences, conversations, pairs, replies) of a step, over all processes", low=1)
     accumulate: int = key(
-        1, "micro-batches of a step, over all processes; more of them need less memory", low=1, may_change=True
+        1,
+        "micro-batches of a step, over all processes, at least one in each; more need less memory",
+        low=1,
+        may_change=True,
     )
     sequence: int = key(512, "longest row in tokens; longer ones are left out", low=8)
     clip: float = key(1.0, "largest norm of the gradient; a longer one is scaled down. 0: no clipping", low=0)
@@ -112,7 +115,7 @@ class Data:
         may_change=True,
     )
     fingerprint: str | None = key(None, "rows, shards: hash of what is trained on; null: computed. Others are refused")
-    turns: str = key("all", "sft on rows: of the assistant, all are learnt, or the last", ("all", "last"))
+    turns: str = key("all", "sft on rows: which of the assistant's turns are learned", ("all", "last"))
     pack: bool = key(
         False, "pretrain, sft: several rows of a step in one sequence, none of which sees another: less padding"
     )
@@ -127,7 +130,7 @@ class Data:
 @dataclass(kw_only=True)
 class Lora:
     rank: int = key(
-        0, "rank of the adapters, which then are all that is trained (training/lora.py); 0: no adapters", low=0
+        0, "rank of the adapters, which are then all that is trained (training/lora.py); 0: no adapters", low=0
     )
     alpha: float = key(32.0, "an adapter's output is multiplied by alpha / rank", low=0)
     targets: list[str] = key(
@@ -137,7 +140,7 @@ class Lora:
 
 @dataclass(kw_only=True)
 class Dpo:
-    beta: float = key(0.1, "how much a departure from the starting weights counts", low=0)
+    beta: float = key(0.1, "how strongly the model is held to the starting weights", low=0)
     nll: float = key(0.0, "weight of the chosen answers' own loss, which keeps them likely", low=0)
 
 
@@ -151,7 +154,7 @@ class Grpo:
         64, "replies written at once; their keys and values are in memory together", low=1, may_change=True
     )
     thinking: bool = key(True, "rows: whether the replies think")
-    format_reward: float = key(0.1, "for closed thinking and an answer that ends; a right answer has 1", low=0)
+    format_reward: float = key(0.1, "reward of closed thinking and an answer that ends; a right answer adds 1", low=0)
     divide_by_std: bool = key(True, "advantages over the group's standard deviation, as in the paper; Dr. GRPO: false")
     average: str = key(
         "reply",
@@ -159,8 +162,8 @@ class Grpo:
         "(constant: Dr. GRPO)",
         ("reply", "token", "constant"),
     )
-    clip: float = key(0.2, "how far below 1 a ratio of probabilities still counts", low=0, high=1)
-    clip_high: float | None = key(None, "the same above 1; null: clip. DAPO: 0.28", low=0)
+    clip: float = key(0.2, "clip range of the probability ratio, below 1", low=0, high=1)
+    clip_high: float | None = key(None, "the same above 1; null: as clip. DAPO: 0.28", low=0)
     kl: float = key(0.04, "weight of the divergence from the starting weights, as in the paper; 0: none", low=0)
 
 
@@ -186,7 +189,7 @@ class Schedule:
 class Settings:
     stage: str = key(
         ...,
-        "the objective: next token of texts; answers of conversations; preferred answers; rewarded replies",
+        "the objective: next tokens of texts, answers of conversations, preferred answers, rewarded replies",
         ("pretrain", "sft", "dpo", "grpo"),
     )
     train: Train

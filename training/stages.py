@@ -57,7 +57,7 @@ class Stage:
         """`reference`: a frozen copy of the starting weights; None: the model itself without its adapters."""
         self.settings, self.chat, self.source, self.model, self.reference = settings, chat, source, model, reference
         self.processes, self.device, self.autocast = processes, processes.device, autocast
-        self.micro_batches = settings.train.accumulate // processes.count
+        self.micro_batches = -(-settings.train.accumulate // processes.count)  # rounded up: as many in each process
         share = ALL if settings.data.pack else processes.share  # all rows of a step are packed together
         self.prefetcher = Prefetcher(source, settings.train.steps, share)
         self.objective = self.build_objective()
