@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import console
 import convert
+from formats import conversion
 from formats.checkpoint import open_checkpoint
 from formats.safetensors_write import plan_shards
 from model import Qwen3
@@ -414,7 +415,7 @@ def test_nothing_is_replaced_without_force(models, tmp_path, run, refuse):
 
 
 def test_a_full_disk_is_seen_before_the_work(models, tmp_path, refuse, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": convert.SPARE_DISK + 1000}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": conversion.SPARE_DISK + 1000}))
     for to, out in (("fp32", tmp_path / "out"), ("int4", tmp_path / "out"), ("gguf", tmp_path / "m.gguf")):
         line = refuse("--to", to, "--model", models / "tied", "--out", out)
         assert "needs" in line and "are free in" in line
