@@ -386,6 +386,10 @@ def test_guesses_never_reach_behind_the_last_token_of_a_reply():
     assert len(plain) == 10
     assert list(generate(room, [5, 6, 7], params, speculation=Eager(draft))) == plain
     assert list(generate(room, [5, 6, 7], params, speculation=Eager(DraftModel(room)))) == plain
+    wide = small_model(2)  # a draft of a shorter context guesses as far as that, and then no more
+    wide.config.eos_token_id = None
+    plain = list(generate(wide, [5, 6, 7], params))
+    assert list(generate(wide, [5, 6, 7], params, speculation=Eager(DraftModel(room)))) == plain
 
 
 def test_finished_rows_start_over_so_that_a_batch_needs_no_more_room_than_its_longest_row(monkeypatch):
