@@ -201,7 +201,7 @@ def _parquet_batches(part: Part, first: int, left: int | None) -> Iterator[Batch
                         return
                     readable = True
                     rows = np.arange(first + done, first + done + table.num_rows)
-                    yield Batch(part.split, rows, table, f"{path}: row {done + 1:,}")
+                    yield Batch(part.split, rows, with_plain_texts(table), f"{path}: row {done + 1:,}")
                     done += table.num_rows
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 if len(groups) > 1:  # they make one batch, so nothing of them is handed on yet
@@ -252,7 +252,7 @@ def _stream_batches(part: Part, first: int, left: int | None) -> Iterator[Batch 
             if not table.num_rows:
                 return
             rows = np.arange(first + done, first + done + table.num_rows)
-            yield Batch(part.split, rows, table, f"{part.split}: row {done + 1:,}")
+            yield Batch(part.split, rows, with_plain_texts(table), f"{part.split}: row {done + 1:,}")
             done += table.num_rows
     except Exception as error:  # classes of datasets, huggingface_hub, fsspec, httpx and pyarrow
         why = f"the stream ended here ({error}); run the command again"
@@ -285,6 +285,16 @@ def _record_batches(part: Part, found: Iterator[Found], first: int, left: int | 
 
 
 # --- records to columns ---
+
+
+def with_plain_texts(table: pa.Table) -> pa.Table:
+    """The same with each column of text as `string`: other writers have large_string, string_view and dictionaries."""
+    for place, column in enumerate(table.schema):
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if kind != column.type or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+            plain = pa.string() if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) else kind
+            table = table.set_column(place, column.name, table[column.name].cast(plain))
+    return table
 
 
 def to_table(records: list[dict]) -> pa.Table:

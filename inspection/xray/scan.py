@@ -127,7 +127,8 @@ class Scan:
         batch = batch.append_column("_split", pa.array([item.split] * len(item.rows), pa.string()))
         keys = viewed["_text"].to_pylist()
         if self.shape.name == "tree":  # the same reply to another message is another row
-            parents = item.table["parent_id"].to_pylist()
+            known = "parent_id" in item.table.column_names
+            parents = item.table["parent_id"].to_pylist() if known else [None] * len(keys)
             keys = [f"{parent or ''} {text}" if text else "" for parent, text in zip(parents, keys, strict=True)]
         prompts = viewed["_prompt"].to_pylist()
         batch = batch.append_column("_key", pa.array([key_of(text) for text in keys], pa.int64()))
@@ -200,13 +201,12 @@ class Scan:
                 "INSERT INTO pairs SELECT _row, length(_chosen), length(_rejected) FROM batch WHERE _chosen <> ''"
             )
         if self.shape.name == "tree":
-            optional = {"rank": "INTEGER", "lang": "VARCHAR"}
-            have = {
-                name: f"TRY_CAST({name} AS {kind})" if name in batch.column_names else "NULL"
-                for name, kind in optional.items()
+            kinds = dict.fromkeys(("message_id", "parent_id", "role"), "VARCHAR") | {
+                "rank": "INTEGER",
+                "lang": "VARCHAR",
             }
-            fields = f"message_id::VARCHAR, parent_id::VARCHAR, role::VARCHAR, {have['rank']}, {have['lang']}"
-            self.sql.execute(f"INSERT INTO tree SELECT _row, {fields} FROM batch")
+            fields = (f"TRY_CAST({n} AS {kind})" if n in batch.column_names else "NULL" for n, kind in kinds.items())
+            self.sql.execute(f"INSERT INTO tree SELECT _row, {', '.join(fields)} FROM batch")
         if self.options.keep_rows:
             self._keep(batch)
 
@@ -320,7 +320,7 @@ class Scan:
         if item.read is None and number.replace(",", "").isdecimal():
             where = f"{file} {int(number.replace(',', '')) + place:,}"
         else:
-            where = f"{file.rpartition(':')[0]}: row {row:,}"
+            where = ": ".join(filter(None, (file.rpartition(":")[0], f"row {row:,}")))
         text = texts[place].as_py()
         return Snippet(row, where, text[:SNIPPET], length=len(text))
 

@@ -182,6 +182,29 @@ def test_the_rules_for_questions(look):
     assert findings(look(arc)) == {"label_out_of_range": [0]}
 
 
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_texts_of_other_writers(look, tmp_path, kind):
+    rows = planted("dolly", {3: {"response": "ok"}, 5: make("dolly", 4)})
+    table = pa.Table.from_pylist(rows)
+    table = pa.table({name: table[name].cast(kind) for name in table.column_names})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    found = look(tmp_path / "rows.parquet", mask_rows=5, keep_rows=True)
+    assert findings(found) == {"short_response": [3], "duplicate": [5]}
+    assert {column["type"] for column in found["columns"]} == {"string"}
+
+
+def test_a_tree_whose_roots_name_no_parent(look, monkeypatch):
+    from inspection.xray import reading
+
+    monkeypatch.setattr(reading, "BATCH_ROWS", 5)
+    rows = tree(2) + [
+        {name: value for name, value in row.items() if name != "parent_id"} | {"message_id": f"root {place}"}
+        for place, row in enumerate(tree(8)[30::5] * 3)
+    ]
+    found = look(rows)
+    assert found["tree"]["trees"] == 8 and "orphan" not in findings(found)
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_trees(look, suffix):
     rows = tree(8)
