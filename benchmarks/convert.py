@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
         size = sum(file.stat().st_size for file in model.iterdir())
         if (free := shutil.disk_usage(folder).free) < 6 * size:
             raise ValueError(f"{folder}: {free / 1e9:.1f} GB are free, but {6 * size / 1e9:.1f} GB may be needed")
-        print("| type | program | wall s (least to greatest) | processor s | peak MB | ours / theirs | files |")
+        print("| type | program | wall s (min to max) | processor s | peak MB | ours / theirs | files |")
         print("|---|---|---|---|---|---|---|")
         for type in options.types:
             print("\n".join(measure(model, type, options.repeats, Path(folder))), flush=True)

@@ -32,7 +32,7 @@ LOOKS = {
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Median, least and greatest of every figure of some runs."""
+    """Median, minimum and maximum of every figure of some runs."""
     columns = {name: [run[name] for run in runs] for name in (runs[0] if runs else ())}
     return {name: {"median": statistics.median(x), "min": min(x), "max": max(x)} for name, x in columns.items()}
 
@@ -62,7 +62,7 @@ def number(value: float) -> str:
 
 
 def cell(name: str, found: dict[str, float] | None) -> str:
-    """Median, and in brackets the least and the greatest where they differ."""
+    """Median, and in parentheses minimum and maximum where they differ."""
     if found is None:
         return ""
     low, middle, high = (number(found[key] * SCALES.get(name, 1)) for key in ("min", "median", "max"))
@@ -122,7 +122,7 @@ def markdown(report: Report) -> str:
         lines += ["", f"## {name}", "", *markdown_table(head, body)]
     lines += [
         "",
-        f"Median (least and greatest) of {settings['repeats']} alternated runs, each in a process of its own with "
+        f"Median (minimum and maximum) of {settings['repeats']} alternated runs, each in a process of its own with "
         f"{settings['threads']} thread{'s' * (settings['threads'] > 1)}.",
         f"Tokens per second, {settings['tokens']} decoded; the first token counts from the start of the process; the "
         "bandwidth is the better one of just before and just after each run.",
@@ -158,7 +158,7 @@ def draw(report: Report, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     axes.plot([left, peak / bandwidth], [bandwidth * left, peak], color="0.4", lw=1)
     small = {"textcoords": "offset points", "fontsize": 8}
-    middle = (min(rates.values()) * peak) ** 0.5  # of the stretch where only some precisions are held by memory
+    middle = (min(rates.values()) * peak) ** 0.5  # of the stretch where only some precisions are memory-bound
     label = f"{number(bandwidth / 1e9)} GB/s"
     axes.annotate(label, (middle / bandwidth, middle), (-8, 4), **small, color="0.3", ha="right")
     for precision, rate in rates.items():

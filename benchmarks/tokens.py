@@ -125,7 +125,7 @@ def prepare(corpus: list[Path], tokenizer: Path, out: Path) -> Path:
 
 
 def ours(config: Path, seed: int, settings: dict[str, Any], out: Path) -> Curve:
-    """A whole run of train.py; one that was interrupted goes on."""
+    """A whole run of train.py; an interrupted one continues."""
     overrides = [f"{name}={json.dumps(value)}" for name, value in settings.items()]
     run_script(
         ROOT / "train.py", str(config), "--resume", "--set", f"train.seed={seed}", f"train.out={out}", *overrides

@@ -299,7 +299,7 @@ def notes_of(report: dict[str, Any]) -> list[str]:
         for name, facts in report["facts"].items()
     ]
     notes += [
-        f"Median (least and greatest) of {settings['repeats']} alternated runs in processes of their own with "
+        f"Median (minimum and maximum) of {settings['repeats']} alternated runs in processes of their own with "
         f"{settings['threads']} thread{'s' * (settings['threads'] > 1)}; a run's speed is that of its median step of "
         f"{settings['steps']}, the first {WARM_UP} not counted. AdamW (fused) in every row."
     ]
@@ -337,10 +337,10 @@ def parse_arguments(arguments: list[str]) -> Any:
     add("--measure", metavar="JSON", help=argparse.SUPPRESS)  # one run of a row, in a child process
     options = parser.parse_args(arguments)
     limits = {"repeats": (1, 1000), "steps": (WARM_UP + 1, AGREEMENT), "threads": (1, os.cpu_count())}
-    for name, (least, most) in limits.items():
+    for name, (low, high) in limits.items():
         value = getattr(options, name)
-        if value is not None and not least <= value <= most:
-            raise ValueError(f"--{name} {value}: give a number from {least} to {most}")
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name} {value}: give a number from {low} to {high}")
     return options
 
 

@@ -40,7 +40,7 @@ class Block(NamedTuple):
 
 def blocks(page: str) -> list[Block]:
     text = (ROOT / page).read_text()
-    fences = list(re.finditer(r"^```(\w*)\n(.*?)^```\n", text, re.DOTALL | re.MULTILINE))
+    fences = list(re.finditer(r"^```([^\n]*)\n(.*?)^```\n", text, re.DOTALL | re.MULTILINE))
     found = []
     for fence, after in zip_longest(fences, fences[1:]):
         follows = after and after[1] == "text" and text[fence.end() : after.start()] == "\n"
