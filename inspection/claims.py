@@ -181,6 +181,10 @@ def _evals(files: Files, front: dict[str, Any]) -> list[dict[str, Any]]:
             for metric in _dicts(result.get("metrics")):
                 kind = _as_text(metric.get("type") or metric.get("name"))
                 found.append(_result(name, kind, metric.get("value"), _as_text(source.get("url")), raw))
+    for entry in _dicts(files.value("evals.json")):  # evaluate.py export
+        found.append(
+            _result(_as_text(entry.get("task")), _as_text(entry.get("metric")), entry.get("value"), "evals.json", raw)
+        )
     written = [name for name in files.names() if re.fullmatch(r"\.eval_results/[^/]+\.ya?ml", name)]
     for path in written[:MAX_EVALS]:
         try:

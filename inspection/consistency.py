@@ -32,7 +32,15 @@ class Files:
             self.gguf = next(iter(heads.values()))
 
     def json(self, name: str) -> dict[str, Any]:
-        return weights.read_json(self.bytes(name, MAX_TEXT)) or {}
+        value = self.value(name)
+        return value if isinstance(value, dict) else {}
+
+    def value(self, name: str) -> Any:
+        """What a JSON file holds; None where there is none or it cannot be read."""
+        try:
+            return json.loads(self.bytes(name, MAX_TEXT) or "null")
+        except (ValueError, RecursionError):
+            return None
 
     def text(self, name: str, limit: int = 1 << 20) -> str | None:
         data = self.bytes(name, limit)

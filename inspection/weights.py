@@ -5,7 +5,6 @@ machine each tensor is read once, one in memory at a time, hashed and looked at.
 """
 
 import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -272,11 +271,3 @@ def gguf_config(path: Path) -> dict[str, Any] | None:
         return GGUF(path).config
     except (ValueError, OSError):
         return None
-
-
-def read_json(content: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

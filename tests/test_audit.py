@@ -110,6 +110,22 @@ def test_every_finding_has_a_case_or_is_no_accusation():
     assert accusing - covered <= elsewhere, accusing - covered - elsewhere
 
 
+def test_results_with_and_without_raw_outputs(run, repository):
+    entry = {"task": "families", "metric": "accuracy", "value": 0.9, "outputs": "outputs.jsonl"}
+    (repository / "evals.json").write_text(json.dumps([entry]))
+    index = "model-index:\n- results:\n  - dataset: {name: GSM8K}\n    metrics: [{type: acc, value: 0.5}]\n"
+    (repository / "README.md").write_text(f"---\nlicense: apache-2.0\n{index}---\n")
+    found = json.loads(run(repository, "--json")[1])
+    assert [(one["dataset"], one["value"], one["raw_outputs"]) for one in found["evals"]] == [
+        ("GSM8K", 0.5, False),
+        ("families", 0.9, False),
+    ]
+    assert "evals-unproven" in ids(found) and found["evidence"]["evals"]["status"] == "claimed"
+    (repository / "outputs.jsonl").write_text("{}\n")
+    found = json.loads(run(repository, "--json")[1])
+    assert all(one["raw_outputs"] for one in found["evals"]) and "evals-unproven" not in ids(found)
+
+
 def test_strangers_text_in_the_reports(run, tiny_checkpoint, tmp_path):
     path = base(tmp_path / "a<script>", tiny_checkpoint)
     evil = "<script>alert(1)</script>|`[x](http://y)\u202e"
