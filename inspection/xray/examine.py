@@ -271,7 +271,7 @@ def query(scan: Scan, sql: str) -> tuple[list[str], Iterator[tuple]]:
         " FROM kept_rows JOIN rows ON rows.row = _row"
         " LEFT JOIN exact ON exact.row = _row LEFT JOIN near ON near.row = _row LEFT JOIN masks ON masks.row = _row"
         " LEFT JOIN (SELECT row, list_sort(list_distinct(list(rule))) AS broken FROM found GROUP BY row) AS f"
-        " ON f.row = _row"
+        " ON f.row = _row ORDER BY _row"
     )
     try:
         statements = duckdb.extract_statements(sql)

@@ -214,8 +214,8 @@ def _chat(record: dict, shape: Shape) -> dict:
         turns = turns_of(conversations.dialogue(record) or [])
         problems = _dialogue_problems(turns)
     except ValueError:
-        turns = [("?", "\n".join(texts_in(message))) for message in record.get(shape.column) or [] if message]
-        problems = ["not_trainable"] if record.get(shape.column) else ["empty_turn"]
+        turns = [("?", "\n".join(texts_in(record.get(shape.column))))]
+        problems = ["not_trainable"] if turns[0][1] else ["empty_turn"]
     if any(role == "assistant" and repeats(text) for role, text in turns):
         problems.append("repetitive")
     said = dict(reversed(turns))

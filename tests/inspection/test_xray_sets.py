@@ -151,6 +151,19 @@ def test_the_rules_for_conversations(look, suffix):
     assert found == {"not_trainable": [8], "zero_target": [7, 8]}
 
 
+def test_fields_that_hold_something_else(look):
+    """Each row of the wrong kind is named; none ends the reading."""
+    odd = [5, "text", {"a": 1}, [None], [3], [[]], [{"role": 5}], [{"role": "user"}], True]
+    rows = [make("messages", i) for i in range(10)] + [{"messages": value} for value in odd]
+    found = findings(look(rows, mask_rows=30, keep_rows=True, sequence=4096))
+    assert set(found["not_trainable"]) | set(found.get("empty_turn", [])) == set(range(10, 19))
+    rows = [make("preference", i) for i in range(10)] + [
+        {"prompt": "What is it?", "chosen": v, "rejected": 1} for v in odd
+    ]
+    found = findings(look(rows, mask_rows=30))
+    assert set(found["not_trainable"]) | set(found.get("empty_turn", [])) == set(range(10, 19))
+
+
 def test_the_rules_for_pairs(look):
     rows = [make("hh", i) for i in range(40)]
     rows[3]["rejected"] = rows[3]["chosen"]
