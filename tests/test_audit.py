@@ -24,7 +24,7 @@ from formats import record
 from formats.checkpoint import open_checkpoint
 from formats.gguf import writer
 from formats.gguf.reader import GGUF
-from inspection import auditing, manifest, templates, weights
+from inspection import auditing, croissant, manifest, templates, weights
 from inspection.findings import FINDINGS, Ledger
 from inspection.tree import local_tree
 from model import Config
@@ -413,6 +413,33 @@ def test_a_good_hub_repository_ends_with_0_and_deep_reads_the_weights(run, serve
     assert run("org/name")[0] == 0
     found = json.loads(run("org/name@v1", "--deep", "--json")[1])
     assert found["status"] == 0 and found["revision"] == "b" * 40 and found["repo"] == "org/name" and found["tensors"]
+
+
+def test_what_croissant_says_that_the_readme_does_not(tmp_path):
+    fields = [{"name": "default/text"}, {"name": "default/label"}]
+    document = {
+        "recordSet": [{"@id": "default", "field": fields}],
+        "license": "https://choosealicense.com/licenses/mit/",
+    }
+    said = croissant.difference(document, "The text of each row.")
+    assert "2 fields" in said and "label" in said and "licenses/mit" in said and " text" not in said.split("name ")[1]
+    assert croissant.difference(document, "text and label, MIT") == "2 fields, all named in the README"
+    for broken in ([], {"recordSet": 1}, {"recordSet": [{"field": [1]}], "license": []}):
+        assert croissant.difference(broken, "")
+
+
+def test_a_snapshot_in_the_hubs_cache_is_no_folder_of_strange_links(repository, tmp_path):
+    folder = tmp_path / "models--org--name"
+    (folder / "blobs").mkdir(parents=True)
+    snapshot = folder / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(repository.iterdir())):
+        file.rename(folder / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    tree = local_tree(snapshot)
+    assert auditing.Audit(tree).ledger.status == 0 and (tree.repo, tree.revision) == ("org/name", "a" * 40)
+    (snapshot / "more.txt").symlink_to("/etc/passwd")
+    assert auditing.Audit(local_tree(snapshot)).ledger.status == 1
 
 
 def test_a_hub_that_does_not_answer(run, tmp_path, monkeypatch):
