@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from formats.config_json import published_spelling, rope_type
+from formats.config_json import KEPT_FIELDS, published_spelling, rope_type
 from formats.official_names import EMBEDDING, HEAD
 from formats.tensors import all_finite
 
@@ -222,15 +222,6 @@ MOE_FIELDS = (
     "decoder_sparse_step",
     "mlp_only_layers",
     "router_aux_loss_coef",
-)
-KEPT_FIELDS = (  # of the published files and of transformers' own configs, without an influence on what is computed
-    *("architectures", "torch_dtype", "rope_parameters", "num_local_experts", "transformers_version", "use_cache"),
-    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "attention_dropout", "auto_map"),
-    *("output_router_logits", "router_aux_loss_coef", "output_attentions", "output_hidden_states", "return_dict"),
-    *("id2label", "label2id", "num_labels", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder"),
-    *("is_decoder", "pretraining_tp", "name_or_path", "task_specific_params", "tokenizer_class", "classifier_dropout"),
-    *("qkv_bias", "mlp_bias", "shared_expert_intermediate_size", "use_qk_norm", "model_name", "unsloth_fixed"),
-    *("unsloth_version", "quantization", "sep_token_id", "decoder_start_token_id", "add_cross_attention"),
 )
 MAX_POSITIONS = 1 << 24  # positions past it are not exact in float32
 INTEGER_RANGES = {  # far above every published model, far below what would fill a machine before it is noticed

@@ -2,6 +2,24 @@
 
 from typing import Any
 
+# Fields of published files and of transformers' own configs that have no influence on what is computed.
+KEPT_FIELDS = (
+    *("architectures", "torch_dtype", "rope_parameters", "num_local_experts", "transformers_version", "use_cache"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "attention_dropout", "auto_map"),
+    *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing"),
+    *("id2label", "label2id", "num_labels", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder"),
+    *("is_decoder", "pretraining_tp", "name_or_path", "task_specific_params", "tokenizer_class", "classifier_dropout"),
+    *("qkv_bias", "mlp_bias", "shared_expert_intermediate_size", "use_qk_norm", "model_name", "unsloth_fixed"),
+    *("unsloth_version", "quantization", "sep_token_id", "decoder_start_token_id", "add_cross_attention"),
+    # to_dict() of transformers 4 has these too: a generation_config.json's and those of other architectures
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),
+    *("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size"),
+    *("encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "suppress_tokens"),
+    *("return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "torchscript"),
+    *("exponential_decay_length_penalty", "begin_suppress_tokens", "cross_attention_hidden_size", "pruned_heads"),
+    *("tie_encoder_decoder", "finetuning_task", "prefix", "tf_legacy_loss", "use_bfloat16"),
+)
+
 
 def published_spelling(given: dict[str, Any]) -> dict[str, Any]:
     """The fields as the published files spell them, where transformers 5 writes others (nested rope, renamed names).

@@ -20,6 +20,7 @@ from console import byte_progress
 from formats.download import HubUnreachable, reach, read_document, transfer
 from formats.files import publish, sha256, write_text
 from formats.gguf.files import choose
+from formats.shards import INDEX, SINGLE, weight_files
 
 TOKENIZER_FILES = [
     "config.json",
@@ -29,7 +30,7 @@ TOKENIZER_FILES = [
     "chat_template.jinja",
 ]
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
-DATA_FILES = [*TOKENIZER_FILES, "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+DATA_FILES = [*TOKENIZER_FILES, SINGLE, "model-*.safetensors", INDEX]
 ATTEMPTS = 5  # in a row that bring nothing
 
 
@@ -64,11 +65,12 @@ def _whole(path: Path, tokenizer_only: bool) -> bool:
         return False
     if tokenizer_only:
         return True
-    if (path / "model.safetensors").exists():
-        return True
     try:
-        shards = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"].values()
-        return all((path / shard).exists() for shard in set(shards))
+        if (path / INDEX).exists() and not (path / SINGLE).exists():
+            shards = json.loads((path / INDEX).read_text())["weight_map"].values()
+        else:
+            shards = weight_files(file.name for file in path.iterdir())
+        return bool(shards) and all((path / shard).exists() for shard in set(shards))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -113,7 +115,7 @@ def _ask(repo: str, revision: str | None, tokenizer_only: bool, tag: str | None)
     files = [file for file in found if file.name in wanted]
     if any(file.name.endswith(".gguf") for file in files):
         return commit, sorted(files)
-    return commit, sorted(files, key=lambda file: (file.name.startswith("model"), file.name == "tokenizer.json"))
+    return commit, sorted(files, key=lambda file: (file.name.endswith(".safetensors"), file.name == "tokenizer.json"))
 
 
 def _wanted(names: list[str], tokenizer_only: bool, tag: str | None) -> list[str]:
@@ -136,6 +138,8 @@ def _wanted(names: list[str], tokenizer_only: bool, tag: str | None) -> list[str
         raise ValueError(f"no .gguf file on the hub, so {tag} names nothing there; leave it out")
     if tokenizer_only:
         raise ValueError("no tokenizer.json on the hub; name the model that this one was made from")
+    if "config.json" in plain and (weights := weight_files(plain)):
+        return data + weights
     raise ValueError("no model.safetensors on the hub; pickle weights (.bin) can run code and are never loaded")
 
 

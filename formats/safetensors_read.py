@@ -18,6 +18,7 @@ import torch
 
 from formats.json_file import read_json
 from formats.mapping import map_file, release
+from formats.shards import INDEX, SINGLE, weight_files
 from formats.tensors import DTYPES, PICKLE_SUFFIXES, TensorInfo
 
 MAX_HEADER = 32_000_000  # bytes; the names of 10^5 tensors stay far below, and parsing it stays within a gigabyte
@@ -128,9 +129,11 @@ def _read_entry(path: str | Path, name: str, entry: Any, data: int) -> tuple[Ten
 
 
 class Checkpoint:
-    """A directory in the official layout: config.json and model.safetensors, whole or in shards with an index.
+    """A directory in the official layout: config.json and the weights in one .safetensors file or in shards.
 
-    `tensors` maps each official name to its stored dtype and shape without reading any weight.
+    An index, where there is one, must agree with the shards; without one their own headers say what they hold.
+
+    `tensors` maps each stored name to its dtype and shape without reading any weight, `shards` to the file it is in.
     """
 
     def __init__(self, path: Path):
@@ -147,7 +150,8 @@ class Checkpoint:
                     _fail(part.path, f"tensor {name} is also in {self._part[name].path.name}")
                 self._part[name] = part
         self.tensors = {name: part.tensors[name] for name, part in self._part.items()}
-        _check_index(path, self._part)
+        self.shards = {name: part.path.name for name, part in self._part.items()}
+        _check_index(path, self.shards)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor as stored; a view of the memory-mapped file."""
@@ -166,19 +170,21 @@ class Checkpoint:
 
 def _weight_files(path: Path) -> list[Path]:
     """The safetensors files of a directory, after the index's names were checked. Pickles are refused, not read."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if lexists(single):  # a link that points nowhere is there too, and will be named
-        return [single]
-    if lexists(index):
-        shards = _weight_map(index).values()
-        return [path / shard for shard in sorted(set(shards))]
+    if lexists(path / INDEX) and not lexists(path / SINGLE):  # a link that points nowhere is there too
+        return [path / shard for shard in sorted(set(_weight_map(path / INDEX).values()))]
+    try:
+        files = weight_files(file.name for file in path.iterdir())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if files:
+        return [path / name for name in files]
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
     if pickles:
         raise ValueError(
             f"{path}: only pickle weights ({pickles[0]}), which can run code and are never opened; "
             "get the safetensors version of this model"
         )
-    raise ValueError(f"{path}: no weights; neither model.safetensors nor model.safetensors.index.json is there")
+    raise ValueError(f"{path}: no weights; neither {SINGLE} nor {INDEX} nor another .safetensors file is there")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -194,12 +200,12 @@ def _weight_map(index: Path) -> dict[str, str]:
     return shards
 
 
-def _check_index(path: Path, parts: dict[str, SafetensorsFile]) -> None:
+def _check_index(path: Path, actual: dict[str, str]) -> None:
     """Where there are shards, the index and the shards' own headers must name the same tensors in the same places."""
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").exists() or not index.exists():
+    index = path / INDEX
+    if (path / SINGLE).exists() or not index.exists():
         return
-    stated, actual = _weight_map(index), {name: part.path.name for name, part in parts.items()}
+    stated = _weight_map(index)
     wrong = [name for name in {**stated, **actual} if stated.get(name) != actual.get(name)]
     if wrong:
         name = wrong[0]

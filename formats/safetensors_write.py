@@ -12,10 +12,10 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
+from formats.shards import INDEX
 from formats.tensors import DTYPES, TensorInfo
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-INDEX = "model.safetensors.index.json"
 
 
 class Place(NamedTuple):

@@ -19,6 +19,7 @@ from formats.checkpoint import open_checkpoint
 from formats.dequantize import unpacked
 from formats.gguf.reader import GGUF
 from formats.safetensors_read import Checkpoint
+from formats.shards import INDEX, SINGLE, weight_files
 from inspection.findings import Ledger
 from inspection.tree import Tree
 
@@ -150,7 +151,7 @@ def examine_values(ledger: Ledger, tree: Tree, progress: Callable[[int], None] =
         return
     path = tree.root
     where = path.name if path.is_file() else None
-    if not path.is_file() and not (tree.get("model.safetensors") or tree.get("model.safetensors.index.json")):
+    if not path.is_file() and not _holds_a_model(tree):
         return
     if any(finding.id in UNREADABLE for finding in ledger.findings):
         return
@@ -211,6 +212,15 @@ def _may_be_double(name: str, other: str, values: torch.Tensor) -> bool:
         return True
     flat = values.reshape(-1)
     return bool((flat == flat[0]).all())
+
+
+def _holds_a_model(tree: Tree) -> bool:
+    if tree.get(SINGLE) or tree.get(INDEX):
+        return True
+    try:
+        return tree.get("config.json") is not None and bool(weight_files(entry.path for entry in tree.entries))
+    except ValueError:  # a missing shard, several models: opening it says so
+        return True
 
 
 def _check_names(ledger: Ledger, path: Path, config: dict[str, Any]) -> None:

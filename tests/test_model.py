@@ -257,6 +257,37 @@ def test_a_misspelt_field_is_refused_by_hand_and_kept_from_a_file(wrong, right, 
     assert config.other[wrong] == 7 and config.to_dict()[wrong] == 7
 
 
+@pytest.mark.skipif(not ASSETS, reason="NANOQWEN_ASSETS is not set: the published configs are not here")
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name.removesuffix(".config.json"))
+def test_the_fields_of_a_published_config_are_taken_by_hand(path):
+    fields = json.loads(path.read_text())
+    assert Config(**fields) == Config.from_json(path)
+    assert Config(**transformers.AutoConfig.for_model(**fields).to_dict()) == Config(**fields)
+
+
+TRANSFORMERS_4 = {  # what PreTrainedConfig.to_dict() of 4.57.1 holds besides the fields of transformers 5
+    **{"torchscript": False, "pruned_heads": {}, "is_decoder": False, "cross_attention_hidden_size": None},
+    **{"add_cross_attention": False, "tie_encoder_decoder": False, "finetuning_task": None, "prefix": None},
+    **{"task_specific_params": None, "tokenizer_class": None, "sep_token_id": None, "decoder_start_token_id": None},
+    **{"tf_legacy_loss": False, "use_bfloat16": False, "max_length": 20, "min_length": 0, "do_sample": False},
+    **{"early_stopping": False, "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0},
+    **{"repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None},
+    **{"encoder_no_repeat_ngram_size": 0, "num_return_sequences": 1, "output_scores": False},
+    **{"return_dict_in_generate": False, "forced_bos_token_id": None, "forced_eos_token_id": None},
+    **{"remove_invalid_values": False, "exponential_decay_length_penalty": None, "suppress_tokens": None},
+    **{"begin_suppress_tokens": None, "num_beam_groups": 1, "diversity_penalty": 0.0},
+}
+
+
+@pytest.mark.parametrize("kind", ["Qwen3Config", "Qwen2Config", "Qwen3MoeConfig"])
+def test_the_fields_of_transformers_own_configs_are_taken_by_hand(kind):
+    for fields in ({}, {"output_attentions": True, "num_labels": 3, "use_cache": False, "torch_dtype": "bfloat16"}):
+        given = getattr(transformers, kind)(**fields).to_dict()
+        config = Config(**given)
+        assert (config.hidden_size, config.num_hidden_layers) == (given["hidden_size"], given["num_hidden_layers"])
+        assert Config(**given | TRANSFORMERS_4) == config
+
+
 def test_yarn_raises_the_context():
     """vLLM: max_model_len = original_max_position_embeddings * factor."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}

@@ -27,7 +27,6 @@ import torch
 from formats.config_json import published_spelling
 from formats.gguf import metadata, names, types
 from formats.gguf.reader import DEFAULT_ALIGNMENT, MAGIC, padded
-from formats.json_file import read_json
 from formats.threads import map_in_threads
 
 TYPES = tuple(names.FILE_TYPES)
@@ -69,9 +68,7 @@ def _stacked(checkpoint: Any) -> list[Planned]:
     """The tensors in the converter's order: shard by shard and by name; experts when the last one of a layer came."""
     officials = list(checkpoint.tensors)
     if checkpoint.path.is_dir():
-        index = checkpoint.path / "model.safetensors.index.json"
-        shards = read_json(index).get("weight_map", {}) if index.is_file() else {}
-        officials.sort(key=lambda official: (shards.get(official, ""), official))
+        officials.sort(key=lambda official: (checkpoint.shards.get(official, ""), official))
     experts = names.expert_count(checkpoint.config)
     tensors, pending = [], {}
     for official in officials:

@@ -39,6 +39,46 @@ def rewrite(path: Path, weights: dict[str, torch.Tensor], **fields) -> None:
     (path / "config.json").write_text(json.dumps(config))
 
 
+# ---- files ----
+
+
+def shard(path: Path, stem: str = "model") -> list[Path]:
+    """model.safetensors cut into three shards, without an index."""
+    weights = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    shards = [path / f"{stem}-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    for i, file in enumerate(shards):
+        save_file(dict(list(weights.items())[i::3]), file)
+    return shards
+
+
+@pytest.mark.parametrize("stem", ["model", "qwen3.v2"])
+def test_shards_need_no_index(plain, stem):
+    expected = logits(Qwen3.from_pretrained(plain))
+    shards = shard(plain, stem)
+    assert open_checkpoint(plain).files == shards
+    assert torch.equal(logits(Qwen3.from_pretrained(plain)), expected)
+    moved = shards[1].rename(plain / "elsewhere")
+    with pytest.raises(ValueError, match=rf"of 3 shards {stem}-00002-of-00003\.safetensors is missing"):
+        Qwen3.from_pretrained(plain)
+    moved.rename(shards[1])
+    save_file({"model.norm.weight": torch.ones(64)}, shards[1])
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is also in|missing: "):
+        Qwen3.from_pretrained(plain)
+
+
+def test_the_only_safetensors_file_is_the_model(plain):
+    expected = logits(Qwen3.from_pretrained(plain))
+    file = (plain / "model.safetensors").rename(plain / "Qwen3 final (1).safetensors")
+    save_file({"step": torch.ones(1)}, plain / "trainer.safetensors")
+    assert torch.equal(logits(Qwen3.from_pretrained(plain)), expected)
+    save_file({"a": torch.ones(1)}, plain / "ema.safetensors")
+    with pytest.raises(ValueError, match=r"2 models in it \(Qwen3 final \(1\)\.safetensors, ema\.safetensors\)"):
+        Qwen3.from_pretrained(plain)
+    file.rename(plain / "model.safetensors")  # the official name needs no guess
+    assert torch.equal(logits(Qwen3.from_pretrained(plain)), expected)
+
+
 # ---- names ----
 
 

@@ -336,7 +336,7 @@ def formats_of(fields: dict, type: str, tied: bool = True) -> dict[str, str]:
             shapes[f"model.layers.{layer}.{prefix}.down_proj.weight"] = (hidden, width)
 
     tensors = {name: TensorInfo(torch.float32, shape) for name, shape in shapes.items()}
-    checkpoint = SimpleNamespace(path=Path(), config=fields, tensors=tensors)
+    checkpoint = SimpleNamespace(path=Path(), config=fields, tensors=tensors, shards={})
     return {tensor.name: tensor.format.name for tensor in plan(checkpoint, type)}
 
 

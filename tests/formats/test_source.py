@@ -144,6 +144,27 @@ def test_shards(server):
 
 
 QUANTISATIONS = {"Qwen3-Q4_K_M.gguf": b"four", "Qwen3-Q8_0.gguf": b"eight", "Qwen3-UD-IQ2_M.gguf": b"two"}
+
+
+def test_weights_without_an_index_or_of_another_name(server):
+    weights = server.files.pop("model.safetensors")
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    server.files |= {shards[0]: weights, shards[1]: b"x"}
+    path = source.resolve("org/name")
+    assert_same(path, server)
+    server.requests.clear()
+    assert source.resolve("org/name") == path and not server.requests
+    (path / shards[1]).unlink()
+    assert hub.cached("org/name", None) is None
+    for name in shards:
+        del server.files[name]
+    server.files["qwen3-fp16.safetensors"] = weights
+    assert (hub.download("org/name", "v1") / "qwen3-fp16.safetensors").read_bytes() == weights
+    server.files["qwen3-bf16.safetensors"] = weights
+    with pytest.raises(ValueError, match=r"2 models in it \(qwen3-bf16\.safetensors, qwen3-fp16\.safetensors\)"):
+        hub.download("org/name", "v1")
+
+
 SPLIT = {f"BF16/Qwen3-BF16-{i:05d}-of-00003.gguf": b"part %d" % i for i in (1, 2, 3)}
 BESIDE = {"config.json": b"{}", "README.md": b"", "mmproj-F16.gguf": b"eyes", "../evil-Q4_0.gguf": b"out"}
 
