@@ -70,7 +70,7 @@ def perplexity(
 
 def read_text(file: str | None) -> str:
     """A UTF-8 file as it is; without one the bundled one: Lincoln, Carroll and Dickens, in the public domain."""
-    path = Path(file) if file else Path(__file__).with_name("text.txt")
+    path = Path(file) if file else Path(__file__).resolve().parent.parent / "data" / "passage.txt"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give a text file")
     try:

@@ -19,7 +19,7 @@ from model import KVCache, Qwen3
 PROMPT = "The quick brown fox jumps over the lazy dog. One, two, three, four,"
 SHOWN = 32  # of the largest logits
 TOKENS = 16  # generated to measure the speed
-PASSAGE = Path(__file__).parent / "passage.txt"
+PASSAGE = Path(__file__).resolve().parent.parent / "data" / "passage.txt"
 MOST = 2 << 30  # bytes of weights that are run without --deep
 CONTEXT = 512
 
