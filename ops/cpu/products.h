@@ -11,6 +11,8 @@
 //     8 or 4 bits          BYTES …  whole numbers of 16 bits, a scale for a chunk    vpdpbusd (AVX512-VNNI)
 //     8 or 4 bits          FLOATS, ARRANGED                                          fma, where there is no VNNI
 //
+// The kinds stand in one file, long as it is, because what one promises has to hold for all of them.
+//
 // Codes lie as formats/compressed_tensors.py packs them: one (the number + 128) to a byte, or two (the number + 8), the
 // lower four bits first. A group of columns, or the whole row, shares a scale.
 #pragma once

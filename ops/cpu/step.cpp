@@ -9,6 +9,8 @@
 // A token's logits are the same bits whether it comes alone, as one of a few guesses, in a prompt or in a batch: see
 // products.h and attention.h. What is different for few and many is only who computes what.
 //
+// One file, longer than others here, as model.py is one: a layer is read from top to bottom.
+//
 // The interface is plain C over pointers into the model's own tensors; ops/cpu/step.py fills the structs and checks them.
 //
 // Letters for sizes as in model.py:  B batch   T tokens   N = B * T   C hidden size   H query heads   K key/value heads
