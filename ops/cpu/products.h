@@ -100,6 +100,7 @@ inline Vector lane_scales(const bfloat16* scale, int64_t column, int columns, co
 // Weights as numbers.
 template <class T>
 struct Numbers {
+    explicit Numbers(const Rows&) {}
     static constexpr int ROWS = LANES == 16 ? 4 : 2, TOKENS = LANES == 16 ? 6 : 4;  // of a tile: what the registers hold
 
     static int64_t bytes(int64_t n) { return rounded_up(4 * n, 64); }
@@ -109,7 +110,7 @@ struct Numbers {
     }
 
     template <int R, int N>
-    __attribute__((always_inline)) static void multiply(const Rows& w, const char* const* x, Vector total[N][R]) {
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, Vector total[N][R]) const {
         auto meet = [&](const Vector* weights, int64_t i) __attribute__((always_inline)) {
             for (int k = 0; k < N; k++) {
                 Vector activations = load((const float*)x[k] + i);
@@ -118,12 +119,17 @@ struct Numbers {
         };
         int64_t i = 0;
         Vector weights[R];
-        for (; i + LANES <= w.columns; i += LANES) {
-            for (int r = 0; r < R; r++) {
-                const T* row = (const T*)(w.weight + r * w.row_bytes) + i;
-                if (w.ahead) __builtin_prefetch((const char*)row + w.ahead);
-                weights[r] = load(row);
+        constexpr int LINE = std::max(LANES, int(64 / sizeof(T)));  // columns of a cache line
+        for (; i + LINE <= w.columns; i += LINE) {
+            for (int r = 0; r < R && w.ahead; r++)
+                __builtin_prefetch(w.weight + r * w.row_bytes + i * sizeof(T) + w.ahead);
+            for (int part = 0; part < LINE; part += LANES) {
+                for (int r = 0; r < R; r++) weights[r] = load((const T*)(w.weight + r * w.row_bytes) + i + part);
+                meet(weights, i + part);
             }
+        }
+        for (; i + LANES <= w.columns; i += LANES) {
+            for (int r = 0; r < R; r++) weights[r] = load((const T*)(w.weight + r * w.row_bytes) + i);
             meet(weights, i);
         }
         if (i == w.columns) return;
@@ -138,6 +144,7 @@ struct Numbers {
 #define PAIR_PRODUCTS 1
 
 struct PairsOfNumbers {  // bfloat16 weights and activations, two products to a lane
+    explicit PairsOfNumbers(const Rows&) {}
     static constexpr int ROWS = 4, TOKENS = 6;
 
     static int64_t bytes(int64_t n) { return rounded_up(2 * n, 64); }
@@ -147,7 +154,7 @@ struct PairsOfNumbers {  // bfloat16 weights and activations, two products to a 
     }
 
     template <int R, int N>
-    __attribute__((always_inline)) static void multiply(const Rows& w, const char* const* x, Vector total[N][R]) {
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, Vector total[N][R]) const {
         const int64_t bytes = 2 * w.columns;
         auto meet = [&](const __m512bh* weights, int64_t i) __attribute__((always_inline)) {
             for (int k = 0; k < N; k++) {
@@ -198,6 +205,23 @@ struct Codes {
               end(rounded_up(scale + low / COLUMNS * 4, 64)) {}
     };
 
+    // What is the same for all rows of a matrix: how the scales of 64 bytes of weights spread over the lanes, up to 8
+    // numbers that lie side by side (`step`; 0 where they do not), and where the activations lie.
+    __m512i where;
+    __mmask8 which;
+    int64_t step, low, starts, scales_at;
+
+    explicit Codes(const Rows& w) {
+        const Places places(w.columns);
+        low = places.low, starts = places.start, scales_at = places.scale;
+        if (!GROUPED) return;
+        const int64_t group_size = w.columns / w.groups;
+        step = COLUMNS % group_size || COLUMNS / group_size > 8 ? 0 : COLUMNS / group_size;
+        alignas(64) uint8_t spread[64];
+        for (int i = 0; i < 64; i++) spread[i] = i % 4 < 2 ? 128 : 2 * (i / 4 * step / 16) + i % 4 - 2;
+        where = _mm512_load_si512(spread), which = (1 << step) - 1;
+    }
+
     static int64_t bytes(int64_t n) { return Places(n).end; }
     static void prepare(const float* x, int64_t n, char* out) {
         const Places places(n);
@@ -238,16 +262,9 @@ struct Codes {
     }
 
     template <int R, int N>
-    __attribute__((always_inline)) static void multiply(const Rows& w, const char* const* x, Vector total[N][R]) {
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, Vector total[N][R]) const {
         constexpr int PARTS = COLUMNS / 64;  // of a chunk: vectors of activations
-        const Places places(w.columns);
-        // How the scales of 64 bytes of weights spread over the lanes: up to 8 numbers that lie side by side.
-        const int64_t group_size = w.columns / w.groups;
-        const int64_t step = COLUMNS % group_size || COLUMNS / group_size > 8 ? 0 : COLUMNS / group_size;
-        const __mmask8 which = (1 << step) - 1;
-        alignas(64) uint8_t spread[64];
-        for (int i = 0; i < 64; i++) spread[i] = i % 4 < 2 ? 128 : 2 * (i / 4 * step / 16) + i % 4 - 2;
-        const __m512i where = _mm512_load_si512(spread), nibbles = _mm512_set1_epi8(15);
+        const __m512i nibbles = _mm512_set1_epi8(15);
         if (GROUPED && R == 1)
             for (int64_t i = 0; i < w.groups; i += 32) __builtin_prefetch(w.scale + i + SCALES_AHEAD);
 
@@ -283,14 +300,14 @@ struct Codes {
                 }
             }
             for (int k = 0; k < N; k++) {
-                const char *high = x[k] + at * COLUMNS, *low = high + places.low;
-                const __m512 scale = _mm512_set1_ps(((const float*)(x[k] + places.scale))[at]);
-                const __m512i start = _mm512_load_si512(x[k] + places.start + 64 * at);
+                const char *high = x[k] + at * COLUMNS, *rest = high + low;
+                const __m512 scale = _mm512_set1_ps(((const float*)(x[k] + scales_at))[at]);
+                const __m512i start = _mm512_load_si512(x[k] + starts + 64 * at);
                 for (int r = 0; r < R; r++) {
                     __m512i above = _mm512_setzero_si512(), below = start;
                     for (int part = 0; part < PARTS; part++) {
                         above = _mm512_dpbusd_epi32(above, codes[r][part], _mm512_load_si512(high + 64 * part));
-                        below = _mm512_dpbusd_epi32(below, codes[r][part], _mm512_load_si512(low + 64 * part));
+                        below = _mm512_dpbusd_epi32(below, codes[r][part], _mm512_load_si512(rest + 64 * part));
                     }
                     __m512 product = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(above, 8), below));
                     if constexpr (GROUPED) product = _mm512_mul_ps(product, scales[r]);
@@ -314,13 +331,14 @@ struct Codes;
 // Codes of 8 bits meet activations as they are.
 template <bool GROUPED>
 struct Codes<8, GROUPED> {
+    explicit Codes(const Rows&) {}
     static constexpr int ROWS = 2, TOKENS = 4;
 
     static int64_t bytes(int64_t n) { return Numbers<float>::bytes(n); }
     static void prepare(const float* x, int64_t n, char* out) { Numbers<float>::prepare(x, n, out); }
 
     template <int R, int N>
-    __attribute__((always_inline)) static void multiply(const Rows& w, const char* const* x, Vector total[N][R]) {
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, Vector total[N][R]) const {
         for (int64_t i = 0; i < w.columns; i += LANES)
             for (int r = 0; r < R; r++) {
                 const auto* row = (const int8*)(w.weight + r * w.row_bytes) + i;
@@ -337,6 +355,7 @@ struct Codes<8, GROUPED> {
 // 1.5 + q / 16 without a conversion, and those of its neighbour, four places lower, 1 + (q + 8) / 256.
 template <bool GROUPED>
 struct Codes<4, GROUPED> {
+    explicit Codes(const Rows&) {}
     static constexpr int ROWS = 2, TOKENS = 2;
     static constexpr int64_t COLUMNS = 8 * LANES;
 
@@ -358,7 +377,7 @@ struct Codes<4, GROUPED> {
     }
 
     template <int R, int N>
-    __attribute__((always_inline)) static void multiply(const Rows& w, const char* const* x, Vector total[N][R]) {
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, Vector total[N][R]) const {
         for (int64_t column = 0; column < w.columns; column += COLUMNS)
             for (int r = 0; r < R; r++) {
                 const char* row = w.weight + r * w.row_bytes + column / 2;
@@ -390,10 +409,10 @@ struct Codes<4, GROUPED> {
 
 // y[N, R] = the products of R rows with N tokens.
 template <class Kind, int R, int N>
-inline void tile(const Rows& w, const char* const* x, float* y) {
+inline void tile(const Kind& kind, const Rows& w, const char* const* x, float* y) {
     constexpr int PADDED = R == 4 ? (N + 3) / 4 * 4 : N;
     Vector total[PADDED][R] = {};
-    Kind::template multiply<R, N>(w, x, total);
+    kind.template multiply<R, N>(w, x, total);
     if constexpr (R == 4 && N >= 2) {
         float out[PADDED * R];
         for (int k = 0; k < PADDED; k += 4) {
@@ -440,14 +459,19 @@ template <class T>
 using Plain = Numbers<T>;
 #endif
 
-// Calls work with the kind of a form; T is the type of weights without scales.
+template <class K>
+struct Type {
+    using Kind = K;
+};
+
+// Calls work with the Type of the kind of a form; T is the type of weights without scales.
 template <class T, class Work>
 inline auto with_kind(Form form, Work work) {
     switch (form) {
-        case BYTES: return work(Codes<8, false>());
-        case GROUPED_BYTES: return work(Codes<8, true>());
-        case NIBBLES: return work(Codes<4, true>());
-        default: return work(Plain<T>());
+        case BYTES: return work(Type<Codes<8, false>>());
+        case GROUPED_BYTES: return work(Type<Codes<8, true>>());
+        case NIBBLES: return work(Type<Codes<4, true>>());
+        default: return work(Type<Plain<T>>());
     }
 }
 
@@ -457,7 +481,7 @@ class Inputs {
     Buffer<char> memory[FORMS];
 
     static int64_t bytes(Form form, int64_t n) {
-        return with_kind<T>(form, [&](auto kind) { return kind.bytes(n); });
+        return with_kind<T>(form, [&](auto type) { return decltype(type)::Kind::bytes(n); });
     }
 
   public:
@@ -469,7 +493,7 @@ class Inputs {
     void put(int64_t i, const float* x, int64_t n, Form form) {
         const int64_t size = bytes(form, n);
         char* out = memory[form].at(i * size, size);
-        with_kind<T>(form, [&](auto kind) { kind.prepare(x, n, out); });
+        with_kind<T>(form, [&](auto type) { decltype(type)::Kind::prepare(x, n, out); });
     }
     const char* at(int64_t i, int64_t n, Form form) const {
         const int64_t size = bytes(form, n);

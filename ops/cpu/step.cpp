@@ -224,7 +224,8 @@ class Step {
     template <class At, class Put>
     void rows(const Linear& w, int64_t begin, int64_t end, const Inputs<T>& x, int64_t count, At at, Put put) {
         const Form form = form_of(w);
-        with_kind<T>(form, [&](auto kind) {
+        with_kind<T>(form, [&](auto type) {
+            using Kind = typename decltype(type)::Kind;
             for (int64_t row = begin; row < end; row += ROWS) {
                 const int64_t last = std::min(end, row + ROWS);
                 Rows some = {(const char*)w.weight + row * w.row_bytes, (const bfloat16*)w.scale + row * w.groups,
@@ -235,19 +236,20 @@ class Step {
                         sums[j] = w.bias ? y[j] + to_float(((const T*)w.bias)[row + r + j]) : y[j];
                     put(i, row + r, sums, n);
                 };
-                if constexpr (std::is_same_v<decltype(kind), Numbers<bfloat16>>)
+                if constexpr (std::is_same_v<Kind, Numbers<bfloat16>>)
                     if (count > FEW) {
                         Rows floats = unpack(some, last - row);
                         tiles<Numbers<float>>(floats, form, last - row, x, count, at, y);
                         continue;
                     }
-                tiles<decltype(kind)>(some, form, last - row, x, count, at, y);
+                tiles<Kind>(some, form, last - row, x, count, at, y);
             }
         });
     }
 
     template <class Kind, class At, class Put>
     static void tiles(Rows w, Form form, int64_t rows, const Inputs<T>& x, int64_t count, At at, Put put) {
+        const Kind kind(w);
         in_tiles<Kind::TOKENS>(count, [&](int64_t i, auto tokens) {
             constexpr int MOST = tokens >= 4 ? Kind::ROWS : 1;
             const char* inputs[tokens];
@@ -258,7 +260,7 @@ class Step {
                 const Rows here = {w.weight + r * w.row_bytes, w.scale + r * w.groups, w.row_bytes, w.columns, w.groups,
                                    w.ahead};
                 float y[tokens * together];
-                tile<Kind, together, tokens>(here, inputs, y);
+                tile<Kind, together, tokens>(kind, here, inputs, y);
                 for (int k = 0; k < tokens; k++) put(i + k, r, y + k * together, int64_t(together));
             });
         });
@@ -292,7 +294,7 @@ class Step {
         const char* both[] = {(const char*)x};
         Rows row = {(const char*)x, nullptr, 0, n / LANES * LANES, 0, 0};
         Vector squares[1][1] = {};
-        Numbers<float>::multiply<1, 1>(row, both, squares);
+        Numbers<float>(row).template multiply<1, 1>(row, both, squares);
         if (int64_t rest = n % LANES) {
             Vector last = load_some(x + n - rest, rest);
             squares[0][0] = fma(last, last, squares[0][0]);

@@ -92,6 +92,14 @@ inline void assign(bfloat16& to, float x) {  // to the nearest, ties to even
 
 // Halves are added to each other, then quarters, and so on: `sums` below does the same for 16 vectors at once.
 inline float sum(Vector x) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    __m512 v = (__m512)x;
+    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v),
+                                 _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
     float lanes[LANES];
     std::memcpy(lanes, &x, sizeof x);
 #pragma GCC unroll 4
@@ -99,6 +107,7 @@ inline float sum(Vector x) {
 #pragma GCC unroll 8
         for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
     return lanes[0];
+#endif
 }
 
 // y[j, i] = the sum of x[i, j], for 4 x 4 vectors.
