@@ -2,6 +2,8 @@
 
 from typing import Any
 
+ORIGINAL = "original_max_position_embeddings"
+
 # Fields of published files and of transformers' own configs that have no influence on what is computed.
 KEPT_FIELDS = (
     *("architectures", "torch_dtype", "rope_parameters", "num_local_experts", "transformers_version", "use_cache"),
@@ -30,13 +32,22 @@ def published_spelling(given: dict[str, Any]) -> dict[str, Any]:
     for new, old in (("num_local_experts", "num_experts"), ("torch_dtype", "dtype")):
         if (value := given.pop(new, None)) is not None:
             given[old] = agreed({new: value, old: given.get(old)})
+    if isinstance(dtype := given.get("dtype"), str):
+        given["dtype"] = dtype.removeprefix("torch.")  # as str(torch.bfloat16) has it
     flat, nested = (_rope_settings(name, given.get(name)) for name in ("rope_scaling", "rope_parameters"))
     given.pop("rope_parameters", None)
     thetas = {"rope_theta": given.get("rope_theta"), "rope_scaling.rope_theta": flat.get("rope_theta")}
     given["rope_theta"] = agreed(thetas | {"rope_parameters.rope_theta": nested.get("rope_theta")})
     stated = {name: _scaling(settings) for name, settings in (("rope_scaling", flat), ("rope_parameters", nested))}
     scaling = agreed({name: value or None for name, value in stated.items()})
-    given["rope_scaling"] = None if rope_type(scaling or {}) == "default" else scaling
+    if rope_type(scaling or {}) == "default":
+        scaling = None
+    elif (
+        trained := given.pop(ORIGINAL, None)
+    ) is not None:  # beside the settings, where Phi-3 and transformers keep it
+        stated = {ORIGINAL: trained, f"rope_scaling.{ORIGINAL}": scaling.get(ORIGINAL)}
+        scaling = scaling | {ORIGINAL: agreed(stated)}
+    given["rope_scaling"] = scaling
     return given
 
 

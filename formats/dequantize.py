@@ -9,7 +9,7 @@ A module's tensors (`qweight`, `scales`, …) become its one `weight`, float32 [
 a time, so the memory does not grow with the model. Activations stay in the model's own precision.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from formats.tensors import TensorInfo
 from formats.view import View
 
 Parts = dict[str, torch.Tensor]  # last part of the name → tensor
+ACTIVATION_SCALES = ("input_scale", "activation_scale", "k_scale", "v_scale")
 WHAT_NOW = "take the model's 16-bit version or its GGUF, FP8, AWQ or GPTQ form"
 
 
@@ -49,8 +50,14 @@ class Dequantized(View):
             if module in modules and leaf in method.leaves:
                 if f"{module}.weight" not in self.tensors:
                     self.tensors[f"{module}.weight"] = TensorInfo(torch.float32, self._shape(module))
-            elif leaf not in ("input_scale", "activation_scale", "k_scale", "v_scale"):  # of activations
+            elif leaf not in ACTIVATION_SCALES and not (leaf == "bias" and module in modules and self._is_idle(module)):
                 self.tensors[name] = info
+
+    def _is_idle(self, module: str) -> bool:
+        """Whether a module's bias is one that the model does not have: AutoGPTQ gave every layer one, of zeros."""
+        layer, qwen2 = module.rpartition(".")[2], self.config.get("model_type") == "qwen2"
+        has_bias = layer in ("q_proj", "k_proj", "v_proj") if qwen2 else self.config.get("attention_bias") is True
+        return not has_bias and not self.base.read(f"{module}.bias").any()
 
     def _shape(self, module: str) -> tuple[int, int]:
         names = {leaf: f"{module}.{leaf}" for leaf in self._method.leaves if f"{module}.{leaf}" in self.base.tensors}
@@ -79,7 +86,7 @@ class Dequantized(View):
 def dequantized(checkpoint: Any) -> Any:
     """The checkpoint, with weights that a model can be filled with. ValueError names a method that is not read here."""
     try:
-        method = _method(checkpoint.config)
+        method = _method(checkpoint.config, checkpoint.tensors)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
     return checkpoint if method is None else Dequantized(checkpoint, method)
@@ -94,19 +101,29 @@ def unpacked(checkpoint: Any) -> Any:
         raise ValueError(f"{checkpoint.path}: {str(error).removeprefix(f'{checkpoint.path}: ')}") from None
 
 
-def _method(config: dict[str, Any]) -> Method | None:
+def _method(config: dict[str, Any], names: Iterable[str]) -> Method | None:
     given, mlx = config.get("quantization_config"), config.get("quantization")
     if isinstance(mlx, dict) and "group_size" in mlx and not (isinstance(given, dict) and "quant_method" in given):
         return MLX(mlx)
     if not isinstance(given, dict):
+        leaves = {name.rpartition(".")[2] for name in names}
+        for leaf, owner in (("qweight", "GPTQ or AWQ"), ("absmax", "bitsandbytes"), ("SCB", "bitsandbytes")):
+            if leaf in leaves:
+                raise ValueError(
+                    f"config: the weights are quantised by {owner}, but there is no quantization_config to say how; "
+                    "take config.json from where they come from"
+                )
         return None
     name = given.get("quant_method")
     if name == "compressed-tensors":
         form = given.get("format")
-        return Scaled("weight_scale", None) if form in ("float-quantized", "int-quantized", "naive-quantized") else None
-    methods = {"fp8": _fp8, "gptq": GPTQ, "awq": AWQ}
+        return _compressed(given) if form in ("float-quantized", "int-quantized", "naive-quantized") else None
+    if name == "fp8":
+        return _fp8(given, any(name.endswith(".weight_scale_inv") for name in names))
+    methods = {"gptq": GPTQ, "awq": AWQ}
     if name not in methods:
-        raise ValueError(f"config: weights quantised by {str(name)[:40]} are not read here; {WHAT_NOW}")
+        how = f"by {str(name)[:40]}" if name else "in a way that quantization_config does not name (no quant_method)"
+        raise ValueError(f"config: weights quantised {how} are not read here; {WHAT_NOW}")
     return methods[name](given)
 
 
@@ -135,13 +152,22 @@ class Scaled:
 
     def _blocks(self, shape: tuple[int, int], scales: tuple[int, ...]) -> tuple[int, int]:
         """Rows and columns that share a scale."""
-        counts = (*scales, 1, 1)[:2]
-        stated = self._block and tuple(-(-length // block) for length, block in zip(shape, self._block, strict=True))
-        if len(scales) <= 2 and counts == stated:
+        rows, across = (*scales, 1, 1)[:2]
+        if self._block and (rows, across) == tuple(
+            -(-length // n) for length, n in zip(shape, self._block, strict=True)
+        ):
             return self._block
-        if len(scales) > 2 or 0 in counts or any(length % count for length, count in zip(shape, counts, strict=True)):
+        # Without a stated block only whole rows can be told from the counts: two scales for 200 rows may be blocks of
+        # 128 and 72.
+        if (
+            len(scales) > 2
+            or rows not in (1, shape[0])
+            or not across
+            or shape[1] % across
+            or (self._block and across > 1)
+        ):
             raise ValueError("the scales are not one for each block")
-        return shape[0] // counts[0], shape[1] // counts[1]
+        return shape[0] // rows, shape[1] // across
 
     def dequantize(self, parts: Parts) -> torch.Tensor:
         weight, scale = parts["weight"].float(), parts[self.key]
@@ -153,14 +179,36 @@ class Scaled:
         return weight
 
 
-def _fp8(config: dict[str, Any]) -> Scaled:
-    """https://github.com/deepseek-ai/DeepSeek-V3 (inference/kernel.py, weight_dequant), which Qwen3-*-FP8 follows."""
-    block = config.get("weight_block_size")
-    if block is not None and not (
-        isinstance(block, list) and len(block) == 2 and all(type(n) is int and 1 <= n <= 1 << 16 for n in block)
-    ):
-        raise ValueError(f"config: quantization_config.weight_block_size is {block!r}, not two whole numbers")
-    return Scaled("weight_scale_inv", tuple(block) if block else None)
+def _fp8(config: dict[str, Any], inverse: bool) -> Scaled:
+    """https://github.com/deepseek-ai/DeepSeek-V3 (inference/kernel.py, weight_dequant), which Qwen3-*-FP8 follows.
+
+    Where a tensor has one scale, as AutoFP8 and vLLM store it, that is called weight_scale (not `inverse`).
+    """
+    block = _block("weight_block_size", config.get("weight_block_size"))
+    return Scaled("weight_scale_inv" if inverse else "weight_scale", block)
+
+
+def _compressed(config: dict[str, Any]) -> Scaled:
+    """compressed-tensors' float8 and int8: the shape of a block stands in the scheme of each group of layers."""
+    groups = config.get("config_groups")
+    groups = groups.values() if isinstance(groups, dict) else ()
+    schemes = [group.get("weights") for group in groups if isinstance(group, dict)]
+    blocks = {
+        _block("block_structure", scheme.get("block_structure")) for scheme in schemes if isinstance(scheme, dict)
+    }
+    if len(blocks) > 1:
+        raise ValueError("config: quantization_config.config_groups have several block_structures; one is implemented")
+    return Scaled("weight_scale", *(blocks or {None}))
+
+
+def _block(name: str, block: Any) -> tuple[int, int] | None:
+    if isinstance(block, str):  # "128x128", as compressed-tensors also writes it
+        block = [int(n) if n.isdecimal() and n.isascii() else n for n in block.split("x")]
+    if block is None:
+        return None
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 1 <= n <= 1 << 16 for n in block):
+        raise ValueError(f"config: quantization_config.{name} is {block!r}, not two whole numbers")
+    return block[0], block[1]
 
 
 # ---- integers in int32 words -----------------------------------------------------------------------------------------
@@ -264,6 +312,9 @@ class MLX:
         self._group = _positive(config, "group_size")
         if (mode := config.get("mode", "affine")) != "affine":
             raise ValueError(f"config: MLX weights of the mode {str(mode)[:40]} are not read here; {WHAT_NOW}")
+        own = [layer for layer in config.values() if isinstance(layer, dict)]
+        if any(layer.get("group_size", self._group) != self._group for layer in own):
+            raise ValueError(f"config: MLX weights in groups of several sizes are not read here; {WHAT_NOW}")
 
     def shape(self, infos: dict[str, TensorInfo], read: Callable[[str], torch.Tensor]) -> tuple[int, int]:
         (dtype, words), scales = infos["weight"], infos["scales"].shape

@@ -54,10 +54,15 @@ def cached(repo: str, revision: str | None, tokenizer_only: bool = False, tag: s
     if tag is None and (_whole(path, tokenizer_only) or all((path / name).exists() for name in ADAPTER_FILES)):
         return path
     try:
-        parts = choose([file.relative_to(path).as_posix() for file in path.rglob("*.gguf")], tag)
+        parts = choose(ggufs(path), tag)
     except ValueError:
         return None
     return path / parts[0] if all((path / part).exists() for part in parts) else None
+
+
+def ggufs(folder: Path) -> list[str]:
+    """The .gguf files in a directory and below it, as paths from there."""
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*.gguf") if not file.is_dir()]
 
 
 def _whole(path: Path, tokenizer_only: bool) -> bool:
@@ -104,8 +109,8 @@ def download(repo: str, revision: str | None, tokenizer_only: bool = False, tag:
     if reference.name != commit:
         reference.parent.mkdir(parents=True, exist_ok=True)
         write_text(reference, commit)
-    ggufs = [file.name for file in files if file.name.endswith(".gguf")]
-    return snapshot / ggufs[0] if ggufs else snapshot
+    models = [file.name for file in files if file.name.endswith(".gguf")]
+    return snapshot / models[0] if models else snapshot
 
 
 def _ask(repo: str, revision: str | None, tokenizer_only: bool, tag: str | None) -> tuple[str, list[RemoteFile]]:
@@ -128,10 +133,10 @@ def _wanted(names: list[str], tokenizer_only: bool, tag: str | None) -> list[str
     if tag is None and set(ADAPTER_FILES) <= set(plain):
         return data + ADAPTER_FILES
     # The folders of a path become folders of the cache, so none may lead out of it.
-    ggufs = [name for name in names if re.fullmatch(r"(?:\w[\w.-]*/){0,4}\w[\w.-]*\.gguf", name, re.ASCII)]
-    if ggufs:
-        parts = choose(ggufs, tag)
-        if missing := [part for part in parts if part not in ggufs]:
+    models = [name for name in names if re.fullmatch(r"(?:\w[\w.-]*/){0,4}\w[\w.-]*\.gguf", name, re.ASCII)]
+    if models:
+        parts = choose(models, tag)
+        if missing := [part for part in parts if part not in models]:
             raise ValueError(f"the hub lacks a part of this model: {missing[0]}")
         return parts
     if tag is not None:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from formats.mistaken import mistaken
+
 MAX_JSON = 32_000_000  # bytes; the names of 10^5 tensors stay far below, and parsing it stays within a gigabyte
 
 
@@ -16,6 +18,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
+        with path.open("rb") as file:
+            found = mistaken(file.read(64))
+        if found:
+            raise ValueError(f"{path}: {found}") from None
         raise ValueError(f"{path}: not valid JSON ({str(error)[:80]}); download the file again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: a JSON {type(value).__name__}, not an object {{...}}; download the file again")

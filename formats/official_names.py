@@ -20,14 +20,17 @@ _EMBEDDING = re.compile(r"(?P<prefix>(?:.*\.)?)embed_tokens\.[^.]+")
 
 
 def official_names(stored: list[str]) -> dict[str, str]:
-    """Official name → stored name. Names that are already official, or that have no meaning here, stay as they are."""
-    bare = {name: WRAPPERS.sub("", name) for name in stored}
+    """Official name → stored name. Names that are already official, or that have no meaning here, stay as they are.
+
+    The rotary frequencies that older tools stored as a buffer are left out: config.json states them.
+    """
+    bare = {name: WRAPPERS.sub("", name) for name in stored if not name.endswith("rotary_emb.inv_freq")}
     prefixes = {match["prefix"] for name in bare.values() if (match := _EMBEDDING.fullmatch(name))}
     if len(prefixes) == 1:
         (prefix,) = prefixes
         bare = {name: _official(new, prefix) for name, new in bare.items()}
     result = {new: name for name, new in bare.items()}
-    if len(result) < len(stored):
+    if len(result) < len(bare):
         twice = next(new for name, new in bare.items() if result[new] != name)
         raise ValueError(f"{twice} is stored under two names; save the model again without its wrapper")
     return result

@@ -18,6 +18,7 @@ import torch
 
 from formats.json_file import read_json
 from formats.mapping import map_file, release
+from formats.mistaken import mistaken
 from formats.shards import INDEX, SINGLE, weight_files
 from formats.tensors import DTYPES, PICKLE_SUFFIXES, TensorInfo
 
@@ -61,6 +62,8 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, tuple[int
         if pickle and not (is_whole and file.peek(1)[:1] == b"{"):
             raise ValueError(f"{path}: a pickle, which can run code and is never opened; get the safetensors version")
         if not is_whole:
+            if found := mistaken(start + file.peek(56)[:56]):
+                raise ValueError(f"{path}: {found}")
             _fail(path, f"not a whole safetensors file (header of {length:,} bytes, file of {size:,})")
         header = file.read(length)
     infos, offsets = parse_header(path, header, size - 8 - length)

@@ -39,7 +39,7 @@ def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = Fals
     if _kind(path) and str(src):
         if _kind(path) == "directory":
             path = _of_run(path)
-            only_ggufs = not _has_safetensors(path) and any(path.rglob("*.gguf"))
+            only_ggufs = not _has_safetensors(path) and any(hub.ggufs(path))
             return _gguf_of(name, path, None) if only_ggufs else path
         if path.suffix == ".gguf":
             return path
@@ -78,7 +78,7 @@ def _has_safetensors(path: Path) -> bool:
 
 def _gguf_of(name: str, folder: Path, tag: str | None) -> Path:
     try:
-        return folder / choose([file.relative_to(folder).as_posix() for file in folder.rglob("*.gguf")], tag)[0]
+        return folder / choose(hub.ggufs(folder), tag)[0]
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models
 
+from formats.mistaken import mistaken
+
 TOKENIZER_BYTES, CONFIG_BYTES = 128 << 20, 16 << 20  # the official files have 11 MB and 10 kB
 
 
@@ -39,6 +41,8 @@ def load_tokenizer(source: str, tokenizer_json: str) -> Tokenizer:
         tokenizer = None if affixed else Tokenizer.from_str(tokenizer_json)
     except BaseException as error:
         reraise_unless_library(error)
+        if found := mistaken(tokenizer_json[:64].encode()):
+            raise ValueError(f"{source}: tokenizer.json is {found}") from None
         raise ValueError(f"{source}: tokenizer.json can't be read ({error}); replace it by the published one") from None
     if not tokenizer or not isinstance(tokenizer.model, models.BPE):
         raise ValueError(f"{source}: tokenizer.json is not a byte-level BPE, the only kind that Qwen3 has")

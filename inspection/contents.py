@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from formats.gguf.reader import parse as parse_gguf
+from formats.mistaken import POINTERS
 from formats.safetensors_read import parse_header
 from inspection import code, containers, pickles
 from inspection.findings import File, Ledger, Unexamined
@@ -26,12 +27,6 @@ from inspection.tree import Entry
 MAX_TEXT = 24 << 20  # bytes of a text or JSON file that is parsed
 MAX_HEADER = 32 << 20
 HEAD = 4096
-POINTERS = (
-    b"version https://git-lfs.github.com/spec/",
-    b"version https://hawser.github.com/spec/",
-    b"# xet version",
-    b"/annex/objects/",
-)
 
 # first bytes -> (format, tier)
 MAGIC = {

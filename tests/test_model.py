@@ -223,6 +223,10 @@ CONTRADICTIONS = {
     "theta inside": ({"rope_scaling": oracle.YARN | {"rope_theta": 7.0}}, "rope_scaling.rope_theta is 7.0"),
     "two types": ({"rope_scaling": oracle.YARN | {"type": "linear"}}, "rope_scaling.type is 'linear'"),
     "two dtypes": ({"dtype": "bfloat16"}, "torch_dtype is 'float32', but dtype is 'bfloat16'"),
+    "two contexts": (
+        {"rope_scaling": oracle.YARN, "original_max_position_embeddings": 64},
+        "is 64, but rope_scaling.o",
+    ),
     "a factor alone": ({"rope_scaling": {"factor": 4.0}}, "no rope_type"),
     "by kind of layer": ({"rope_parameters": {"full_attention": oracle.YARN}}, "full_attention"),
 }
@@ -237,6 +241,9 @@ def test_contradictions_are_refused_and_both_sides_named(name):
 
 
 def test_two_spellings_that_agree_are_one():
+    outside = oracle.config(rope_scaling={"rope_type": "yarn", "factor": 4.0}, original_max_position_embeddings=32)
+    assert Config.from_dict(outside).rope_scaling == oracle.YARN  # as transformers reads it
+    assert Config.from_dict(oracle.config(torch_dtype="torch.bfloat16")).dtype == "bfloat16"
     older = {"type": "yarn", **{key: value for key, value in oracle.YARN.items() if key != "rope_type"}}
     both = {"rope_scaling": older, "rope_parameters": oracle.YARN | {"rope_theta": 10000, "attention_factor": None}}
     assert Config(**oracle.config(**both)) == Config(**oracle.config(rope_scaling=oracle.YARN))

@@ -23,6 +23,7 @@ from formats.gguf import names, types
 from formats.gguf.files import part_names
 from formats.gguf.tokenizer import from_metadata
 from formats.mapping import map_file, release
+from formats.mistaken import mistaken
 from formats.tensors import TensorInfo
 
 MAGIC = b"GGUF"
@@ -54,6 +55,8 @@ class Head:
         self.path, self.data, self.size = path, data, len(data)
         self.position, self.values = 0, 0
         if data[:4] != MAGIC:
+            if found := mistaken(bytes(data[:64])):
+                raise ValueError(f"{path}: {found}")
             self.fail(f"the first four bytes are {bytes(data[:4])!r}, not {MAGIC!r}", "give a .gguf file")
         self.position = 4
         version = self.number("I", "the version")

@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from test_chat import write_checkpoint
 
+from chat import Chat
 from formats.checkpoint import open_checkpoint
 from formats.dequantize import unpacked
 from model import Qwen3
@@ -103,6 +104,12 @@ def test_a_uniform_prefix_has_one_meaning(plain, rename):
     assert torch.equal(logits(model), expected)
     model.save_pretrained(plain / "again")
     assert set(load_file(plain / "again" / "model.safetensors")) == set(weights)
+
+
+def test_rotary_frequencies_as_a_buffer(plain):
+    expected, weights = logits(Qwen3.from_pretrained(plain)), load_file(plain / "model.safetensors")
+    rewrite(plain, weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)})
+    assert torch.equal(logits(Qwen3.from_pretrained(plain)), expected)
 
 
 def test_a_prefix_that_only_some_have_is_named(plain):
@@ -221,8 +228,19 @@ def mlx(bits: int):
     return pack
 
 
-def compressed(form: str) -> dict:
-    return {"quantization_config": {"quant_method": "compressed-tensors", "format": form, "config_groups": {}}}
+def whole_fp8(weight: torch.Tensor) -> tuple[dict, torch.Tensor]:
+    scale = weight.abs().max() / 448
+    stored = (weight / scale).to(torch.float8_e4m3fn)
+    return {"weight": stored, "weight_scale": scale, "input_scale": torch.ones(())}, stored.float() * scale
+
+
+def renamed(packed: tuple[dict, torch.Tensor]) -> tuple[dict, torch.Tensor]:
+    return {"weight": packed[0]["weight"], "weight_scale": packed[0]["weight_scale_inv"]}, packed[1]
+
+
+def compressed(form: str, **weights) -> dict:
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, **weights}}}
+    return {"quantization_config": {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}}
 
 
 def method(name: str, **fields) -> dict:
@@ -245,6 +263,8 @@ FORMS = {
     ),
     "mlx 6": (mlx(6), {"quantization": {"group_size": 32, "bits": 6}}),
     "mlx 3": (mlx(3), {"quantization": {"group_size": 32, "bits": 3}}),
+    "fp8 tensors": (whole_fp8, method("fp8", activation_scheme="static")),  # AutoFP8's and vLLM's
+    "float8 blocks": (lambda w: renamed(fp8(w)), compressed("float-quantized", block_structure=[48, 48])),
     "float8 rows": (rowwise(torch.float8_e4m3fn, 448), compressed("float-quantized")),
     "int8 rows": (rowwise(torch.int8, 127), compressed("int-quantized")),
 }
@@ -321,6 +341,8 @@ def test_a_quantised_form_converts_on(plain, form, to, monkeypatch, capsys):
         (method("gptq", bits=4, checkpoint_format="marlin"), "GPTQ weights in the format marlin"),
         (method("awq", bits=4, version="gemv"), "AWQ weights of the kind gemv"),
         (method("fp8", weight_block_size=[128]), "weight_block_size is [128]"),
+        ({"quantization": {"group_size": 64, "bits": 4, "model.norm": {"group_size": 32}}}, "groups of several sizes"),
+        (method(None), "does not name (no quant_method)"),
         ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, "MLX weights of the mode mxfp4"),
         (compressed("nvfp4-pack-quantized"), "format is 'nvfp4-pack-quantized'"),
     ],
@@ -332,7 +354,59 @@ def test_other_methods_are_named(plain, fields, line):
     assert line in str(error.value) and "\n" not in str(error.value) and str(plain) in str(error.value)
 
 
+def test_quantised_weights_without_a_config_are_named(plain):
+    quantise(plain, "gptq int4")
+    config = json.loads((plain / "config.json").read_text())
+    del config["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="quantised by GPTQ or AWQ, but there is no quantization_config"):
+        Qwen3.from_pretrained(plain)
+
+
+def test_biases_of_zeros_that_the_model_does_not_have(plain):
+    """AutoGPTQ stores them for every layer, in the official Qwen2.5-*-GPTQ-Int4 too."""
+    quantise(plain, "gptq int4")
+    expected, weights = logits(Qwen3.from_pretrained(plain)), load_file(plain / "model.safetensors")
+    biases = {f"model.layers.0.{name}.bias": torch.zeros(64) for name in ("mlp.down_proj", "self_attn.o_proj")}
+    rewrite(plain, weights | biases)
+    assert torch.equal(logits(Qwen3.from_pretrained(plain)), expected)
+    biases["model.layers.0.mlp.down_proj.bias"][3] = 1
+    rewrite(plain, weights | biases)
+    with pytest.raises(ValueError, match=r"unexpected: model\.layers\.0\.mlp\.down_proj\.bias"):
+        Qwen3.from_pretrained(plain)
+
+
+@pytest.mark.parametrize(
+    ("start", "line"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 1\n", "git lfs pull"),
+        (b"<!doctype html><html><body>Sign in</body></html>", "a web page"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "m.gguf"])
+def test_a_file_of_another_kind_is_called_what_it_is(plain, name, start, line):
+    (plain / name).write_bytes(start)
+    with pytest.raises(ValueError, match=line) as error:
+        if name == "m.gguf":
+            open_checkpoint(plain / name)
+        Chat.from_pretrained(plain)
+        Qwen3.from_pretrained(plain)
+    assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_containers_under_each_others_names(plain):
+    weights = plain / "model.safetensors"
+    (plain / "m.gguf").write_bytes(weights.read_bytes())
+    with pytest.raises(ValueError, match="a safetensors file by its first bytes"):
+        open_checkpoint(plain / "m.gguf")
+    weights.write_bytes(b"GGUF\3\0\0\0" + bytes(90))
+    with pytest.raises(ValueError, match=r"give it a name that ends in \.gguf"):
+        Qwen3.from_pretrained(plain)
+
+
 DAMAGE = {
+    # Two scales for 160 rows would be blocks of 80, were they not stated to be of 48.
+    "float8 blocks": ("weight_scale", lambda t: t[:2, :1], "the scales are not one for each block"),
     "fp8": ("weight_scale_inv", lambda t: t[:, :1].repeat(1, 7), "the scales are not one for each block"),
     "gptq int4": ("g_idx", lambda t: t + 9, "g_idx names another group"),
     "gptq desc_act": ("scales", lambda t: None, "scales is missing"),

@@ -23,6 +23,7 @@ from formats.gguf.reader import GGUF
 from formats.gguf.types import dequantize, quantize
 from formats.gguf.writer import TYPES, plan, write_gguf, write_qwen3c
 from formats.tensors import TensorInfo
+from formats.view import View
 
 ASSETS = Path(os.environ.get("NANOQWEN_ASSETS", ""))
 without_assets = pytest.mark.skipif("NANOQWEN_ASSETS" not in os.environ, reason="NANOQWEN_ASSETS is not set")
@@ -475,17 +476,13 @@ def test_what_gguf_cannot_hold_is_refused(checkpoints, case, tmp_path):
 
 
 def test_a_value_beyond_float16_names_its_tensor(checkpoints, tmp_path):
-    class Large:
-        path, config, tensors = checkpoints["tied"].path, checkpoints["tied"].config, checkpoints["tied"].tensors
-        generation_config, release = {}, staticmethod(checkpoints["tied"].release)
-
-        @staticmethod
-        def read(name):
-            values = checkpoints["tied"].read(name).clone()
+    class Large(View):
+        def read(self, name):
+            values = super().read(name).clone()
             return values.fill_(3e38) if name.endswith("layers.2.mlp.up_proj.weight") else values
 
     with pytest.raises(ValueError, match=r"layers\.2\.mlp\.up_proj\.weight cannot be Q4_K: .*too large"):
-        write_gguf(Large, tmp_path / "m.gguf", "q4_k_m")
+        write_gguf(Large(checkpoints["tied"]), tmp_path / "m.gguf", "q4_k_m")
 
 
 # ---- for qwen3.c ------------------------------------------------------------------------------------------------
