@@ -21,6 +21,7 @@ import transformers.models.qwen3.modeling_qwen3 as dense
 import transformers.models.qwen3_moe.modeling_qwen3_moe as sparse
 
 import model
+from inference import terminal
 from training import schema
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +94,9 @@ def test_its_first_output_is_what_make_run_prints():
     assert next(block.text for block in blocks("README.md") if not block.language) == result.stdout
 
 
-PROGRAM = r"python ([\w/]+\.py(?: (?:speed|train|tokens|convert|quality|sampling|tokenize|inspect|download)\b)?)"
+SUBJECTS = "speed|train|tokens|convert|quality|sampling|xray|tokenize|inspect|download"
+SUBJECTS += "|run|rescore|compare|report|perplexity|export|tasks"
+PROGRAM = rf"python ([\w/]+\.py(?: (?:{SUBJECTS})\b)?)"
 TEXTS = {page: (ROOT / page).read_text().replace("\\\n", " ") for page in [*PAGES, *OTHERS]}
 
 
@@ -124,6 +127,14 @@ def test_settings_of_runs_that_a_test_cannot_do_exist():
         words = shlex.split(line.partition("train.py")[2], comments=True)
         config, overrides = words[0], [word for word in words[1:] if not word.startswith("--")]
         schema.load(ROOT / config, overrides)
+
+
+def test_the_chat_s_page_shows_its_help():
+    page = (ROOT / "docs" / "chat.md").read_text()
+    for name, (parameters, text) in terminal.COMMANDS.items():
+        assert re.search(rf"^{re.escape(f'{name} {parameters}'.strip())} +{re.escape(text)}$", page, re.MULTILINE), name
+    for keys, text in terminal.KEYS.items():
+        assert re.search(rf"^{re.escape(keys)} +{re.escape(text)}$", page, re.MULTILINE), keys
 
 
 def rows() -> list[list[str]]:
