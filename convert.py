@@ -1,11 +1,11 @@
 """The same model in another container or precision.
 
-    python convert.py --to gguf --type q8_0 --model Qwen/Qwen3-0.6B      one .gguf file, equal to llama.cpp's
-    python convert.py --to gguf --for qwen3.c                            what the pure-C program of the course maps
+    python convert.py --to gguf --type q8_0 --model Qwen/Qwen3-0.6B      one .gguf file, identical to llama.cpp's
+    python convert.py --to gguf --for qwen3.c                            the layout that the pure-C program qwen3.c maps
     python convert.py --to fp16                                          official safetensors layout in another type
     python convert.py --to int4                                          weight-only, as vLLM and transformers read it
-    python convert.py --to safetensors --model model.gguf                the way back
-    python convert.py --verify OUT                                       is it still what was written?
+    python convert.py --to safetensors --model model.gguf                back from GGUF
+    python convert.py --verify OUT                                       check that nothing has changed
 
 Tensors are read, checked, converted and written a piece at a time, so memory does not grow with the model. The result
 takes its final name when it is whole, and model_context.json beside it says what it was made from (formats/record.py).
@@ -45,7 +45,7 @@ PENDING = 2  # pieces that may wait for the writing thread
 
 
 class Result:
-    """What a conversion wrote, gathered while it runs.
+    """What a conversion wrote, collected while it runs.
 
     `tensors`: stored name → place in a file, sha256 and errors. `files`: name → size and sha256. `kinds`: kind of
     tensor and how it is stored → errors, for the table.
@@ -96,7 +96,7 @@ class Result:
 
 
 def kind_of(name: str) -> str:
-    """q_proj, input_layernorm, embed_tokens, …; the experts' projections and biases apart."""
+    """q_proj, input_layernorm, embed_tokens, …; the experts' projections and the biases separately."""
     module, _, leaf = name.rpartition(".")
     kind = ("experts." if ".experts." in module else "") + module.rpartition(".")[2]
     return kind if leaf == "weight" else f"{kind}.{leaf}"
@@ -131,13 +131,13 @@ def convert_to_safetensors(source: Source, out: Path, options: argparse.Namespac
 
 
 def set_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """config.json with the dtype of the weights, under the key that is there (published files: torch_dtype)."""
+    """config.json with the dtype of the weights, under whichever key the file has (published files: torch_dtype)."""
     keys = [key for key in ("torch_dtype", "dtype") if key in config] or ["torch_dtype"]
     return config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
 
 
 def write_safetensors(source: Source, target: Cast, directory: Path, shards: list[Shard]) -> Result:
-    """Streams every tensor through `target` into the planned shards; threads convert, one more writes and hashes."""
+    """Streams every tensor through `target` into the planned shards; several threads convert, one writes and hashes."""
     places = {name: place for shard in shards for name, place in shard.places.items()}
     result, pending = Result(), deque()
     with (
@@ -184,7 +184,7 @@ def write_safetensors(source: Source, target: Cast, directory: Path, shards: lis
 
 
 def write_record(directory: Path, result: Result, *about: Any) -> None:
-    """model_context.json of a result that is a directory, as the last of its files."""
+    """model_context.json of a result that is a directory, written last."""
     entry = result.entry(*about, {file.name: file for file in sorted(directory.iterdir())})
     (directory / record.NAME).write_text(record.to_text({".": entry}), encoding="utf-8")
 
@@ -195,7 +195,7 @@ def write_record(directory: Path, result: Result, *about: Any) -> None:
 def convert_to_gguf(source: Source, out: Path, options: argparse.Namespace) -> Result:
     """One .gguf file; for qwen3.c a directory with one and its three text files."""
     planned = writer.plan(source.checkpoint, options.type or "f32")
-    check_disk(out, sum(tensor.size for tensor in planned) * (2 if options.reader else 1))  # there the head comes twice
+    check_disk(out, sum(tensor.size for tensor in planned) * (2 if options.reader else 1))  # it stores the head twice
     if options.reader:
         with atomic_directory(out) as directory:
             hashes = record.HashThread(source.files)
@@ -212,7 +212,7 @@ def convert_to_gguf(source: Source, out: Path, options: argparse.Namespace) -> R
 
 
 def write_gguf(source: Source, planned: list[Any], path: Path, name: str, options: argparse.Namespace) -> Result:
-    """Writes the planned tensors to `path`, which will be called `name`, and finds each one's place and digest."""
+    """Writes the planned tensors to `path`, which will be renamed to `name`, and records each offset and digest."""
     result, found = Result(), {}
     with console.byte_progress() as progress:
         task = progress.add_task("converting", total=sum(tensor.size for tensor in planned))
@@ -226,9 +226,9 @@ def write_gguf(source: Source, planned: list[Any], path: Path, name: str, option
             found = writer.write_gguf(Checked(source), path, options.type, on_tensor, errors=True)
     written, origins = GGUF(path), {tensor.name: tensor.sources for tensor in planned}
     for tensor, (format, shape, start, size) in written.stored.items():
-        official_names = origins.get(tensor, [HEAD])  # qwen3.c wants the head of a tied model too
+        official_names = origins.get(tensor, [HEAD])  # qwen3.c needs the head of a tied model too
         errors = Errors(math.prod(shape), *found.get(tensor, ()))
-        if math.isinf(errors.largest):  # beyond float16: count these values apart from the others' errors
+        if math.isinf(errors.largest):  # beyond float16: count these values separately from the errors of the rest
             errors = Errors(math.prod(shape))
             for origin in official_names:
                 errors.add(source.checkpoint.read(origin), written.read(origin))
@@ -246,8 +246,8 @@ def output_path(options: argparse.Namespace, source: Source, is_directory: bool)
         suffix = "" if is_directory else ".gguf"
         return Path(f"{source.name}-{options.type or options.reader or options.to}{suffix}")
     if is_directory == (options.out.suffix == ".gguf"):
-        mend = "a directory, so its name must not end in .gguf" if is_directory else "one file whose name ends in .gguf"
-        raise ValueError(f"--out {options.out}: the result of this conversion is {mend}")
+        form = "a directory, so its name must not end in .gguf" if is_directory else "one file whose name ends in .gguf"
+        raise ValueError(f"--out {options.out}: the result of this conversion is {form}")
     return options.out
 
 
@@ -258,7 +258,7 @@ def verify(out: Path) -> None:
         entry = record.verify(out, lambda size: progress.update(task, advance=size))
     size = sum(file["bytes"] for file in entry["files"].values())
     files, tensors = count(entry["files"], "file"), count(entry["tensors"], "tensor")
-    print(f"{out}: {files}, {tensors}, {show_size(size)}: every byte is as it was written")
+    print(f"{out}: {files}, {tensors}, {show_size(size)}: every byte is as written")
 
 
 def count(things: dict, name: str) -> str:

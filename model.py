@@ -34,7 +34,7 @@ from formats.official_names import EMBEDDING, HEAD
 from formats.tensors import all_finite
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Config: the fields of config.json under their official names. No size of any model stands in this file.
+# Config: the fields of config.json under their official names. No model's sizes are hard-coded in this file.
 
 
 @dataclass(init=False)
@@ -42,9 +42,9 @@ class Config:
     """The architecture of one checkpoint. `Config(**fields)` takes the fields of any published config.json.
 
     Fields without a default must be given. Both spellings of the rotary settings are read: the published flat one
-    (`rope_theta`, `rope_scaling`) and transformers 5's nested `rope_parameters`. What this file does not implement and
-    what contradicts itself is a ValueError, never ignored; fields that do not change the arithmetic are kept in `other`
-    and saved again. A field that no config.json of the family has is refused as a misspelling; `from_dict` and
+    (`rope_theta`, `rope_scaling`) and transformers 5's nested `rope_parameters`. What this file does not implement, and
+    contradictory fields, raise ValueError and are never ignored; fields that do not affect the result are kept in
+    `other` and saved again. A field that no config.json of the family has is rejected as a misspelling; `from_dict` and
     `from_json`, which read other people's files, keep it.
     """
 
@@ -108,7 +108,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> "Config":
-        """The fields of somebody else's config.json, with whatever their tools added to it."""
+        """From the fields of a config.json that another tool wrote, with whatever it added."""
         config = cls.__new__(cls)
         config._fill(given)
         return config
@@ -124,7 +124,7 @@ class Config:
             raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of a config.json that both transformers 4 and 5 and this file read back as the same model."""
+        """The fields of a config.json that transformers 4, transformers 5 and this file read back as the same model."""
         architecture = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "qwen2": "Qwen2ForCausalLM"}
         result = {"architectures": [architecture[self.model_type]], **self.other}
         result.update({f.name: getattr(self, f.name) for f in fields(self)})
@@ -138,7 +138,7 @@ class Config:
 
     @property
     def context_length(self) -> int:
-        """The most positions a text can have. YaRN stretches the context of its training by `factor` (vLLM's rule)."""
+        """The maximum number of positions. YaRN extends the original training context by `factor` (vLLM's rule)."""
         scaling = self.rope_scaling or {}
         if rope_type(scaling) != "yarn":
             return self.max_position_embeddings
@@ -151,7 +151,7 @@ class Config:
         return not dense and (layer + 1) % self.decoder_sparse_step == 0
 
     def _check_fields(self) -> None:
-        """Types and ranges of each field: a config.json is a stranger's file."""
+        """Types and ranges of each field: a config.json is untrusted input."""
         for name, (low, high) in INTEGER_RANGES.items():
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
@@ -164,7 +164,7 @@ class Config:
         if isinstance(balance, bool) or not isinstance(balance, int | float) or not 0 <= balance < 1e30:
             raise ValueError(f"config: router_aux_loss_coef is {balance!r}, which is not a number from 0 up")
         if self.rope_theta <= 1:
-            raise ValueError(f"config: rope_theta {self.rope_theta} is not above 1, so no position would turn slower")
+            raise ValueError(f"config: rope_theta {self.rope_theta} is not above 1, so the frequencies would not fall")
         for name in ("attention_bias", "tie_word_embeddings", "norm_topk_prob"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"config: {name} is {getattr(self, name)!r}, which is neither true nor false")
@@ -190,7 +190,7 @@ class Config:
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"config: head_dim {self.head_dim} is odd, but rotary positions turn pairs of numbers")
+            raise ValueError(f"config: head_dim {self.head_dim} is odd, but rotary positions rotate pairs of numbers")
         if self.model_type == "qwen3_moe":
             if self.num_experts_per_tok > self.num_experts:
                 raise ValueError(
@@ -224,7 +224,7 @@ MOE_FIELDS = (
     "router_aux_loss_coef",
 )
 MAX_POSITIONS = 1 << 24  # positions past it are not exact in float32
-INTEGER_RANGES = {  # far above every published model, far below what would fill a machine before it is noticed
+INTEGER_RANGES = {  # far above every published model, far below what would exhaust memory before the mistake is noticed
     "vocab_size": (1, 1 << 24),
     "hidden_size": (1, 1 << 20),
     "intermediate_size": (1, 1 << 22),
@@ -252,9 +252,9 @@ def check_end_tokens(place: str, value: Any) -> None:
 
 
 class Linear(nn.Linear):
-    """x·Wᵀ + b whose weights are left as they come: `Qwen3` draws or loads them, once, and not PyTorch before it.
+    """x·Wᵀ + b with uninitialised weights: `Qwen3` initialises or loads them once, so PyTorch need not do it first.
 
-    On the meta device PyTorch's own initial values would import 800 modules (3 s and 70 MB) to fill no memory at all.
+    On the meta device PyTorch's own initialisation would import 800 modules (3 s and 70 MB) and fill no memory.
     """
 
     def reset_parameters(self) -> None:
@@ -262,7 +262,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A row of weights for each token id, left as they come like those of `Linear`."""
+    """A row of weights for each token id, uninitialised like those of `Linear`."""
 
     def reset_parameters(self) -> None:
         pass
@@ -271,8 +271,8 @@ class Embedding(nn.Embedding):
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) · weight, the mean over the last dimension. x [..., C] → [..., C] in x's dtype.
 
-    The quotient is taken in float32 and rounded to x's dtype *before* the weight multiplies it; the other order differs
-    in the last bit of bfloat16, and this one is what the official weights were trained with.
+    The quotient is computed in float32 and rounded to x's dtype *before* the weight multiplies it; the other order
+    differs in the last bit of bfloat16, and this one is what the official weights were trained with.
     """
 
     def __init__(self, size: int, eps: float):
@@ -285,10 +285,10 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
-    """The angle in radians that each pair of numbers turns per position, float32 [D/2], and a factor on the result.
+    """The angle in radians by which each pair is rotated per position, float32 [D/2], and a factor on the result.
 
-    Pair i turns by theta^(-2i/D) (RoFormer, section 3.2.2). YaRN (section 3.2) stretches the slow pairs by `factor`, so
-    that a longer text stays within the angles seen in training, leaves the fast pairs as they are, and blends between.
+    Pair i rotates by theta^(-2i/D) (RoFormer, section 3.2.2). YaRN (section 3.2) slows the low frequencies by `factor`,
+    so that a longer text stays within the angles seen in training, keeps the high ones, and interpolates in between.
     """
     dim, theta, scaling = config.head_dim, float(config.rope_theta), config.rope_scaling
     frequencies = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim))
@@ -313,7 +313,7 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
     original = number("original_max_position_embeddings", config.max_position_embeddings)
 
     def pair_that_turns(times: float) -> float:
-        """Which pair (as a real number) turns so many times within the original context."""
+        """Which pair (as a real number) completes so many rotations within the original context."""
         return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = pair_that_turns(number("beta_fast", 32.0)), pair_that_turns(number("beta_slow", 1.0))
@@ -330,7 +330,7 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x[i], x[i + D/2]) by its position's angle. x [B, H, T, D]; cos, sin [B, 1, T, D] → [B, H, T, D].
+    """Rotates each pair (x[i], x[i + D/2]) by its angle. x [B, H, T, D]; cos, sin [B, 1, T, D] → [B, H, T, D].
 
     `sin` comes with its first half negated, which saves the usual "rotate half" copy:
     (a, b) → (a·cos - b·sin, b·cos + a·sin).
@@ -342,7 +342,7 @@ class KVCache:
     """Keys and values of every position seen, so that a new token need not compute them again.
 
     Allocated once for `max_len` positions and passed in from outside: the layers hold no state. Rows may have
-    different lengths; row b has seen `lengths[b]` positions, and the next call writes behind them.
+    different lengths; row b has seen `lengths[b]` positions, and the next call appends to them.
 
         keys, values   a list over layers of [B, K, max_len, D]
     """
@@ -354,7 +354,7 @@ class KVCache:
             raise ValueError(f"cache of {max_len:,} positions: the model's context is {config.context_length:,}")
         shape = (batch_size, config.num_key_value_heads, max_len, config.head_dim)
         # One row needs no zeros, and the operating system hands out pages only when a position is first written. Rows
-        # of different lengths look (with weight 0) at slots that were never written, where 0 · NaN would be NaN.
+        # of different lengths read (with weight 0) slots that were never written, where 0 · NaN would be NaN.
         self._new = torch.empty if batch_size == 1 else torch.zeros
         layers = range(config.num_hidden_layers)
         self.keys = [self._new(shape, device=device, dtype=dtype) for _ in layers]
@@ -363,12 +363,12 @@ class KVCache:
         self.max_len = max_len
 
     def positions(self, tokens: int) -> Tensor:
-        """Where the next `tokens` positions of each row lie: LongTensor [B, T]; one row stands for all if equal."""
+        """The next `tokens` positions of each row: LongTensor [B, T], or [1, T] if all rows have the same length."""
         starts = self.lengths[:1] if self.is_uniform else self.lengths
         if min(starts) < 0:
-            raise ValueError(f"cache with a length of {min(starts):,}: lengths count positions, from 0 on")
+            raise ValueError(f"cache with a length of {min(starts):,}: a length is a number of positions, from 0")
         if max(starts) + tokens > self.max_len:
-            raise ValueError(f"cache of {self.max_len:,} positions: {max(starts):,} are used and {tokens:,} more come")
+            raise ValueError(f"cache of {self.max_len:,} positions: {max(starts):,} are used and {tokens:,} more needed")
         device = self.keys[0].device
         return torch.tensor(starts, device=device)[:, None] + torch.arange(tokens, device=device)
 
@@ -391,19 +391,19 @@ class KVCache:
         self.lengths = [length + tokens for length in self.lengths]
 
     def truncate(self, lengths: int | list[int]) -> None:
-        """Forgets what lies behind the given length of each row: padding, a rejected guess, a changed history."""
+        """Drops what is beyond the given length of each row: padding, a rejected draft, a changed history."""
         lengths = [lengths] * len(self.lengths) if isinstance(lengths, int) else lengths
         assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
         self.lengths = list(lengths)
 
     def keep(self, rows: list[int]) -> None:
-        """Leaves only these rows of the batch, in this order."""
+        """Keeps only these rows of the batch, in this order."""
         self.keys = [keys[rows] for keys in self.keys]
         self.values = [values[rows] for values in self.values]
         self.lengths = [self.lengths[row] for row in rows]
 
     def row(self, row: int) -> "KVCache":
-        """A cache of one row whose keys and values are this one's, with a length of its own."""
+        """One row as a cache: a view of these keys and values with a length of its own."""
         view = copy(self)
         view.keys, view.values = ([tensor[row : row + 1] for tensor in part] for part in (self.keys, self.values))
         view.lengths = self.lengths[row : row + 1]
@@ -426,12 +426,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool
     K = k.shape[1]
     if T > 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=H != K)
-    # One token: the G query heads that share a key head stand where its tokens would, so no key is copied G times.
+    # One token: the G query heads that share a key head take the place of the token dimension; no key is copied.
     return F.scaled_dot_product_attention(q.reshape(B, K, H // K, D), k, v, attn_mask=mask).reshape(B, H, 1, D)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normed queries and keys (QK-norm is what Qwen3 has and Qwen2 has not)."""
+    """Grouped-query attention with normed queries and keys (Qwen3 has QK-norm, Qwen2 does not)."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -458,7 +458,7 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
     def norm_rotate(self, q: Tensor, k: Tensor, shared: "Pass") -> tuple[Tensor, Tensor]:
-        """q [B, T, H, D], k [B, T, K, D] → [B, H, T, D] and [B, K, T, D], normed and turned to their positions."""
+        """q [B, T, H, D], k [B, T, K, D] → [B, H, T, D] and [B, K, T, D], normalised and rotated to their positions."""
         q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
         return rotate(q, shared.cos, shared.sin), rotate(k, shared.cos, shared.sin)
 
@@ -493,7 +493,7 @@ class MoE(nn.Module):
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         weights, out = weights.to(x.dtype), torch.zeros_like(flat)
-        # Each expert once, with all of its tokens. In training also those that got none: all have gradients, if only 0.
+        # Each expert once, with all of its tokens; in training also those without any, so that all have gradients.
         used = range(len(self.experts)) if self.training and torch.is_grad_enabled() else chosen.unique().tolist()
         for index in used:
             token, slot = torch.where(chosen == index)
@@ -502,7 +502,7 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer: attention, then the MLP, each on normed input and added to the residual stream."""
+    """One decoder layer: attention, then the MLP, each on normalised input and added to the residual stream."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -523,14 +523,14 @@ class Pass:
 
     cos: Tensor  # [B or 1, 1, T, D] in the activations' dtype
     sin: Tensor
-    mask: Tensor | None  # bool [B or 1, 1, T, S], True where a query may look; None where `causal` or nothing is hidden
+    mask: Tensor | None  # bool [B or 1, 1, T, S], True where a query may attend; None where `causal` or nothing is masked
     causal: bool
     cache: KVCache | None
     positions: Tensor  # [B or 1, T]
 
 
 class Decoder(nn.Module):
-    """Token ids to normed hidden states: everything but the head. LongTensor [B, T] → [B, T, C]."""
+    """Token ids to normalised hidden states: everything but the head. LongTensor [B, T] → [B, T, C]."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -541,7 +541,7 @@ class Decoder(nn.Module):
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
-        """`mask` (bool [B, 1, T, T], without a cache) takes the place of the causal one: documents packed in a row."""
+        """`mask` (bool [B, 1, T, T], without a cache) replaces the causal one: documents packed into one row."""
         x = self.embed_tokens(ids)
         shared = self._pass(x, ids.shape[1], cache, mask)
         for layer in self.layers:
@@ -559,7 +559,7 @@ class Decoder(nn.Module):
             positions = cache.positions(tokens)
             seen = max(cache.lengths)
             causal = seen == 0 and tokens > 1
-            if not causal and (tokens > 1 or len(positions) > 1):  # a query at position p looks at 0..p
+            if not causal and (tokens > 1 or len(positions) > 1):  # a query at position p attends to 0..p
                 slots = torch.arange(seen + tokens, device=x.device)
                 mask = (slots <= positions[:, :, None])[:, None]
         angles = positions[:, None, :, None].float() * self.rope_frequencies  # [B or 1, 1, T, D/2]
@@ -571,7 +571,7 @@ class Decoder(nn.Module):
 def check_ids(model: "Qwen3", ids: Any, cache: KVCache | None) -> None:
     """One ValueError for what is wrong with the arguments of `Qwen3.forward`, in a few microseconds.
 
-    The range of ids is looked at on the CPU alone; a GPU would have to be waited for at every step.
+    The range of the ids is checked on the CPU only: on a GPU it would cost a synchronisation at every step.
     """
     if not isinstance(ids, Tensor):
         hint = "; a text becomes ids by Chat.encode" if isinstance(ids, str) else ""
@@ -583,7 +583,7 @@ def check_ids(model: "Qwen3", ids: Any, cache: KVCache | None) -> None:
         raise ValueError(f"ids has the dtype {ids.dtype}, but token ids are whole numbers: torch.int64")
     config, weight = model.config, model.model.embed_tokens.weight
     if ids.numel() == 0:
-        raise ValueError(f"ids has the shape {list(ids.shape)}: there is no token in it")
+        raise ValueError(f"ids has the shape {list(ids.shape)}: it has no tokens")
     if ids.device.type != weight.device.type:
         raise ValueError(f"ids is on {ids.device}, but the model is on {weight.device}")
     if ids.is_cpu and not torch.compiler.is_compiling():
@@ -620,7 +620,7 @@ class Qwen3(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.generation_config: dict[str, Any] = {}  # the checkpoint's advice on sampling and its end tokens
+        self.generation_config: dict[str, Any] = {}  # the checkpoint's recommended sampling and its end tokens
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -634,21 +634,21 @@ class Qwen3(nn.Module):
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, last: bool = False) -> Tensor:
         """With a cache the T positions are appended to it, and no gradients are recorded: a graph through the cache
-        would grow with every token. `last` computes the logits of the last position alone.
+        would grow with every token. `last` computes the logits of the last position only.
 
-        Raises ValueError for ids that this model can't take and for a cache that is not for them.
+        Raises ValueError for ids that are invalid for this model and for a cache that does not fit them.
         """
         check_ids(self, ids, cache)
         if cache is not None and torch.is_grad_enabled():
             with torch.no_grad():
                 return self.forward(ids, cache, last)
         if cache is not None and ids.is_cpu:
-            from ops.cpu.step import step  # this very computation in C++
+            from ops.cpu.step import step  # the same computation in C++
 
             if (logits := step(self, ids, cache, last)) is not None:
                 return logits
         if cache is not None and ids.is_cuda and ids.shape[1] == 1:
-            from ops.gpu.graphs import step  # the same for one token on a GPU, its launches recorded once
+            from ops.gpu.graphs import step  # the same for one token on a GPU, its launches captured once
 
             if (logits := step(self, ids, cache)) is not None:
                 return logits
@@ -656,7 +656,7 @@ class Qwen3(nn.Module):
         return self.head(x[:, -1:] if last else x)
 
     def head(self, x: Tensor) -> Tensor:
-        """Hidden states [..., C] → logits [..., V]; a tied head is the embedding read the other way."""
+        """Hidden states [..., C] → logits [..., V]; a tied head is the embedding transposed."""
         if self.config.tie_word_embeddings:
             return F.linear(x, self.model.embed_tokens.weight)
         return self.lm_head(x)
@@ -666,7 +666,7 @@ class Qwen3(nn.Module):
         cls, src: str | Path, device="cpu", dtype: torch.dtype | None = None, adapter: str | Path | None = None
     ) -> "Qwen3":
         """The model of a directory, hub id or .gguf file. dtype None keeps the stored one; `adapter` is a PEFT adapter
-        (directory or hub id) to merge into it. An adapter as `src` brings its base.
+        (directory or hub id) to merge into it. If `src` is an adapter, its base is loaded too.
 
         Raises ValueError with one line for everything that can be wrong with a checkpoint.
         """
@@ -719,7 +719,7 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
         if target != tensor.dtype and not all_finite(loaded) and all_finite(tensor):
             defects["non-finite"].append(f"{name} as {target}")
         if loaded.data_ptr() != tensor.data_ptr():
-            checkpoint.release(name)  # a copy was made: the file's pages need not stay in memory
+            checkpoint.release(name)  # this is a copy, so the file's pages need not stay in memory
         _place(model, name, loaded)
     refuse(checkpoint, defects)
     model.model.rope_frequencies = model.model.rope_frequencies.to(device)
@@ -728,9 +728,9 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None) -> Qwen3:
 
 
 def skeleton(checkpoint) -> tuple[Qwen3, dict[str, list[str]]]:
-    """The model that config.json promises, on the meta device, and what of the stored tensors does not fit it.
+    """The model that config.json describes, on the meta device, and the stored tensors that do not fit it.
 
-    Reads no weight. The defects (kind → names) are for `refuse`, once the caller has added what it finds itself.
+    Reads no weight. The defects (kind → names) are for `refuse`, once the caller has added its own findings.
     """
     path, stored = checkpoint.path, checkpoint.tensors
     try:
@@ -770,7 +770,7 @@ def skeleton(checkpoint) -> tuple[Qwen3, dict[str, list[str]]]:
 
 
 def _check_task(config: Config) -> None:
-    """ValueError for a model of the family that does something else than predict the next token."""
+    """ValueError for a model of the family that does not predict the next token."""
     architecture = next(iter(config.other.get("architectures") or []), "")
     for task, gives in (
         ("SequenceClassification", "a score for each class"),
@@ -780,7 +780,7 @@ def _check_task(config: Config) -> None:
     ):
         if str(architecture).endswith(task):
             raise ValueError(
-                f"config: a {architecture} gives {gives}, no next token; only Qwen…ForCausalLM is run here"
+                f"config: a {architecture} gives {gives}, not a next token; only Qwen…ForCausalLM is run here"
             )
 
 
@@ -788,12 +788,12 @@ def refuse(checkpoint, defects: dict[str, list[str]], most: int = 6) -> None:
     """One ValueError that lists all defects, if there are any."""
     found = []
     if [name for names in defects.values() for name in names] == [HEAD] and defects["missing"]:
-        raise ValueError(f"{checkpoint.path}: missing: {HEAD}, so this is a model that gives embeddings, no next token")
+        raise ValueError(f"{checkpoint.path}: missing: {HEAD}, so this model gives embeddings, not a next token")
     for kind, names in defects.items():
         more = f" and {len(names) - most} more" if len(names) > most else ""
         found += [f"{kind}: {', '.join(names[:most])}{more}"] if names else []
     if found:
-        place = f"{checkpoint.path}: weights that do not fit config.json (take both from one place)"
+        place = f"{checkpoint.path}: weights that do not fit config.json (take both from the same source)"
         raise ValueError(f"{place}: {'; '.join(found)}")
 
 
@@ -802,12 +802,12 @@ def _fits(info, slot: Tensor) -> bool:
 
 
 def _same_kind(stored: torch.dtype, wanted: torch.dtype) -> bool:
-    """Floating-point types convert into each other; packed integers are what they are."""
+    """Floating-point types convert into each other; packed integers stay as they are."""
     return stored == wanted or (stored.is_floating_point and wanted.is_floating_point)
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Puts a tensor where a meta one stands, as a parameter or a buffer."""
+    """Replaces a meta tensor, as a parameter or a buffer."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._parameters:
