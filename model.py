@@ -368,7 +368,7 @@ class KVCache:
         if min(starts) < 0:
             raise ValueError(f"cache with a length of {min(starts):,}: a length is a number of positions, from 0")
         if max(starts) + tokens > self.max_len:
-            raise ValueError(f"cache of {self.max_len:,} positions: {max(starts):,} are used and {tokens:,} more needed")
+            raise ValueError(f"cache of {self.max_len:,} positions: {max(starts):,} are used, {tokens:,} more needed")
         device = self.keys[0].device
         return torch.tensor(starts, device=device)[:, None] + torch.arange(tokens, device=device)
 
@@ -523,7 +523,7 @@ class Pass:
 
     cos: Tensor  # [B or 1, 1, T, D] in the activations' dtype
     sin: Tensor
-    mask: Tensor | None  # bool [B or 1, 1, T, S], True where a query may attend; None where `causal` or nothing is masked
+    mask: Tensor | None  # bool [B or 1, 1, T, S], True where a query may attend; None: `causal`, or no mask
     causal: bool
     cache: KVCache | None
     positions: Tensor  # [B or 1, T]

@@ -1,1 +1,1 @@
-"""How a model lies on disk: readers and writers of every container, none of which knows the model."""
+"""How a model is stored on disk: readers and writers of every container, independent of the model."""

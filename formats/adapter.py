@@ -1,6 +1,6 @@
-"""A low-rank adapter (LoRA) as PEFT saves it: adapter_config.json and adapter_model.safetensors, apart from its base.
+"""A low-rank adapter (LoRA) as PEFT saves it: adapter_config.json and adapter_model.safetensors, without its base.
 
-https://huggingface.co/docs/peft/developer_guides/checkpoint. This file reads what the config says and finds the base;
+https://huggingface.co/docs/peft/developer_guides/checkpoint. This file reads the config and finds the base;
 formats/merge.py adds the adapter to it. Needs no PyTorch.
 """
 
@@ -15,7 +15,7 @@ from formats.json_file import read_json
 CONFIG, WEIGHTS = ADAPTER_FILES
 PREFIX = "base_model.model."  # before the official name of each module
 
-# Settings whose adapters are no sum that could be merged into the weights.
+# Settings whose adapters cannot be merged into the weights as a sum.
 UNMERGEABLE = ("fan_in_fan_out", "layer_replication", "target_parameters", "alora_invocation_tokens", "lora_bias")
 UNMERGEABLE += ("trainable_token_indices", "use_qalora", "use_bdlora", "velora_config", "monteclora_config")
 PLAIN_START = (True, False, None, "gaussian", "orthogonal", "eva", "lora_ga")
@@ -59,7 +59,7 @@ class AdapterConfig:
             try:
                 found = re.match(rf"(.*\.)?({pattern})$", module)
             except re.error:
-                self._fail(f"alpha_pattern has {pattern[:60]!r}, which is no regular expression")
+                self._fail(f"alpha_pattern has {pattern[:60]!r}, which is not a regular expression")
             if found:
                 alpha = own
                 break
@@ -88,12 +88,12 @@ class AdapterConfig:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a directory holds an adapter and no model of its own."""
+    """Whether a directory holds an adapter and no full model."""
     return (path / CONFIG).is_file() and not any(path.glob("model*.safetensors*"))
 
 
 def text_path(path: Path, adapter: Path | None = None) -> Path:
-    """Where the tokenizer and template of a checkpoint lie: with its adapter if saved there (it may have more tokens),
+    """Where the tokenizer and template of a checkpoint are: with its adapter if saved there (it may have more tokens),
     else with the base."""
     if adapter is not None and (adapter / "tokenizer.json").is_file():
         return adapter

@@ -15,13 +15,13 @@ def open_checkpoint(path: str | Path, adapter: str | Path | None = None) -> Any:
     """A directory or a .gguf file as a checkpoint object: path, config, tensors, files, read, release, iteration.
 
     Whatever tool stored it: its tensors have the official names and values to compute with (compressed-tensors' packed
-    integers stay: the model computes with them). A directory that holds an adapter alone is its base with the adapter
-    merged; `adapter` is another such directory. ValueError says what a directory is that can't be seen so.
+    integers stay: the model computes with them). A directory that holds only an adapter is its base with the adapter
+    merged; `adapter` is another such directory. ValueError says what a directory is that cannot be opened so.
     """
     path = Path(path)
     if is_adapter(path):
         if adapter is not None:
-            raise ValueError(f"{path}: an adapter itself; give its base as the model, or merge one after the other")
+            raise ValueError(f"{path}: an adapter itself; give its base as the model, or merge them in turn")
         path, adapter = AdapterConfig(path).base(), path
     if path.suffix == ".gguf" and path.is_file():
         checkpoint = GGUF(path)

@@ -9,7 +9,7 @@ A linear layer [out, in] is stored as
     weight_scale         [out, groups]                 weight = q * scale
     weight_shape   int64 [2]                           (out, in)
 
-and `quantization_config` in config.json says so, and which linear layers stay as they were.
+and `quantization_config` in config.json describes this and names the linear layers that are not quantised.
 """
 
 import fnmatch
@@ -22,7 +22,7 @@ BITS = {"int8": 8, "int4": 4}
 
 
 class Scheme(NamedTuple):
-    """How the linear layers are quantised: bits 4 or 8, columns that share a scale (None: the row), names left out."""
+    """How the linear layers are quantised: bits 4 or 8, columns that share a scale (None: the row), names excluded."""
 
     bits: int
     group_size: int | None
@@ -36,7 +36,7 @@ class Scheme(NamedTuple):
         )
 
     def groups(self, columns: int) -> int:
-        """Scales in a row of `columns` weights. ValueError where the groups do not fill it."""
+        """Scales in a row of `columns` weights. ValueError where groups do not divide it."""
         if self.group_size is None:
             return 1
         if columns % self.group_size:
@@ -80,13 +80,13 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 def dequantize(
     packed: torch.Tensor, scale: torch.Tensor, bits: int, columns: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """The weights [rows, columns] that packed rows stand for, computed in `dtype`."""
+    """The weights [rows, columns] that packed rows encode, computed in `dtype`."""
     integers = unpack(packed, bits, columns).to(dtype)
     return (integers.unflatten(1, (scale.shape[1], -1)) * scale.to(dtype).unsqueeze(-1)).flatten(1)
 
 
 def quantization_config(scheme: Scheme) -> dict[str, Any]:
-    """The entry of config.json by which vLLM, transformers and this project know the scheme."""
+    """The entry of config.json from which vLLM, transformers and this project read the scheme."""
     weights = {
         "num_bits": scheme.bits,
         "type": "int",
@@ -107,7 +107,7 @@ def quantization_config(scheme: Scheme) -> dict[str, Any]:
 
 
 def read_quantization_config(config: Any) -> Scheme:
-    """The scheme of a stranger's `quantization_config`. ValueError names the first entry that is not implemented."""
+    """The scheme of an untrusted `quantization_config`. ValueError names the first entry that is not implemented."""
     config = _table(config, "quantization_config")
     _require(config, "quantization_config", quant_method="compressed-tensors", format="pack-quantized")
     _require_absent(config, "quantization_config", "kv_cache_scheme", "sparsity_config", "transform_config")
@@ -176,7 +176,7 @@ def _refuse(where: str, value: Any, expected: str) -> None:
 def _glob(entry: str) -> str:
     """A "re:" entry as a shell pattern.
 
-    A stranger's regular expression could run for ever, so only `.*`, escaped dots and the anchors are known, which is
+    An untrusted regular expression could run forever, so only `.*`, escaped dots and anchors are supported, which is
     what published checkpoints use.
     """
     pattern = entry.removeprefix("re:").removeprefix("^").removesuffix("$")
@@ -197,10 +197,10 @@ class PackQuantized:
         self._scheme = scheme
 
     def shape(self, infos: dict[str, Any], read: Callable[[str], torch.Tensor]) -> tuple[int, int]:
-        """The shape that a quantised layer states, after the shapes of its three tensors were held against it."""
+        """The shape that a quantised layer states, after the shapes of its three tensors were checked against it."""
         packed, scale, shape = (infos[leaf] for leaf in self.leaves)
         if shape != (torch.int64, (2,)) or packed.dtype != torch.int32 or not scale.dtype.is_floating_point:
-            raise ValueError("tensors of other types or shapes than pack-quantized has")
+            raise ValueError("tensors of types or shapes that pack-quantized does not have")
         rows, columns = read("weight_shape").tolist()
         bits, group_size = self._scheme.bits, self._scheme.group_size
         groups = 1 if group_size is None else -(-columns // group_size)

@@ -4,7 +4,7 @@ from typing import Any
 
 ORIGINAL = "original_max_position_embeddings"
 
-# Fields of published files and of transformers' own configs that have no influence on what is computed.
+# Fields of published files and of transformers' own configs that do not affect the result.
 KEPT_FIELDS = (
     *("architectures", "torch_dtype", "rope_parameters", "num_local_experts", "transformers_version", "use_cache"),
     *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "attention_dropout", "auto_map"),
@@ -26,7 +26,7 @@ KEPT_FIELDS = (
 def published_spelling(given: dict[str, Any]) -> dict[str, Any]:
     """The fields as the published files spell them, where transformers 5 writes others (nested rope, renamed names).
 
-    ValueError where a file has both spellings and they disagree: which one somebody meant can't be known.
+    ValueError where a file has both spellings and they disagree: there is no telling which one was meant.
     """
     given = dict(given)
     for new, old in (("num_local_experts", "num_experts"), ("torch_dtype", "dtype")):
@@ -52,7 +52,7 @@ def published_spelling(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def agreed(values: dict[str, Any]) -> Any:
-    """The one value that all spellings of a field state; those that are None state nothing."""
+    """The one value that all spellings of a field state; None states nothing."""
     stated = {name: value for name, value in values.items() if value is not None}
     (first, value), *others = stated.items() or [("", None)]
     for name, other in others:
@@ -68,7 +68,7 @@ def _rope_settings(name: str, settings: Any) -> dict[str, Any]:
         raise ValueError(f"config: {name} is {settings!r}, which is neither null nor an object {{...}}")
     for key, value in settings.items():
         if isinstance(value, dict):
-            raise ValueError(f"config: {name} has settings of its own for {key}; one for all layers is implemented")
+            raise ValueError(f"config: {name} has separate settings for {key}; only one for all layers is implemented")
     kind = agreed({f"{name}.{key}": settings.get(key) for key in ("rope_type", "type")})
     if kind is None and settings.get("factor") is not None:
         raise ValueError(f"config: {name} has a factor but no rope_type; the Qwen family uses yarn")
@@ -76,7 +76,7 @@ def _rope_settings(name: str, settings: Any) -> dict[str, Any]:
 
 
 def _scaling(settings: dict[str, Any]) -> dict[str, Any]:
-    """What rope settings say about scaling: without theta, and the type under its newer name."""
+    """The scaling part of rope settings: without theta, and the type under its newer name."""
     stated = {name: value for name, value in settings.items() if value is not None}
     scaling = {name: value for name, value in stated.items() if name not in ("rope_theta", "type")}
     return scaling | ({"rope_type": stated["type"]} if "type" in stated else {})

@@ -1,7 +1,7 @@
 """What a conversion starts from and where its result may go.
 
 `Source` is an opened checkpoint with the files that belong to it, read a piece at a time; `check_place` and
-`check_disk` refuse a place where the result would destroy something or does not fit.
+`check_disk` reject a place where the result would destroy something or does not fit.
 """
 
 import json
@@ -20,7 +20,7 @@ from formats.dequantize import unpacked
 from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, resolve, resolve_default
 from formats.tensors import all_finite
 
-PIECE = 1 << 19  # values that are in work at a time: few enough for the cache
+PIECE = 1 << 19  # values processed at a time: few enough for the cache
 SPARE_DISK = 64 << 20  # bytes that must stay free
 
 # What belongs to a checkpoint besides its weights and config.json.
@@ -50,7 +50,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What default output names begin with."""
+        """The prefix of default output names."""
         given = Path(self.given.partition("@")[0])
         return given.stem if given.suffix == ".gguf" else given.resolve().name
 
@@ -73,20 +73,20 @@ class Source:
         return {"model": self.given, "path": path, "revision": revision, **adapter, "files": hashes.result()}
 
     def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """A tensor's rows, at most PIECE values at a time, copied so that the file's pages are given back at once."""
+        """A tensor's rows, at most PIECE values at a time, copied so that the file's pages can be released at once."""
         values = self.checkpoint.read(name)
         step = max(1, PIECE // math.prod(values.shape[1:]))
         for start in range(0, values.shape[0], step):
             piece = values[start : start + step].clone()
             self.checkpoint.release(name)
-            if not all_finite(piece):  # damage must not travel on
+            if not all_finite(piece):  # damage must not spread
                 raise ValueError(f"{self.path}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
             yield piece
 
     def carry(self, directory: Path) -> None:
         """Copies, or rebuilds from a GGUF's metadata, the tokenizer and what else belongs to a checkpoint.
 
-        An adapter's own tokenizer comes before its base's.
+        An adapter's own tokenizer takes precedence over its base's.
         """
         for folder in (self.checkpoint.path, self.checkpoint.text_path):
             for name in CARRIED if folder.is_dir() else ():
@@ -102,7 +102,7 @@ class Source:
 
 
 class Checked:
-    """A source's checkpoint whose tensors are finite, and copies: the file's pages are given back as they are read."""
+    """A source's checkpoint with tensors checked to be finite and copied: the file's pages are released once read."""
 
     def __init__(self, source: Source):
         self._source = source
@@ -127,15 +127,15 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def check_place(out: Path, source: Source, is_directory: bool, force: bool) -> None:
-    """Refuses a place where the result would destroy something, before any work is done."""
+    """Rejects a place where the result would destroy something, before any work is done."""
     real, origin = Path(os.path.realpath(out)), Path(os.path.realpath(source.path))
     files = {Path(os.path.realpath(file)) for file in source.files.values()}
     if real == origin or real in files or (out.exists() and any(out.samefile(file) for file in files)):
         raise ValueError(f"--out {out}: that is the source itself; give another name")
     if source.is_directory and real.is_relative_to(origin):
-        raise ValueError(f"--out {out}: lies inside the source {source.path}; choose a place beside it")
+        raise ValueError(f"--out {out}: is inside the source {source.path}; choose a place outside it")
     if any(file.is_relative_to(real) for file in files):
-        raise ValueError(f"--out {out}: holds the source {source.path}; choose a place beside it")
+        raise ValueError(f"--out {out}: holds the source {source.path}; choose a place outside it")
     if not out.exists() and not out.is_symlink():
         return
     if not force:

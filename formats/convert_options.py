@@ -1,4 +1,4 @@
-"""The arguments of convert.py, apart from what they stand for: reading them needs no PyTorch."""
+"""The arguments of convert.py, in a file of their own: parsing them needs no PyTorch."""
 
 import argparse
 import re
@@ -11,10 +11,10 @@ TYPES = ("f32", "f16", "q4_0", "q4_1", "q8_0", "q5_0", "q5_1", "q4_k_s", "q4_k_m
 QUANTIZED = ("int8", "int4")
 TARGETS = ("gguf", "safetensors", "fp32", "fp16", "bf16", *QUANTIZED)
 EXAMPLES = """\
-  python convert.py --to gguf --type q8_0 --model Qwen/Qwen3-0.6B    one .gguf file, equal to llama.cpp's
+  python convert.py --to gguf --type q8_0 --model Qwen/Qwen3-0.6B    one .gguf file, identical to llama.cpp's
   python convert.py --to int4 --model RUN                            weight-only, as vLLM and transformers read it
-  python convert.py --to safetensors --model model.gguf              the way back
-  python convert.py --verify OUT                                     is it still what was written?
+  python convert.py --to safetensors --model model.gguf              back from GGUF
+  python convert.py --verify OUT                                     check that nothing has changed
 """
 
 
@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--adapter", metavar="DIR", help="a PEFT adapter (LoRA) to merge into it first: directory or hub id")
     add("--out", type=Path, metavar="PATH", help="file or directory of the result (default: named after the model)")
     add("--force", action="store_true", help="replace an earlier result")
-    add("--verify", type=Path, metavar="OUT", help="instead: hold a result against its model_context.json")
+    add("--verify", type=Path, metavar="OUT", help="instead: check a result against its model_context.json")
     add = parser.add_argument_group("--to gguf").add_argument
     add("--type", choices=TYPES, metavar="TYPE", help=f"{', '.join(TYPES)} (default: q8_0)")
     add("--for", dest="reader", choices=["qwen3.c"], help="F32 GGUF and text files as qwen3.c maps them")
@@ -64,16 +64,16 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def combination_problem(options: argparse.Namespace) -> str | None:
-    """What is wrong with flags that are each right."""
+    """What is wrong with a combination of flags that are each valid."""
     given = {name for name, value in vars(options).items() if value not in (None, False)}
     if options.verify:
-        return "--verify stands alone: it reads a result and changes nothing" if given != {"verify"} else None
+        return "--verify takes no other flags: it reads a result and changes nothing" if given != {"verify"} else None
     if not options.to:
         return f"--to is missing: one of {', '.join(TARGETS)}"
     if options.to != "gguf" and given & {"type", "reader"}:
         return f"--type and --for belong to --to gguf, not to --to {options.to}"
     if options.type and options.reader:
-        return f"--type {options.type} with --for {options.reader}: that program reads F32 alone; leave --type out"
+        return f"--type {options.type} with --for {options.reader}: that program reads only F32; leave --type out"
     if options.group_size and options.to not in QUANTIZED:
         return f"--group-size belongs to --to int8 and int4, not to --to {options.to}"
     if options.max_shard_size and options.to == "gguf":

@@ -1,12 +1,12 @@
-"""Weights in the quantised forms that other tools publish, read as the numbers that they stand for.
+"""Weights in the quantised forms that other tools publish, read as the numbers that they encode.
 
     fp8                 float8 weights, one scale a block of 128 x 128 (the official Qwen3-*-FP8)
     gptq, awq           integers with scales and zero points (the official Qwen3-*-GPTQ-Int8, -Int4 and -AWQ)
-    compressed-tensors  float8 and int8 weights with scales; its packed integers the model computes with as they are
+    compressed-tensors  float8 and int8 weights with scales (the model computes with its packed integers directly)
     MLX                 integers with scales and offsets (mlx-community's *-4bit, -6bit, -8bit)
 
-A module's tensors (`qweight`, `scales`, …) become its one `weight`, float32 [rows, columns], when that is read: one at
-a time, so the memory does not grow with the model. Activations stay in the model's own precision.
+A module's tensors (`qweight`, `scales`, …) become its one `weight`, float32 [rows, columns], when it is read: one at
+a time, so memory does not grow with the model. Activations stay in the model's own precision.
 """
 
 from collections.abc import Callable, Iterable
@@ -30,14 +30,14 @@ class Method(Protocol):
     leaves: tuple[str, ...]
 
     def shape(self, infos: dict[str, TensorInfo], read: Callable[[str], torch.Tensor]) -> tuple[int, int]:
-        """Rows and columns of a module's weight. ValueError where its tensors do not fit each other."""
+        """Rows and columns of a module's weight. ValueError where its tensors do not match."""
 
     def dequantize(self, parts: Parts) -> torch.Tensor:
         """float32 [rows, columns]."""
 
 
 class Dequantized(View):
-    """A checkpoint seen as an ordinary one: each quantised module has one `weight`, in float32."""
+    """A checkpoint presented as an ordinary one: each quantised module has one `weight`, in float32."""
 
     def __init__(self, base: Any, method: Method):
         super().__init__(base)
@@ -84,7 +84,7 @@ class Dequantized(View):
 
 
 def dequantized(checkpoint: Any) -> Any:
-    """The checkpoint, with weights that a model can be filled with. ValueError names a method that is not read here."""
+    """The checkpoint, with weights that can be loaded into a model. ValueError names an unsupported method."""
     try:
         method = _method(checkpoint.config, checkpoint.tensors)
     except ValueError as error:
@@ -93,7 +93,7 @@ def dequantized(checkpoint: Any) -> Any:
 
 
 def unpacked(checkpoint: Any) -> Any:
-    """The same with compressed-tensors' packed integers dequantised too, for whoever needs the numbers themselves."""
+    """The same with compressed-tensors' packed integers dequantised too, for callers that need the values."""
     try:
         given = checkpoint.config.get("quantization_config")
         return checkpoint if given is None else Dequantized(checkpoint, PackQuantized(read_quantization_config(given)))
@@ -221,7 +221,7 @@ def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 class GPTQ:
-    """weight[out, in] = scales[g, out] · (q[in, out] - zeros[g, out]), g = g_idx[in] (https://arxiv.org/abs/2210.17323).
+    """weight[out, in] = scales[g, out] · (q[in, out] - zeros[g, out]), g = g_idx[in] (https://arxiv.org/abs/2210.17323)
 
     `qweight` holds q packed along its rows, `qzeros` the zeros along its columns; the first format, "gptq", stores each
     zero less one, "gptq_v2" as it is. g_idx is where columns were quantised in another order (desc_act).
@@ -244,7 +244,7 @@ class GPTQ:
         if infos["qweight"].dtype != torch.int32 or infos["qzeros"].dtype != torch.int32 or len(words) != 2:
             raise ValueError("qweight and qzeros are not matrices of int32")
         if words[1] != rows or infos["qzeros"].shape != (groups, -(-rows // per_word)) or not groups:
-            raise ValueError(f"these are not the parts of one matrix of {self._bits} bits")
+            raise ValueError(f"these do not form one matrix of {self._bits} bits")
         if "g_idx" not in infos and columns % groups:
             raise ValueError(f"{groups} groups do not share {columns} columns")
         if "g_idx" in infos:
@@ -252,7 +252,7 @@ class GPTQ:
                 raise ValueError(f"g_idx does not name the group of each of {columns} columns")
             index = read("g_idx")
             if index.min() < 0 or index.max() >= groups:
-                raise ValueError(f"g_idx names another group than the {groups} that there are")
+                raise ValueError(f"g_idx names a group beyond the {groups} that there are")
         return rows, columns
 
     def dequantize(self, parts: Parts) -> torch.Tensor:
@@ -272,7 +272,7 @@ class AWQ:
     order that AutoAWQ's "gemm" kernel wants."""
 
     key, leaves = "qweight", ("qweight", "qzeros", "scales")
-    ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the values 0 to 7 of a word lie
+    ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the values 0 to 7 of a word are
 
     def __init__(self, config: dict[str, Any]):
         form, bits = config.get("version", config.get("format", "gemm")), _positive(config, "bits", "w_bit")
@@ -286,7 +286,7 @@ class AWQ:
         if infos["qweight"].dtype != torch.int32 or infos["qzeros"].dtype != torch.int32 or len(words) != 2:
             raise ValueError("qweight and qzeros are not matrices of int32")
         if words[1] * 8 != rows or infos["qzeros"].shape != (groups, words[1]) or not groups or words[0] % groups:
-            raise ValueError("these are not the parts of one matrix of 4 bits")
+            raise ValueError("these do not form one matrix of 4 bits")
         return rows, words[0]
 
     def dequantize(self, parts: Parts) -> torch.Tensor:
@@ -303,7 +303,7 @@ class MLX:
     """weight = scales · q + biases for each group of columns; q is a stream of bits along each row, lowest first.
 
     https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html. The bits of a module follow
-    from its shapes: mixed models have several.
+    from its shapes: mixed models use several.
     """
 
     key, leaves = "scales", ("weight", "scales", "biases")
@@ -319,7 +319,7 @@ class MLX:
     def shape(self, infos: dict[str, TensorInfo], read: Callable[[str], torch.Tensor]) -> tuple[int, int]:
         (dtype, words), scales = infos["weight"], infos["scales"].shape
         if infos["biases"].shape != scales or len(words) != 2 or len(scales) != 2 or words[0] != scales[0]:
-            raise ValueError("these are not the parts of one quantised matrix")
+            raise ValueError("these do not form one quantised matrix")
         columns = scales[1] * self._group
         bits, rest = divmod(words[1] * 32, columns) if columns else (0, 0)
         if dtype != torch.uint32 or rest or bits not in (2, 3, 4, 5, 6, 8):

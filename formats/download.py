@@ -1,6 +1,6 @@
-"""Large files over a bad line: no request waits for ever, and a broken transfer goes on where it stopped.
+"""Large files over an unreliable connection: no request hangs, and a broken transfer resumes where it stopped.
 
-huggingface_hub's HTTP client carries them: it knows proxies and hands no token on to the host that a file lies at.
+They use huggingface_hub's HTTP client, which supports proxies and passes no token on to the host that stores a file.
 """
 
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from typing import Any
 
 REACH_SECONDS = 5.0  # to the first answer, with name server, connections and redirects
 STALL_SECONDS = 20.0  # without a byte in the middle of a transfer
-AGAIN = "run the command again to go on"
+AGAIN = "run the command again to resume"
 
 
 class HubUnreachable(ValueError):
-    """The hub does not answer (any more)."""
+    """The hub does not answer, or no longer."""
 
 
 def reach(ask: Callable[[], Any]) -> Any:
     """`ask()`'s answer or exception; TimeoutError when there is none within REACH_SECONDS.
 
-    A name server that is silent has no time-out of its own, so a thread waits for the answer and we for the thread.
+    Name resolution has no time-out of its own, so a thread waits for the answer, and this function for the thread.
     """
     answer = Future()
 
@@ -39,10 +39,10 @@ def reach(ask: Callable[[], Any]) -> Any:
 
 
 def transfer(url: str, headers: dict[str, str], part: Path, size: int, report: Callable[[int], object]) -> None:
-    """Appends to `part` what it lacks of a file of `size` bytes, or begins anew where the server can't go on.
+    """Appends to `part` the missing rest of a file of `size` bytes, or starts over where the server can't resume.
 
-    `report` is told how many bytes are there. HubUnreachable: the connection broke, and the next call goes on from what
-    came. ValueError: the server answers something else than was asked for, and `part` is as it was.
+    `report` gets the number of bytes so far. HubUnreachable: the connection broke, and the next call resumes from what
+    arrived. ValueError: the server's answer is not what was requested, and `part` is unchanged.
     """
     from huggingface_hub import get_session
 
@@ -55,7 +55,7 @@ def transfer(url: str, headers: dict[str, str], part: Path, size: int, report: C
     request = get_session().build_request("GET", url, headers=headers, timeout=STALL_SECONDS)
     try:
         response = reach(lambda: get_session().send(request, stream=True))
-    except Exception as error:  # the HTTP library's classes, whatever of names, sockets and TLS failed
+    except Exception as error:  # the HTTP library's classes, whether names, sockets or TLS failed
         raise HubUnreachable(f"{url}: can't be reached ({error}); {AGAIN}") from None
     with closing(response):
         if response.is_error:
@@ -64,7 +64,7 @@ def transfer(url: str, headers: dict[str, str], part: Path, size: int, report: C
         if response.status_code != 206:
             have = 0
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise ValueError(f"{url}: the server sends another part than the one asked for; delete {part}")
+            raise ValueError(f"{url}: the server sends another range than the one requested; delete {part}")
         stated = response.headers.get("Content-Length", str(size - have))
         if stated != str(size - have):
             raise ValueError(f"{url}: this file has {size:,} bytes, but the server sends {stated} from {have:,} on")
@@ -80,16 +80,16 @@ def transfer(url: str, headers: dict[str, str], part: Path, size: int, report: C
             except Exception:  # the HTTP library's classes: the connection broke
                 pass
     if have < size:
-        raise HubUnreachable(f"{url}: {have:,} of {size:,} bytes came; {AGAIN}")
+        raise HubUnreachable(f"{url}: {have:,} of {size:,} bytes arrived; {AGAIN}")
 
 
 def read_range(url: str, start: int, size: int) -> bytes:
-    """`size` bytes of a file from `start` on. HubUnreachable, or ValueError where the server answers something else."""
+    """`size` bytes of a file from `start` on. HubUnreachable, or ValueError where the answer is not that."""
     status, data = _read(url, {"Range": f"bytes={start}-{start + size - 1}"}, size)
     if status != 206 and start:
         raise ValueError(f"{url}: the server does not send parts of files; --deep downloads them whole")
     if len(data) < size:
-        raise HubUnreachable(f"{url}: {len(data):,} of {size:,} bytes came; {AGAIN}")
+        raise HubUnreachable(f"{url}: {len(data):,} of {size:,} bytes arrived; {AGAIN}")
     return data
 
 
@@ -110,7 +110,7 @@ def _read(url: str, headers: dict[str, str], most: int) -> tuple[int, bytes]:
     request = get_session().build_request("GET", url, headers=headers, timeout=STALL_SECONDS)
     try:
         response = reach(lambda: get_session().send(request, stream=True, follow_redirects=True))
-    except Exception as error:  # the HTTP library's classes, whatever of names, sockets and TLS failed
+    except Exception as error:  # the HTTP library's classes, whether names, sockets or TLS failed
         raise HubUnreachable(f"{url}: can't be reached ({error}); {AGAIN}") from None
     with closing(response):
         if response.is_error:

@@ -24,12 +24,12 @@ def fsync(path: Path) -> None:
 
 
 def _temporary(path: Path, suffix: str = "tmp") -> Path:
-    """A name beside `path` that nobody guesses, and no other thread or node of the same disk uses."""
+    """An unguessable name beside `path` that no other thread or node on the same disk uses."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{suffix}")
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Gives a file that is whole its final name."""
+    """Gives a complete file its final name."""
     fsync(temporary)
     temporary.replace(path)
     fsync(path.parent)
@@ -37,10 +37,10 @@ def publish(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what was written there takes the final name when the block succeeds.
+    """Yields a temporary path beside `path`; what was written there gets the final name when the block succeeds.
 
-    The temporary file is there already, empty and new (never through a link). The final one has the mode that the
-    umask asks for, whatever wrote it.
+    The temporary file exists already, empty and new (never through a link). The final one has the mode that the
+    umask implies, whatever wrote it.
     """
     path = Path(path)
     temporary = _temporary(path)
@@ -58,7 +58,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: Path | str) -> Iterator[Path]:
-    """The same for a directory of files. An older directory of that name gives way only when the new one is whole."""
+    """The same for a directory of files. An older directory of that name is replaced once the new one is complete."""
     path = Path(path)
     temporary, old = _temporary(path), _temporary(path, "old")
     path.parent.mkdir(parents=True, exist_ok=True)

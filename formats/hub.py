@@ -1,9 +1,9 @@
 """A model's data files from the Hugging Face hub, kept in its usual local cache.
 
 The cache (https://huggingface.co/docs/huggingface_hub/guides/manage-cache) is shared with every other tool: the files'
-contents lie in `blobs/` under their hashes, `snapshots/COMMIT/` links to them under their names, `refs/REVISION` names
-the commit. huggingface_hub finds and asks; the transfer (formats/download.py) is ours, because only so does a broken
-one go on where it stopped in a later run too.
+contents are in `blobs/` under their hashes, `snapshots/COMMIT/` links to them under their names, `refs/REVISION` names
+the commit. huggingface_hub finds and lists them; the transfer (formats/download.py) is ours, so that a broken one
+resumes where it stopped, in a later run too.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ TOKENIZER_FILES = [
 ]
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
 DATA_FILES = [*TOKENIZER_FILES, SINGLE, "model-*.safetensors", INDEX]
-ATTEMPTS = 5  # in a row that bring nothing
+ATTEMPTS = 5  # in a row that transfer nothing
 
 
 class RemoteFile(NamedTuple):
-    """`digest`: SHA-256 of a large file (Git LFS), SHA-1 of Git's blob of any other. Both name it in `blobs/`."""
+    """`digest`: SHA-256 of a large file (Git LFS), SHA-1 of the Git blob of any other; the name in `blobs/`."""
 
     name: str
     size: int
@@ -43,7 +43,7 @@ class RemoteFile(NamedTuple):
 
 
 def cached(repo: str, revision: str | None, tokenizer_only: bool = False, tag: str | None = None) -> Path | None:
-    """The snapshot in the local cache, or its .gguf, if each file that a run needs is there. Makes no request."""
+    """The snapshot in the local cache, or its .gguf, if each file that a run needs is there. Makes no requests."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -81,9 +81,9 @@ def _whole(path: Path, tokenizer_only: bool) -> bool:
 
 
 def download(repo: str, revision: str | None, tokenizer_only: bool = False, tag: str | None = None) -> Path:
-    """The snapshot in the local cache, or its .gguf, after what it lacks was downloaded.
+    """The snapshot in the local cache, or its .gguf, after downloading what is missing.
 
-    Of a repository without safetensors one .gguf alone is asked for (`tag`: which). ValueError says why that is not
+    Of a repository without safetensors only one .gguf is downloaded (`tag`: which). ValueError says why that is not
     possible.
     """
     from huggingface_hub import hf_hub_url
@@ -91,7 +91,7 @@ def download(repo: str, revision: str | None, tokenizer_only: bool = False, tag:
     from huggingface_hub.file_download import repo_folder_name
     from huggingface_hub.utils import WeakFileLock, logging
 
-    logging.set_verbosity_error()  # its warnings would stand between the lines of a command
+    logging.set_verbosity_error()  # its warnings would appear between a command's lines
     commit, files = _ask(repo, revision, tokenizer_only, tag)
     folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
     blobs, snapshot = folder / "blobs", folder / "snapshots" / commit
@@ -114,7 +114,7 @@ def download(repo: str, revision: str | None, tokenizer_only: bool = False, tag:
 
 
 def _ask(repo: str, revision: str | None, tokenizer_only: bool, tag: str | None) -> tuple[str, list[RemoteFile]]:
-    """The commit of a revision and its data files, tokenizer.json and the weights last: once they are there, all is."""
+    """The commit of a revision and its data files, tokenizer.json and the weights last: then everything is there."""
     commit, found = listing(repo, revision)
     wanted = _wanted([file.name for file in found], tokenizer_only, tag)
     files = [file for file in found if file.name in wanted]
@@ -140,7 +140,7 @@ def _wanted(names: list[str], tokenizer_only: bool, tag: str | None) -> list[str
             raise ValueError(f"the hub lacks a part of this model: {missing[0]}")
         return parts
     if tag is not None:
-        raise ValueError(f"no .gguf file on the hub, so {tag} names nothing there; leave it out")
+        raise ValueError(f"no .gguf file on the hub, so {tag} matches nothing there; leave it out")
     if tokenizer_only:
         raise ValueError("no tokenizer.json on the hub; name the model that this one was made from")
     if "config.json" in plain and (weights := weight_files(plain)):
@@ -154,17 +154,17 @@ def listing(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     if is_offline_mode():
-        raise HubUnreachable("not in the cache, and HF_HUB_OFFLINE forbids to ask the hub")
+        raise HubUnreachable("not in the cache, and HF_HUB_OFFLINE forbids asking the hub")
 
     try:
         info = reach(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
     except GatedRepoError:
-        raise ValueError("the hub asks for a login; run `hf auth login` first") from None
+        raise ValueError("the hub requires a login; run `hf auth login` first") from None
     except RevisionNotFoundError:
         raise ValueError(f"the hub has no revision {revision} of this model") from None
     except RepositoryNotFoundError:
         raise ValueError("the hub has no such model (or it is private)") from None
-    except Exception as error:  # the HTTP library's classes (DNS, time-out, 5xx): all mean the same to a user
+    except Exception as error:  # the HTTP library's classes (DNS, time-out, 5xx): all the same to a user
         raise HubUnreachable("not in the cache, and the hub can't be reached") from error
     files = [
         RemoteFile(file.rfilename, file.size, file.lfs.sha256 if file.lfs else file.blob_id)
@@ -215,7 +215,7 @@ def url(repo: str, commit: str, name: str) -> str:
 
 
 def _fetch(url: str, blob: Path, file: RemoteFile, report: Callable[[int], object]) -> None:
-    """Downloads one file; what a broken transfer brought stays under a name of its own, and the next one goes on."""
+    """Downloads one file; a partial transfer stays under a name of its own, and the next one resumes it."""
     from huggingface_hub.utils import build_hf_headers
 
     if blob.exists():
@@ -237,7 +237,7 @@ def _fetch(url: str, blob: Path, file: RemoteFile, report: Callable[[int], objec
     digest = sha256(part) if large else hashlib.sha1(b"blob %d\0" % file.size + part.read_bytes()).hexdigest()
     if digest != file.digest:
         part.unlink()
-        raise ValueError(f"{file.name} came damaged from the hub (its hash is another); run the command again")
+        raise ValueError(f"{file.name} arrived damaged from the hub (its hash does not match); run the command again")
     publish(part, blob)
 
 

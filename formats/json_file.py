@@ -10,7 +10,7 @@ MAX_JSON = 32_000_000  # bytes; the names of 10^5 tensors stay far below, and pa
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a stranger's file; ValueError names the file where it is none."""
+    """The JSON object in an untrusted file; ValueError names the file where it is not one."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file, but a checkpoint directory needs one; download it again")
     if path.stat().st_size > MAX_JSON:

@@ -1,11 +1,11 @@
-"""A file as memory, for readers of weights: nothing is copied until it is changed, and pages can be given back."""
+"""A file mapped into memory, for readers of weights: nothing is copied until changed, and pages can be released."""
 
 import mmap
 import sys
 from pathlib import Path
 
 # Copy-on-write: torch wants writable memory, the file stays unchanged. Linux would reserve memory for the whole file,
-# which fails for a model larger than the machine's memory, unless told not to (MAP_NORESERVE, which Python names from
+# which fails for a model larger than the machine's memory, unless asked not to (MAP_NORESERVE, which Python has from
 # 3.13 on).
 PRIVATE: dict[str, int] = {"access": mmap.ACCESS_COPY}
 if sys.platform == "linux":
@@ -19,7 +19,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def release(mapping: mmap.mmap, start: int, end: int) -> None:
-    """Gives back the memory of bytes start .. end (and of the page in which they end); unchanged ones stay readable
+    """Releases the memory of bytes start .. end (and of the page in which they end); unchanged ones stay readable
     from the file. Changes made to them are lost."""
     start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
     if end > start and hasattr(mmap, "MADV_DONTNEED"):

@@ -17,9 +17,9 @@ KNOWN = {part for pair in MATRICES for part in pair} | {"lora_magnitude_vector",
 
 
 class Merged(View):
-    """`base` with the adapter of a directory: LoRA, rsLoRA, DoRA, and modules that were trained whole.
+    """`base` with the adapter of a directory: LoRA, rsLoRA, DoRA, and fully trained modules.
 
-    Values are added in float32 and take the base's dtype again. ValueError for an adapter of another model.
+    Values are added in float32 and cast back to the base's dtype. ValueError for an adapter of another model.
     """
 
     def __init__(self, base: Any, directory: Path):
@@ -35,10 +35,10 @@ class Merged(View):
         for stored in self._file.tensors:
             module, part = parse_name(WRAPPERS.sub("", stored))
             if part not in KNOWN:
-                self._fail(f"{stored} is no part of a LoRA adapter that is merged here")
+                self._fail(f"{stored} is not part of a LoRA adapter that can be merged here")
             self._parts[f"{module}.{'bias' if part == 'bias' else 'weight'}"][part] = stored
         if not self._parts:
-            self._fail("no tensor in it")
+            self._fail("no tensors in it")
         self.tensors = dict(base.tensors)
         for name, parts in self._parts.items():
             self._check(name, parts)
@@ -48,17 +48,17 @@ class Merged(View):
         raise ValueError(f"{self._adapter.directory / WEIGHTS}: {problem}")
 
     def _source(self, name: str) -> str:
-        """Where the base keeps a tensor: a tied head is its embedding."""
+        """The base's name of a tensor: a tied head is its embedding."""
         tied = name == HEAD and HEAD not in self.base.tensors and self.config.get("tie_word_embeddings")
         return EMBEDDING if tied else name
 
     def _check(self, name: str, parts: dict[str, str]) -> None:
-        """Whether the parts fit the base's tensor, and what the merged one is."""
+        """Checks the parts against the base's tensor; describes the merged one."""
         shapes = {part: self._file.tensors[stored].shape for part, stored in parts.items()}
         info = self.base.tensors.get(self._source(name))
         if info is None:
             self._fail(f"adapts {name}, which {self.base.path} does not have")
-        whole = shapes.pop("weight", shapes.pop("bias", info.shape))  # trained whole, or saved with the adapter over it
+        whole = shapes.pop("weight", shapes.pop("bias", info.shape))  # fully trained, or saved with the adapter
         if whole[1:] != info.shape[1:] or (name not in (EMBEDDING, HEAD) and whole != info.shape):
             self._fail(f"{name} of shape {list(whole)} does not fit the base's {list(info.shape)}")
         self.tensors[name] = info = info._replace(shape=whole)
@@ -66,7 +66,7 @@ class Merged(View):
             return
         pair = next((pair for pair in MATRICES if set(pair) <= set(shapes)), None)
         if pair is None:
-            self._fail(f"{name} has only {', '.join(shapes)} of its adapter")
+            self._fail(f"{name} of its adapter has only {', '.join(shapes)}")
         (rank, across), (down, inner) = (shapes[part] if len(shapes[part]) == 2 else (0, 0) for part in pair)
         fits = (down, across) == (info.shape if pair == MATRICES[0] else info.shape[::-1])
         magnitude = shapes.get("lora_magnitude_vector")
@@ -80,7 +80,7 @@ class Merged(View):
             self.config = self.config | {"vocab_size": rows}
         if self.config.get("tie_word_embeddings") and EMBEDDING in self._parts and HEAD not in self._parts:
             self._fail(
-                "adapts the embedding, to which the base ties its head, but not the head: whether it follows is open"
+                "adapts the embedding, to which the base ties its head, but not the head: it is unclear which is meant"
             )
 
     def read(self, name: str) -> torch.Tensor:
@@ -99,7 +99,7 @@ class Merged(View):
             added = (b @ a).T
         added *= self._adapter.scale(name.removesuffix(".weight"), len(a))
         merged = added.add_(weight.float())
-        if "lora_magnitude_vector" in parts:  # DoRA (https://arxiv.org/abs/2402.09353): each row's length is its own
+        if "lora_magnitude_vector" in parts:  # DoRA (https://arxiv.org/abs/2402.09353): each row has its own magnitude
             norms = torch.linalg.norm(merged, dim=1, keepdim=True)
             merged *= parts["lora_magnitude_vector"].float().reshape(-1, 1) / norms
         return merged.to(weight.dtype)

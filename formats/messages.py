@@ -1,13 +1,13 @@
 """Chat messages in the form that chat templates read, from the many forms that files and clients use.
 
-Chats, prompt files and training rows all pass through `normalise`. Fields that change the text, or what is learnt of
-it, are honoured or refused by name, never dropped:
+Chats, prompt files and training rows all pass through `normalise`. Fields that change the text, or what is learnt from
+it, are honoured or rejected by name, never dropped:
 
     role            developer is system, human and prompter are user, gpt, model and ai are assistant,
-                    function, observation and tool_response are tool; others are refused
+                    function, observation and tool_response are tool; others are rejected
     from, value     ShareGPT's names of role and content; from: function_call holds a call as JSON
-    content         a text, or a list of parts: texts are joined, thinking goes to the reasoning, images are refused
-    reasoning       under reasoning_content, reasoning or thinking; two that differ are refused
+    content         a text, or a list of parts: texts are joined, thinking goes to the reasoning, images are rejected
+    reasoning       under reasoning_content, reasoning or thinking; two that differ are rejected
     tool_calls      OpenAI's or bare calls; arguments as an object or as its JSON; function_call is one of them
     tool_call_id    results come in the order of their calls, since Qwen's templates write no ids
     weight          0 or 1, whether training learns the turn; also as train, training (axolotl) and loss (ms-swift)

@@ -1,8 +1,8 @@
 """The official names of tensors that a tool has stored under others: wrapped, prefixed, or without the prefix.
 
-A checkpoint has one embedding, and what stands before `embed_tokens` is what a tool put there (`_orig_mod.model.` by
+A checkpoint has one embedding, and whatever precedes `embed_tokens` was put there by a tool (`_orig_mod.model.` by
 torch.compile, `module.model.` by DataParallel) or left out: Qwen3-Embedding's files hold the bare decoder. So the names
-have one meaning: that prefix is `model.`. A head stands beside the decoder, under the outer part of the prefix.
+are unambiguous: that prefix is `model.`. A head is beside the decoder, under the outer part of the prefix.
 """
 
 import re
@@ -14,13 +14,13 @@ from console import notice
 from formats.view import View
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# What PyTorch's own wrappers put between the names of modules.
+# What PyTorch's own wrappers insert into module names.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _EMBEDDING = re.compile(r"(?P<prefix>(?:.*\.)?)embed_tokens\.[^.]+")
 
 
 def official_names(stored: list[str]) -> dict[str, str]:
-    """Official name → stored name. Names that are already official, or that have no meaning here, stay as they are.
+    """Official name → stored name. Names that are already official, or unknown here, are unchanged.
 
     The rotary frequencies that older tools stored as a buffer are left out: config.json states them.
     """
@@ -62,10 +62,10 @@ class OfficialNames(View):
 
 
 class OfficialHead(View):
-    """A checkpoint whose config ties the head to the embedding, held against what is stored.
+    """A checkpoint whose config ties the head to the embedding, checked against what is stored.
 
     A stored head that is the embedding stays in `tensors`, for a writer that keeps the source's form. One that differs
-    was trained apart: it is kept and the tie is not, as in transformers 5. A head alone serves as the embedding too.
+    was trained separately: it is kept and untied, as in transformers 5. A lone head serves as the embedding too.
     """
 
     def __init__(self, base: Any):
@@ -76,7 +76,7 @@ class OfficialHead(View):
             self.tensors = {EMBEDDING if name == HEAD else name: info for name, info in self.tensors.items()}
         elif not _equal(base):
             self.config = self.config | {"tie_word_embeddings": False}
-            if self.tensors[HEAD].shape == self.tensors[EMBEDDING].shape:  # or there is more to say than this
+            if self.tensors[HEAD].shape == self.tensors[EMBEDDING].shape:  # otherwise a shape error follows
                 notice(
                     f"{base.path}: {HEAD} differs from the embedding, so they are not tied, whatever config.json says"
                 )
@@ -89,7 +89,7 @@ class OfficialHead(View):
 
 
 def _equal(checkpoint: Any, rows: int = 2048) -> bool:
-    """Whether head and embedding are the same, some rows at a time: the pages are given back as they are read."""
+    """Whether head and embedding are the same, some rows at a time: the pages are released as they are read."""
     if checkpoint.tensors[HEAD] != checkpoint.tensors[EMBEDDING]:
         return False
     head, embedding = checkpoint.read(HEAD), checkpoint.read(EMBEDDING)

@@ -1,9 +1,9 @@
-"""model_context.json as the commands write it beside what they make: what was made from what, every byte accounted for.
+"""model_context.json as the commands write it beside their results: what was made from what, every byte accounted for.
 
-One such file lies beside the results (inside a directory, or in the folder of a .gguf file), with one entry in
+One such file is beside the results (inside a directory, or in the folder of a .gguf file), with one entry in
 `results` for each: "." for the directory itself, else the file's name. An entry names the source (and the SHA-256 of
 each of its files), the options (of a training run: stage, data, steps), the commit of this project, the size and
-SHA-256 of each written file, and for each converted tensor where its bytes lie, their SHA-256 and how far its values
+SHA-256 of each written file, and for each converted tensor where its bytes are, their SHA-256 and how far its values
 are from the source's. `verify` re-reads a result and names what changed. audit.py adds everything else to the file.
 """
 
@@ -42,7 +42,7 @@ class HashThread:
 
 
 def sha256_of_range(path: Path, offset: int, size: int) -> str:
-    """The digest of `size` bytes of a file, or of those of them that are there."""
+    """The digest of `size` bytes of a file, or of as many as there are."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         stream.seek(offset)
@@ -63,7 +63,7 @@ def _digest(entry: dict[str, Any]) -> str:
 
 
 def made_by() -> dict[str, str | None]:
-    """The version and the commit of this project, which is the maker of every result."""
+    """The version and commit of this project, which made the result."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
     try:
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -74,19 +74,19 @@ def made_by() -> dict[str, str | None]:
 
 
 def write_directory(directory: Path, about: dict[str, Any], left_out: tuple[str, ...] = ()) -> None:
-    """The record of a directory that is whole, as the last of its files."""
+    """Writes the record of a complete directory, as the last of its files."""
     written = {file.name: file for file in sorted(directory.iterdir()) if file.is_file() and file.name not in left_out}
     entry = sign({**made_by(), **about, "files": HashThread(written).result(), "tensors": {}})
     (directory / NAME).write_text(to_text({".": entry}), encoding="utf-8")
 
 
 def to_text(results: dict[str, Any], others: dict[str, Any] | None = None) -> str:
-    """The file's text. `others`: what else stands in it already."""
+    """The file's text. `others`: the rest of its content."""
     return json.dumps({**(others or {}), "schema": SCHEMA, "results": results}, indent=1) + "\n"
 
 
 def write_entry(out: Path, entry: dict[str, Any]) -> None:
-    """Puts the entry of a file into its folder's record. Safe beside another conversion into the same folder."""
+    """Adds the entry of a file to its folder's record. Safe during another conversion into the same folder."""
     path = out.parent / NAME
     with _lock(out.parent):
         others = read_json(path) if path.exists() else {}
@@ -125,7 +125,7 @@ def is_result(directory: Path) -> bool:
 
 
 def read(folder: Path, name: str) -> dict[str, Any] | None:
-    """The entry of a result, unchecked; None where its folder has no record or none of it."""
+    """The entry of a result, unchecked; None where its folder has no record or no entry for it."""
     return results(folder / NAME).get(name)
 
 
@@ -149,12 +149,12 @@ def verify(out: Path, progress: Callable[[int], None] = lambda size: None) -> di
     changed = [text for file in entry["files"] for text in _changes(path.parent, file, entry, progress)]
     if changed:
         more = f" (and {len(changed) - 4} more)" if len(changed) > 4 else ""
-        raise ValueError(f"{out} is not as it was written: {'; '.join(changed[:4])}{more}")
+        raise ValueError(f"{out} is not as written: {'; '.join(changed[:4])}{more}")
     return entry
 
 
 def _is_whole(entry: dict[str, Any]) -> bool:
-    """Whether an entry has the form that is written here: its digest can be a stranger's work too."""
+    """Whether an entry has the form written here: a valid digest alone proves nothing, as anyone can compute it."""
     files, tensors = entry.get("files"), entry.get("tensors")
     if not isinstance(files, dict) or not isinstance(tensors, dict):
         return False
@@ -168,7 +168,7 @@ def _is_whole(entry: dict[str, Any]) -> bool:
 
 
 def _changes(folder: Path, file: str, entry: dict[str, Any], progress: Callable[[int], None]) -> list[str]:
-    """What changed in one file: tensors by name where the record knows their places."""
+    """What changed in one file: tensors by name where the record has their offsets."""
     path, expected = folder / file, entry["files"][file]
     if not path.is_file():
         return [f"{file} is missing"]

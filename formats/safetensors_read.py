@@ -1,9 +1,9 @@
 """A directory in the official layout: strict checks first, then one tensor at a time by its official name.
 
 The safetensors format (https://github.com/huggingface/safetensors#format): 8 bytes of header length N, little-endian,
-N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data, contiguous and without holes. A file from elsewhere
-is data from a stranger, so every count, offset and name is held against the file's size before anything is read.
-Weights are memory-mapped: nothing is copied until somebody changes it, and `release` gives the pages back.
+N bytes of JSON {name: {dtype, shape, data_offsets}}, then the data, contiguous and without holes. Files are
+untrusted, so every count, offset and name is checked against the file's size before anything is read.
+Weights are memory-mapped: nothing is copied until it is changed, and `release` frees the pages.
 """
 
 import json
@@ -44,7 +44,7 @@ class SafetensorsFile:
         return torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
 
     def release(self, name: str) -> None:
-        """Gives the memory of a tensor's pages back; its values stay readable (from the file again)."""
+        """Releases the memory of a tensor's pages; its values stay readable (from the file again)."""
         release(self._map, *self._offsets[name])
 
 
@@ -74,7 +74,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, tuple[int
 def parse_header(
     path: str | Path, header: bytes, data: int
 ) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
-    """Names, types, shapes and byte ranges within the `data` bytes behind a header, in the order of their bytes."""
+    """Names, types, shapes and byte ranges within the `data` bytes after a header, in the order of their bytes."""
     try:
         entries = json.loads(header, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -104,7 +104,7 @@ def _fail(path: str | Path, problem: str) -> NoReturn:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("a name occurs twice")
     return result
 
 
@@ -161,7 +161,7 @@ class Checkpoint:
         return self._part[name].read(name)
 
     def release(self, name: str) -> None:
-        """Lets the pages of one tensor go, for walks through files larger than the memory."""
+        """Releases the pages of one tensor, for iteration over files larger than memory."""
         self._part[name].release(name)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -173,7 +173,7 @@ class Checkpoint:
 
 def _weight_files(path: Path) -> list[Path]:
     """The safetensors files of a directory, after the index's names were checked. Pickles are refused, not read."""
-    if lexists(path / INDEX) and not lexists(path / SINGLE):  # a link that points nowhere is there too
+    if lexists(path / INDEX) and not lexists(path / SINGLE):  # a dangling link counts as there
         return [path / shard for shard in sorted(set(_weight_map(path / INDEX).values()))]
     try:
         files = weight_files(file.name for file in path.iterdir())
@@ -213,6 +213,6 @@ def _check_index(path: Path, actual: dict[str, str]) -> None:
     if wrong:
         name = wrong[0]
         raise ValueError(
-            f"{index}: tensor {name} is stated in {stated.get(name)} but lies in {actual.get(name)} "
+            f"{index}: tensor {name} is stated in {stated.get(name)} but is in {actual.get(name)} "
             f"({len(wrong)} such tensors); the index belongs to other shards"
         )

@@ -1,6 +1,6 @@
-"""Write safetensors as a stream: the header first, from names, types and shapes alone, then the tensors piece by piece.
+"""Write safetensors as a stream: the header first, from just names, types and shapes, then the tensors piece by piece.
 
-The safetensors library's own `save_file` wants every tensor in memory at once. The layout is the official one:
+The safetensors library's own `save_file` needs every tensor in memory at once. The layout is the official one:
 `model.safetensors`, or shards `model-00001-of-0000N.safetensors` with `model.safetensors.index.json`.
 """
 
@@ -19,7 +19,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Place(NamedTuple):
-    """Where the bytes of a tensor lie: file name, offset in the file, size."""
+    """Where the bytes of a tensor are: file name, offset in the file, size."""
 
     file: str
     offset: int
@@ -27,7 +27,7 @@ class Place(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """One file to be written: its name, its first bytes (length and JSON header), each tensor's place, its size."""
+    """One file to be written: its name, its first bytes (length and JSON header), each tensor's offset, its size."""
 
     name: str
     head: bytes
@@ -58,7 +58,7 @@ def _size(info: TensorInfo) -> int:
 
 def _plan_shard(name: str, tensors: dict[str, TensorInfo]) -> Shard:
     header, offsets, end = {"__metadata__": {"format": "pt"}}, {}, 0
-    # Wide types first, as the safetensors library orders them, so that each tensor lies at a multiple of its item size.
+    # Wide types first, as the safetensors library orders them, so that each tensor is aligned to its item size.
     for tensor, info in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
         offsets[tensor] = end
         end += _size(info)
@@ -93,7 +93,7 @@ class SafetensorsWriter:
 
     def sha256(self, name: str) -> str:
         """The digest of a tensor's bytes, once they are all written."""
-        assert self._written[name] == self._places[name].size, f"{name} was not written whole"
+        assert self._written[name] == self._places[name].size, f"{name} was not completely written"
         return self._hashes[name].hexdigest()
 
     def __enter__(self) -> "SafetensorsWriter":

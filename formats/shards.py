@@ -1,4 +1,4 @@
-"""Which .safetensors files of a folder are the weights of its model, told from their names alone."""
+"""Which .safetensors files of a folder are the weights of its model, judged by their names."""
 
 import re
 from collections.abc import Iterable

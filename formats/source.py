@@ -1,8 +1,8 @@
 """Where a model comes from: SRC is a directory, a .gguf file, or a hub id (`org/name`, `org/name@revision`).
 
-The folder of a training run stands for its last checkpoint, RUN/latest. Of several .gguf files in a directory or
-repository a tag names one: `DIR:Q4_K_M`, `org/name:Q4_K_M`, or its whole name, `org/name/FILE.gguf`. A hub model is
-taken from the local Hugging Face cache when it is whole there, and downloaded otherwise (formats/hub.py): data files
+The folder of a training run means its last checkpoint, RUN/latest. Of several .gguf files in a directory or
+repository a tag selects one: `DIR:Q4_K_M`, `org/name:Q4_K_M`, or its whole name, `org/name/FILE.gguf`. A hub model is
+taken from the local Hugging Face cache when complete there, and downloaded otherwise (formats/hub.py): data files
 only (JSON, safetensors, GGUF, the template's text), never code, never pickles.
 """
 
@@ -53,7 +53,7 @@ def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = Fals
         return _from_hub(match["repo"], match["revision"], match["file"] or match["tag"], tokenizer_only)
     except (ValueError, OSError) as error:
         kind = HubUnreachable if isinstance(error, HubUnreachable) else ValueError
-        raise kind(f"{name} is no directory here; as a hub model: {error}") from error
+        raise kind(f"{name} is not a directory here; as a hub model: {error}") from error
 
 
 def resolve_default(src: str | Path | None) -> Path:
@@ -63,7 +63,7 @@ def resolve_default(src: str | Path | None) -> Path:
     try:
         return _from_hub(DEFAULT_MODEL, None, None)
     except (ValueError, OSError) as error:
-        notice(f"{DEFAULT_MODEL}: {' '.join(str(error).split())}. The bundled tiny model answers.")
+        notice(f"{DEFAULT_MODEL}: {' '.join(str(error).split())}. Using the bundled tiny model.")
         return BUNDLED_MODEL
 
 
@@ -72,7 +72,7 @@ def _from_hub(repo: str, revision: str | None, tag: str | None, tokenizer_only: 
 
 
 def _has_safetensors(path: Path) -> bool:
-    """Whether a directory holds weights, or what stands for them (an index, an adapter), in the official layout."""
+    """Whether a directory holds weights, or what refers to them (an index, an adapter), in the official layout."""
     return any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json"))
 
 
@@ -84,13 +84,13 @@ def _gguf_of(name: str, folder: Path, tag: str | None) -> Path:
 
 
 def _of_run(path: Path) -> Path:
-    """A training run's folder stands for its last checkpoint; every other directory for itself."""
+    """The last checkpoint of a training run's folder; any other directory itself."""
     is_run = not (path / "config.json").is_file() and (path / "config.yaml").is_file()
     return path / "latest" if is_run and (path / "latest" / "config.json").is_file() else path
 
 
 def _kind(path: Path) -> str | None:
-    """ "directory", "file" or None; a name that no file can have is none."""
+    """ "directory", "file" or None, also for a name that no file can have."""
     try:
         return "directory" if path.is_dir() else "file" if path.is_file() else None
     except OSError:

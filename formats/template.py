@@ -1,11 +1,11 @@
 """A checkpoint's chat template, rendered in a process of its own.
 
-A chat template is a Jinja program that renders a list of messages as one text, and it is someone else's program.
-Jinja's sandbox keeps it away from Python's internals, but nothing inside a process can stop `'a' * 10**10`,
-`10**(10**10)` or the text of a list that holds itself a billion times: each is one call into C. A child process can be
+A chat template is a Jinja program that renders a list of messages as one text, and it is untrusted code.
+Jinja's sandbox isolates it from Python's internals, but nothing inside a process can stop `'a' * 10**10`,
+`10**(10**10)` or the text of a list nested in itself a billion times: each is one call into C. A child process can be
 stopped by the kernel (setrlimit(2)): a rendering gets one second of processor time and one gigabyte of memory, and
 no file or socket can be opened. The child is started once, while the tokenizer loads, and then renders in less than a
-millisecond. This file is both sides: `TemplateSandbox`, and the child when it is run as a program.
+millisecond. This file holds both sides: `TemplateSandbox`, and the child when it is run as a program.
 """
 
 import json
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import jinja2  # at run time only in the child
 
 CHARACTERS = 16 << 20  # of a request and of a rendered text; a context of 262,144 tokens has about 1 M
-CPU_SECONDS, SECONDS = 1, 10  # processor time; time on the clock, for a machine that is busy
+CPU_SECONDS, SECONDS = 1, 10  # processor time; wall-clock time, for a busy machine
 MEMORY = 1 << 30  # bytes of address space, where the system enforces it (Linux does, macOS does not)
 
 
@@ -85,13 +85,13 @@ class TemplateSandbox:
 def _end_child(child: subprocess.Popen) -> int:
     child.kill()
     for pipe in (child.stdin, child.stdout):
-        with suppress(OSError):  # what a dead child has not read
+        with suppress(OSError):  # what a dead child did not read
             pipe.close()
     return child.wait()
 
 
 def _exchange(child: subprocess.Popen, request: str) -> dict[str, str]:
-    """The child's reply, or {} if it died. The reply is not trusted either: its size and form are checked."""
+    """The child's reply, or {} if it died. The reply is untrusted too: its size and form are checked."""
     try:
         child.stdin.write(request.encode("utf-8", "surrogatepass") + b"\n")
         child.stdin.flush()
@@ -109,7 +109,7 @@ def _serve_templates() -> None:
 
     environment = template_environment()
     compiled = lru_cache(maxsize=4)(environment.from_string)
-    with suppress(jinja2.TemplateError):  # whatever is imported or read on first use, before files are shut off
+    with suppress(jinja2.TemplateError):  # triggers what is imported or read on first use, before files are blocked
         environment.from_string("{{ raise_exception(strftime_now('%Z')) }}").render()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

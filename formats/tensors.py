@@ -32,7 +32,7 @@ class TensorInfo(NamedTuple):
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite: both survive a minimum and maximum, which need no second tensor."""
+    """Whether no value is NaN or infinite: a minimum and maximum show both and need no second tensor."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.itemsize == 1:  # PyTorch does not compute with float8 itself

@@ -9,7 +9,7 @@ import torch
 
 
 def _alone() -> None:
-    """In this thread torch uses one thread. Asked first, as the first question sets it to the process's default."""
+    """Makes torch use one thread in this thread. The getter's first call sets the process's default."""
     torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -20,7 +20,7 @@ def map_in_threads(function: Callable, pieces: Iterable) -> Iterator:
     threads = torch.get_num_threads()
     remaining = iter(pieces)
     # In each thread of the pool torch uses that thread alone. The caller's setting is its own and stays, also where it
-    # stops early; only the default for new threads has to be put back.
+    # stops early; only the default for new threads has to be restored.
     try:
         with ThreadPoolExecutor(threads, initializer=_alone) as pool:
             waiting = deque(pool.submit(function, piece) for piece in islice(remaining, threads + 1))

@@ -1,6 +1,6 @@
 """A checkpoint's text files: tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
-They are untrusted: a file of another kind is refused in one line that names it.
+They are untrusted: a file of another kind is rejected in one line that names it.
 """
 
 import json
@@ -17,13 +17,13 @@ TOKENIZER_BYTES, CONFIG_BYTES = 128 << 20, 16 << 20  # the official files have 1
 def read_text(path: Path, limit: int) -> str:
     """A file of at most `limit` bytes of UTF-8."""
     if not path.is_file():
-        raise ValueError(f"{path}: not a file; replace it by the published one")
+        raise ValueError(f"{path}: not a file; use the published one")
     if path.stat().st_size > limit:
         raise ValueError(f"{path}: {path.stat().st_size:,} bytes; a file of this name has at most {limit:,}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start:,}; replace it by the published one") from None
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start:,}; use the published one") from None
 
 
 # An affix's name with a value, or a letter written as an escape, which could hide such a name.
@@ -37,15 +37,15 @@ def load_tokenizer(source: str, tokenizer_json: str) -> Tokenizer:
         if AFFIX.search(tokenizer_json):  # rare, and reading 11 MB of JSON takes a fifth of a second
             model = json.loads(tokenizer_json)["model"]
             affixed = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-        # With affixes the library may abort the whole process, so it never sees them.
+        # With affixes the library may abort the whole process, so they are rejected before it sees them.
         tokenizer = None if affixed else Tokenizer.from_str(tokenizer_json)
     except BaseException as error:
         reraise_unless_library(error)
         if found := mistaken(tokenizer_json[:64].encode()):
             raise ValueError(f"{source}: tokenizer.json is {found}") from None
-        raise ValueError(f"{source}: tokenizer.json can't be read ({error}); replace it by the published one") from None
+        raise ValueError(f"{source}: tokenizer.json can't be read ({error}); use the published one") from None
     if not tokenizer or not isinstance(tokenizer.model, models.BPE):
-        raise ValueError(f"{source}: tokenizer.json is not a byte-level BPE, the only kind that Qwen3 has")
+        raise ValueError(f"{source}: tokenizer.json is not a byte-level BPE, the only kind that Qwen3 uses")
     if not isinstance(tokenizer.decoder, decoders.ByteLevel):
         raise ValueError(f"{source}: tokenizer.json has no ByteLevel decoder, which all of Qwen3's have")
     tokenizer.no_truncation()  # the file may hold settings of a training run
@@ -54,7 +54,7 @@ def load_tokenizer(source: str, tokenizer_json: str) -> Tokenizer:
 
 
 def reraise_unless_library(error: BaseException) -> None:
-    """A panic of the tokenizers library is a BaseException without a public name; Ctrl-C and exits pass through."""
+    """A panic of the tokenizers library is a BaseException without a public class; Ctrl-C and exits pass through."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 

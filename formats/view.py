@@ -1,4 +1,4 @@
-"""A checkpoint seen otherwise: under other names, dequantised, with an adapter merged. Views can be stacked."""
+"""A view of a checkpoint: under other names, dequantised, with an adapter merged. Views can be stacked."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +23,7 @@ class View:
         return self.base.read(name)
 
     def release(self, name: str) -> None:
-        """Gives the memory of a tensor's pages back."""
+        """Releases the memory of a tensor's pages."""
         self.base.release(name)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -269,7 +269,7 @@ WEIGHTS = {
     ),
     "name twice": (
         replaced("model.safetensors", safetensors(b'{"a": {"dtype": "F32"}, "a": {"dtype": "F32"}}')),
-        "a name stands twice",
+        "a name occurs twice",
     ),
     "entry not an object": (replaced("model.safetensors", safetensors({"a": 5})), "tensor a lacks dtype"),
     "entry a list": (replaced("model.safetensors", safetensors({"a": []})), "tensor a lacks dtype"),
@@ -537,8 +537,8 @@ SHARDS = {
     "absent": (shard_named("gone.safetensors"), f"{INDEX}: shard gone.safetensors is not there; download it"),
     "wrong shard": (sharded(same_shard), f"{INDEX}: tensor model.norm.weight is stated in"),
     "in two shards": (sharded(twice), "tensor model.norm.weight is also in model-00001-of-00002.safetensors"),
-    "not in the index": (sharded(lambda m, path: m.pop(NORM)), "tensor model.norm.weight is stated in None but lies"),
-    "only in the index": (sharded(lambda m, path: m.update(x=m[NORM])), "tensor x is stated in ... but lies in None"),
+    "not in the index": (sharded(lambda m, path: m.pop(NORM)), "tensor model.norm.weight is stated in None but is in"),
+    "only in the index": (sharded(lambda m, path: m.update(x=m[NORM])), "tensor x is stated in ... but is in None"),
     "a shard cut short": (
         sharded(lambda m, path: cut("model-00002-of-00002.safetensors", -8)(path)),
         "model-00002-of-00002.safetensors: tensor ... past the end",

@@ -486,7 +486,7 @@ def fetch(monkeypatch, out: Path, *flags: str) -> None:
 def test_a_broken_download_goes_on(tmp_path, monkeypatch, server, ranges, capsys):
     server.breaks, server.ranges = 3000, ranges
     path = tmp_path / "fineweb_train_000001.bin"
-    with pytest.raises(ValueError, match="3,000 of 11,024 bytes came; run the command again"):
+    with pytest.raises(ValueError, match="3,000 of 11,024 bytes arrived; run the command again"):
         fetch(monkeypatch, tmp_path)
     assert not path.exists() and (tmp_path / "fineweb_train_000001.bin.part").stat().st_size == 3000
     fetch(monkeypatch, tmp_path)

@@ -176,8 +176,8 @@ def test_what_cannot_be_merged_is_named(base, tmp_path, name, monkeypatch, capsy
     [
         (pair("model.layers.9.mlp.up_proj", 112, 48), "adapts model.layers.9.mlp.up_proj.weight, which"),
         (pair(Q, 64, 50), "q_proj.weight [64, 48]: lora_A [4, 50]"),
-        ({f"{Q}.lora_A.weight": random(4, 48)}, "has only lora_A of its adapter"),
-        ({f"{Q}.lora_bias_extra": random(4)}, "is no part of a LoRA adapter"),
+        ({f"{Q}.lora_A.weight": random(4, 48)}, "of its adapter has only lora_A"),
+        ({f"{Q}.lora_bias_extra": random(4)}, "is not part of a LoRA adapter"),
         ({f"{Q}.weight": random(64, 40)}, "does not fit the base's [64, 48]"),
     ],
 )

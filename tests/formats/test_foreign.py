@@ -408,11 +408,11 @@ DAMAGE = {
     # Two scales for 160 rows would be blocks of 80, were they not stated to be of 48.
     "float8 blocks": ("weight_scale", lambda t: t[:2, :1], "the scales are not one for each block"),
     "fp8": ("weight_scale_inv", lambda t: t[:, :1].repeat(1, 7), "the scales are not one for each block"),
-    "gptq int4": ("g_idx", lambda t: t + 9, "g_idx names another group"),
+    "gptq int4": ("g_idx", lambda t: t + 9, "g_idx names a group beyond"),
     "gptq desc_act": ("scales", lambda t: None, "scales is missing"),
-    "gptq int8": ("qzeros", lambda t: t[:, :1], "not the parts of one matrix of 8 bits"),
-    "awq": ("qweight", lambda t: t[:-1], "not the parts of one matrix of 4 bits"),
-    "mlx 4": ("biases", lambda t: t[:, :1], "not the parts of one quantised matrix"),
+    "gptq int8": ("qzeros", lambda t: t[:, :1], "do not form one matrix of 8 bits"),
+    "awq": ("qweight", lambda t: t[:-1], "do not form one matrix of 4 bits"),
+    "mlx 4": ("biases", lambda t: t[:, :1], "do not form one quantised matrix"),
     "mlx 6": ("weight", lambda t: t[:, :7], "do not give this shape"),
 }
 

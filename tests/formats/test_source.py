@@ -108,7 +108,7 @@ def test_a_broken_transfer_goes_on_where_it_stopped(server):
 
 def test_a_later_run_goes_on_where_this_one_stopped(server):
     server.cuts["model.safetensors"] = [40_000, *[0] * hub.ATTEMPTS]
-    with pytest.raises(hub.HubUnreachable, match=r"the download stopped .* run the command again to go on"):
+    with pytest.raises(hub.HubUnreachable, match=r"the download stopped .* run the command again to resume"):
         source.resolve("org/name")
     assert hub.cached("org/name", None) is None
     server.requests.clear()
@@ -244,7 +244,7 @@ def test_a_hub_that_sends_another_part_is_found_out(server, monkeypatch):
         honest(self, status, body, cut, part.replace("bytes 1000-", "bytes 900-"))
 
     monkeypatch.setattr(Handler, "send", shifted)
-    with pytest.raises(ValueError, match="the server sends another part than the one asked for"):
+    with pytest.raises(ValueError, match="the server sends another range than the one requested"):
         source.resolve("org/name")
     monkeypatch.setattr(Handler, "send", honest)
     assert_same(source.resolve("org/name"), server)
@@ -252,10 +252,10 @@ def test_a_hub_that_sends_another_part_is_found_out(server, monkeypatch):
 
 def test_a_damaged_file_is_not_kept(server):
     server.renamed["model.safetensors"] = {"lfs": {"size": 1, "sha256": "c" * 64, "pointerSize": 1}}
-    with pytest.raises(ValueError, match=r"model\.safetensors came damaged from the hub"):
+    with pytest.raises(ValueError, match=r"model\.safetensors arrived damaged from the hub"):
         source.resolve("org/name")
     server.renamed = {"config.json": {"blobId": "c" * 40}}
-    with pytest.raises(ValueError, match=r"config\.json came damaged"):
+    with pytest.raises(ValueError, match=r"config\.json arrived damaged"):
         source.resolve("org/name")
     server.renamed = {}
     assert_same(source.resolve("org/name"), server)
@@ -288,8 +288,8 @@ def test_pickles_are_never_asked_for(server):
 @pytest.mark.parametrize(
     ("src", "line"),
     [
-        ("org/other", "--model org/other is no directory here; as a hub model: the hub has no such model"),
-        ("org/name@v9", "--model org/name@v9 is no directory here; as a hub model: the hub has no revision v9"),
+        ("org/other", "--model org/other is not a directory here; as a hub model: the hub has no such model"),
+        ("org/name@v9", "--model org/name@v9 is not a directory here; as a hub model: the hub has no revision v9"),
         ("org/name@", "--model org/name@: no such directory or .gguf file, and not a hub id like Qwen/Qwen3-0.6B"),
         ("org/name@../x", "not a hub id"),
         ("org/a--b", "not a hub id"),
@@ -307,7 +307,7 @@ def test_unknown_models(server, src, line):
 
 def test_offline(server, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(hub.HubUnreachable, match="not in the cache, and HF_HUB_OFFLINE forbids to ask the hub"):
+    with pytest.raises(hub.HubUnreachable, match="not in the cache, and HF_HUB_OFFLINE forbids asking the hub"):
         source.resolve("org/name")
     assert not server.requests
 
@@ -341,9 +341,11 @@ def bundled(tiny_checkpoint, monkeypatch) -> Path:
 def test_the_bundled_model_answers_where_the_hub_is_down(bundled, tmp_path, monkeypatch, capsys):
     use(f"http://127.0.0.1:{unused_port()}", tmp_path, monkeypatch)
     assert source.resolve_default(None) == bundled
-    expected = "Qwen/Qwen3-0.6B: not in the cache, and the hub can't be reached. The bundled tiny model answers.\n"
+    expected = "Qwen/Qwen3-0.6B: not in the cache, and the hub can't be reached. Using the bundled tiny model.\n"
     assert capsys.readouterr() == ("", expected)
-    with pytest.raises(hub.HubUnreachable, match="--model org/name is no directory here; as a hub model: not in the"):
+    with pytest.raises(
+        hub.HubUnreachable, match="--model org/name is not a directory here; as a hub model: not in the"
+    ):
         source.resolve_default("org/name")
 
 
@@ -437,7 +439,7 @@ def test_the_command_answers_though_the_hub_is_silent(black_hole, tmp_path, monk
     ended = subprocess.run(command(*SHORT), cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert ended.returncode == 0 and ended.stdout
     first = ended.stderr.splitlines()[0]
-    assert first == "org/name: not in the cache, and the hub can't be reached. The bundled tiny model answers."
+    assert first == "org/name: not in the cache, and the hub can't be reached. Using the bundled tiny model."
 
 
 def test_the_folder_of_a_run_is_its_last_checkpoint(tmp_path):
