@@ -221,7 +221,6 @@ def _malformed(ledger: Ledger, where: str, message: str) -> None:
         "but the file has": "truncated",
         "but the file ends at": "truncated",
         "cannot be in": "truncated",
-        "stands twice": "weights-duplicate-key",
         "occurs twice": "weights-duplicate-key",
         "overlaps": "weights-overlap",
         "leaves a hole": "weights-gap",

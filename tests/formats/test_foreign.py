@@ -131,7 +131,7 @@ def test_qwen3_embedding(tmp_path):
     model = Qwen3.from_pretrained(tmp_path)
     assert torch.allclose(logits(model), logits(reference), atol=1e-4)
     rewrite(tmp_path, bare, tie_word_embeddings=False)
-    with pytest.raises(ValueError, match=r"lm_head\.weight, so this is a model that gives embeddings"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight, so this model gives embeddings"):
         Qwen3.from_pretrained(tmp_path)
 
 

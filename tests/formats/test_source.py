@@ -364,7 +364,7 @@ def test_a_silent_name_server_is_given_up(bundled, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: stop.wait(60))
     assert source.resolve_default(None) == bundled
     stop.set()
-    assert "the hub can't be reached. The bundled" in capsys.readouterr().err
+    assert "the hub can't be reached. Using the bundled" in capsys.readouterr().err
 
 
 def test_a_download_that_stops_is_said(server, bundled, monkeypatch, capsys):
