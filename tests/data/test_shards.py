@@ -522,7 +522,7 @@ def test_a_server_that_never_ends_fills_no_disk(tmp_path, monkeypatch, server):
 def test_a_part_that_was_not_asked_for_is_not_taken(tmp_path, monkeypatch, server):
     (tmp_path / "fineweb_train_000001.bin.part").write_bytes(server.sent[:2000])
     server.shift = 1
-    with pytest.raises(ValueError, match="another part"):
+    with pytest.raises(ValueError, match="another range"):
         fetch(monkeypatch, tmp_path)
     assert (tmp_path / "fineweb_train_000001.bin.part").read_bytes() == server.sent[:2000]
 

@@ -353,7 +353,7 @@ def test_a_silent_hub_is_given_up(bundled, black_hole, tmp_path, monkeypatch, ca
     use(black_hole, tmp_path, monkeypatch)
     monkeypatch.setattr(download, "REACH_SECONDS", 0.5)
     assert source.resolve_default(None) == bundled
-    assert "the hub can't be reached. The bundled" in capsys.readouterr().err
+    assert "the hub can't be reached. Using the bundled" in capsys.readouterr().err
 
 
 def test_a_silent_name_server_is_given_up(bundled, tmp_path, monkeypatch, capsys):
