@@ -22,8 +22,8 @@ OTHERS = {
 }
 HEADINGS = {**SECONDS, **RATES, **OTHERS}
 SCALES = {"bytes_per_token": 1e-6, "weight_bandwidth": 1e-9, "peak_bytes": 1e-6, "share": 100}
-SAME_SIZE = {"q8_0": ("int8", "int8-32"), "q4_0": ("int4",)}  # which precisions of ours a peer's is held against
-# Colour, marker, and on which side of it a label stands, so that labels of neighbours stay apart.
+SAME_SIZE = {"q8_0": ("int8", "int8-32"), "q4_0": ("int4",)}  # which precisions of ours a peer's is compared with
+# Colour, marker, and on which side of it the label is, so that neighbouring labels do not overlap.
 LOOKS = {
     "nanoqwen": ("C0", "o", {"xytext": (7, -3), "ha": "left"}),
     "transformers": ("C1", "s", {"xytext": (0, -13), "ha": "center"}),

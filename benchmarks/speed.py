@@ -40,7 +40,7 @@ from benchmarks.report import draw, markdown, number, ratios, show, summary, tab
 from formats.files import atomic_directory, sha256, write_text
 from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, HubUnreachable, resolve
 
-SHAPE = ROOT / "configs" / "qwen3-0.6b.json"  # of the random weights that stand in where the real ones are not at hand
+SHAPE = ROOT / "configs" / "qwen3-0.6b.json"  # of the random weights used where the real ones are not cached
 SCRIPTS = {
     "nanoqwen": (ROOT / "bench.py", "speed"),
     "transformers": (PEERS / "transformers_row.py",),
@@ -327,7 +327,7 @@ def choose_rows(patterns: list[str] | None, cuda: bool) -> tuple[list[Row], dict
 
 
 def find_model(src: str | None, worker: ProcessPoolExecutor) -> tuple[Path, str]:
-    """Path and name of SRC; without one Qwen3-0.6B where it is at hand, else random weights of its shape, kept."""
+    """Path and name of SRC; without one Qwen3-0.6B where it is cached, else random weights of its shape, kept."""
     if src is not None:
         return resolve(src), Path(src).name
     os.environ["HF_HUB_OFFLINE"] = "1"  # no download: random weights are as fast
@@ -336,7 +336,7 @@ def find_model(src: str | None, worker: ProcessPoolExecutor) -> tuple[Path, str]
     except HubUnreachable:
         path = cache_directory() / f"{SHAPE.stem}-random"
         if not path.exists():
-            console.notice(f"{DEFAULT_MODEL} is not at hand: writing random weights of its shape to {path}")
+            console.notice(f"{DEFAULT_MODEL} is not cached: writing random weights of its shape to {path}")
             worker.submit(write_random_model, str(path)).result()
         return path, f"{SHAPE.stem} (random weights)"
 

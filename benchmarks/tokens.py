@@ -3,7 +3,7 @@
     python bench.py tokens --corpus TEXT... --tokenizer SRC
 
 Four sides: this project's trainer and transformers' Qwen3 in a plain loop (benchmarks/peers/train_transformers.py),
-each with both optimizers, so that what the trainer gives and what Muon gives can be told apart. All have the same
+each with both optimizers, so that the effects of the trainer and of Muon can be separated. All have the same
 model, rows, batch, validation rows and schedule; weights and order of the rows by seed. The texts are tokenised, the
 last tenth of each for validation; the report names them by their SHA-256.
 

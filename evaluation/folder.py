@@ -1,7 +1,7 @@
-"""The folder of one evaluation: everything that a number on a card needs to be checked, and to be computed again.
+"""The folder of one evaluation: everything that a number on a card needs to be checked, and to be recomputed.
 
     protocol.json    the task, its questions' hash, prompts, sampling, seeds, the model's files, machine, versions
-    outputs.jsonl    one line an answer, appended as it comes: a killed run goes on where it stopped
+    outputs.jsonl    one line an answer, appended as it comes: a killed run resumes where it stopped
     results.json     what `results.py` computes from the two, and nothing else does
     report.md        the same for people
 
@@ -32,7 +32,7 @@ class Folder:
         self.outputs_file, self.report_file = path / "outputs.jsonl", path / "report.md"
 
     def begin(self, protocol: dict[str, Any], resume: bool) -> set[str]:
-        """Writes the protocol, or holds it against the one that is there; the ids of the answers that are there.
+        """Writes the protocol, or compares it with the existing one; the ids of the answers that are there.
 
         Raises ValueError where another run, or this one without `resume`, is there.
         """
@@ -103,7 +103,7 @@ class Folder:
                 if not isinstance(output, dict) or not isinstance(output.get("id"), str):
                     raise ValueError(f"{place}: an object with an id is expected")
                 if output["id"] in seen:
-                    raise ValueError(f"{place}: the id {output['id'][:60]!r} stands twice")
+                    raise ValueError(f"{place}: the id {output['id'][:60]!r} occurs twice")
                 seen.add(output["id"])
                 yield output
 

@@ -184,7 +184,7 @@ def run_harness(options: Namespace) -> None:
         folder.append([_output(sample, metric, seconds) for sample in samples])
         if all(isinstance(sample[metric], int | float) for sample in samples):
             score(folder, "harness")
-        else:  # a figure that is no mean over samples, as a perplexity: the harness' own aggregate stands alone
+        else:  # a figure that is no mean over samples, as a perplexity: only the harness' own aggregate is given
             value = next(value for key, value in found["results"][name].items() if key.startswith(f"{metric},"))
             results = {"schema": RESULTS, "task": name, "metric": metric, "scorer": "harness", "value": value}
             write_text(folder.results_file, line(results | {"low": None, "high": None, "n": len(samples)}))

@@ -138,7 +138,7 @@ def evaluation_results(folder: Folder, source: str | None = None) -> str:
 
 
 def manifest_entries(folders: Sequence[Folder]) -> list[dict[str, Any]]:
-    """The `evals` of a model_context.json: each figure with where its raw outputs lie."""
+    """The `evals` of a model_context.json: each figure with the place of its raw outputs."""
     found = []
     for folder in folders:
         results = folder.results()

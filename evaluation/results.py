@@ -60,7 +60,7 @@ def summary(protocol: dict[str, Any], outputs: list[dict[str, Any]]) -> dict[str
         samples[output["question"]].append(output)
         for name in output["groups"]:
             groups[name][output["question"]] = samples[output["question"]]
-    # A task of several columns has one that stands for it.
+    # A task of several columns has one that represents it.
     headline = groups[protocol["headline"]] if protocol.get("headline") else samples
     results = {
         "schema": RESULTS,

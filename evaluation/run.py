@@ -129,7 +129,7 @@ def run(evaluated: Evaluated, name: str, options: Namespace, out: Path) -> dict[
 
 
 def posed(evaluated: Evaluated, name: str, options: Namespace) -> tuple[Task, list[Question], str | None]:
-    """A task, its questions, and the group of them that stands for the whole (None: all)."""
+    """A task, its questions, and the group of them that represents the whole (None: all)."""
     limit, few = options.limit, options.few_shot
     if name == "families":
         if few or options.scorer or options.data:

@@ -89,7 +89,7 @@ def task_of_file(path: str, records: list[tuple[str, Any]], scorer: str | None) 
 
 
 def read(task: Task, limit: int | None, split: str | None = None) -> list[tuple[str, Any]]:
-    """(where it stands, row) of a task's data."""
+    """(place, row) of a task's data."""
     found = list(islice(read_records(task.data, split or task.split, task.subset), limit))
     if not found:
         raise ValueError(f"{task.data}: no row in it")
@@ -165,7 +165,7 @@ def _checked(text: str) -> str:
     if len(text) > MOST_TEXT:
         raise ValueError(f"a text of {len(text):,} characters; at most {MOST_TEXT:,} are asked")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("half of a surrogate pair stands alone in its text")
+        raise ValueError("its text has an unpaired surrogate")
     return text
 
 

@@ -2,7 +2,7 @@
 
     prompt ids -> model(ids, cache) -> logits -> Reply.choose -> the next ids -> model ...
 
-What becomes of the logits of a position is decided in `Reply` alone, for both loops: the draw, the ids that a thinking
+What happens to the logits of a position is decided in `Reply` alone, for both loops: the draw, the ids that a thinking
 budget puts in, and the end. A draft (inference/speculate.py) only lets one pass of the model serve several positions.
 """
 
@@ -120,7 +120,7 @@ class Reply:
         if self.params.stop and chat is None:
             raise ValueError("stop strings are text: give generate the checkpoint's chat too")
         self.tokens, self.ended = [], False
-        # The last token itself need not be computed on, so it may lie behind the context.
+        # The last token itself need not be computed on, so it may be beyond the context.
         self.limit = min(self.params.max_new_tokens, model.config.context_length - len(self.ids) + 1)
         self.generator, self.ends = self.params.generator(), end_tokens(model)
         self.seen = array("q", self.ids), array("q")  # prompt and reply once more, as the penalties read them fast
@@ -196,7 +196,7 @@ def generate_batch(
         if len(active) <= len(rows) // 2:
             cache.keep(active)
             rows = [rows[row] for row in active]
-        # A finished row that stays goes on at position 0, so that it never runs out of its cache.
+        # A finished row that stays continues at position 0, so that it never runs out of its cache.
         cache.truncate([0 if reply.ended else n for n, reply in zip(cache.lengths, rows, strict=True)])
         if max(cache.lengths) == cache.max_len:
             cache.grow(min(2 * cache.max_len, room, context))

@@ -111,7 +111,7 @@ class FirstWord(Completer):
 
 
 class DiskHistory(FileHistory):
-    """prompt_toolkit's file of messages, which no failure of the disk keeps from chatting on."""
+    """prompt_toolkit's file of messages, with which the chat continues after any disk failure."""
 
     def load_history_strings(self):
         try:

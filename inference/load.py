@@ -84,6 +84,6 @@ def describe(model: Qwen3) -> str:
 
 
 def parameters(model: Qwen3) -> int:
-    """How many weights a model has, packed ones counted as what they stand for."""
+    """How many weights a model has, packed ones counted unpacked."""
     packed = sum(m.in_features * m.out_features for m in model.modules() if getattr(m, "bits", None))
     return packed + sum(parameter.numel() for parameter in model.parameters())

@@ -31,14 +31,14 @@ def penalized(logits: np.ndarray, params: SamplingParams, prompt: Sequence[int],
     if repetition:
         seen, factor = np.concatenate((np.asarray(prompt, np.int64), said)), np.float32(params.repetition_penalty)
         score = logits[seen]
-        logits[seen] = np.where(score < 0, score * factor, score / factor)  # a token that stands twice has one value
+        logits[seen] = np.where(score < 0, score * factor, score / factor)  # a token that occurs twice has one value
     if presence:
         logits[said] = logits[said] - np.float32(params.presence_penalty)
     return logits
 
 
 def scaled(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """logits / temperature, float32 [V]. Where that overflows, the largest is 0 and the others lie below it.
+    """logits / temperature, float32 [V]. Where that overflows, the largest is 0 and the others are below it.
 
     Raises ValueError for logits that are not finite.
     """
@@ -101,7 +101,7 @@ def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
 
 
 def draw(weights: np.ndarray, generator: torch.Generator) -> int:
-    """An index with a chance proportional to its weight, float32 [n]: one uniform number held against the running sum.
+    """An index with a chance proportional to its weight, float32 [n]: one uniform number compared with the running sum.
 
     Since the running sum goes in the order of the ids, a last-bit difference in the logits (another device, a batch)
     almost never changes the token. The sum over blocks comes first, then that inside one block.
@@ -114,7 +114,7 @@ def draw(weights: np.ndarray, generator: torch.Generator) -> int:
         index = int(np.searchsorted(inside + (ends[block - 1] if block else 0.0), drawn, side="right"))
         if index < len(inside):
             return block * BLOCK + index
-    return int(np.flatnonzero(weights[: (block + 1) * BLOCK])[-1])  # rounding put the number on the very end
+    return int(np.flatnonzero(weights[: (block + 1) * BLOCK])[-1])  # rounding put the number at the very end
 
 
 def sample(

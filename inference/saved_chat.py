@@ -3,8 +3,8 @@
     {"schema": "nanoqwen/chat/1", "model": SRC, "messages": [{"role", "content", "reasoning_content"?}, ...],
      "settings": {"thinking": bool, "thinking_budget": N | null, "temperature": X, ...}}
 
-The settings are those of SamplingParams and what a chat can set besides. `load` reads a stranger's file: all of it is
-checked before any of it counts. `{"messages": [...]}` alone is a chat too, with the settings as they are.
+The settings are those of SamplingParams and what a chat can set besides. `load` reads an untrusted file: all of it is
+checked before any of it is used. `{"messages": [...]}` alone is a chat too, with the settings as they are.
 """
 
 import json
@@ -30,7 +30,7 @@ def save(session: Session, path: Path) -> None:
 
 
 def load(session: Session, path: Path) -> bool:
-    """The session goes on with the file's chat. Returns whether `save` wrote it, so that it may be written again.
+    """Continues the file's chat in the session. Returns whether `save` wrote it, so that it may be written again.
 
     Raises ValueError, and leaves everything as it was, where the file is no chat for this model.
     """

@@ -7,7 +7,7 @@ guessed token x is thus accepted with probability p(x), and otherwise the token 
 for a draft that is certain; moreover the text is that of the same seed without speculation, whatever was guessed
 (Daliri, Musco and Suresh 2024, https://arxiv.org/abs/2408.07978, call this drafter-invariant).
 
-    PromptLookup   what followed the last few tokens where they stood before
+    PromptLookup   what followed the last few tokens where they occurred before
     DraftModel     what a smaller model would say with the same random numbers
     Speculation    whether and how much to guess: so much that it pays on this machine and this text
 """
@@ -39,7 +39,7 @@ class Draft(Protocol):
 
 
 class PromptLookup:
-    """What followed the last tokens where they stood before, in the prompt or in the reply.
+    """What followed the last tokens where they occurred before, in the prompt or in the reply.
 
     From Apoorv Saxena's prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding): no model at
     all, yet right where a reply quotes, repeats or edits. The longest of the n-grams counts, at its latest place.
@@ -62,7 +62,7 @@ class PromptLookup:
         found = next((self.places[key] for n in self.NGRAMS if (key := tuple(text[-n:])) in self.places), None)
         if found is None:
             return []
-        period = end - found  # a guess that runs into the end goes on with its own beginning
+        period = end - found  # a guess that reaches the end continues with its own beginning
         return [text[found + i % period] for i in range(most)]
 
 

@@ -1,4 +1,4 @@
-"""A chat in a terminal: messages, commands, and what a person is told between them.
+"""A chat in a terminal: messages, commands, and notices between them.
 
 What begins with a slash and one of the words of COMMANDS is a command, and a slash with any other single word is
 taken for a mistyped one. Everything else is a message, paths such as `/home/me is full` included, as they have a second
@@ -33,7 +33,7 @@ COMMANDS = {
     "/retry": ("", "another reply to the last message"),
     "/reset": ("", "forget the chat"),
     "/save": ("[FILE]", "write messages and settings to a file"),
-    "/load": ("FILE", "go on with a saved chat"),
+    "/load": ("FILE", "continue a saved chat"),
     "/stats": ("[on|off]", "speed of the last reply, or of each from now on"),
     "/quit": ("", "leave; so do /exit and Ctrl-D"),
 }
@@ -54,7 +54,7 @@ class Leave(Exception):
 
 
 class TerminalChat:
-    """A session whose turns a person types. `remembers` is false where each message stands alone."""
+    """A session whose turns a person types. `remembers` is false where each message is independent."""
 
     def __init__(self, session: Session, reader: Reader, screen: TextIO, *, as_json=False, stats=False, remembers=True):
         self.session, self.reader, self.as_json, self.stats, self.remembers = session, reader, as_json, stats, remembers
@@ -108,7 +108,7 @@ class TerminalChat:
             self.answer(partial(self.session.ask, text))
 
     def answer(self, ask: Callable[..., Answer]) -> None:
-        """Shows a reply; whatever is wrong with the question, the chat goes on."""
+        """Shows a reply; whatever is wrong with the question, the chat continues."""
         try:
             self.last = show(self.session, ask, self.as_json, self.stats)
         except PromptTooLong as error:
@@ -213,7 +213,7 @@ class TerminalChat:
             raise ValueError(f"/save {path}: it exists; give another name")
         saved_chat.save(self.session, path)
         self.file = path
-        self.say(f"saved {path}; go on with it later by /load {path}")
+        self.say(f"saved {path}; continue it later with /load {path}")
 
     def do_load(self, name: str) -> None:
         if not name:

@@ -1,6 +1,6 @@
 """The loss of a language model's head without its logits: only a chunk of them is ever in memory.
 
-Cut after "Cut Your Losses in Large-Vocabulary Language Models" (https://arxiv.org/abs/2411.09009), with PyTorch's own
+Modelled on "Cut Your Losses in Large-Vocabulary Language Models" (https://arxiv.org/abs/2411.09009), with PyTorch's own
 matrix products and over positions instead of the vocabulary.
 """
 
@@ -36,8 +36,8 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     """Cross-entropies of x·Wᵀ, chunk by chunk.
 
-    Their sum has the gradients of every position computed on the way forward, where the logits are at hand. For single
-    ones the weight of each in the loss is known only on the way back, and the logits are computed a second time.
+    For their sum the gradients of every position are computed in the forward pass, where the logits are available. For
+    single ones each weight in the loss is known only in the backward pass, and the logits are computed a second time.
     """
 
     @staticmethod

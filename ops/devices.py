@@ -18,7 +18,7 @@ def pick_device(name: str, place: str) -> str:
 
 
 def pick_kernels(name: str, device: str | torch.device, place: str) -> str:
-    """`auto` is triton on CUDA where Triton and a C compiler are installed, which it builds its launches with, else
+    """`auto` is triton on CUDA where Triton and a C compiler are installed, with which it builds its launchers, else
     torch. `place` is where the name came from."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     installed, cuda = find_spec("triton") is not None and compiler, torch.device(device).type == "cuda"

@@ -1,4 +1,4 @@
-"""What becomes of a tensor in a conversion: another dtype, or int8 or int4; and how far off its values then are."""
+"""How a tensor is converted: to another dtype, or to int8 or int4; and the error that this makes."""
 
 import math
 from typing import Any
@@ -21,7 +21,7 @@ class Errors:
         self.squares = self.source_squares = 0.0
 
     def add(self, source: torch.Tensor, stored: torch.Tensor) -> None:
-        """Values that became infinite are counted apart: their error would hide all others."""
+        """Values that became infinite are counted separately: their error would hide all others."""
         source = source.float()
         difference = (stored.float() - source).abs_()
         largest = difference.max().item()
@@ -104,8 +104,8 @@ class Quantize(Cast):
 def lossless(checkpoint: Any) -> Cast:
     """Each tensor in the dtype that `checkpoint` gives it.
 
-    A GGUF keeps norms in float32 beside 16-bit matrices; where all of them fit the matrices' dtype exactly, they take
-    it again, so that a checkpoint comes back as it was.
+    A GGUF keeps norms in float32 beside 16-bit matrices; where all of them fit the matrices' dtype exactly, they are
+    cast back, so that a round trip restores the checkpoint.
     """
     dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
     matrices = {info.dtype for info in checkpoint.tensors.values() if len(info.shape) > 1}

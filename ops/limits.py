@@ -1,4 +1,4 @@
-"""What this machine can do at most: the figures that a measured speed is held against."""
+"""The limits of this machine: the figures that a measured speed is compared with."""
 
 import os
 import platform

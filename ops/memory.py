@@ -1,4 +1,4 @@
-"""What becomes of memory that is no longer needed: given back to the system, kept, or dropped and read again."""
+"""What happens to memory that is no longer needed: returned to the system, kept, or dropped and read again."""
 
 import ctypes
 import mmap
@@ -9,7 +9,7 @@ import torch
 
 
 def release_freed_memory() -> None:
-    """Gives freed memory back to the system; glibc would keep the 110 MB that reading a tokenizer.json takes."""
+    """Returns freed memory to the system; glibc would keep the 110 MB that reading a tokenizer.json takes."""
     with suppress(OSError, AttributeError):  # another C library has no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 

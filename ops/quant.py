@@ -114,7 +114,7 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.weight_packed[rows], self.weight_scale[rows], self.bits, self.in_features, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] → [..., out]. A slice of rows at a time: the whole weight never stands dequantised in memory."""
+        """x [..., in] → [..., out]. A slice of rows at a time: the whole weight is never dequantised in memory."""
         step = max(1, SLICE // self.in_features)
         parts = [
             F.linear(x, self.dequantize(start, start + step, x.dtype)) for start in range(0, self.out_features, step)
@@ -134,7 +134,7 @@ def _linears(model: nn.Module, scheme: Scheme) -> list[tuple[str, nn.Linear]]:
 
 
 def swap_linears(model: nn.Module, quantization_config: dict[str, Any]) -> None:
-    """Puts empty quantised layers in the place of a model's linear ones, to be filled by their stored names.
+    """Replaces a model's linear layers by empty quantised ones, to be filled by their stored names.
 
     `quantization_config` is the entry of config.json. ValueError for a form that is not implemented.
     """
@@ -159,8 +159,8 @@ def choose_scheme(quantization: str, shapes: dict[str, tuple[int, ...]], group_s
         group_size = largest_group(*columns)
     for count in columns:
         if group_size and count % group_size:
-            mend = f"{largest_group(*columns)} divides all rows of this model"
-            raise ValueError(f"--group-size {group_size} does not divide rows of {count} weights; {mend}")
+            fix = f"{largest_group(*columns)} divides all rows of this model"
+            raise ValueError(f"--group-size {group_size} does not divide rows of {count} weights; {fix}")
     return Scheme(BITS[quantization], group_size, ignore)
 
 

@@ -3,8 +3,8 @@
 A fast path reads weights by address, and goes around `forward`. So it serves modules of exactly the known classes, and
 asks before each pass whether anything is different that PyTorch can see: modules, hooks, overridden methods, the
 attributes that the arithmetic reads, and of each tensor the address, shape, strides, dtype and device. What PyTorch
-can't see is a write into memory through `.data`, NumPy or a pointer. Weights are read where they lie, so that is safe
-too, but for what was *copied* (a quantised output head): after such a write call `invalidate(model)`.
+can't see is a write into memory through `.data`, NumPy or a pointer. Weights are read in place, so that is safe
+too, except for what was *copied* (a quantised output head): after such a write call `invalidate(model)`.
 """
 
 import sys

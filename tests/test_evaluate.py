@@ -448,7 +448,7 @@ def test_damaged_outputs_are_named(command, tmp_path):
     lines = file.read_text().splitlines(keepends=True)
     for broken, said in (
         (["{\n"], "line 1: not JSON"),
-        ([lines[0]] * 2, "stands twice"),
+        ([lines[0]] * 2, "occurs twice"),
         (["[1]\n"], "an object with an id"),
     ):
         file.write_text("".join(broken))

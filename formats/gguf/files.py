@@ -21,7 +21,7 @@ def part_names(name: str) -> list[str]:
 def choose(names: Iterable[str], tag: str | None) -> list[str]:
     """The files of one model among `names` (paths with /), in the order of its parts.
 
-    `tag` is a quantisation as it stands in the file's name, a file's name, or None where there is one model alone.
+    `tag` is a quantisation as spelled in the file's name, a file's name, or None where there is only one model.
     ValueError names the models that there are.
     """
     models = sorted({part_names(name)[0] for name in names if name.endswith(".gguf") and not NOT_MODELS.search(name)})

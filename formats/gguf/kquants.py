@@ -1,14 +1,14 @@
 """The block formats of GGUF: what the bytes of a quantised tensor mean, and how llama.cpp chooses them.
 
-A row is cut into blocks, each with its own scale; the functions below say how a block lies in memory (which belongs to
-which type of tensor is in formats/gguf/types.py). The K-formats put
+A row is split into blocks, each with its own scale; the functions below define a block's layout in memory (which one
+belongs to which type of tensor is in formats/gguf/types.py). The K-formats put
 eight or sixteen groups, whose scales are themselves quantised, into a block of 256 values. The byte layouts are those
 of ggml/src/ggml-common.h, and the quantisers give, byte for byte, what `quantize_row_*_ref` of ggml/src/ggml-quants.c
 give (there, as here, without an importance matrix). That only holds because this file rounds where the C code rounds:
 every product and sum is a float32 of its own, never fused, and sums run from the first value to the last
 (`ordered_sum`).
 
-Inside, a tile of blocks is turned so that the values of a group lie along dimension 0 and the groups along the last
+Inside, a tile of blocks is transposed so that the values of a group run along dimension 0 and the groups along the last
 one: each step is then one operation over long vectors.
 """
 
@@ -85,7 +85,7 @@ def unpack_q8_0(data: torch.Tensor) -> torch.Tensor:
 
 
 def pack_nibbles(q: torch.Tensor) -> torch.Tensor:
-    """q [blocks, 32] -> [blocks, 16]: value i lies in the lower, value i + 16 in the upper four bits of byte i."""
+    """q [blocks, 32] -> [blocks, 16]: value i is the lower, value i + 16 the upper four bits of byte i."""
     low, high = (q & 15).chunk(2, -1)
     return low | high << 4
 

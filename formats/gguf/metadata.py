@@ -100,8 +100,8 @@ def _general(checkpoint: Any, shapes: dict[str, tuple[int, ...]]) -> Pairs:
         }
         for key, value in found.items():
             pack(key, value)
-    except Exception as error:  # a stranger's YAML, in a reader that expects an honest one
-        raise ValueError(f"{card}: cannot be used as a model card ({str(error)[:80]}); mend or remove it") from None
+    except Exception as error:  # untrusted YAML, in a parser that expects a well-formed one
+        raise ValueError(f"{card}: cannot be used as a model card ({str(error)[:80]}); fix or remove it") from None
     return found
 
 

@@ -2,8 +2,8 @@
 
 The format (ggml/docs/gguf.md), little-endian: the magic "GGUF", version, number of tensors, number of key-value pairs;
 the pairs; for each tensor its name, shape (innermost dimension first), type and offset; then, padded to
-`general.alignment`, the tensors' bytes in the same order. Every count, length and offset is held against the size of
-the file before it is used, and the tensors must fill the file exactly, so that no later reader meets a surprise.
+`general.alignment`, the tensors' bytes in the same order. Every count, length and offset is checked against the size of
+the file before it is used, and the tensors must fill the file exactly.
 
 The names are translated in formats/gguf/names.py, the tokenizer in formats/gguf/tokenizer.py, the blocks of quantised
 values are explained in formats/gguf/kquants.py, and formats/gguf/writer.py writes what this file reads.
@@ -35,7 +35,7 @@ MAX_NAME = 64  # GGML_MAX_NAME
 
 
 class Tensor(NamedTuple):
-    """One tensor as the file describes it: its shape in torch's order and where its bytes lie in the file."""
+    """One tensor as the file describes it: its shape in torch's order and where its bytes are in the file."""
 
     format: types.Format
     shape: tuple[int, ...]
@@ -72,8 +72,8 @@ class Head:
         self.alignment = self.read_alignment()
         self.tensors = self.read_tensors(tensor_count)
 
-    def fail(self, problem: str, mend: str = "download or convert the file again") -> NoReturn:
-        raise ValueError(f"{self.path}: {problem} ({mend})")
+    def fail(self, problem: str, fix: str = "download or convert the file again") -> NoReturn:
+        raise ValueError(f"{self.path}: {problem} ({fix})")
 
     def take(self, size: int, what: str) -> int:
         """Moves past `size` bytes and returns where they begin."""
@@ -187,7 +187,7 @@ class Head:
 
 
 def parse(path: str | Path, stream: BinaryIO, size: int) -> Head:
-    """The head of a GGUF file that is open, or that lies in memory, of any architecture."""
+    """The header of an open GGUF file, or of one in memory, of any architecture."""
     try:
         data: mmap.mmap | bytes = mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ)
     except io.UnsupportedOperation:
@@ -203,7 +203,7 @@ def _head(path: Path) -> Head:
 
 
 def _open_parts(path: Path) -> list[Head]:
-    """The heads of all parts of the model that this file is, or is a part of."""
+    """The headers of all parts of this file's model."""
     head = _head(path)
     count = head.metadata.get("split.count", 0)
     if type(count) is not int or count < 2:
@@ -223,7 +223,7 @@ def _open_parts(path: Path) -> list[Head]:
             raise ValueError(f"{part}: by its metadata not part {number + 1} of {count}, as its name says")
     if len(set(names)) != len(names) or heads[0].metadata.get("split.tensors.count", len(names)) != len(names):
         raise ValueError(
-            f"{path}: the parts hold {len(names)} tensors, not those of one model; take all from one place"
+            f"{path}: the parts hold {len(names)} tensors, not those of one model; take all from the same source"
         )
     return heads
 
@@ -278,7 +278,7 @@ class GGUF:
         return data.view(format.dtype).view(shape) if format.dtype else types.dequantize(data, format, shape)
 
     def release(self, name: str) -> None:
-        """Gives the memory of a tensor's pages back; its values stay readable (from the file again)."""
+        """Releases the memory of a tensor's pages; its values stay readable (from the file again)."""
         start, size = self._range(name)
         release(self._data[self._places[name][0]], start, start + size)
 

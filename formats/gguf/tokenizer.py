@@ -1,7 +1,7 @@
 """Qwen's byte-level BPE tokenizer, from Hugging Face's two JSON files into GGUF's `tokenizer.*` keys and back.
 
 GGUF stores the tokens, their types and the merges; how text is normalised and split is only a name, "qwen2" (here
-`PRE`), which stands for the regular expression `SPLIT` of the official tokenizer.json. Not even the name says that
+`PRE`), which means the regular expression `SPLIT` of the official tokenizer.json. Nothing says that
 Qwen applies Unicode's NFC first; llama.cpp does not, Hugging Face does, and so does the tokenizer made here. Relatives
 of Qwen (DeepSeek's distillations, …) go by other names that llama.cpp takes for the same expression.
 """
@@ -85,7 +85,7 @@ def from_metadata(metadata: dict, rows: int) -> tuple[dict, dict]:
 
 
 def _post_processor(metadata: dict, tokens: list[str]) -> dict:
-    """What is put around every text: nothing, or the tokens that an embedding model wants there."""
+    """What is added around every text: nothing, or the tokens that an embedding model needs there."""
     around = {
         name: _special(metadata, tokens, name) if metadata.get(f"tokenizer.ggml.add_{name}_token") is True else None
         for name in ("bos", "eos")
@@ -151,8 +151,8 @@ SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pa
 def to_metadata(tokenizer: dict, tokenizer_config: dict, config: dict, rows: int) -> dict[str, Any]:
     """GGUF's `tokenizer.*` keys from the contents of tokenizer.json, tokenizer_config.json and config.json.
 
-    `rows`: of the embedding; ids without a token are filled up to it. ValueError where the tokenizer is another than
-    Qwen's, whose way to split text GGUF could not say.
+    `rows`: of the embedding; ids without a token are filled up to it. ValueError where the tokenizer is not
+    Qwen's, as GGUF could not express how it splits text.
     """
     model = tokenizer["model"]
     if (
@@ -198,7 +198,7 @@ def _tokens(tokenizer: dict, tokenizer_config: dict, rows: int) -> tuple[list[st
 
 
 def _around(post_processor: dict) -> tuple[str | None, str | None]:
-    """The tokens that are put before and after every text. ValueError for what GGUF can't say."""
+    """The tokens that are added before and after every text. ValueError for what GGUF can't express."""
     before = after = None
     for step in post_processor.get("processors", [post_processor] if post_processor else []):
         if step.get("type") == "ByteLevel":

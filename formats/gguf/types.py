@@ -30,7 +30,7 @@ from formats.gguf.kquants import (
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
 LETTERS = {0: "B", 1: "b", 2: "H", 3: "h", UINT32: "I", INT32: "i", FLOAT32: "f", BOOL: "?", 10: "Q", 11: "q", 12: "d"}
 
-TILE = 1 << 17  # values that are worked on at a time: the temporaries stay in the cache
+TILE = 1 << 17  # values processed at a time: the temporaries stay in the cache
 PIECE = 1 << 22  # values that one thread is given at a time
 
 
@@ -38,7 +38,7 @@ PIECE = 1 << 22  # values that one thread is given at a time
 class Format:
     """One type of tensor data. `block` values take `size` bytes; `dtype` is torch's, None where values are in blocks.
 
-    `pack(x)`: float32 [blocks, block] -> uint8 [blocks, size]. `unpack(data)`: the way back.
+    `pack(x)`: float32 [blocks, block] -> uint8 [blocks, size]. `unpack(data)`: the inverse.
     """
 
     name: str
@@ -95,7 +95,7 @@ def quantize(values: torch.Tensor, format: Format) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def format_of(id: int) -> Format:
-    """The tensor type of a number in a file. ValueError names one whose values nobody here can tell."""
+    """The tensor type of a number in a file. ValueError names one whose values cannot be read here."""
     if id in BY_ID:
         return BY_ID[id]
     import gguf

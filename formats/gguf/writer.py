@@ -1,4 +1,4 @@
-"""Writes a checkpoint as GGUF, equal to what llama.cpp's converter and quantiser write for it.
+"""Writes a checkpoint as GGUF, byte-identical to what llama.cpp's converter and quantiser write for it.
 
     write_gguf(checkpoint, path, type, on_tensor=None)    type: f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 q4_k_s q4_k_m ...
     write_qwen3c(checkpoint, path, on_tensor=None)        f32 for the C program qwen3.c, with its text files beside it
@@ -181,9 +181,9 @@ def write_to(
 
 
 def pairs(checkpoint: Any, type: str, tensors: list[Planned]) -> metadata.Pairs:
-    """The metadata of the planned file, in their order."""
+    """The metadata of the planned file, in order."""
     found = metadata.pairs(checkpoint, type, {tensor.name: tensor.shape for tensor in tensors})
-    if type not in CONVERTED:  # the quantiser sets these two anew, at the end
+    if type not in CONVERTED:  # the quantiser sets these two again, at the end
         for key in ("general.quantization_version", "general.file_type"):
             found[key] = found.pop(key)
     return found

@@ -172,7 +172,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _check_ownership(path: Path) -> None:
-    """ValueError where somebody else could have written a file or directory of code that is about to be loaded."""
+    """ValueError where another user could have written a file or directory of code that is about to be loaded."""
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode) and not path.is_dir():
         raise ValueError(f"{path} is a link")

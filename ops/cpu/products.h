@@ -13,7 +13,7 @@
 //
 // The kinds stand in one file, long as it is, because what one promises has to hold for all of them.
 //
-// Codes lie as formats/compressed_tensors.py packs them: one (the number + 128) to a byte, or two (the number + 8), the
+// Codes are packed as in formats/compressed_tensors.py: one (the number + 128) to a byte, or two (the number + 8), the
 // lower four bits first. A group of columns, or the whole row, shares a scale.
 #pragma once
 #include <cassert>

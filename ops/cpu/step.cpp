@@ -68,7 +68,7 @@ struct Tokens {
 };
 }
 
-// Some tokens of each row of a batch, and where they stand.
+// Some tokens of each row of a batch, and their positions.
 struct Span {
     int64_t B, first, T, N = B * T;  // T of each row, from its `first` new one on
     const KVCache& cache;

@@ -151,7 +151,7 @@ class Bound:
             what = f"{list(tensor.shape)} of {tensor.dtype}"
             raise NotServed(f"a tensor {what} where {list(shape)} of {dtype or self.dtype} was expected")
         if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_neg() or tensor.is_conj():
-            raise NotServed(f"a tensor {list(shape)} that does not lie in the CPU's memory row by row")
+            raise NotServed(f"a tensor {list(shape)} that is not in the CPU's memory row by row")
         return tensor.data_ptr()
 
     def _keep(self, thing: Any) -> Any:
@@ -185,7 +185,7 @@ class Bound:
 
 
 def quantizer(loaded: ctypes.CDLL) -> Callable[[Tensor, Scheme], QuantizedLinear]:
-    """A function like QuantizedLinear.from_linear for one large weight, which never stands in memory whole."""
+    """A function like QuantizedLinear.from_linear for one large weight, which is never in memory as a whole."""
 
     def quantize(weight: Tensor, scheme: Scheme) -> QuantizedLinear:
         rows, columns = weight.shape
@@ -220,7 +220,7 @@ def bind(model: nn.Module, loaded: ctypes.CDLL) -> Bound:
 def step(model: nn.Module, ids: Tensor, cache: Any, last: bool = False) -> Tensor | None:
     """`model(ids, cache, last)` for ids [B, T] and a cache of B rows on the CPU → logits in the model's dtype.
 
-    None where the model, the cache or the machine is not served here: then model.py goes on in PyTorch.
+    None where the model, the cache or the machine is not served here: then model.py continues in PyTorch.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or (loaded := library()) is None:
         return None

@@ -1,6 +1,6 @@
 // Vectors of numbers, as wide as the machine that this compiles for: loads of 32, 16 and 8 bits, sums, exp, silu.
 //
-// Nothing here or in products.h may depend on where in an array a number stands: what is computed for a token has the
+// Nothing here or in products.h may depend on where in an array a number is: what is computed for a token has the
 // same bits however many tokens come with it. So a multiplication with an addition is always written `fma` (the compiler
 // is told to fuse nothing by itself), and the end of an array is a vector filled up with zeros, not a loop of its own.
 #pragma once

@@ -1,14 +1,14 @@
 """EXPERIMENTAL: one token under a CUDA graph, the launches of all layers recorded once and sent to the GPU as one.
 
-Never measured on a GPU yet: held against PyTorch on a CPU and in Triton's interpreter only. `make gpu` would check it.
+Never measured on a GPU yet: only checked against PyTorch on a CPU and in Triton's interpreter (`make gpu` checks it).
 
 At batch 1 a token of Qwen3-0.6B takes a fast GPU less time than Python needs to ask for it, kernel by kernel. A graph
 (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/) repeats the same launches with the same addresses, so
-nothing in it may depend on where the token stands: positions are a tensor on the device, and attention looks at a
+nothing in it may depend on its position: positions are a tensor on the device, and attention looks at a
 window of the cache that is wide enough for now. There is a graph for each width, a power of two.
 
 `model.py` asks here first when one token for each row meets a cache on the GPU, as it asks ops/cpu/step.py on the CPU.
-What is not served here (a mixture of experts, hooks, mixed dtypes) goes on in PyTorch as before. `linear` and `attend`
+What is not covered (a mixture of experts, hooks, mixed dtypes) continues in PyTorch as before. `linear` and `attend`
 are the twins of those in ops/gpu/token_kernels.py and take their place where `model.kernels` says "torch".
 NANOQWEN_STEP=off turns the graphs off. Nothing is copied but the head of a quantised model, as on the CPU.
 """
@@ -57,7 +57,7 @@ def attend(
 ) -> Tensor:
     """qkv [B, (H + 2K)·D] of a new token for each row → attention's output [B, H·D].
 
-    Row b's token stands at positions[b] (on the device); its key and value are stored there. cos, sin [max_len, D];
+    Row b's token is at positions[b] (on the device); its key and value are stored there. cos, sin [max_len, D];
     keys, values [B, K, max_len, D], without NaN; attention looks at the first `window` positions and masks the later.
     """
     B, K, _, D = keys.shape
@@ -209,7 +209,7 @@ _steps: weakref.WeakKeyDictionary[Any, TokenStep] = weakref.WeakKeyDictionary() 
 def step(model: nn.Module, ids: Tensor, cache: Any) -> Tensor | None:
     """`model(ids, cache)` for ids [B, 1] on the GPU → logits [B, 1, V] in the model's dtype.
 
-    None where the model, the cache or the machine is not served here: then model.py goes on in PyTorch.
+    None where the model, the cache or the machine is not served here: then model.py continues in PyTorch.
     """
     if type(ids) is not Tensor or ids.dtype != torch.int64 or min(cache.lengths) < 0:
         return None

@@ -1,5 +1,5 @@
 """EXPERIMENTAL: one token through a layer in five kernels, Triton's share of ops/gpu/graphs.py (twins in PyTorch).
-Never measured on a GPU yet: compiled for one, and held against the twins in Triton's interpreter.
+Never measured on a GPU yet: compiled for one, and checked against the twins in Triton's interpreter.
 
 At batch 1 a token is one read of every weight, and on a fast GPU even the time between two kernels counts: at 4.8 TB/s
 a layer of Qwen3-0.6B (31 MB) takes 7 µs, a launch within a CUDA graph one or two. So there are two operations only:
@@ -9,7 +9,7 @@ a layer of Qwen3-0.6B (31 MB) takes 7 µs, a launch within a CUDA graph one or t
 
     linear(norm, q k v) → attend → linear(o, + residual) → linear(norm, gate up, silu) → linear(down, + residual)
 
-The attention over a long context is cut into parts that many processors work on, and their softmax sums are joined
+The attention over a long context is split into parts for many multiprocessors, and their softmax sums are joined
 afterwards, as in Flash-Decoding (https://pytorch.org/blog/flash-decoding/; FlashAttention: https://arxiv.org/abs/2205.14135).
 The sizes of the blocks below are estimates; none has been tuned on a GPU yet.
 """
@@ -36,7 +36,7 @@ def _stored(weight, n, inside, start, row_size, BITS: tl.constexpr, BLOCK_K: tl.
     """Rows n of a matrix from column `start` on, as they are stored: [rows, BLOCK_K], with 4 bits half as many."""
     PER: tl.constexpr = 2 if BITS == 4 else 1
     place = start // PER + tl.arange(0, BLOCK_K // PER)
-    # Where a row is padded to whole words, what stands there meets an x of 0.
+    # Where a row is padded to whole words, the padding meets an x of 0.
     return tl.load(weight + n * row_size + place[None, :], mask=inside & (place < row_size)[None, :], other=0)
 
 
@@ -294,7 +294,7 @@ def attend(
 ) -> Tensor:
     """qkv [B, (H + 2K)·D] of a new token for each row → attention's output [B, H·D]. The twin is ops/gpu/graphs.py's.
 
-    Row b's token stands at positions[b] (on the device) and sees the cache's earlier ones; its key and value are stored
+    Row b's token is at positions[b] (on the device) and sees the cache's earlier ones; its key and value are stored
     there. cos, sin [max_len, D]; keys, values [B, K, max_len, D]; `window` is at least the largest position + 1.
     """
     B, K, max_len, D = keys.shape
