@@ -10,9 +10,10 @@
     preference     {"chosen", "rejected"}: texts, messages or whole dialogues, with or without a prompt of its own
     question       {"question" or "prompt", "answer"}                GSM8K: the answer's last number is what counts
 
-Beside each of these: {"system"} (or {"system_prompt"}), {"tools"} (or {"functions"}), and {"chat_template_kwargs":
-{"enable_thinking"}}. Messages are those of formats/messages.py. A row of another shape, or one with a field that would
-change what it teaches and that is not known here, is a ValueError; the caller knows its line.
+Beside each of these: {"system"} (or {"system_prompt"}), {"tools"} (or {"functions"}), and {"enable_thinking"}, alone or
+in {"chat_template_kwargs"}; beside an answer its {"reasoning"}. Messages are those of formats/messages.py. A row of
+another shape, or one with a field that would change what it teaches and that is not known here, is a ValueError; the
+caller knows its line.
 """
 
 import re
@@ -20,15 +21,16 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from formats.messages import NOT_TEXT, Message, normalise, normalise_tools, short
+from formats.messages import NOT_TEXT, REASONING, Message, normalise, normalise_tools, short, thinks
 
 DIALOGUES = ("messages", "conversations", "conversation")
 TRANSCRIPTS = ("prompt", "text")
 ASKED = ("prompt", "instruction", "question", "query", "input")
 ABOUT = ("context", "input")
 ANSWERED = ("completion", "response", "output", "answer")
-BESIDE = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs", "history")
-FIELDS = frozenset((*DIALOGUES, *TRANSCRIPTS, *ASKED, *ABOUT, *ANSWERED, *BESIDE, "chosen", "rejected", "label"))
+BESIDE = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs", "enable_thinking", "history")
+FIELDS = frozenset((*DIALOGUES, *TRANSCRIPTS, *ASKED, *ABOUT, *ANSWERED, *BESIDE, *REASONING))
+FIELDS |= {"chosen", "rejected", "label", "weight"}
 """All fields that are read; others (an id, a category, a score) change nothing that is taught."""
 SETTINGS = ("n", "model", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "max_tokens", "max_new_tokens")
 SETTINGS += ("max_completion_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs")
@@ -57,6 +59,8 @@ def conversation(record: Any) -> Conversation | None:
     record = fields_of(record)
     if record.get("label") is False:
         raise ValueError("label is false: this would teach an unwanted answer")
+    if record.get("weight") not in (None, 1):
+        raise ValueError(f"weight is {short(record['weight'])}, but rows have no weights of their own; messages have")
     if (messages := dialogue(record) or completed(record) or transcript(record)) is None:
         raise ValueError(
             f"has the fields {named(record)}, but a conversation is messages, or one of {', '.join(ASKED)} with one of "
@@ -154,7 +158,11 @@ def completed(record: dict) -> list[Message] | None:
     name, question = next((name for name in ANSWERED if record.get(name) is not None), None), asked(record)
     if name is None or question is None:
         return None
-    return [message | ({"weight": 0} if turn(message) else {}) for message in question] + answer_of(record, name)
+    answer = answer_of(record, name)
+    reasoning = {field: record[field] for field in REASONING if record.get(field) is not None}
+    if reasoning and turn(answer[0]) and not thinks(answer[0]):  # in a column of its own
+        answer = [*normalise([answer[0] | reasoning], name), *answer[1:]]
+    return [message | ({"weight": 0} if turn(message) else {}) for message in question] + answer
 
 
 def transcript(record: dict) -> list[Message] | None:
@@ -200,7 +208,10 @@ def beside(record: dict) -> tuple[list[dict] | None, bool | None]:
     options = record.get("chat_template_kwargs") or {}
     if not isinstance(options, dict) or options.keys() - {"enable_thinking"}:
         raise ValueError(f"chat_template_kwargs is {short(options)}, of which only enable_thinking is known")
-    thinking = options.get("enable_thinking")
+    stated = [place["enable_thinking"] for place in (options, record) if place.get("enable_thinking") is not None]
+    if len(stated) > 1 and stated[0] != stated[1]:
+        raise ValueError("enable_thinking and that of chat_template_kwargs differ; keep one")
+    thinking = stated[0] if stated else None
     if thinking not in (None, True, False):
         raise ValueError(f"enable_thinking is {short(thinking)}, neither true nor false")
     return tools, thinking

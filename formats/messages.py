@@ -7,10 +7,12 @@ it, are honoured or rejected by name, never dropped:
                     function, observation and tool_response are tool; others are rejected
     from, value     ShareGPT's names of role and content; from: function_call holds a call as JSON
     content         a text, or a list of parts: texts are joined, thinking goes to the reasoning, images are rejected
-    reasoning       under reasoning_content, reasoning or thinking; two that differ are rejected
-    tool_calls      OpenAI's or bare calls; arguments as an object or as its JSON; function_call is one of them
+    reasoning       under reasoning_content, reasoning, thinking, thought or cot; two that differ are rejected
+    tool_calls      OpenAI's or bare calls; arguments (parameters, input, args) as an object or as its JSON;
+                    function_call is one of them
     tool_call_id    results come in the order of their calls, since Qwen's templates write no ids
-    weight          0 or 1, whether training learns the turn; also as train, training (axolotl) and loss (ms-swift)
+    weight          0 or 1, whether training learns the turn; also as train, training (axolotl), trainable and loss
+                    (ms-swift); a mask of parts of a turn is rejected
 
 Fields that are null are left out; others (name, ...) are passed on to the template.
 """
@@ -24,7 +26,10 @@ OTHER_ROLES = {"developer": "system", "human": "user", "prompter": "user", "gpt"
 OTHER_ROLES |= {"ai": "assistant", "function": "tool", "observation": "tool", "tool_response": "tool"}
 OTHER_ROLES |= {"function_call": "assistant"}
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the order of transformers' apply_chat_template
-WEIGHTS = ("weight", "train", "training", "loss")
+REASONING += ("thought", "thoughts", "think", "chain_of_thought", "cot")
+WEIGHTS = ("weight", "train", "training", "loss", "trainable", "train_on_turn")
+PARTLY = ("train_detail", "training_detail", "loss_scale", "loss_mask", "mask")  # which of a turn's words are learnt
+ARGUMENTS = ("arguments", "parameters", "input", "args")
 TEXT_PARTS, THINKING_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios", "refusal", "reasoning_details")
 
@@ -76,6 +81,9 @@ def _message(given: Any, place: str) -> Message:
     for name in NOT_TEXT:
         if message.get(name):
             raise ValueError(f"{place}.{name}: {short(message[name])} is not text; only text is supported")
+    for name in PARTLY:
+        if name in message:
+            raise ValueError(f"{place}.{name}: a turn is learnt whole or not at all (weight 1 or 0)")
     role = message.get("role")
     if role == "function_call":
         message["tool_calls"] = _parsed(message.pop("content", None), f"{place}.value")
@@ -140,7 +148,10 @@ def _call(call: Any, place: str) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"{place}: {short(call)} is not a call with the name of a function")
-    arguments = function.get("arguments", function.get("parameters"))
+    given = [name for name in ARGUMENTS if function.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{place}: has {' and '.join(given)}; keep one")
+    arguments = function[given[0]] if given else None
     if isinstance(arguments, str):
         arguments = _parsed(arguments, f"{place}.arguments") if arguments.strip() else {}
     arguments = {} if arguments is None else arguments

@@ -452,3 +452,39 @@ def test_every_item_comes_once_an_epoch():
     assert [sorted(seen[start : start + 10]) for start in range(0, 40, 10)] == 4 * [list(range(10))]
     assert seen[:10] != seen[10:20]
     assert Listed(list(range(10)), [], 4, seed=3).rows(7) == source.rows(7)
+
+
+def test_reasoning_in_a_column_of_its_own_belongs_to_the_answer():
+    for name in ("reasoning", "reasoning_content", "thinking", "thought", "cot"):
+        row = {"prompt": "2 + 3?", "response": "5", name: "Count on from 2."}
+        answer = conversation(row).messages[-1]
+        assert (answer["content"], answer["reasoning_content"]) == ("5", "Count on from 2.")
+    said = {"prompt": "2 + 3?", "response": "<think>\nAdd.\n</think>\n\n5", "reasoning": "Count on from 2."}
+    assert "reasoning_content" not in conversation(said).messages[-1]
+
+
+def test_arguments_of_a_call_under_other_names():
+    for name in ("arguments", "parameters", "input", "args"):
+        call = {"name": "add", name: {"a": 2}}
+        row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]}
+        (found,) = conversation(row).messages[-1]["tool_calls"]
+        assert found["function"]["arguments"] == {"a": 2}
+    call["arguments"] = {"a": 3}
+    with pytest.raises(ValueError, match="has arguments and args; keep one"):
+        conversation(row)
+
+
+def test_what_is_learnt_of_a_row_by_other_names():
+    def row(**beside):
+        return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!", **beside}]}
+
+    for name in ("trainable", "train_on_turn"):
+        assert conversation(row(**{name: False})) is None
+    for name in ("loss_mask", "train_detail", "loss_scale"):
+        with pytest.raises(ValueError, match=rf"messages\[1\]\.{name}: a turn is learnt whole"):
+            conversation(row(**{name: [1]}))
+    with pytest.raises(ValueError, match=r"weight is 0\.5, but rows have no weights"):
+        conversation(row() | {"weight": 0.5})
+    assert conversation(row() | {"enable_thinking": False}).thinking is False
+    with pytest.raises(ValueError, match="enable_thinking and that of chat_template_kwargs differ"):
+        conversation(row() | {"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}})
