@@ -62,7 +62,8 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, tuple[int
         if pickle and not (is_whole and file.peek(1)[:1] == b"{"):
             raise ValueError(f"{path}: a pickle, which can run code and is never opened; get the safetensors version")
         if not is_whole:
-            if found := mistaken(start + file.peek(56)[:56]):
+            rest = file.peek(56)[:56]
+            if not rest.startswith(b"{") and (found := mistaken(start + rest)):
                 raise ValueError(f"{path}: {found}")
             _fail(path, f"not a whole safetensors file (header of {length:,} bytes, file of {size:,})")
         header = file.read(length)

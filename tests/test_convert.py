@@ -364,7 +364,7 @@ def test_flags(models, refuse, tmp_path):
     assert "is not a size like" in refuse("--to", "bf16", "--max-shard-size", "0GB", *model)
     assert "is not a size like" in refuse("--to", "bf16", "--max-shard-size", "5 apples", *model)
     assert "a GGUF is one file" in refuse("--to", "gguf", "--max-shard-size", "5GB", *model)
-    assert "--verify stands alone" in refuse("--verify", tmp_path, "--force")
+    assert "--verify takes no other flags" in refuse("--verify", tmp_path, "--force")
     assert "ends in .gguf" in refuse("--to", "gguf", *model)
     assert "must not end in .gguf" in refuse("--to", "bf16", "--model", models / "tied", "--out", tmp_path / "m.gguf")
     assert "qwen3.c only runs" in refuse("--to", "gguf", "--for", "qwen3.c", *model)
