@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
+from operator import index
 from pathlib import Path
 
 from formats.json_file import read_json
@@ -204,6 +205,8 @@ class Chat:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; special tokens written in it become those tokens, and none is added around it."""
+        if not isinstance(text, str):
+            raise ValueError(f"text is of type {type(text).__name__}, not a str; messages are for render")
         try:
             return self.tokenizer.encode(text, add_special_tokens=False).ids
         except TypeError:
@@ -215,7 +218,13 @@ class Chat:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Text of ids, with U+FFFD where their bytes are not UTF-8. Spaces stay as they are."""
         skipped = self.special_ids if skip_special_tokens else ()
-        return b"".join(self.token_bytes(index) for index in ids if index not in skipped).decode("utf-8", "replace")
+        try:
+            ids = [index(token) for token in ids]
+        except (TypeError, ValueError):
+            raise ValueError("ids are not the token ids of one text, as a list of whole numbers") from None
+        if any(token < 0 for token in ids):
+            raise ValueError(f"token id {min(ids)} is below 0")
+        return b"".join(self.token_bytes(token) for token in ids if token not in skipped).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token (an id without a token has none). They need not be whole characters."""

@@ -663,7 +663,7 @@ class Qwen3(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, src: str | Path, device="cpu", dtype: torch.dtype | None = None, adapter: str | Path | None = None
+        cls, src: str | Path, device="cpu", dtype: torch.dtype | str | None = None, adapter: str | Path | None = None
     ) -> "Qwen3":
         """The model of a directory, hub id or .gguf file. dtype None keeps the stored one; `adapter` is a PEFT adapter
         (directory or hub id) to merge into it. If `src` is an adapter, its base is loaded too.
@@ -673,6 +673,14 @@ class Qwen3(nn.Module):
         from formats.checkpoint import open_checkpoint
         from formats.source import resolve
 
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
+        if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"dtype is {dtype!r}; the model computes in float32, bfloat16, float16 or float64")
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ValueError(f"device is {device!r}; give cpu, cuda or mps") from None
         adapter = adapter and resolve(adapter, "adapter")
         return load(open_checkpoint(resolve(src), adapter), device, dtype)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from chat import EARLY_STOP_TEXT, Chat, ReplyStream, StopStrings, TextStream, assistant_message
+from formats.source import BUNDLED_MODEL
 from formats.template import CHARACTERS, TemplateSandbox
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -808,3 +809,15 @@ def test_a_gguf_file_carries_the_same_chat(small, tmp_path):
         assert loaded.render(CHATS[name], tools=[TOOL]) == small.render(CHATS[name], tools=[TOOL])
         assert loaded.decode(small.render(CHATS[name])) == small.decode(small.render(CHATS[name]))
     assert loaded.special_ids == small.special_ids
+
+
+def test_what_is_no_text_and_what_are_no_ids():
+    chat = Chat.from_pretrained(BUNDLED_MODEL)
+    for text in (None, b"x", ["a"], 5):
+        with pytest.raises(ValueError, match=f"text is of type {type(text).__name__}, not a str"):
+            chat.encode(text)
+    for ids in (None, 5, "12", [1.5], ["1"], [[1, 2]]):
+        with pytest.raises(ValueError, match="not the token ids of one text"):
+            chat.decode(ids)
+    with pytest.raises(ValueError, match="token id -1 is below 0"):
+        chat.decode([3, -1])

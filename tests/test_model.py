@@ -419,3 +419,14 @@ def test_the_real_base_model_gives_the_published_logits():
     logits = model(torch.tensor([expected["input_ids"]]))[0]
     assert torch.allclose(logits.mean(-1), torch.tensor(expected["logits_mean_over_vocab"]), atol=1e-4, rtol=1e-4)
     assert torch.allclose(logits[0, :30], torch.tensor(expected["logits_0_0_first30"]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_dtype_or_device_that_no_model_can_have(tmp_path):
+    oracle.write(tmp_path, oracle.config())
+    assert Qwen3.from_pretrained(tmp_path, dtype="bfloat16").lm_head.weight.dtype == torch.bfloat16
+    for dtype in ("int3", torch.int8, torch.float8_e4m3fn):  # int8 would cut every weight to a whole number
+        with pytest.raises(ValueError, match="the model computes in float32"):
+            Qwen3.from_pretrained(tmp_path, dtype=dtype)
+    for device in ("tpu", None, 3.0):
+        with pytest.raises(ValueError, match="give cpu, cuda or mps"):
+            Qwen3.from_pretrained(tmp_path, device=device)
