@@ -129,6 +129,17 @@ def test_settings_of_runs_that_a_test_cannot_do_exist():
         schema.load(ROOT / config, overrides)
 
 
+def test_troubleshooting_quotes_messages_of_the_code():
+    table = README.partition("| what you see | what it means |")[2].partition("\n\n")[0]
+    quoted = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    rooms = [ROOT / "model.py", *(ROOT / "formats").glob("*.py"), *(ROOT / "inference").glob("*.py")]
+    code = "\n".join(path.read_text() for path in rooms)
+    assert len(quoted) >= 5
+    for text in quoted:
+        for part in re.split(r"\.\.\.|\. |: ", text):
+            assert part.strip(" .") in code, part
+
+
 def test_the_chat_s_page_shows_its_help():
     page = (ROOT / "docs" / "chat.md").read_text()
     for name, (parameters, text) in terminal.COMMANDS.items():
