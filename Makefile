@@ -27,7 +27,7 @@ run: $(VENV)/.run
 test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Against llama.cpp itself: needs llama-cpp-python in the environment, which compiles for some minutes.
 interop: $(VENV)/.test

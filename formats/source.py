@@ -32,6 +32,8 @@ def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = Fals
 
     Raises ValueError for a path that is neither, an unknown hub id or revision, and `HubUnreachable`.
     """
+    if not isinstance(src, str | Path):
+        raise ValueError(f"{place} is a {type(src).__name__}; give a directory, a hub id or a .gguf file")
     name, path = f"{place} {src}", Path(src).expanduser()
     folder, _, tag = str(path).rpartition(":")
     if _kind(path) is None and folder and _kind(Path(folder)) == "directory":

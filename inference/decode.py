@@ -116,6 +116,8 @@ class Reply:
         until: Until | None = None,
     ):
         self.ids = check_prompt(model, ids)
+        if not isinstance(params, SamplingParams | None):
+            raise ValueError(f"params is a {type(params).__name__}; give SamplingParams(temperature=0, ...)")
         self.params = params or recommended(model.generation_config, thinking=True)
         if self.params.stop and chat is None:
             raise ValueError("stop strings are text: give generate the checkpoint's chat too")
@@ -240,6 +242,8 @@ def check_prompt(model: Qwen3, ids: Sequence[int] | Tensor) -> list[int]:
             )
         ids = ids.tolist()
     try:
+        if isinstance(ids, dict | set | frozenset) or any(isinstance(token, bool) for token in ids):
+            raise TypeError
         ids = list(map(operator.index, ids))
     except TypeError:
         raise ValueError(f"the prompt is not a list of token ids (whole numbers): {repr(ids)[:80]}") from None

@@ -103,3 +103,13 @@ def test_prompts_of_every_kind_of_number_are_one(model):
     model(torch.tensor([[1, 2, 3]]), cache)
     with pytest.raises(ValueError, match="the cache holds 3 positions"):
         list(generate(model, [1, 2, 3], params, cache=cache))
+
+
+def test_arguments_of_another_kind(model):
+    for ids in ([True, False], {1: 2}, {1, 2}):
+        with pytest.raises(ValueError, match="not a list of token ids"):
+            list(generate(model, ids))
+    with pytest.raises(ValueError, match="params is a dict; give SamplingParams"):
+        list(generate(model, [1, 2], {"temperature": 0}))
+    with pytest.raises(ValueError, match="is a NoneType; give a directory"):
+        Qwen3.from_pretrained(None)
