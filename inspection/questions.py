@@ -205,7 +205,7 @@ def _change(manifest: dict[str, Any], ledger: Ledger) -> Answer:
         ),
         ("pickle" in formats, "replace the pickles by safetensors"),
         ("remote-code" in found, "drop the remote code for a model type that runtimes know"),
-        (any(ledger.accusations()), "mend the first finding: " + next((one.id for one in ledger.accusations()), "")),
+        (any(ledger.accusations()), "fix the first finding: " + next((one.id for one in ledger.accusations()), "")),
         (not manifest["license"], "state a licence in the card's front matter, and add its text"),
         (not manifest["lineage"], "name base_model in the card's front matter"),
         (not manifest["evals"], "add results with raw outputs, as model-index or .eval_results/"),

@@ -1,7 +1,7 @@
 """Bad input, through the real command: each case ends in its line and exit status 2, leaves no file, runs no code.
 
 A case is a change to a good checkpoint (or a list of flags) and the words that its line must have: what is wrong, where
-it came from, and how to mend it where that is not plain. Most run in this process; a few also as a process of its own.
+it came from, and how to fix it where that is not plain. Most run in this process; a few also as a process of its own.
 """
 
 import io

@@ -303,6 +303,40 @@ def test_the_architecture_page_needs_no_weights(command, tmp_path):
         command("--architecture", "--model", tmp_path / "empty")
 
 
+def test_a_hub_model_is_described_by_its_headers(command, tmp_path, monkeypatch):
+    from local_hub import Hub, use
+    from safetensors.torch import load_file, save
+
+    weights = load_file(TINY / "model.safetensors") | {"padding": torch.zeros(4 << 20)}
+    hub = Hub({"config.json": (TINY / "config.json").read_bytes(), "model.safetensors": save(weights)})
+    use(hub.url, tmp_path, monkeypatch)
+    try:
+        command("--architecture", "--model", "org/name", "--json", tmp_path / "a.json")
+    finally:
+        hub.shutdown()
+        hub.server_close()
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["parameters"] == 479_264 and found["stored"]["types"] == {"bfloat16": 958528, "float32": 16 << 20}
+    assert hub.sent < 200_000  # of 17 MB
+
+
+def test_headers_beyond_what_may_be_read_leave_the_config(command, tmp_path, monkeypatch):
+    from local_hub import Hub, use
+
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"tensor {n}": entry for n in range(20_000)}).encode()
+    weights = len(header).to_bytes(8, "little") + header
+    hub = Hub({"config.json": (TINY / "config.json").read_bytes(), "m.safetensors": weights})
+    use(hub.url, tmp_path, monkeypatch)
+    try:
+        command("--architecture", "--model", "org/name", "--json", tmp_path / "a.json")
+    finally:
+        hub.shutdown()
+        hub.server_close()
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["parameters"] == 479_264 and found["stored"] is None and hub.sent < 1_000_000
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -439,7 +439,7 @@ def test_wandb_off_imports_nothing(config):
     not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile on a CPU needs a C++ compiler"
 )
 def test_compiled_blocks_train_alike_and_resume(config, unbroken, monkeypatch):
-    """The same losses within rounding; killed after a checkpoint and gone on with, to the bit of its own kind."""
+    """The same losses within rounding; killed after a checkpoint and resumed, bit-identical to its own kind."""
     short = ("train.steps=4", "train.save_every=2", "model.config.num_hidden_layers=1", "train.validate_batches=1")
     eager, out = losses(run(config, *short)), config.parent / "run"
     shutil.rmtree(out)
@@ -508,7 +508,7 @@ def test_rows_made_ahead_are_those_of_their_step():
 
     source = Source()
     ahead = Prefetcher(source, end=9, share=slice(1, None, 2))
-    assert [ahead.rows(step) for step in (0, 1, 5, 6)] == [[0], [1], [5], [6]]  # a run gone on with begins anywhere
+    assert [ahead.rows(step) for step in (0, 1, 5, 6)] == [[0], [1], [5], [6]]  # a resumed run begins anywhere
     assert ahead.validation_rows(3) == [-3]
     assert source.asked == [0, 1, 2, 5, 6, 7]
     with pytest.raises(ValueError, match="a bad row"):

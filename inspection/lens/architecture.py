@@ -138,9 +138,9 @@ def architecture(
         "outer": [o._asdict() for o in everything],
         "stacks": blocks,
         "cache_bytes_per_position": 2 * cache,
-        "cache": [{"positions": n, "bytes": 2 * cache * n} for n in CONTEXTS if n <= config.max_position_embeddings]
-        + [{"positions": config.max_position_embeddings, "bytes": 2 * cache * config.max_position_embeddings}],
-        "context": config.max_position_embeddings,
+        "cache": [{"positions": n, "bytes": 2 * cache * n} for n in CONTEXTS if n <= config.context_length]
+        + [{"positions": config.context_length, "bytes": 2 * cache * config.context_length}],
+        "context": config.context_length,
         "stored": stored,
     }
 
@@ -148,7 +148,7 @@ def architecture(
 def read_architecture(src: str) -> dict[str, Any]:
     """Of SRC: a directory, hub id, .gguf file or a config.json by itself. ValueError where it says too little."""
     tree = find_tree(src, False, Path())
-    config, headers = None, []
+    config, headers, whole = None, [], True
     for entry in tree.entries:
         name = entry.path.rpartition("/")[2]
         if "/" in entry.path:
@@ -157,7 +157,7 @@ def read_architecture(src: str) -> dict[str, Any]:
             if name == "config.json" or (len(tree.entries) == 1 and name.endswith(".json")):
                 config = json.loads(entry.read(MAX_CONFIG))
             elif name.endswith(".safetensors"):
-                headers += _safetensors(entry)
+                whole = whole and _add_headers(headers, entry)
             elif name.endswith(".gguf") and len(tree.entries) == 1:
                 config, headers = _gguf(entry)
         except (ValueError, RecursionError) as error:
@@ -167,11 +167,11 @@ def read_architecture(src: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{src}: no config.json in it, which says what the model is")
     try:
-        described = Config(**_published(config))
+        described = Config.from_dict(config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{src}: {error}") from None
     stored = None
-    if headers:
+    if headers and whole:
         kinds: Counter[str] = Counter()
         for kind, size in headers:
             kinds[kind] += size
@@ -179,8 +179,13 @@ def read_architecture(src: str) -> dict[str, Any]:
     return {"source": src, **architecture(described, stored=stored)}
 
 
-def _published(config: dict[str, Any]) -> dict[str, Any]:
-    return {str(key): value for key, value in config.items()}
+def _add_headers(headers: list[tuple[str, int]], entry: Entry) -> bool:
+    """Whether a file's header could be read; over the network only so many bytes are, and the config says enough."""
+    try:
+        headers += _safetensors(entry)
+    except Unexamined:
+        return False
+    return True
 
 
 def _safetensors(entry: Entry) -> Iterator[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""Runs of sft on foreign rows, dpo, grpo and lora: what they learn, and that a killed one goes on equal to the bit."""
+"""Runs of sft on foreign rows, dpo, grpo and lora: what they learn, and that a killed one resumes bit-identical."""
 
 import json
 import signal
