@@ -12,6 +12,7 @@
 """
 
 import difflib
+import signal
 import sys
 from importlib import import_module
 
@@ -28,6 +29,7 @@ def main() -> None:
         near = difflib.get_close_matches(subject, SUBJECTS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"no subject {subject!r} (there are {', '.join(SUBJECTS)}){hint}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no child and no written weights are left behind
     import_module(f"benchmarks.{subject}").main(options)
 
 

@@ -13,8 +13,6 @@ import json
 import os
 import resource
 import shutil
-import signal
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -373,8 +371,3 @@ def main(arguments: list[str]) -> None:
     draw(report, options.out / "roofline.png")
     show(tables(report))
     console.notice(f"written: report.json, report.md and roofline.png in {options.out}")
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no child and no converted file is left behind
-    console.run(main)

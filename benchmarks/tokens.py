@@ -20,9 +20,7 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import statistics
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -269,8 +267,3 @@ def notes_of(report: dict[str, Any]) -> list[str]:
     notes.append(f"Schedule of all: {json.dumps(SCHEDULE)}.")
     notes += [f"Settings of {name}: {json.dumps(settings)}." for name, settings in report["settings"].items()]
     return [*notes, f"{BATCH} x {SEQUENCE} tokens a step; the model: {json.dumps(SIZES)}."]
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    console.run(main)

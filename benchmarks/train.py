@@ -12,9 +12,7 @@ import argparse
 import json
 import os
 import resource
-import signal
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -371,8 +369,3 @@ def main(arguments: list[str]) -> None:
     }
     report |= {"ratios": ratios(results), "agreement": agreement(results)}
     finish(report, options.out / "speed", "Speed of training", tables(report), notes_of(report))
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no child and no written weights are left behind
-    console.run(main)

@@ -391,7 +391,7 @@ HOSTILE = {
     "a label that is true": ({"question": "a", "choices": ["b", "c"], "label": True}, "the label is True"),
     "no label": ({"question": "a", "choices": ["b", "c"]}, "has no label"),
     "a choice that is a number": ({"question": "a", "choices": ["b", 1], "label": 0}, "something else than"),
-    "half a surrogate": ({"question": "\ud800", "answer": "1"}, "half of a surrogate pair"),
+    "half a surrogate": ({"question": "\ud800", "answer": "1"}, "an unpaired surrogate"),
     "a megabyte": ({"question": "a" * (1 << 21), "answer": "1"}, "at most 1,048,576"),
 }
 
