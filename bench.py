@@ -11,7 +11,6 @@
 `python bench.py SUBJECT --help` lists a subject's options. Each lives in benchmarks/.
 """
 
-import difflib
 import signal
 import sys
 from importlib import import_module
@@ -26,9 +25,9 @@ def main() -> None:
     if subject.startswith("-"):  # options alone are those of the speed table
         subject, options = "speed", sys.argv[1:]
     if subject not in SUBJECTS:
-        near = difflib.get_close_matches(subject, SUBJECTS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"no subject {subject!r} (there are {', '.join(SUBJECTS)}){hint}")
+        raise ValueError(
+            f"no subject {subject!r} (there are {', '.join(SUBJECTS)}){console.did_you_mean(subject, SUBJECTS)}"
+        )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no child and no written weights are left behind
     import_module(f"benchmarks.{subject}").main(options)
 

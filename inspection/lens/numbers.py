@@ -16,7 +16,7 @@ from inference.decode import check_prompt
 from inference.params import SamplingParams
 from inference.sampling import distribution, penalized
 from inspection.lens.attribution import attribution
-from inspection.lens.spans import Span, prompt_spans, reply_spans, starts
+from inspection.lens.spans import prompt_spans, reply_spans, starts
 from inspection.lens.trace import trace
 from model import Qwen3
 
@@ -155,7 +155,3 @@ def unpack_attention(packed: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     count = int(np.prod(shape))
     data = zlib.decompress(base64.b64decode(packed["data"]))
     return np.frombuffer(data, "<u2", count).reshape(shape), np.frombuffer(data, "<f2", count, 2 * count).reshape(shape)
-
-
-def span_of(row: dict[str, Any]) -> Span:
-    return Span(row["start"], row["end"], row["text"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from model import Qwen3
 
+LN2 = 0.6931471805599453
 ROWS = 64  # positions whose logits are in memory at once
 
 
@@ -92,9 +93,6 @@ def trace(
         [state.float().norm(dim=-1).tolist() for state in states],
         attention,
     )
-
-
-LN2 = 0.6931471805599453
 
 
 def attention_rows(module: nn.Module, x: Tensor, shared: Any, rows: Tensor) -> Tensor:
