@@ -303,38 +303,37 @@ def test_the_architecture_page_needs_no_weights(command, tmp_path):
         command("--architecture", "--model", tmp_path / "empty")
 
 
-def test_a_hub_model_is_described_by_its_headers(command, tmp_path, monkeypatch):
+@pytest.fixture
+def described_by_hub(command, tmp_path, monkeypatch):
+    """What --architecture says of a hub model with these weights, and how many bytes were sent for it."""
     from local_hub import Hub, use
+
+    def described(weights: bytes) -> tuple[dict, int]:
+        hub = Hub({"config.json": (TINY / "config.json").read_bytes(), "model.safetensors": weights})
+        use(hub.url, tmp_path, monkeypatch)
+        try:
+            command("--architecture", "--model", "org/name", "--json", tmp_path / "a.json")
+        finally:
+            hub.shutdown()
+            hub.server_close()
+        return json.loads((tmp_path / "a.json").read_text()), hub.sent
+
+    return described
+
+
+def test_a_hub_model_is_described_by_its_headers(described_by_hub):
     from safetensors.torch import load_file, save
 
-    weights = load_file(TINY / "model.safetensors") | {"padding": torch.zeros(4 << 20)}
-    hub = Hub({"config.json": (TINY / "config.json").read_bytes(), "model.safetensors": save(weights)})
-    use(hub.url, tmp_path, monkeypatch)
-    try:
-        command("--architecture", "--model", "org/name", "--json", tmp_path / "a.json")
-    finally:
-        hub.shutdown()
-        hub.server_close()
-    found = json.loads((tmp_path / "a.json").read_text())
+    found, sent = described_by_hub(save(load_file(TINY / "model.safetensors") | {"padding": torch.zeros(4 << 20)}))
     assert found["parameters"] == 479_264 and found["stored"]["types"] == {"bfloat16": 958528, "float32": 16 << 20}
-    assert hub.sent < 200_000  # of 17 MB
+    assert sent < 200_000  # of 17 MB
 
 
-def test_headers_beyond_what_may_be_read_leave_the_config(command, tmp_path, monkeypatch):
-    from local_hub import Hub, use
-
+def test_headers_beyond_what_may_be_read_leave_the_config(described_by_hub):
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     header = json.dumps({f"tensor {n}": entry for n in range(20_000)}).encode()
-    weights = len(header).to_bytes(8, "little") + header
-    hub = Hub({"config.json": (TINY / "config.json").read_bytes(), "m.safetensors": weights})
-    use(hub.url, tmp_path, monkeypatch)
-    try:
-        command("--architecture", "--model", "org/name", "--json", tmp_path / "a.json")
-    finally:
-        hub.shutdown()
-        hub.server_close()
-    found = json.loads((tmp_path / "a.json").read_text())
-    assert found["parameters"] == 479_264 and found["stored"] is None and hub.sent < 1_000_000
+    found, sent = described_by_hub(len(header).to_bytes(8, "little") + header)
+    assert found["parameters"] == 479_264 and found["stored"] is None and sent < 1_000_000
 
 
 @pytest.mark.parametrize(
