@@ -581,11 +581,11 @@ def check_ids(model: "Qwen3", ids: Any, cache: KVCache | None) -> None:
         raise ValueError(f"ids has the shape {list(ids.shape)}, but must be [B, T]{hint}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"ids has the dtype {ids.dtype}, but token ids are whole numbers: torch.int64")
-    config, weight = model.config, model.model.embed_tokens.weight
+    config = model.config
     if ids.numel() == 0:
         raise ValueError(f"ids has the shape {list(ids.shape)}: it has no tokens")
-    if ids.device.type != weight.device.type:
-        raise ValueError(f"ids is on {ids.device}, but the model is on {weight.device}")
+    if ids.device.type != model.device.type:
+        raise ValueError(f"ids is on {ids.device}, but the model is on {model.device}")
     if ids.is_cpu and not torch.compiler.is_compiling():
         low, high = ids.min().item(), ids.max().item()
         if low < 0 or high >= config.vocab_size:
@@ -603,10 +603,10 @@ def check_ids(model: "Qwen3", ids: Any, cache: KVCache | None) -> None:
         raise ValueError("the cache was made for a model of another shape; make it from this model's config")
     if len(cache.lengths) != shape[0]:
         raise ValueError(f"the cache has {len(cache.lengths)} rows, but ids has {shape[0]}")
-    if keys.device != weight.device:
-        raise ValueError(f"the cache is on {keys.device}, but the model is on {weight.device}")
-    if keys.dtype != weight.dtype and not torch.is_autocast_enabled(keys.device.type):
-        raise ValueError(f"the cache has the dtype {keys.dtype}, but the model's is {weight.dtype}")
+    if keys.device != model.device:
+        raise ValueError(f"the cache is on {keys.device}, but the model is on {model.device}")
+    if keys.dtype != model.dtype and not torch.is_autocast_enabled(keys.device.type):
+        raise ValueError(f"the cache has the dtype {keys.dtype}, but the model's is {model.dtype}")
 
 
 class Qwen3(nn.Module):
@@ -631,6 +631,15 @@ class Qwen3(nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations, the cache and the logits; weights may be stored in another type."""
+        return self.model.norm.weight.dtype
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, last: bool = False) -> Tensor:
         """With a cache the T positions are appended to it, and no gradients are recorded: a graph through the cache
@@ -693,7 +702,7 @@ class Qwen3(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        self.config.dtype = str(self.model.embed_tokens.weight.dtype).removeprefix("torch.")
+        self.config.dtype = str(self.dtype).removeprefix("torch.")
         with atomic_file(directory / "model.safetensors") as temporary:
             save_file(weights, temporary, metadata={"format": "pt"})
         write_text(directory / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")

@@ -57,7 +57,7 @@ class Evaluated:
         self.facts = {
             "source": str(options.model),
             "files": {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files if f.is_file()},
-            "dtype": str(self.model.model.embed_tokens.weight.dtype).removeprefix("torch."),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
             "quantize": options.quantize,
         }
 

@@ -150,7 +150,7 @@ class Reply:
 @torch.inference_mode()
 def forward(model: Qwen3, ids: Sequence[int], cache: KVCache, count: int = 1) -> Tensor:
     """Appends ids to a cache of one row, a chunk at a time, and returns the logits [count, V] of the last `count`."""
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     for start in range(0, len(ids), PREFILL_CHUNK):
         chunk = torch.tensor([ids[start : start + PREFILL_CHUNK]], device=device)
         logits = model(chunk, cache, last=count == 1)
@@ -180,7 +180,7 @@ def generate_batch(
     nobody = [None] * len(prompts)
     given = zip(prompts, each, intervene or nobody, until or nobody, strict=True)
     replies = [Reply(model, ids, p, chat, put_in, end) for ids, p, put_in, end in given]
-    device, context = model.model.embed_tokens.weight.device, model.config.context_length
+    device, context = model.device, model.config.context_length
     prompts = [reply.ids for reply in replies]
 
     room = max(len(reply.ids) + reply.limit for reply in replies)
@@ -275,9 +275,8 @@ def add_end_token(model: Qwen3, token: int | None) -> None:
 
 
 def new_cache(model: Qwen3, max_len: int, batch_size: int = 1) -> KVCache:
-    weight = model.model.embed_tokens.weight
     max_len = min(max_len, model.config.context_length)
-    return KVCache(model.config, batch_size, max_len, device=weight.device, dtype=weight.dtype)
+    return KVCache(model.config, batch_size, max_len, device=model.device, dtype=model.dtype)
 
 
 class ThinkingBudget:

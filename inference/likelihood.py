@@ -21,7 +21,7 @@ class Scorer:
 
     def __init__(self, model: Qwen3):
         self.model, self.cache, self.held = model, None, []
-        self.device = model.model.embed_tokens.weight.device
+        self.device = model.device
 
     def forget(self) -> None:
         """Computes the next text from its beginning."""

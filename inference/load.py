@@ -67,20 +67,20 @@ def load_speculation(options: Namespace, chat: Chat, model: Qwen3) -> Speculatio
             return Speculation(PromptLookup(), most) if most else None
         except ValueError as error:
             raise ValueError(f"--prompt-lookup {error}") from None
-    path, weight = resolve(options.draft, "--draft"), model.model.embed_tokens.weight
+    path = resolve(options.draft, "--draft")
     tokens = [one.tokenizer.get_vocab(with_added_tokens=True) for one in (chat, Chat.from_pretrained(path))]
     if tokens[0] != tokens[1]:
         raise ValueError(f"--draft {options.draft}: its tokenizer is another; a draft has to speak the same tokens")
-    return Speculation(DraftModel(load(open_checkpoint(path), weight.device, weight.dtype), model.config.vocab_size))
+    return Speculation(DraftModel(load(open_checkpoint(path), model.device, model.dtype), model.config.vocab_size))
 
 
 def describe(model: Qwen3) -> str:
     """`596,049,920 parameters, context 40,960 tokens, bfloat16 on cpu`: what the banner of a chat says of a model."""
-    weight, bits = model.model.embed_tokens.weight, {getattr(m, "bits", None) for m in model.modules()} - {None}
-    precision = str(weight.dtype).removeprefix("torch.")
+    bits = {getattr(m, "bits", None) for m in model.modules()} - {None}
+    precision = str(model.dtype).removeprefix("torch.")
     precision = f"int{min(bits)} weights, {precision}" if bits else precision
     context = model.config.context_length
-    return f"{parameters(model):,} parameters, context {context:,} tokens, {precision} on {weight.device.type}"
+    return f"{parameters(model):,} parameters, context {context:,} tokens, {precision} on {model.device.type}"
 
 
 def parameters(model: Qwen3) -> int:

@@ -261,7 +261,7 @@ def weight_bytes_per_token(model: Qwen3) -> int:
 
 def not_served(model: Qwen3) -> str | None:
     """Why this model's tokens do not go the fast way that its device has; None where they do, or it has none."""
-    device = model.model.embed_tokens.weight.device.type
+    device = model.device.type
     if device == "cuda":
         from ops.gpu import graphs
 

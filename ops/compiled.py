@@ -18,7 +18,7 @@ def compile_(model: nn.Module, place: str, backend: str = "inductor") -> None:
 
     Raises ValueError where what torch.compile needs is missing: Triton for CUDA, else a C++ compiler.
     """
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     if backend == "inductor" and device.type == "cuda" and find_spec("triton") is None:
         raise ValueError(f"{place}: torch.compile needs Triton for CUDA, which is not installed; leave {place} out")
     if backend == "inductor" and device.type != "cuda" and find_compiler() is None:

@@ -33,7 +33,7 @@ def pick_kernels(name: str, device: str | torch.device, place: str) -> str:
 
 def use_kernels(model: torch.nn.Module, name: str, place: str) -> None:
     """Gives a Qwen3 the kernels that `pick_kernels` says, in place: for its layers, its token step and its loss."""
-    model.kernels = pick_kernels(name, model.model.embed_tokens.weight.device, place)
+    model.kernels = pick_kernels(name, model.device, place)
     if model.kernels == "triton":
         from ops.gpu.kernels import use  # imports Triton
 

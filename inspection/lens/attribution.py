@@ -61,7 +61,7 @@ def gradients(
     norms, products = [], []
     try:
         with torch.enable_grad(), hooked([model.model.embed_tokens.register_forward_hook(embedded)]):
-            device = model.model.embed_tokens.weight.device
+            device = model.device
             hidden = model.model(torch.tensor([list(ids[:-1])], device=device))[0]
             (x,) = kept
             for number, place in enumerate(range(begin, len(ids)), 1):

@@ -68,7 +68,7 @@ def trace(
     handles = [decoder.embed_tokens.register_forward_hook(embedded)]
     for layer in decoder.layers:
         handles += [layer.register_forward_hook(after), layer.self_attn.register_forward_pre_hook(before)]
-    device = decoder.embed_tokens.weight.device
+    device = model.device
     with hooked(handles):
         hidden = decoder(torch.tensor([list(ids)], device=device))[0]
     targets = torch.tensor([*ids[1:], 0], device=device)

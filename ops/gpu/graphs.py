@@ -76,7 +76,7 @@ class TokenStep:
 
     def __init__(self, model: nn.Module, cache: Any, kernels: str):
         decoder = model.model
-        rows, device, dtype = len(cache.lengths), decoder.embed_tokens.weight.device, decoder.embed_tokens.weight.dtype
+        rows, device, dtype = len(cache.lengths), model.device, model.dtype
         self.model, self.kernels, self.rows = weakref.ref(model), model.kernels, rows
         self.keys, self.values = list(cache.keys), list(cache.values)
         self.records = device.type == "cuda"
@@ -161,7 +161,7 @@ def _places(tensors: list[Tensor]) -> list[int]:
 
 def _reason(model: nn.Module, cache: Any) -> str | None:
     """Why `run` does not cover this model and cache: dense, each group of layers of one kind, one dtype, one device."""
-    config, embedding = model.config, model.model.embed_tokens.weight
+    config = model.config
     if any(hasattr(layer.mlp, "experts") for layer in model.model.layers):
         return "a mixture of experts"
     shape = (len(cache.lengths), config.num_key_value_heads, cache.max_len, config.head_dim)
@@ -171,9 +171,9 @@ def _reason(model: nn.Module, cache: Any) -> str | None:
     if any(t.shape != shape or not t.is_contiguous() for t in tensors):
         return "a cache of another shape"
     floats = [t for t in model.parameters() if t.is_floating_point()]
-    if {t.dtype for t in (*floats, *tensors)} != {embedding.dtype}:
+    if {t.dtype for t in (*floats, *tensors)} != {model.dtype}:
         return "tensors of several dtypes"
-    if {t.device for t in (*model.parameters(), *model.buffers(), *tensors)} != {embedding.device}:
+    if {t.device for t in (*model.parameters(), *model.buffers(), *tensors)} != {model.device}:
         return "tensors on several devices"
     groups = [
         group
