@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from operator import index
 from pathlib import Path
+from typing import Any
 
 from formats.json_file import read_json
 from formats.messages import Message, normalise, normalise_tools, short, thinks
@@ -115,17 +116,66 @@ class Chat:
         thinking: bool = True,
         tools: list[dict] | None = None,
         continue_final_message: bool = False,
+        literal: bool = False,
     ) -> list[int]:
         """The prompt's ids for a chat, up to where the assistant's turn begins.
 
         `messages` are {"role": "system" | "user" | "assistant" | "tool", "content": str, ...} with, for an assistant,
         "reasoning_content" and "tool_calls", or any other spelling that formats/messages.py knows; `tools` are JSON
         schemas. The ids are those of transformers' `apply_chat_template(messages, tools, add_generation_prompt=True,
-        enable_thinking=thinking)`. Like there, a special token written out in a message becomes that token.
+        enable_thinking=thinking)`. Like there, a special token written out in a message becomes that token, unless
+        `literal`: then it stays text, and no message can end its turn or begin another one's.
         With `continue_final_message` the last message is the beginning of the assistant's turn.
         """
         render = self._continued if continue_final_message else self.render_text
-        return self.encode(render(messages, thinking, tools))
+        if not literal:
+            return self.encode(render(messages, thinking, tools))
+        messages, tools = normalise(messages), normalise_tools(tools)
+        mark = unused_character([messages, tools])
+        messages = [self._marked_message(message, mark) for message in messages]
+        return self._encode_marked(render(messages, thinking, self._marked(tools, mark)), mark)
+
+    def _marked_message(self, message: Message, mark: str) -> Message:
+        """`_marked`; a `<think>` at the beginning of an assistant's content, with its end, stays one: old clients keep
+        the thinking there."""
+        marked, content = self._marked(message, mark), message.get("content") or ""
+        begin = re.match(rf"\s*{THINK_START}", content) if message["role"] == "assistant" else None
+        if begin and not message.get("reasoning_content"):
+            thought, end, rest = content[begin.end() :].partition(THINK_END)
+            marked["content"] = begin[0] + self._marked(thought, mark) + end + self._marked(rest, mark)
+        return marked
+
+    def _marked(self, value: Any, mark: str) -> Any:
+        """A copy of JSON data in which a mark in the middle of each special token's text keeps it from being one."""
+        if isinstance(value, str):
+            return self._added_text.sub(lambda found: found[0][0] + mark + found[0][1:], value)
+        if isinstance(value, dict):
+            return {self._marked(name, mark): self._marked(each, mark) for name, each in value.items()}
+        return [self._marked(each, mark) for each in value] if isinstance(value, list | tuple) else value
+
+    @cached_property
+    def _added_text(self) -> re.Pattern:
+        contents = sorted((text for text in self._added.values() if len(text) > 1), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, contents)) or "(?!)")
+
+    def _encode_marked(self, text: str, mark: str) -> list[int]:
+        """Ids of a text whose special tokens are those without a mark; the marks themselves are left out."""
+        if mark not in text:
+            return self.encode(text)
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        ids, start = [], 0
+        for token, (begin, end) in zip(found.ids, found.offsets, strict=True):
+            if token in self._added:
+                ids += [*self._encode_plain(text[start:begin].replace(mark, "")), token]
+                start = end
+        return ids + self._encode_plain(text[start:].replace(mark, ""))
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """Ids of a text in which nothing is a special token."""
+        normalizer, split = self.tokenizer.normalizer, self.tokenizer.pre_tokenizer
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        pieces = [text] if split is None else [piece for piece, _ in split.pre_tokenize_str(text)]
+        return [token.id for piece in pieces for token in self.tokenizer.model.tokenize(piece)]
 
     def render_text(
         self,
@@ -243,6 +293,15 @@ class Chat:
         return False
 
 
+def unused_character(value: Any) -> str:
+    """A character that no text of this JSON data holds, neither as it is nor escaped: one without any meaning."""
+    text = json.dumps(value, ensure_ascii=False).lower()
+    for code in (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900)):  # noncharacters, then the private ones
+        if chr(code) not in text and f"{code:x}" not in text:
+            return chr(code)
+    raise ValueError("messages hold every one of Unicode's private characters; leave one out")
+
+
 def assistant_message(thinking: str, answer: str) -> dict:
     """An assistant's turn for the history. The template drops old thinking that has its own field."""
     return {"role": "assistant", "content": answer, "reasoning_content": thinking}
@@ -268,6 +327,12 @@ def _said(asked: list[Message], answer: Message, tools: list[dict] | None) -> It
 
 
 # ---- ids to shown text ----
+
+
+def _behind(ids: Sequence[int], token: int | None) -> Sequence[int]:
+    """The ids behind the last `token`."""
+    at = next((at for at in range(len(ids) - 1, -1, -1) if ids[at] == token), len(ids))
+    return ids[at + 1 :]
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -360,7 +425,10 @@ class ReplyStream:
         self._parts: dict[str, list[str]] = {"thinking": [], "answer": []}
         self._tags = {} if raw else {chat.think_start_id: "thinking", chat.think_end_id: "answer"}
         self.kind = "thinking" if not raw and chat.opens_thinking(prompt_ids) else "answer"
-        self._after_tag = self.kind == "thinking"
+        # Behind the tag alone: a thinking that the caller has begun goes on as it comes.
+        self._after_tag = self.kind == "thinking" and not chat.decode(_behind(prompt_ids, chat.think_start_id)).strip(
+            "\n"
+        )
         self._line_breaks = ""  # at the end of thinking: shown only if more thinking follows
 
     @property

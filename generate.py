@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import console
+from inference.flags import add_model_flags, add_sampling_flags
 from inference.params import MOST_GUESSES, SamplingParams, sampling_flags
 
 if TYPE_CHECKING:
@@ -52,14 +53,7 @@ def parse_arguments(arguments: list[str]):
     parser.add_argument(
         "prompt", nargs="?", metavar="PROMPT", help="the question; without one, standard input or a chat"
     )
-    add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="SRC", help="directory, hub id or .gguf file (default: Qwen/Qwen3-0.6B)")
-    add("--adapter", metavar="DIR", help="a PEFT adapter (LoRA) to merge into it: directory or hub id")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto, the fastest there is")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: auto, as stored")
-    add("--quantize", choices=("int8", "int4"), help="quantize the weights while loading")
-    add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="on a GPU (default: auto)")
-    add("--compile", action="store_true", help="torch.compile for the layers that PyTorch computes; try it on a GPU")
+    add_model_flags(parser)
 
     add = parser.add_argument_group("prompt").add_argument
     add("--thinking", choices=("on", "off"), help="think before answering (default: on); alone it means on")
@@ -68,15 +62,7 @@ def parse_arguments(arguments: list[str]):
     add("--multi-turn", choices=("on", "off"), help="whether a chat remembers (default: on); alone it means on")
     add("--raw", action="store_true", help="continue the text as it is, without a chat template (base models)")
 
-    group = parser.add_argument_group("sampling", "Defaults are the checkpoint's own, else the model card's advice.")
-    add = group.add_argument
-    add("--temperature", type=float, metavar="X", help="0 is greedy")
-    add("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0 is off")
-    add("--top-p", type=float, metavar="P", help="only the fewest tokens with probability P together; 1 is off")
-    add("--min-p", type=float, metavar="P", help="only tokens at least P times as likely as the likeliest; 0 is off")
-    add("--presence-penalty", type=float, metavar="X", help="against repetition, -2 to 2 (default: 0)")
-    add("--repetition-penalty", type=float, metavar="X", help="against repetition, a factor (default: 1)")
-    add("--seed", type=int, metavar="N", help="the same seed gives the same text (default: a new one each time)")
+    add_sampling_flags(parser)
 
     add = parser.add_argument_group("end of a reply").add_argument
     add("--max-new-tokens", type=int, metavar="N", help="at most N tokens (default: 32768)")

@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 
@@ -18,12 +19,13 @@ from ops.limits import read_bandwidth
 from ops.memory import release_freed_memory
 
 
-def load_session(options: Namespace) -> Session:
-    """`options` are those of generate.py. Raises ValueError that names the flag whose value is wrong."""
-    path = resolve_default(options.model)
+def load_model(path: Path, options: Namespace) -> tuple[Qwen3, Chat]:
+    """The model at `path` and its chat, as the flags of `add_model_flags` (inference/flags.py) ask for it.
+
+    Raises ValueError that names the flag whose value is wrong.
+    """
     device = pick_device(options.device, "--device")
     kernels = pick_kernels(options.kernels, device, "--kernels")
-    bandwidth = read_bandwidth(device) if options.stats else None  # frees its 256 MB before the weights are loaded
     adapter = options.adapter and resolve(options.adapter, "--adapter")
     chat = Chat.from_pretrained(text_path(path, adapter))
     release_freed_memory()
@@ -40,6 +42,15 @@ def load_session(options: Namespace) -> Session:
         model.kernels = kernels
     else:
         use_kernels(model, kernels, "--kernels")
+    return model, chat
+
+
+def load_session(options: Namespace) -> Session:
+    """`options` are those of generate.py. Raises ValueError that names the flag whose value is wrong."""
+    path = resolve_default(options.model)
+    # Measured first: it frees its 256 MB before the weights are loaded.
+    bandwidth = read_bandwidth(pick_device(options.device, "--device")) if options.stats else None
+    model, chat = load_model(path, options)
     thinking = options.thinking != "off"
     chosen = {"seed": int.from_bytes(os.urandom(4), "big"), **options.sampling}
     session = Session(

@@ -28,6 +28,7 @@ class SamplingParams:
     top_p: float = 1.0  # only the fewest tokens that hold this probability together
     min_p: float = 0.0  # only tokens at least this likely, relative to the likeliest
     presence_penalty: float = 0.0  # taken off the logit of each token that was generated before
+    frequency_penalty: float = 0.0  # the same for each time that it was generated
     repetition_penalty: float = 1.0  # makes each token of prompt and reply less likely by this factor
     max_new_tokens: int = 32768
     stop: tuple[str, ...] = ()  # texts that end the reply and are not part of it; one alone may be given as a str
@@ -40,6 +41,7 @@ class SamplingParams:
             ("top_p", 0, 1, "1 is off"),
             ("min_p", 0, 1, "0 is off"),
             ("presence_penalty", -2, 2, "0 is off"),
+            ("frequency_penalty", -2, 2, "0 is off"),
             ("repetition_penalty", 0.01, 100, "1 is off"),
             ("max_new_tokens", 1, math.inf, "tokens"),
         ):

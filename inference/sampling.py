@@ -24,7 +24,8 @@ def penalized(logits: np.ndarray, params: SamplingParams, prompt: Sequence[int],
     """Logits [V] with what was said before made less likely; the input is not changed."""
     repetition = params.repetition_penalty != 1.0 and len(prompt) + len(reply) > 0
     presence = params.presence_penalty != 0.0 and len(reply) > 0
-    if not repetition and not presence:
+    frequency = params.frequency_penalty != 0.0 and len(reply) > 0
+    if not repetition and not presence and not frequency:
         return logits
     logits = logits.copy()
     said = np.asarray(reply, np.int64)
@@ -34,6 +35,9 @@ def penalized(logits: np.ndarray, params: SamplingParams, prompt: Sequence[int],
         logits[seen] = np.where(score < 0, score * factor, score / factor)  # a token that occurs twice has one value
     if presence:
         logits[said] = logits[said] - np.float32(params.presence_penalty)
+    if frequency:
+        tokens, times = np.unique(said, return_counts=True)
+        logits[tokens] -= np.float32(params.frequency_penalty) * times.astype(np.float32)
     return logits
 
 
