@@ -6,6 +6,7 @@
     python bench.py convert     seconds of a conversion to GGUF, beside llama.cpp's tools
     python bench.py quality     what fewer bits cost
     python bench.py sampling    what choosing a token costs
+    python bench.py lens        seconds of a page of lens.py, from the start of the command
     python bench.py xray        rows a second of a look at a data set, beside duckdb, datasets and tokenizers
 
 `python bench.py SUBJECT --help` lists a subject's options. Each lives in benchmarks/.
@@ -17,7 +18,7 @@ from importlib import import_module
 
 import console
 
-SUBJECTS = ("speed", "train", "tokens", "convert", "quality", "sampling", "xray")
+SUBJECTS = ("speed", "train", "tokens", "convert", "quality", "sampling", "lens", "xray")
 
 
 def main() -> None:

@@ -69,10 +69,12 @@ def cache_directory() -> Path:
 # --- this machine and this checkout ---
 
 
-def describe_machine(threads: int) -> dict[str, Any]:
+def describe_machine(threads: int = 0) -> dict[str, Any]:
+    """The machine, and with `threads` its measured limits."""
     from ops.limits import describe, limits
 
-    return {**describe(), "load_average": os.getloadavg()[0], "limits": limits(threads)}
+    found = {**describe(), "load_average": os.getloadavg()[0]}
+    return found | {"limits": limits(threads)} if threads else found
 
 
 def commit() -> str:

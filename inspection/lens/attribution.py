@@ -18,6 +18,8 @@ from inspection.lens.spans import Span
 from inspection.lens.trace import LN2, hooked
 from model import Qwen3
 
+GROUP = 16  # tokens whose backward passes share a forward pass
+
 
 def leave_one_out(
     scorer: Scorer, ids: Sequence[int], begin: int, spans: Sequence[Span], progress: Callable[[int], None]
@@ -48,34 +50,53 @@ def gradients(
     model: Qwen3, ids: Sequence[int], begin: int, spans: Sequence[Span], progress: Callable[[int], None]
 ) -> tuple[list[list[float]], list[list[float]]]:
     """(norms, products)[token][span] for the tokens ids[begin:], in bits: the sum over the span's tokens of the
-    gradient's length, and of gradient · embedding, both of log2 p(token)."""
+    gradient's length, and of gradient · embedding, both of log2 p(token).
+
+    Each token needs a backward pass of its own. A pass covers only the positions before the end of its token's group,
+    as a gradient never reaches later ones, and the head's part of it is computed for the whole group at once.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:  # or their gradients would be computed too
+        parameter.requires_grad_(False)
+    norms, products = [], []
+    try:
+        for first in range(begin, len(ids), GROUP):
+            last = min(first + GROUP, len(ids))
+            x, hidden = _embedded_pass(model, ids[: last - 1])
+            for place, direction in enumerate(_head_gradients(model, hidden, ids, first, last), first):
+                (gradient,) = torch.autograd.grad(hidden[place - 1], x, direction, retain_graph=place + 1 < last)
+                lengths = gradient[0].float().norm(dim=-1) / LN2
+                dots = (gradient[0].float() * x[0].detach().float()).sum(-1) / LN2
+                norms.append([float(lengths[s.start : s.end].sum()) for s in spans])
+                products.append([float(dots[s.start : s.end].sum()) for s in spans])
+                progress(place + 1 - begin)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return norms, products
+
+
+def _embedded_pass(model: Qwen3, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(x, hidden): the embeddings [1, T, C] as a leaf, and the last hidden states [T, C] that a graph leads to."""
     kept: list[Tensor] = []
 
     def embedded(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         kept.append(output.detach().requires_grad_())
         return kept[0]
 
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    norms, products = [], []
-    try:
-        with torch.enable_grad(), hooked([model.model.embed_tokens.register_forward_hook(embedded)]):
-            device = model.device
-            hidden = model.model(torch.tensor([list(ids[:-1])], device=device))[0]
-            (x,) = kept
-            for number, place in enumerate(range(begin, len(ids)), 1):
-                logprob = model.head(hidden[place - 1]).float().log_softmax(-1)[ids[place]]
-                (gradient,) = torch.autograd.grad(logprob, x, retain_graph=True)
-                lengths = gradient[0].float().norm(dim=-1) / LN2
-                dots = (gradient[0].float() * x[0].detach().float()).sum(-1) / LN2
-                norms.append([float(lengths[s.start : s.end].sum()) for s in spans])
-                products.append([float(dots[s.start : s.end].sum()) for s in spans])
-                progress(number)
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-    return norms, products
+    with torch.enable_grad(), hooked([model.model.embed_tokens.register_forward_hook(embedded)]):
+        hidden = model.model(torch.tensor([list(ids)], device=model.device))[0]
+    return kept[0], hidden
+
+
+def _head_gradients(model: Qwen3, hidden: Tensor, ids: Sequence[int], first: int, last: int) -> Tensor:
+    """The gradients of ln p of the tokens ids[first:last] at the hidden states that predict them, [tokens, C]."""
+    with torch.enable_grad():
+        states = hidden[first - 1 : last - 1].detach().requires_grad_()
+        targets = torch.tensor(list(ids[first:last]), device=hidden.device)[:, None]
+        logprobs = model.head(states).float().log_softmax(-1).gather(1, targets)
+        (found,) = torch.autograd.grad(logprobs.sum(), states)  # each depends on its own state alone
+    return found
 
 
 def attribution(

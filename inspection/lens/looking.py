@@ -22,6 +22,7 @@ from inspection.lens.verify import differences, read_page
 from model import Qwen3, load
 
 SHOWN = 20  # differences that are named
+NOTICE = 5.0  # seconds between two lines of progress
 SMALL = 1 << 24  # bytes of weights: with less to compute, threads only wait for each other
 
 
@@ -65,8 +66,8 @@ def look(options: Namespace) -> dict[str, Any]:
     if options.answer is not None:
         ids += loaded.chat.encode(options.answer)
     else:
-        for token in generate(loaded.model, ids[:begin], params, chat=loaded.chat):
-            ids.append(token)
+        reply = generate(loaded.model, ids[:begin], params, chat=loaded.chat)
+        ids += console.counted(reply, "tokens of the reply", NOTICE)
     return numbers_of(loaded, settings, ids, begin)
 
 
@@ -88,7 +89,7 @@ def numbers_of(loaded: Loaded, settings: dict[str, Any], ids: list[int], begin: 
 
     def progress(what: str, done: int, total: int) -> None:
         nonlocal last
-        if time.monotonic() - last > 5:
+        if time.monotonic() - last > NOTICE:
             last = time.monotonic()
             console.notice(f"{what}: {done} of {total}, {last - start:.0f} s")
 
