@@ -1,7 +1,7 @@
 // Attention of a few queries to a block of positions, and of the blocks to each other. Blocks begin at multiples of
 // BLOCK, so that a query's sums are the same whatever is computed beside it.
 #pragma once
-#include "products.h"
+#include "tiles.h"
 
 constexpr int64_t BLOCK = 256;  // positions
 

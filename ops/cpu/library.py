@@ -1,4 +1,4 @@
-"""The compiled token step: builds ops/cpu/step.cpp for this machine, loads it, and mirrors its structs.
+"""The compiled token step: builds ops/cpu/*.cpp for this machine, loads them, and mirrors their structs.
 
 The library is compiled once for this machine, in some seconds, into $XDG_CACHE_HOME/nanoqwen (~/.cache/nanoqwen) with
 $CXX or the first of c++, g++ and clang++. It is code, so it is loaded only where nobody else can have written it, and a
@@ -11,6 +11,8 @@ import os
 import platform
 import stat
 import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -21,9 +23,9 @@ from console import notice
 from formats.files import atomic_file
 from ops.compiler import find_compiler
 
-SOURCE = Path(__file__).with_name("step.cpp")
-HEADERS = ("vectors.h", "products.h", "attention.h", "quantize.h", "threads.h")
-FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
+DIRECTORY = Path(__file__).parent
+SOURCES = tuple(DIRECTORY / name for name in ("step.cpp", "codes.cpp", "floats.cpp", "choice.cpp"))  # slowest first
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 FLAGS += ("-fvisibility-inlines-hidden", "-fno-semantic-interposition", "-Wno-psabi")
 TUNED = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())  # the first that compiles
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -125,16 +127,13 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def build(directory: Path) -> Path:
-    """Compiles step.cpp into `directory` unless it is there. ValueError or OSError where that is not possible."""
+    """Compiles the token step into `directory` unless it is there. ValueError or OSError where that is not possible."""
     compiler = find_compiler()
     if compiler is None:
         raise ValueError("no C++ compiler is installed (c++, g++ or clang++)")
-    version, processor = Path(compiler).resolve().stat(), _processor()
-    code = [path.read_bytes() for path in (SOURCE, *map(SOURCE.with_name, HEADERS))]
-    flags = FLAGS
-    if "GenuineIntel" in processor:  # vdpbf16ps at 1.85 · 10^9 a second and core, fma at 7.4 · 10^9 (Sapphire Rapids)
-        flags += ("-DFLOAT_PRODUCTS",)
-    key = (code, flags, TUNED, compiler, version.st_size, version.st_mtime_ns, processor)
+    version = Path(compiler).resolve().stat()
+    code = [path.read_bytes() for path in (*SOURCES, *sorted(DIRECTORY.glob("*.h")))]
+    key = (code, FLAGS, TUNED, compiler, version.st_size, version.st_mtime_ns, _processor())
     path = directory / f"step-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "getuid") and directory.stat().st_uid == os.getuid():
@@ -149,20 +148,36 @@ def build(directory: Path) -> Path:
         except ValueError as error:
             notice(f"{error}; compiling it again")
         path.unlink()
-    notice(f"compiling {SOURCE.name} for this machine, once")
+    notice("compiling the token step for this machine, once")
     with atomic_file(path) as temporary:  # each process has its own; of several at once the last one stays
-        for tuned in TUNED:
-            command = [compiler, *flags, *tuned, str(SOURCE), "-o", str(temporary)]
-            result = subprocess.run(command, check=False, capture_output=True, text=True)
-            if result.returncode == 0:
-                break
-        else:
-            raise ValueError(f"{compiler} does not compile {SOURCE.name}: {result.stderr.strip()[:200]}")
+        _compile(compiler, temporary)
         with temporary.open("r+b") as file:
             digest = hashlib.file_digest(file, "sha256").digest()
             file.write(digest)  # behind the end that the loader sees
     path.chmod(0o600)  # whatever the umask is
     return path
+
+
+def _compile(compiler: str, library: Path) -> None:
+    """Compiles the sources side by side and links them. ValueError where the compiler refuses."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+        objects = [Path(directory) / f"{source.stem}.o" for source in SOURCES]
+        for tuned in TUNED:
+            commands = [
+                [compiler, *FLAGS, *tuned, "-c", str(source), "-o", str(object_)]
+                for source, object_ in zip(SOURCES, objects, strict=True)
+            ]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                results = list(pool.map(_run, commands))
+            results.append(_run([compiler, "-shared", *tuned, *map(str, objects), "-o", str(library)]))
+            failed = [result.stderr for result in results if result.returncode]
+            if not failed:
+                return
+    raise ValueError(f"{compiler} does not compile {DIRECTORY.name}: {failed[0].strip()[:200]}")
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
 def _is_whole(path: Path) -> bool:

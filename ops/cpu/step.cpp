@@ -25,8 +25,8 @@
 
 constexpr int64_t FEW = 16;       // tokens: so few each thread prepares for itself, rather than wait for another
 constexpr int64_t AT_ONCE = 512;  // tokens of a prompt: bounds the memory of a long one
-constexpr int64_t ROWS = 32;      // of weights that stay in the cache for all tokens
 constexpr int64_t QUERIES = 48;   // of a prompt, that go through a block of positions together
+constexpr int64_t SIDE_BY_SIDE = 4;  // rows that a few tokens may read together: see Tuning
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What ops/cpu/step.py hands over. `void*` is a tensor of the model's dtype; nullptr where the model has none.
@@ -90,7 +90,6 @@ struct Sizes {
         auto see = [&](const Linear& w) {
             if (w.rows) widest = std::max(widest, w.columns), forms[form_of(w)] = true;
         };
-        forms[NUMBERS] = true;  // attention's
         for (int64_t layer = 0; layer < m.num_hidden_layers; layer++) {
             const Block& block = m.layers[layer];
             for (auto w : {&block.self_attn.q_proj, &block.self_attn.k_proj, &block.self_attn.v_proj}) see(*w);
@@ -124,7 +123,7 @@ struct Shared {
     Buffer<float> attended;      // many tokens: [N, H, D]
     Buffer<float> router;        // [N, num_experts]
     Buffer<float> gate, up;      // [N * experts, mlp]
-    Inputs<T> inputs;            // many: what goes into linear layers
+    Inputs inputs;               // many: what goes into linear layers
     Works works;
 
     Shared(const Qwen3& m, const Span& span, bool many) : sizes(m, span, many) {
@@ -153,9 +152,11 @@ class Step {
     const int64_t C = model.hidden_size, D = model.head_dim, H = model.num_attention_heads;
     const int64_t K = model.num_key_value_heads, G = H / K, N = span.N;
     const bool many;
-    Inputs<T> own, queries;      // few: what goes into linear layers; heads of q on their way to the keys
+    Inputs own, queries;         // few: what goes into linear layers; heads of q on their way to the keys
     Buffer<float> scratch;       // one vector
-    Buffer<float> unpacked;      // many: rows of bfloat16 weights as float
+    Buffer<float> results;       // of some rows, [tokens, ROWS]
+    Buffer<float> unpacked;      // rows of weights as float, where many tokens meet them so
+    std::vector<const char*> inputs_of;  // each token
     Buffer<float> scores;        // [queries, BLOCK]
     Buffer<float> partials;      // many: of the queries, over blocks
     std::vector<int64_t> first;  // experts: the first of each one's pairs, [num_experts + 1]
@@ -167,10 +168,13 @@ class Step {
         : model(model), cache(cache), span(span), shared(shared), many(many),
           first(std::max(model.num_experts, int64_t(1)) + 1), chosen(N * sizes.experts), pair_token(chosen.size()),
           weights(chosen.size()), pair_weight(chosen.size()) {
-        const bool numbers[FORMS] = {true};
-        own.allocate(FEW, sizes.widest, sizes.forms), queries.allocate(sizes.queries, D, numbers);
+        bool keys[FORMS] = {};
+        keys[KEYS] = true;
+        own.allocate(FEW, sizes.widest, sizes.forms), queries.allocate(sizes.queries, D, keys);
+        const int64_t most = std::max({N * sizes.experts, sizes.queries, FEW});
+        results.allocate(most * ROWS), inputs_of.resize(most);
         scratch.allocate(std::max(sizes.widest, D)), scores.allocate(sizes.queries * BLOCK);
-        unpacked.allocate(UNPACKS ? ROWS * rounded_up(std::max(sizes.widest, D), LANES) : 0);
+        unpacked.allocate(scratch_size(std::max(sizes.widest, D)));
         partials.allocate(many ? sizes.blocks * Partial::size(sizes.queries, D) : 0);
     }
 
@@ -193,18 +197,18 @@ class Step {
     }
 
   private:
-    static constexpr bool UNPACKS = std::is_same_v<Plain<T>, Numbers<bfloat16>>;
+    const Form KEYS = form_of({.bits = 8 * sizeof(T)});
 
     // `count` vectors of n numbers in the forms that some linear layers want; make(i, out) makes one.
     template <class Make>
-    const Inputs<T>& prepared(int64_t count, int64_t n, std::initializer_list<const Linear*> to, Make make) {
+    const Inputs& prepared(int64_t count, int64_t n, std::initializer_list<const Linear*> to, Make make) {
         bool forms[FORMS] = {};
         for (auto w : to) forms[form_of(*w)] = true;
         return prepared(count, n, forms, make);
     }
     template <class Make>
-    const Inputs<T>& prepared(int64_t count, int64_t n, const bool (&forms)[FORMS], Make make) {
-        Inputs<T>& inputs = count > FEW ? shared.inputs : own;
+    const Inputs& prepared(int64_t count, int64_t n, const bool (&forms)[FORMS], Make make) {
+        Inputs& inputs = count > FEW ? shared.inputs : own;
         auto some = [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; i++) {
                 float* x = scratch.at(0, n);
@@ -220,86 +224,41 @@ class Step {
     }
 
     // Rows begin .. end of weight·x + bias for `count` tokens: put(i, row, y, n) takes n results of the i-th from `row`
-    // on. at(i) is its place in `x`.
+    // on, at most ROWS. at(i) is its place in `x`.
     template <class At, class Put>
-    void rows(const Linear& w, int64_t begin, int64_t end, const Inputs<T>& x, int64_t count, At at, Put put) {
+    void rows(const Linear& w, int64_t begin, int64_t end, const Inputs& x, int64_t count, At at, Put put) {
         const Form form = form_of(w);
-        with_kind<T>(form, [&](auto type) {
-            using Kind = typename decltype(type)::Kind;
-            for (int64_t row = begin; row < end; row += ROWS) {
-                const int64_t last = std::min(end, row + ROWS);
-                Rows some = {(const char*)w.weight + row * w.row_bytes, (const bfloat16*)w.scale + row * w.groups,
-                             w.row_bytes, w.columns, w.groups, PREFETCH};
-                auto y = [&](int64_t i, int64_t r, const float* y, int64_t n) {
-                    float sums[4];
-                    for (int64_t j = 0; j < n; j++)
-                        sums[j] = w.bias ? y[j] + to_float(((const T*)w.bias)[row + r + j]) : y[j];
-                    put(i, row + r, sums, n);
-                };
-                if constexpr (std::is_same_v<Kind, Numbers<bfloat16>>)
-                    if (count > FEW) {
-                        Rows floats = unpack(some, last - row);
-                        tiles<Numbers<float>>(floats, form, last - row, x, count, at, y);
-                        continue;
-                    }
-                tiles<Kind>(some, form, last - row, x, count, at, y);
+        for (int64_t i = 0; i < count; i++) inputs_of[i] = x.at(at(i), w.columns, form);
+        for (int64_t row = begin; row < end; row += ROWS) {
+            const int64_t n = std::min(end - row, ROWS);
+            const Rows some = {(const char*)w.weight + row * w.row_bytes, (const bfloat16*)w.scale + row * w.groups,
+                               w.row_bytes, w.columns, w.groups, choice.tuning[form]};
+            float* all = results.at(0, count * ROWS);
+            PRODUCTS[form]->multiply(some, n, inputs_of.data(), count, all, unpacked.at(0, scratch_size(w.columns)));
+            for (int64_t i = 0; i < count; i++) {
+                float* y = all + i * ROWS;
+                for (int64_t r = 0; w.bias && r < n; r++) y[r] += to_float(((const T*)w.bias)[row + r]);
+                put(i, row, (const float*)y, n);
             }
-        });
-    }
-
-    template <class Kind, class At, class Put>
-    static void tiles(Rows w, Form form, int64_t rows, const Inputs<T>& x, int64_t count, At at, Put put) {
-        const Kind kind(w);
-        in_tiles<Kind::TOKENS>(count, [&](int64_t i, auto tokens) {
-            constexpr int MOST = tokens >= 4 ? Kind::ROWS : 1;
-            const char* inputs[tokens];
-            for (int k = 0; k < tokens; k++) inputs[k] = x.at(at(i + k), w.columns, form);
-            if (i) w.ahead = 0;  // the rows are in the cache now
-            else if (w.ahead && MOST > 1) w.ahead = MOST * w.row_bytes;
-            in_tiles<MOST>(rows, [&](int64_t r, auto together) {
-                const Rows here = {w.weight + r * w.row_bytes, w.scale + r * w.groups, w.row_bytes, w.columns, w.groups,
-                                   w.ahead};
-                float y[tokens * together];
-                tile<Kind, together, tokens>(kind, here, inputs, y);
-                for (int k = 0; k < tokens; k++) put(i + k, r, y + k * together, int64_t(together));
-            });
-        });
-    }
-
-    Rows unpack(const Rows& w, int64_t rows) {
-        const int64_t width = rounded_up(w.columns, LANES);
-        for (int64_t r = 0; r < rows; r++) {
-            const auto* from = (const bfloat16*)(w.weight + r * w.row_bytes);
-            float* to = unpacked.at(r * width, width);
-            int64_t i = 0;
-            for (; i + LANES <= w.columns; i += LANES) {
-                __builtin_prefetch((const char*)(from + i) + PREFETCH);
-                store(to + i, load(from + i));
-            }
-            if (i < w.columns) store(to + i, load_some(from + i, w.columns - i));
         }
-        return {(const char*)unpacked.at(0), nullptr, width * int64_t(sizeof(float)), w.columns, 0, 0};
     }
 
     // weight·x + bias of `count` tokens.
     template <class Put>
-    void linear(const Linear& w, const Inputs<T>& x, int64_t count, Put put) {
-        const int64_t unit = count > FEW ? ROWS : 1;
+    void linear(const Linear& w, const Inputs& x, int64_t count, Put put) {
+        const int64_t unit = count > FEW ? ROWS : SIDE_BY_SIDE;
         sharing.share((w.rows + unit - 1) / unit, unit * w.row_bytes, [&](int64_t begin, int64_t end) {
             rows(w, begin * unit, std::min(end * unit, w.rows), x, count, [](int64_t i) { return i; }, put);
         });
     }
 
     void rms_norm(const float* x, const void* weight, int64_t n, float* out) const {
-        const char* both[] = {(const char*)x};
-        Rows row = {(const char*)x, nullptr, 0, n / LANES * LANES, 0, 0};
-        Vector squares[1][1] = {};
-        Numbers<float>(row).template multiply<1, 1>(row, both, squares);
-        if (int64_t rest = n % LANES) {
-            Vector last = load_some(x + n - rest, rest);
-            squares[0][0] = fma(last, last, squares[0][0]);
+        Vector squares = {};
+        for (int64_t i = 0; i < n; i += LANES) {
+            Vector some = i + LANES <= n ? load(x + i) : load_some(x + i, n - i);
+            squares = fma(some, some, squares);
         }
-        const float scale = 1 / std::sqrt(sum(squares[0][0]) / n + model.rms_norm_eps);
+        const float scale = 1 / std::sqrt(sum(squares) / n + model.rms_norm_eps);
         for (int64_t i = 0; i < n; i++) out[i] = to_float(((const T*)weight)[i]) * (x[i] * scale);
     }
 
@@ -334,21 +293,21 @@ class Step {
         float* out = scratch.at(0, D);
         norm_and_rotate(shared.q.at((n * H + head * G + g % G) * D, D), n, attn.q_norm, out);
         for (int64_t d = 0; d < D; d++) out[d] /= std::sqrt(float(D));
-        queries.put(g, out, D, NUMBERS);
+        queries.put(g, out, D, KEYS);
     }
 
     // The queries that `query` prepared over one block of positions.
     void attend(int64_t from, int64_t count, int64_t block, const T* keys, const T* values, float* partial) {
         const int64_t start = block * BLOCK, last = span.position(from + (count - 1) / G);
         const int64_t positions = std::min(BLOCK, last + 1 - start);
-        const Linear matrix = {keys + start * D, nullptr, nullptr, positions, D, D * int64_t(sizeof(T)), 0, 0};
+        const Linear matrix = {keys + start * D, nullptr, nullptr, positions, D, D * int64_t(sizeof(T)), 8 * sizeof(T), 0};
         rows(matrix, 0, positions, queries, count, [](int64_t i) { return i; },
              [&](int64_t g, int64_t s, const float* y, int64_t n) { std::copy(y, y + n, scores.at(g * BLOCK + s, n)); });
         auto seen = [&](int64_t g) { return std::clamp(span.position(from + g / G) + 1 - start, int64_t(0), positions); };
         weigh(scores.at(0, count * BLOCK), count, positions, D, values + start * D, seen, {partial, count});
     }
 
-    void attention(const Attention& attn, const Inputs<T>& x, void* keys, void* values) {
+    void attention(const Attention& attn, const Inputs& x, void* keys, void* values) {
         auto into = [&](Buffer<float>& out, int64_t width) {
             return [&out, width](int64_t n, int64_t row, const float* y, int64_t count) {
                 std::copy(y, y + count, out.at(n * width + row, count));
@@ -423,7 +382,7 @@ class Step {
         sharing.wait_for_all();
     }
 
-    void add_to_residual(const Linear& w, const Inputs<T>& x) {
+    void add_to_residual(const Linear& w, const Inputs& x) {
         linear(w, x, N, [&](int64_t n, int64_t row, const float* y, int64_t count) {
             float* to = shared.x.at(n * C + row, count);
             for (int64_t i = 0; i < count; i++) to[i] += y[i];
@@ -433,13 +392,13 @@ class Step {
 
     // A dense MLP is a single expert, which every token has. Experts are used in their own order, whatever their
     // probabilities, so that a token's sum does not depend on which other tokens share an expert.
-    void mlp(const Block& block, const Inputs<T>& x) {
+    void mlp(const Block& block, const Inputs& x) {
         const int64_t experts = block.gate.rows ? model.num_experts : 1;
         if (block.gate.rows)
             route(block.gate, x);
         else
             alone();
-        const int64_t pairs = first[experts], width = block.experts[0].up_proj.rows, unit = pairs > FEW ? ROWS : 1;
+        const int64_t pairs = first[experts], width = block.experts[0].up_proj.rows, unit = pairs > FEW ? ROWS : SIDE_BY_SIDE;
         const int64_t units = (width + unit - 1) / unit;
         sharing.share(experts * units, 2 * unit * block.experts[0].up_proj.row_bytes, [&](int64_t begin, int64_t end) {
             for (int64_t e = begin / units; e * units < end; e++)
@@ -456,7 +415,7 @@ class Step {
                 return silu(gate) * (i + LANES <= width ? load(up + i) : load_some(up + i, width - i));
             });
         });
-        const int64_t piece = pairs > FEW ? ROWS : 1;
+        const int64_t piece = pairs > FEW ? ROWS : SIDE_BY_SIDE;
         sharing.share((C + piece - 1) / piece, piece * sizes.experts * block.experts[0].down_proj.row_bytes,
                       [&](int64_t begin, int64_t end) {
                           for (int64_t e = 0; e < experts; e++)
@@ -465,7 +424,7 @@ class Step {
         sharing.wait_for_all();
     }
 
-    void up(const MLP& expert, int64_t e, int64_t begin, int64_t end, const Inputs<T>& x) {
+    void up(const MLP& expert, int64_t e, int64_t begin, int64_t end, const Inputs& x) {
         const int64_t count = first[e + 1] - first[e], width = expert.up_proj.rows;
         auto token = [&](int64_t i) { return pair_token[first[e] + i]; };
         auto into = [&](Buffer<float>& out) {
@@ -478,7 +437,7 @@ class Step {
         rows(expert.up_proj, begin, end, x, count, token, into(shared.up));
     }
 
-    void down(const Linear& w, int64_t e, int64_t begin, int64_t end, const Inputs<T>& hidden) {
+    void down(const Linear& w, int64_t e, int64_t begin, int64_t end, const Inputs& hidden) {
         const int64_t count = first[e + 1] - first[e];
         if (count)
             rows(w, begin, end, hidden, count, [&](int64_t i) { return first[e] + i; },
@@ -495,7 +454,7 @@ class Step {
     }
 
     // The most probable experts of each token and their weights, then the tokens of each expert. Each thread for itself.
-    void route(const Linear& router, const Inputs<T>& x) {
+    void route(const Linear& router, const Inputs& x) {
         const int64_t experts = model.num_experts, count = sizes.experts;
         linear(router, x, N, [&](int64_t n, int64_t row, const float* y, int64_t rows) {
             std::copy(y, y + rows, shared.router.at(n * experts + row, rows));

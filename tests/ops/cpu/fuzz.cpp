@@ -2,6 +2,9 @@
 //
 // Every tensor lies in memory of its own and of exactly its size, so that a read past one is seen. Each model is run
 // row by row and token by token, then as a prompt, in pieces and as a ragged batch: all logits must be the same bits.
+#include "../../../ops/cpu/choice.cpp"
+#include "../../../ops/cpu/codes.cpp"
+#include "../../../ops/cpu/floats.cpp"
 #include "../../../ops/cpu/step.cpp"
 
 #include <cstdio>
@@ -69,6 +72,7 @@ std::vector<T> run(const Qwen3& m, Cache<T>& cache, const std::vector<int64_t>& 
     for (auto& tensor : cache.keys) keys.push_back(tensor.data());
     for (auto& tensor : cache.values) values.push_back(tensor.data());
     const Tokens tokens = {ids.data(), B, length, outputs, logits.data()};
+    for (int form = 0; form < FORMS; form++) choose_tuning(form, one_of({1, 2, 4}), one_of({0, -1, 1024, 4096}));
     if (step<T>(m, {keys.data(), values.data(), cache.max_len, cache.lengths.data()}, tokens, any(1, 3))) std::abort();
     for (auto& n : cache.lengths) n += length;
     return logits;
@@ -170,6 +174,7 @@ int main(int, char** arguments) {
     const int64_t first = std::atol(arguments[1]), count = std::atol(arguments[2]);
     for (int64_t seed = first; seed < first + count; seed++) {
         generator.seed(seed);
+        choose_pairs(has_pairs && any(0, 1));
         seed % 2 ? model<float>(seed) : model<bfloat16>(seed);
     }
     std::printf("%ld models\n", count);

@@ -13,7 +13,6 @@ SOURCE = Path(__file__).with_name("fuzz.cpp")
 SANITIZED = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp")
 MACHINES = {  # all of them run on a processor with AVX-512; where one does not, its programs end at once
     "this": ("-march=native",),
-    "this, without products of bfloat16": ("-march=native", "-DFLOAT_PRODUCTS"),
     "AVX2": ("-march=haswell",),
     "SSE2": ("-march=x86-64",),
 }
@@ -22,7 +21,7 @@ MACHINES = {  # all of them run on a processor with AVX-512; where one does not,
 def fuzz(directory: Path, machine: str, first: int, count: int) -> subprocess.CompletedProcess | None:
     """None where the compiler has no sanitizers or cannot compile for the machine."""
     program = directory / "fuzz"
-    flags = [flag for flag in FLAGS if flag not in ("-O3", "-fPIC", "-shared")]
+    flags = [flag for flag in FLAGS if flag not in ("-O3", "-fPIC")]
     command = [find_compiler() or "c++", *flags, *SANITIZED, *MACHINES[machine], str(SOURCE), "-o", str(program)]
     try:
         if subprocess.run(command, check=False, capture_output=True).returncode:

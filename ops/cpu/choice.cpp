@@ -1,0 +1,51 @@
+// What is chosen for this machine, and single products, for library.py to measure and for tests to check.
+#include "products.h"
+#include "threads.h"
+
+constexpr Tuning BEFORE_MEASURING = {1, 4096};
+Choice choice = {{BEFORE_MEASURING, BEFORE_MEASURING, BEFORE_MEASURING, BEFORE_MEASURING, BEFORE_MEASURING,
+                  BEFORE_MEASURING},
+                 false};
+
+extern "C" {
+extern const int form_count = FORMS;
+
+// 0; 1 where this processor (or what the library was compiled for) has no such instruction.
+int choose_pairs(int pairs) {
+    if (pairs && !has_pairs) return 1;
+    choice.pairs = pairs;
+    return 0;
+}
+void choose_tuning(int form, int together, int ahead) { choice.tuning[form] = {together, ahead}; }
+int form_of_linear(const Linear* w) { return form_of(*w); }
+
+// y [count, rows] = weight · x of `count` tokens, x [count, columns]. 1 where there is not enough memory.
+int product(const Linear* w, const float* x, int64_t count, float* y, int threads) try {
+    const Form form = form_of(*w);
+    const int64_t size = PRODUCTS[form]->bytes(w->columns), scratch = scratch_size(w->columns);
+    Buffer<char> prepared;
+    Buffer<float> results, unpacked;
+    prepared.allocate(count * size), results.allocate(threads * count * ROWS), unpacked.allocate(threads * scratch);
+    std::unique_ptr<const char*[]> inputs(new const char*[count]);
+    for (int64_t i = 0; i < count; i++) {
+        inputs[i] = prepared.at(i * size, size);
+        PRODUCTS[form]->prepare(x + i * w->columns, w->columns, prepared.at(i * size, size));
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t parts = omp_get_num_threads(), part = omp_get_thread_num();
+        const int64_t each = rounded_up((w->rows + parts - 1) / parts, ROWS), end = std::min(w->rows, (part + 1) * each);
+        float* out = results.at(part * count * ROWS);
+        for (int64_t row = part * each; row < end; row += ROWS) {
+            const int64_t n = std::min(end - row, ROWS);
+            const Rows some = {(const char*)w->weight + row * w->row_bytes, (const bfloat16*)w->scale + row * w->groups,
+                               w->row_bytes, w->columns, w->groups, choice.tuning[form]};
+            PRODUCTS[form]->multiply(some, n, inputs.get(), count, out, unpacked.at(part * scratch));
+            for (int64_t i = 0; i < count; i++) std::copy(out + i * ROWS, out + i * ROWS + n, y + i * w->rows + row);
+        }
+    }
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+}

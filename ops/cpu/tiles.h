@@ -1,0 +1,85 @@
+// Tiles: how the products of a kind of weights are computed for some rows and some tokens together.
+//
+// A kind is a class, made once for some rows, with
+//
+//     ROWS, TOKENS                of the largest tile: what the registers hold
+//     bytes(n), prepare(x, …)     see Products
+//     multiply(w, x, ahead, total)  the accumulators of R rows and N tokens
+//     finish(w, r, y)             what a whole row's sum still needs
+//
+// Prefetches go `ahead` bytes in front of each row where that is not 0.
+#pragma once
+#include "products.h"
+
+// y[N, R] of a [N, ROWS] array = the products of R rows with N tokens.
+template <class Kind, int R, int N>
+inline void tile(const Kind& kind, const Rows& w, const char* const* x, int64_t ahead, float* y) {
+    constexpr int PADDED = R == 4 ? (N + 3) / 4 * 4 : N;
+    Vector total[PADDED][R] = {};
+    kind.template multiply<R, N>(w, x, ahead, total);
+    if constexpr (R == 4 && N >= 2) {
+        for (int k = 0; k < PADDED; k += 4) {
+            Vector by_row[16];
+            float out[16];
+            for (int r = 0; r < 4; r++)
+                for (int i = 0; i < 4; i++) by_row[4 * r + i] = total[k + i][r];
+            sums(by_row, out);
+            for (int i = 0; i < 4 && k + i < N; i++) std::memcpy(y + (k + i) * ROWS, out + 4 * i, 4 * sizeof(float));
+        }
+    } else {
+        for (int k = 0; k < N; k++)
+            for (int r = 0; r < R; r++) y[k * ROWS + r] = sum(total[k][r]);
+    }
+    for (int k = 0; k < N; k++)
+        for (int r = 0; r < R; r++) y[k * ROWS + r] = Kind::finish(w, r, y[k * ROWS + r]);
+}
+
+// Calls work(i, count) for i = 0 .. n, MOST at a time, then four, two and one; count is a compile-time constant.
+template <int MOST, class Work>
+inline void in_tiles(int64_t n, Work work) {
+    int64_t i = 0;
+    for (; i + MOST <= n; i += MOST) work(i, std::integral_constant<int, MOST>());
+    if constexpr (MOST > 4)
+        for (; i + 4 <= n; i += 4) work(i, std::integral_constant<int, 4>());
+    if constexpr (MOST > 2)
+        for (; i + 2 <= n; i += 2) work(i, std::integral_constant<int, 2>());
+    for (; i < n; i++) work(i, std::integral_constant<int, 1>());
+}
+
+inline Rows from_row(const Rows& w, int64_t r) {
+    return {w.weight + r * w.row_bytes, w.scale + r * w.groups, w.row_bytes, w.columns, w.groups, w.tuning};
+}
+
+template <class Kind>
+void multiply(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y) {
+    const Kind kind(w);
+    auto some = [&](int64_t i, auto tokens, auto most, int64_t ahead) __attribute__((always_inline)) {
+        int64_t r = 0;
+        for (; r + most <= rows; r += most) tile<Kind, most, tokens>(kind, from_row(w, r), x + i, ahead, y + i * ROWS + r);
+        for (; r < rows; r++) tile<Kind, 1, tokens>(kind, from_row(w, r), x + i, ahead, y + i * ROWS + r);
+    };
+    if (count == 1) {
+        const std::integral_constant<int, 1> one;
+        const int together = std::min(w.tuning.together, Kind::ROWS);
+        const int64_t ahead = w.tuning.ahead < 0 ? together * w.row_bytes : w.tuning.ahead;
+        if (together == 4)
+            some(0, one, std::integral_constant<int, Kind::ROWS>(), ahead);
+        else if (together == 2)
+            some(0, one, std::integral_constant<int, 2>(), ahead);
+        else
+            some(0, one, one, ahead);
+        return;
+    }
+    in_tiles<Kind::TOKENS>(count, [&](int64_t i, auto tokens) {
+        const std::integral_constant<int, Kind::ROWS> most;
+        some(i, tokens, most, i ? 0 : most * w.row_bytes);  // after the first tokens the rows are in the cache
+    });
+}
+
+template <class Kind>
+constexpr Products products_of() {
+    return {Kind::bytes, Kind::prepare,
+            [](const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float*) {
+                multiply<Kind>(w, rows, x, count, y);
+            }};
+}
