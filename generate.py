@@ -18,7 +18,8 @@ from inference.flags import add_model_flags, add_sampling_flags
 from inference.params import MOST_GUESSES, SamplingParams, sampling_flags
 
 if TYPE_CHECKING:
-    from inference.decode import end_tokens, generate, generate_batch, new_cache, steps
+    from inference.decode import end_tokens, generate, new_cache, steps
+    from inference.engine import generate_batch
     from inference.session import Session, weight_bytes_per_token
 
 __all__ = ["SamplingParams", "Session", "end_tokens", "generate", "generate_batch", "new_cache", "steps"]
@@ -29,7 +30,7 @@ def __getattr__(name: str) -> Any:
     """The names of `__all__`, imported at their first use: `--help` and a wrong flag need no PyTorch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    room = "session" if name in ("Session", "weight_bytes_per_token") else "decode"
+    room = {"Session": "session", "weight_bytes_per_token": "session", "generate_batch": "engine"}.get(name, "decode")
     return getattr(import_module(f"inference.{room}"), name)
 
 

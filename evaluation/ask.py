@@ -11,7 +11,8 @@ from typing import Any
 from chat import Chat
 from evaluation.folder import OUTPUT, Folder
 from evaluation.tasks import Question
-from inference.decode import PromptTooLong, ThinkingBudget, check_prompt, generate_batch
+from inference.decode import PromptTooLong, ThinkingBudget, check_prompt
+from inference.engine import generate_batch
 from inference.likelihood import Scorer
 from inference.sampling import SamplingParams
 from inference.session import Listener

@@ -18,7 +18,7 @@ from evaluation.folder import OUTPUT, RESULTS, Folder, line
 from evaluation.results import score
 from evaluation.run import Evaluated, commit
 from formats.files import write_text
-from inference.decode import generate_batch
+from inference.engine import generate_batch
 from inference.likelihood import Scorer
 from inference.params import SamplingParams
 from inference.session import Listener

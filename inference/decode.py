@@ -1,9 +1,10 @@
-"""The decode loop: ids to ids, one reply (`generate`, `steps`) or many side by side (`generate_batch`).
+"""The decode loop of one reply, ids to ids (`generate`, `steps`). Many replies at once are inference/engine.py's.
 
     prompt ids -> model(ids, cache) -> logits -> Reply.choose -> the next ids -> model ...
 
-What happens to the logits of a position is decided in `Reply` alone, for both loops: the draw, the ids that a thinking
-budget puts in, and the end. A draft (inference/speculate.py) only lets one pass of the model serve several positions.
+What happens to the logits of a position is decided in `Reply` alone, here and in the engine: the draw, the ids that a
+thinking budget inserts, and the end. A draft (inference/speculate.py) only lets one pass of the model serve several
+positions.
 """
 
 import operator
@@ -20,10 +21,10 @@ from inference.sampling import sample
 from model import KVCache, Qwen3
 
 PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once; bounds the memory of a long prompt
-CACHE_ROOM = 256  # positions behind the longest prompt that a batch's cache begins with
 
 Intervene = Callable[[list[int]], list[int]]
 Until = Callable[[list[int]], bool]
+Mask = Callable[[list[int], Tensor], Tensor]
 
 
 class Speculator(Protocol):
@@ -102,8 +103,14 @@ def steps(
 class Reply:
     """One reply in the making: what each position's logits become, and when it is over.
 
-    `intervene` as in `steps`; `until` is shown the reply after each choice and ends it by returning true.
+    `intervene` as in `steps`; `until` is shown the reply after each choice and ends it by returning true. `mask` is
+    shown the reply so far and the next logits [V], and returns those to sample from (a new tensor; -inf for a token
+    that must not come): a logit bias, a grammar.
     Raises ValueError for a prompt that the model cannot take and for stop strings without a tokenizer.
+
+    tokens, ended   the reply so far, and whether it is complete
+    cached          in an engine: the prompt's tokens that were not computed, since another request's cache held them
+    error           in an engine: why the reply could not be continued
     """
 
     def __init__(
@@ -114,6 +121,7 @@ class Reply:
         chat: Chat | None = None,
         intervene: Intervene | None = None,
         until: Until | None = None,
+        mask: Mask | None = None,
     ):
         self.ids = check_prompt(model, ids)
         if not isinstance(params, SamplingParams | None):
@@ -122,16 +130,18 @@ class Reply:
         if self.params.stop and chat is None:
             raise ValueError("stop strings are text: give generate the checkpoint's chat too")
         self.tokens, self.ended = [], False
+        self.cached, self.error = 0, None
         # The last token itself need not be computed on, so it may be beyond the context.
         self.limit = min(self.params.max_new_tokens, model.config.context_length - len(self.ids) + 1)
         self.generator, self.ends = self.params.generator(), end_tokens(model)
         self.seen = array("q", self.ids), array("q")  # prompt and reply once more, as the penalties read them fast
-        self.intervene, self.until = intervene, until
+        self.intervene, self.until, self.mask = intervene, until, mask
         self.text = ReplyStream(chat, self.ids, self.params.stop, raw=True) if self.params.stop else None
 
     def choose(self, logits: Tensor) -> list[tuple[int, Tensor | None]]:
-        """The token drawn from logits [V] and, without logits, the ids that `intervene` puts behind it."""
-        token = sample(logits, self.params, self.generator, *self.seen)
+        """The token drawn from logits [V] and, without logits, the ids that `intervene` inserts after it."""
+        scores = logits if self.mask is None else self.mask(self.tokens, logits)
+        token = sample(scores, self.params, self.generator, *self.seen)
         self.tokens.append(token)
         over = token in self.ends
         forced = [] if over or self.intervene is None else self.intervene(self.tokens)
@@ -155,76 +165,6 @@ def forward(model: Qwen3, ids: Sequence[int], cache: KVCache, count: int = 1) ->
         chunk = torch.tensor([ids[start : start + PREFILL_CHUNK]], device=device)
         logits = model(chunk, cache, last=count == 1)
     return logits[0, -count:]
-
-
-@torch.inference_mode()
-def generate_batch(
-    model: Qwen3,
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams | Sequence[SamplingParams] | None = None,
-    *,
-    chat: Chat | None = None,
-    intervene: Sequence[Intervene | None] | None = None,
-    until: Sequence[Until | None] | None = None,
-) -> list[list[int]]:
-    """Replies to many prompts at once, of any lengths; each reply is the one that `generate` gives alone.
-
-    Each row has its own random state from its own seed. Finished rows leave the batch once they are half of it.
-    `chat` is for stop strings; `intervene` and `until` hold what `Reply` takes, one for each prompt.
-    """
-    if isinstance(prompts, Tensor | str):
-        raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of prompts, each a list of ids")
-    if not prompts:
-        return []
-    each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
-    nobody = [None] * len(prompts)
-    given = zip(prompts, each, intervene or nobody, until or nobody, strict=True)
-    replies = [Reply(model, ids, p, chat, put_in, end) for ids, p, put_in, end in given]
-    device, context = model.device, model.config.context_length
-    prompts = [reply.ids for reply in replies]
-
-    room = max(len(reply.ids) + reply.limit for reply in replies)
-    cache = new_cache(model, min(room, max(map(len, prompts)) + CACHE_ROOM), len(prompts))
-    logits = prefill(model, prompts, cache)
-
-    rows = replies  # of the batch
-    while True:
-        for row, length, reply in zip(logits, cache.lengths, rows, strict=True):
-            if not reply.ended and length == len(reply.ids) + len(reply.tokens):  # else what was put in comes first
-                reply.choose(row)
-        active = [row for row, reply in enumerate(rows) if not reply.ended]
-        if not active:
-            return [reply.tokens for reply in replies]
-        if len(active) <= len(rows) // 2:
-            cache.keep(active)
-            rows = [rows[row] for row in active]
-        # A finished row that stays continues at position 0, so that it never runs out of its cache.
-        cache.truncate([0 if reply.ended else n for n, reply in zip(cache.lengths, rows, strict=True)])
-        if max(cache.lengths) == cache.max_len:
-            cache.grow(min(2 * cache.max_len, room, context))
-        at = [n - len(reply.ids) if not reply.ended else -1 for n, reply in zip(cache.lengths, rows, strict=True)]
-        tokens = [[reply.tokens[position]] for position, reply in zip(at, rows, strict=True)]
-        logits = model(torch.tensor(tokens, device=device), cache)[:, -1]
-
-
-def prefill(model: Qwen3, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-    """Puts each prompt into its row of an empty cache and returns the logits [B, V] behind the prompts.
-
-    Each prompt is computed alone, as `generate` does it: nothing is padded, and its logits are the same bits. One that
-    comes several times is computed once.
-    """
-    first: dict[tuple[int, ...], int] = {}
-    logits: list[Tensor] = []
-    for row, ids in enumerate(map(tuple, prompts)):
-        before = first.setdefault(ids, row)
-        if before == row:
-            logits.append(forward(model, ids, cache.row(row))[0])
-            continue
-        logits.append(logits[before])
-        for tensor in (*cache.keys, *cache.values):
-            tensor[row, :, : len(ids)] = tensor[before, :, : len(ids)]
-    cache.lengths = list(map(len, prompts))
-    return torch.stack(logits)
 
 
 class PromptTooLong(ValueError):

@@ -14,7 +14,8 @@ from itertools import islice
 from pathlib import Path
 
 from data.conversations import Conversation, prompt
-from inference.decode import ThinkingBudget, check_prompt, generate_batch
+from inference.decode import ThinkingBudget, check_prompt
+from inference.engine import generate_batch
 from inference.session import Answer, Listener, Session
 
 WINDOW = 4  # batches that are read ahead and sorted by length, so that rows of a batch are about as long

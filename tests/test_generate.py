@@ -17,7 +17,8 @@ import torch
 
 from chat import EARLY_STOP_TEXT, Chat
 from generate import expand_switches
-from inference.decode import ThinkingBudget, generate, generate_batch, repetition_period, steps
+from inference.decode import ThinkingBudget, generate, repetition_period, steps
+from inference.engine import generate_batch
 from inference.params import SamplingParams
 from inference.sampling import sample
 from inference.session import Listener, Session, weight_bytes_per_token

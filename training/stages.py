@@ -22,7 +22,8 @@ from data.packing import dealt, packed
 from data.shard_format import END_OF_TEXT
 from data.sources import ALL, Item, Pair, Question, Row, fingerprint, row_of
 from formats.files import atomic_file
-from inference.decode import end_tokens, generate_batch
+from inference.decode import end_tokens
+from inference.engine import generate_batch
 from inference.params import SamplingParams
 from inference.replies import parse
 from model import Qwen3

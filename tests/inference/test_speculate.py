@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from chat import Chat
-from inference.decode import ThinkingBudget, generate, generate_batch, steps
+from inference.decode import ThinkingBudget, generate, steps
+from inference.engine import generate_batch
 from inference.params import SamplingParams
 from inference.sampling import distribution, penalized
 from inference.session import Session
@@ -390,22 +391,6 @@ def test_guesses_never_reach_behind_the_last_token_of_a_reply():
     wide.config.eos_token_id = None
     plain = list(generate(wide, [5, 6, 7], params))
     assert list(generate(wide, [5, 6, 7], params, speculation=Eager(DraftModel(room)))) == plain
-
-
-def test_finished_rows_start_over_so_that_a_batch_needs_no_more_room_than_its_longest_row(monkeypatch):
-    """A row that ends early stays while it is less than half of the batch, and must not ask for more room."""
-    model = small_model(4, context=300)
-    model.config.eos_token_id = None
-    monkeypatch.setattr("inference.decode.CACHE_ROOM", 4)
-    lengths, seen = [200, 3, 40, 40], []
-    prompts = [[5 + i % 7 for i in range(n)] for n in lengths]
-    params = [SamplingParams(temperature=0, max_new_tokens=n) for n in (2, 90, 90, 90)]
-    grow = KVCache.grow
-    monkeypatch.setattr(KVCache, "grow", lambda cache, most: (seen.append(most), grow(cache, most))[1])
-    replies = generate_batch(model, prompts, params)
-    assert replies == [list(generate(model, ids, p)) for ids, p in zip(prompts, params, strict=True)]
-    assert [len(reply) for reply in replies] == [2, 90, 90, 90]
-    assert not seen, "the row of 200 ended at once: it starts over, and no other one is as long"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,199 @@
+"""inference/engine.py: every reply is the one that its request gets alone, whatever else runs, comes and goes."""
+
+import random
+
+import pytest
+import torch
+
+from inference.decode import PromptTooLong, Reply, generate
+from inference.engine import Engine, generate_batch
+from inference.params import SamplingParams
+from model import Config, Qwen3
+from ops.quant import quantize_
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EXPERTS = {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+KINDS = {  # float64 is not served by the C++ step, so PyTorch computes it
+    "float32": (torch.float32, None, {}),
+    "bfloat16": (torch.bfloat16, None, {}),
+    "int8": (torch.bfloat16, "int8", {}),
+    "int4": (torch.float32, "int4", {}),
+    "experts": (torch.bfloat16, None, EXPERTS),
+    "PyTorch": (torch.float64, None, {}),
+}
+
+
+def small_model(kind: str = "float32", context: int = 700) -> Qwen3:
+    """Flat distributions, where another order of sums would soon choose another token."""
+    dtype, scheme, fields = KINDS[kind]
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Config(vocab_size=60, max_position_embeddings=context, eos_token_id=1, **sizes, **heads, **fields)
+    model = Qwen3(config).to(dtype).requires_grad_(False).eval()
+    if scheme:
+        quantize_(model, scheme)
+    return model
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Some begin alike, some are equal, one is long."""
+    chance = random.Random(seed)
+    heads = [[chance.randrange(2, 60) for _ in range(n)] for n in (0, 0, 9, 40, 290)]
+    ends = ([chance.randrange(2, 60) for _ in range(chance.randint(1, 12))] for _ in range(count))
+    made = [chance.choice(heads) + end for end in ends]
+    made[count // 3 : count // 3 + 3] = [made[count // 2]] * 3
+    return made
+
+
+@pytest.mark.parametrize("kind, memory", [*((kind, None) for kind in KINDS), ("int8", 700), ("PyTorch", 1500)])
+def test_64_requests_that_come_and_go_get_the_texts_that_they_get_alone(kind, memory):
+    """Arriving at random, some cancelled, some sharing prefixes; `memory`: positions that all caches have together."""
+    model, chance = small_model(kind), random.Random(kind)
+    params = [SamplingParams(temperature=1, seed=n, max_new_tokens=chance.randint(1, 24)) for n in range(64)]
+    asked = prompts(64)
+    alone = [list(generate(model, ids, p)) for ids, p in zip(asked, params, strict=True)]
+    bytes_each = 2 * 2 * 2 * 16 * model.dtype.itemsize
+    engine = Engine(model, max_batch=chance.choice([5, 16]), cache_bytes=memory and memory * bytes_each)
+    replies = [Reply(model, ids, p) for ids, p in zip(asked, params, strict=True)]
+    heard = {id(reply): [] for reply in replies}
+    waiting, cancelled, running = list(replies), [], []
+    chance.shuffle(waiting)
+    while waiting or running:
+        for _ in range(chance.choice([0, 0, 1, 1, 2, 9])):
+            if waiting:
+                running.append(waiting.pop())
+                engine.add(running[-1], lambda reply, news: heard[id(reply)].extend(news))
+        engine.step()
+        running = [reply for reply in running if not reply.ended]
+        if running and chance.random() < 0.1:
+            cancelled.append(running.pop(chance.randrange(len(running))))
+            engine.cancel(cancelled[-1])
+    assert len(cancelled) > 2 and not engine.step() and not engine.running and not engine.waiting
+    for reply, expected in zip(replies, alone, strict=True):
+        if reply in cancelled:
+            assert reply.tokens == expected[: len(reply.tokens)] and not reply.ended
+        else:
+            assert reply.tokens == expected and reply.ended and reply.error is None
+        assert [token for token, _ in heard[id(reply)]] == reply.tokens
+    assert memory or sum(reply.cached for reply in replies) > 1000
+
+
+@pytest.mark.parametrize("kind", ["float32", "PyTorch"])
+def test_a_prompt_starts_from_the_longest_beginning_that_is_kept(kind):
+    model, params = small_model(kind), SamplingParams(temperature=1, seed=1, max_new_tokens=6)
+    model.config.eos_token_id = None
+    engine = Engine(model, max_batch=2)
+    start = [5 + i % 17 for i in range(300)]
+    first = Reply(model, start, params)
+    engine.add(first)
+    engine.run()
+    assert first.cached == 0
+    followed = [*start, *first.tokens, 3, 4]  # a chat's next turn
+    for ids, cached in ((followed, 305), ([*start[:40], 9, 9], 40), (start, 299), ([9, *start], 0), (followed, 307)):
+        reply = Reply(model, ids, params)
+        engine.add(reply)
+        engine.run()
+        assert reply.cached == cached
+        assert reply.tokens == list(generate(model, ids, params))
+
+
+def test_equal_prompts_of_a_batch_are_computed_once(monkeypatch):
+    model, engine = small_model(), None
+    engine, computed = Engine(model, max_batch=8), []
+    forward = engine.store.forward
+    monkeypatch.setattr(
+        engine.store, "forward", lambda parts: (computed.extend(len(part.ids) for part in parts), forward(parts))[1]
+    )
+    replies = [Reply(model, [5] * 300, SamplingParams(seed=n, max_new_tokens=1)) for n in range(8)]
+    for reply in replies:
+        engine.add(reply)
+    engine.run()
+    assert sum(computed) == 300 + 7 and [reply.cached for reply in replies] == [0] + 7 * [299]
+
+
+def test_running_replies_get_a_token_with_every_pass_while_a_long_prompt_is_read():
+    model = small_model(context=4000)
+    model.config.eos_token_id = None
+    engine, heard = Engine(model), []
+    short = Reply(model, [5, 6], SamplingParams(seed=0, max_new_tokens=100))
+    engine.add(short, lambda *_: heard.append("short"))
+    engine.step()
+    engine.seconds_per_token = 1.0  # a slow machine: the shortest pieces
+    engine.add(Reply(model, [7] * 300, SamplingParams(seed=0, max_new_tokens=1)), lambda *_: heard.append("long"))
+    while "long" not in heard:
+        before = len(heard)
+        assert engine.step() and "short" in heard[before:]
+        engine.seconds_per_token = 1.0
+    assert len(heard) == 1 + 300 // 16 + 2
+
+
+def test_a_mask_rules_tokens_out_and_sees_the_reply():
+    model, seen = small_model(), []
+
+    def even(tokens, logits):
+        seen.append(list(tokens))
+        return logits.index_fill(0, torch.arange(1, 60, 2), -torch.inf)
+
+    params = SamplingParams(temperature=1, seed=2, max_new_tokens=20)
+    reply, given = Reply(model, [5, 7], params, mask=even), []
+    engine = Engine(model)
+    engine.add(reply, lambda _, news: given.extend(news))
+    engine.run()
+    assert len(reply.tokens) == 20 and not any(token % 2 for token in reply.tokens)
+    assert seen == [reply.tokens[:n] for n in range(20)]
+    assert all(logits.isfinite().all() for _, logits in given), "callbacks get the model's own logits"
+
+
+def test_one_reply_that_fails_leaves_the_others_alone():
+    model, params = small_model(), SamplingParams(temperature=1, seed=2, max_new_tokens=9)
+
+    def broken(tokens, logits):
+        if len(tokens) == 3:
+            raise ValueError("the grammar has ended")
+        return logits
+
+    engine, heard = Engine(model), []
+    bad, good = Reply(model, [5], params, mask=broken), Reply(model, [6], params)
+    engine.add(bad, lambda reply, news: heard.append(news))
+    engine.add(good)
+    engine.run()
+    assert "grammar" in str(bad.error) and bad.ended and len(bad.tokens) == 3 and heard[-1] == []
+    assert good.tokens == list(generate(model, [6], params)) and good.error is None
+
+
+def test_a_callback_that_raises_cancels_its_reply_only():
+    model, params = small_model(), SamplingParams(temperature=1, seed=2, max_new_tokens=9)
+    model.config.eos_token_id = None
+    engine = Engine(model)
+    bad, good = Reply(model, [5], params), Reply(model, [6], params)
+    engine.add(bad, lambda *_: 1 / 0)
+    engine.add(good, lambda *_: None)
+    with pytest.raises(ZeroDivisionError):
+        engine.run()
+    engine.run()
+    assert len(bad.tokens) == 1 and good.tokens == list(generate(model, [6], params))
+
+
+def test_what_an_engine_refuses():
+    model = small_model()
+    reply = Reply(model, [5] * 20, SamplingParams(seed=0, max_new_tokens=50))
+    with pytest.raises(PromptTooLong, match="20 tokens, but the context here is 9"):
+        Engine(model, context=9).add(reply)
+    engine = Engine(model, context=30)
+    engine.add(reply)
+    assert reply.limit == 11
+    with pytest.raises(ValueError, match="running"):
+        engine.add(reply)
+    engine.run()
+    assert len(reply.tokens) <= 11
+    for wrong in ({"max_batch": 0}, {"context": 701}, {"cache_bytes": 10}):
+        with pytest.raises(ValueError):
+            Engine(model, **wrong)
+
+
+def test_a_batch_of_prompts_raises_what_one_of_them_cannot_do():
+    model = small_model()
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        generate_batch(model, [[5], [6]], SamplingParams(max_new_tokens=3))
