@@ -119,7 +119,7 @@ class Rows:
             device = self.batch.keys[0].device
             logits = self.model(torch.tensor(tokens, device=device), self.batch)[:, -1].cpu()
             for row, part in single.items():
-                found[part.cache], part.cache.length = logits[row], part.cache.length + 1
+                found[part.cache], part.cache.length = logits[row] if part.wanted else None, part.cache.length + 1
         return [found[part.cache] for part in parts]
 
     def _only(self, cache: Row) -> KVCache:
