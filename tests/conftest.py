@@ -1,6 +1,7 @@
 """Fixtures that several rooms' tests share."""
 
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -53,3 +54,14 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     model.generation_config = {"eos_token_id": [2, 0], "temperature": 0.6, "top_k": 20, "top_p": 0.95}
     model.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium through playwright; where either is missing, the tests of the pages say so and skip."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium is installed (apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

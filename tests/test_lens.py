@@ -354,16 +354,6 @@ def test_bad_arguments(command, arguments, said):
 # --- in a browser ---
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no chromium is installed (apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-
-
 def test_a_browser_opens_every_tab(page, browser):
     view = browser.new_page(viewport={"width": 390, "height": 800})
     said, asked = [], []

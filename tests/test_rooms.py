@@ -57,6 +57,7 @@ ROOMS = {
         {"torch", "numpy", "yaml", "matplotlib", "jsonschema", "lm_eval"},
     ),
     "evaluate": ({"evaluation", "inference", "formats"}, {"torch"}),
+    "serving": (set(), set()),
     "benchmarks": (
         {"generate", "train", "model", "chat", "inference", "training", "inspection", "data", "formats", "ops"},
         {"torch", "numpy", "yaml", "matplotlib", "rich", "duckdb", "datasets", "pyarrow"},

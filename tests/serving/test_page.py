@@ -1,0 +1,674 @@
+"""serving/page/ in a real Chromium, in front of a server that says what a test has written down.
+
+After each test: the browser's console is empty, nothing popped up, and no request went anywhere but to that server.
+"""
+
+import contextlib
+import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from serving.page import render
+
+ROOT = Path(__file__).resolve().parents[2]
+EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>\u202e"
+MODEL = {
+    "id": "tiny",
+    "context_length": 1024,
+    "precision": "bf16",
+    "parameters": 480_000,
+    "thinking": "switch",
+    "sampling": {
+        "thinking": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0, "presence_penalty": 0},
+        "answer": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0, "presence_penalty": 0},
+        "max_tokens": 512,
+    },
+}
+
+
+class Error(Exception):
+    """In a script: an answer with a status, or (status 0) an error in mid-stream."""
+
+    def __init__(self, status: int, message: str, **headers: str):
+        self.status, self.message, self.headers = status, message, headers
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each chat with the next of `replies`: tokens, events to wait for, errors. `asked`: the requests."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.replies, self.asked, self.key, self.model = [], [], None, MODEL
+        self.url = f"http://127.0.0.1:{self.server_port}/"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_):
+        pass
+
+    def send(self, status: int, body: str, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body.encode("utf-8", "surrogatepass"))
+
+    def fail(self, error: Error) -> None:
+        body = json.dumps({"error": {"message": error.message}})
+        self.send(error.status, body, Content_Type="application/json", **error.headers)
+
+    def allowed(self) -> bool:
+        return self.server.key is None or self.headers["Authorization"] == f"Bearer {self.server.key}"
+
+    def do_GET(self):
+        if self.path == "/":
+            html, headers = render()
+            return self.send(200, html, Content_Type="text/html; charset=utf-8", **headers)
+        if not self.allowed():
+            return self.fail(Error(401, "no such key"))
+        self.send(200, json.dumps({"data": [self.server.model]}), Content_Type="application/json")
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if not self.allowed():
+            return self.fail(Error(401, "no such key"))
+        self.server.asked.append(body)
+        reply = self.server.replies.pop(0)
+        if isinstance(reply, Error):
+            return self.fail(reply)
+        self.send(200, "", Content_Type="text/event-stream")
+        with contextlib.suppress(OSError):  # the page has stopped it
+            self.stream(reply, body)
+
+    def stream(self, reply: list, body: dict) -> None:
+        last = body["messages"][-1]
+        kind = "reasoning_content" if body.get("continue_final_message") and not last["content"] else "content"
+        tokens = thought = 0
+        for at, item in enumerate(reply):
+            if isinstance(item, threading.Event):
+                item.wait(20)
+                continue
+            if isinstance(item, Error):
+                return self.event({"error": {"message": item.message}})
+            text, *_ = item
+            tag = text in ("<think>", "</think>", "<|im_end|>")
+            around = {one[0] for one in reply[max(0, at - 1) : at + 2] if isinstance(one, tuple)}
+            hidden = tag or (not text.strip("\n") and around & {"<think>", "</think>"})
+            kind = {"<think>": "reasoning_content", "</think>": "content"}.get(text, kind)
+            tokens, thought = tokens + 1, thought + (kind != "content")
+            delta = {} if hidden else {kind: text}
+            logprobs = {"content": [entry(*item)]}
+            self.event({"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}]})
+        self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        details = {"completion_tokens_details": {"reasoning_tokens": thought}, "total_tokens": 21 + tokens}
+        details |= {"prompt_tokens_details": {"cached_tokens": 16}}
+        self.event({"choices": [], "usage": {"prompt_tokens": 21, "completion_tokens": tokens, **details}})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def event(self, value: dict) -> None:
+        self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
+        self.wfile.flush()
+
+
+def entry(text: str, p: float = 0.9, *others: tuple) -> dict:
+    """A token in OpenAI's form; an alternative is (text, p) or (text, p, its bytes)."""
+
+    def one(text, p, data=None):
+        logprob = math.log(p) if p else -9999.0
+        return {"token": text, "logprob": logprob, "bytes": data or list(text.encode("utf-8", "replace"))}
+
+    return {**one(text, p), "top_logprobs": [one(text, p), *(one(*other) for other in others)] if p else []}
+
+
+SUM = [
+    *[("<think>", 1.0), ("\n", 1.0), ("17", 0.99), (" +", 0.97), (" 28", 0.6, (" 27", 0.3), ("</think>", 0.05))],
+    *[("\n", 1.0), ("</think>", 1.0), ("\n\n", 1.0), ("It", 0.9), (" is", 0.9)],
+    *[(" 45", 0.5, (" 44", 0.4), ("<|im_end|>", 0.02), ("<|im_start|>", 0.01), ("\ufffd", 0.01, [0xF0]))],
+    *[(".", 0.9), ("<|im_end|>", 1.0)],
+]
+
+
+@pytest.fixture(scope="module")
+def serving():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def server(serving):
+    serving.replies, serving.asked, serving.key, serving.model = [], [], None, MODEL
+    return serving
+
+
+@pytest.fixture
+def view(server, browser):
+    page = browser.new_page(viewport={"width": 1100, "height": 800})
+    page.set_default_timeout(20_000)
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append(dialog.message))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(server.url)
+    yield page
+    said = [text for text in said if not text.startswith("Failed to load resource")]  # of a status that a test sent
+    assert not said and {url for url in asked if not url.startswith(("data:", "blob:"))} <= {
+        server.url + path for path in ("", "v1/models", "v1/chat/completions")
+    }
+    page.close()
+
+
+def ask(view, text: str = "What is 17 + 28?", wait: bool = True) -> None:
+    view.fill("#ask", text)
+    view.keyboard.press("Enter")
+    if wait:
+        done(view)
+
+
+def done(view) -> None:
+    view.wait_for_selector("body:not(.busy) .assistant:last-child [data-act=regenerate]")
+
+
+def answer(view) -> str:
+    return view.locator(".markdown").last.inner_text()
+
+
+def pick(view, token: str, alternative: str) -> None:
+    """A click on a token of the last reply, and one on an alternative."""
+    view.locator(f".assistant:last-child .tok:visible:text-is('{token}')").first.click()
+    view.locator("#card li button").filter(has_text=alternative).first.click()
+
+
+def test_a_reply_streams_and_its_thinking_is_folded(view, server):
+    half = threading.Event()
+    server.replies = [[*SUM[:4], half, *SUM[4:]]]
+    ask(view, wait=False)
+    view.wait_for_selector("summary:has-text('Thinking')")
+    assert "17 +" in view.locator(".preview").inner_text() and view.inner_text("#send") == "Stop"
+    assert not view.locator(".thought").is_visible()
+    half.set()
+    done(view)
+    assert answer(view) == "It is 45." and view.inner_text("#send") == "Send"
+    assert view.inner_text("summary") == "Thoughts · 6 tokens" and not view.locator(".thought").is_visible()
+    stats = view.inner_text(".stats").replace("\u00a0", " ")
+    for part in ("13 tokens (6 thinking)", "tokens/s", "first after", "prompt 21 (16 cached)", "3 % of the context"):
+        assert part in stats
+    assert f"seed {server.asked[0]['seed']}" in stats
+    view.click("summary")
+    assert view.inner_text(".thought").strip() == "17 + 28"
+    assert view.inner_text("#model") == "tiny" and "0.48 million parameters · bf16" in view.inner_text("#facts")
+    sent = server.asked[0]
+    assert sent["messages"] == [{"role": "user", "content": "What is 17 + 28?"}] and sent["model"] == "tiny"
+    assert sent["stream_options"] == {"include_usage": True} and sent["top_logprobs"] == 10
+    assert sent["chat_template_kwargs"] == {"enable_thinking": True} and "temperature" not in sent
+
+
+def test_stop_keeps_what_was_said_and_the_reply_can_go_on(view, server):
+    never = threading.Event()
+    server.replies = [[("It", 0.9), (" is ", 0.9), never], [("45", 0.9), (".", 0.9), ("<|im_end|>", 1.0)]]
+    ask(view, wait=False)
+    view.wait_for_selector(".markdown:has-text('It is')")
+    view.click("#send")
+    never.set()
+    done(view)
+    assert answer(view).strip() == "It is" and "stopped" in view.inner_text(".stats")
+    view.click("[data-act=continue]")
+    view.wait_for_selector(".markdown:has-text('It is 45.')")
+    done(view)
+    assert server.asked[1]["messages"][-1] == {"role": "assistant", "content": "It is "}
+    assert server.asked[1]["continue_final_message"] is True and not view.locator(".versions").count()
+
+
+def test_another_reply_and_another_message_keep_the_older_ones(view, server):
+    server.replies = [[("one", 0.9)], [("two", 0.9)], [("three", 0.9)], [("four", 0.9)]]
+    ask(view)
+    view.click("[data-act=regenerate]")
+    view.wait_for_selector(".versions:has-text('2 / 2')")
+    done(view)
+    assert answer(view) == "two" and server.asked[0]["seed"] != server.asked[1]["seed"]
+    view.click("[data-act=back]")
+    assert answer(view) == "one"
+    ask(view, "And now?")
+    assert [m["content"] for m in server.asked[2]["messages"]] == ["What is 17 + 28?", "one", "And now?"]
+    view.locator("[data-act=edit]").first.click()
+    view.keyboard.press("Control+a")
+    view.keyboard.type("What is 1 + 1?")
+    view.keyboard.press("Enter")
+    view.wait_for_selector(".markdown:has-text('four')")
+    done(view)
+    assert view.locator("article").count() == 2 and len(server.asked[3]["messages"]) == 1
+    view.locator(".user [data-act=back]").click()
+    assert view.locator("article").count() == 4 and answer(view) == "three"
+    view.reload()
+    assert view.locator("article").count() == 4 and answer(view) == "three"
+    view.locator(".user [data-act=forward]").first.click()
+    assert answer(view) == "four"
+    view.click("#new")
+    assert view.locator(".welcome").is_visible() and not view.locator("article").count()
+
+
+def test_a_token_shows_its_alternatives_and_a_click_branches_the_thinking(view, server):
+    server.replies = [
+        SUM,
+        [("\n", 0.9), ("</think>", 1.0), ("\n\n", 1.0), ("So", 0.9), (" 44", 0.9), ("<|im_end|>", 1.0)],
+    ]
+    ask(view)
+    view.click("summary")
+    assert not view.locator(".thought .control").first.is_visible()
+    view.click("#shading")
+    shades = {
+        tok.inner_text().strip(): tok.get_attribute("class")
+        for tok in view.locator(".thought .tok, .answer .tok").all()
+    }
+    assert "h1" in shades["+"] and "h1" in shades["28"] and "h2" in shades["45"] and "control" in shades["<think>"]
+    view.locator(".tok:text-is(' 28')").hover()
+    view.wait_for_selector("#card:visible")
+    rows = view.locator("#card li").all_inner_texts()
+    assert [row.split() for row in rows] == [
+        *[["␣28", "60.0", "%"], ["␣27", "30.0", "%"], ["</think>", "5.0", "%"]],
+        *[["all", "others", "5.0", "%"]],
+    ]
+    view.mouse.move(5, 400)
+    view.wait_for_selector("#card", state="hidden")
+    pick(view, " 28", "␣27")
+    done(view)
+    sent = server.asked[1]
+    assert sent["messages"][-1] == {"role": "assistant", "content": "", "reasoning_content": "17 + 27"}
+    assert sent["continue_final_message"] is True
+    assert view.locator(".thought .tok.branched").inner_text() == " 27" and "branched at “␣27”" in view.inner_text(
+        ".stats"
+    )
+    assert view.locator(".markdown").inner_text().startswith("So 44") and "2 / 2" in view.inner_text(".versions")
+    view.click("[data-act=back]")
+    assert "It is 45." in view.locator(".markdown").inner_text()
+    view.reload()  # tokens and shades are kept
+    view.locator(".tok:text-is(' 45')").click()
+    assert "50.0 %" in view.inner_text("#card")
+
+
+def test_every_kind_of_alternative(view, server):
+    server.replies = [SUM, [("Sure", 0.9), (".", 0.9)], [(" then", 0.9)]]
+    ask(view)
+    view.click("summary")
+    view.click("#shading")
+    pick(view, " 28", "</think>")  # ends the thinking there
+    done(view)
+    assert server.asked[1]["messages"][-1] == {"role": "assistant", "content": "<think>\n17 +\n</think>\n\n"}
+    assert view.locator(".markdown").inner_text() == "Sure." and "</think>" in view.inner_text(".thought")
+    view.click("[data-act=back]")
+    pick(view, " 45", "␣44")
+    done(view)
+    assert server.asked[2]["messages"][-1]["content"] == "It is 44"
+    assert server.asked[2]["messages"][-1]["reasoning_content"] == "17 + 28"
+    view.click("[data-act=back]")
+    view.click("[data-act=back]")
+    pick(view, " 45", "<|im_end|>")  # ends the reply there: nothing to ask for
+    assert view.locator(".markdown").inner_text() == "It is" and len(server.asked) == 3
+    view.click("[data-act=back]")
+    view.click("[data-act=back]")
+    view.click("[data-act=back]")
+    view.locator(".tok:visible:text-is(' 45')").click()
+    refused = view.locator("#card li button[aria-disabled]")
+    assert refused.count() == 3  # the chosen one, a mark of the chat, a part of a character
+    assert "\\xf0" in refused.nth(2).inner_text() and "part of a character" in refused.nth(2).get_attribute("title")
+    refused.nth(1).click(force=True)
+    assert len(server.asked) == 3 and view.locator("#card").is_visible()
+
+
+def test_a_character_of_several_tokens(view):
+    fox = "🦊".encode()
+    events = [entry("a"), entry("\ufffd", 0.5), entry("\ufffd", 0.4, (" x", 0.2)), entry("b")]
+    events[1]["bytes"], events[2]["bytes"] = list(fox[:2]), list(fox[2:])
+    texts = ["a", "", "🦊", "b"]
+    body = "".join(
+        "data: " + json.dumps({"choices": [{"delta": {"content": text}, "logprobs": {"content": [one]}}]}) + "\n\n"
+        for text, one in zip(texts, events, strict=True)
+    )
+    view.route("**/completions", lambda route: route.fulfill(body=body + "data: [DONE]\n\n"))
+    ask(view)
+    assert answer(view) == "a🦊b"
+    assert view.locator(".markdown .tok").all_inner_texts() == ["a", "🦊", "b"]
+    view.locator(".tok:text-is('🦊')").click()
+    assert "\\xf0\\x9f" in view.inner_text("#card .head") and "2 of 4" in view.inner_text("#card .head")
+    view.click("#card [aria-label='The token after']")
+    assert "\\xa6\\x8a" in view.inner_text("#card .head")
+    assert view.locator("#card li button").last.get_attribute("aria-disabled") == "true"
+
+
+def test_text_is_never_markup(view, server):
+    links = "[a](javascript:alert(3)) [b](data:text/html,x) [c](https://u:p@h/) ![d](https://e.org/f.png) [g](https://h.org)"
+    server.model = {**MODEL, "id": EVIL, "precision": EVIL}
+    server.replies = [
+        [
+            ("<think>", 1.0),
+            (EVIL, 0.5, (EVIL, 0.4)),
+            ("</think>", 1.0),
+            (f"{EVIL} {links}\n\n```{EVIL}\n{EVIL}\n```\n", 0.5, (EVIL, 0.3)),
+        ],
+        Error(500, EVIL),
+    ]
+    view.reload()
+    ask(view, EVIL)
+    view.click("summary")
+    view.click("#shading")
+    view.locator(".markdown .tok").first.click()
+    text = view.inner_text("body")
+    assert text.count("<img src=x onerror=alert(1)>") >= 8 and "\u202e" not in text and "\\u{202e}" in text
+    view.keyboard.press("Escape")
+    ask(view, EVIL)
+    assert "alert(2)" in view.locator(".assistant .error").last.inner_text()
+    assert view.locator("img, iframe, object, embed, svg script").count() == 0
+    assert view.locator("script").count() == 1  # its own
+    assert view.locator(".markdown a").evaluate_all("all => all.map((a) => [a.href, a.rel])") == [
+        ["https://e.org/f.png", "noopener noreferrer nofollow"],
+        ["https://h.org/", "noopener noreferrer nofollow"],
+    ]
+    attributes = view.evaluate(
+        "[...document.querySelectorAll('*')].flatMap((e) => [...e.attributes].map((a) => [a.name, a.value]))"
+    )
+    assert not [a for a in attributes if a[0].startswith("on") or a[1].lower().startswith("javascript:")]
+
+
+def test_the_policy_allows_the_page_and_nothing_else(view):
+    html, headers = render()
+    policy = headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "http" not in policy
+    assert "connect-src 'self'" in policy and "frame-ancestors 'none'" in policy
+    assert html.count("<script") == 1 and "/* page.css */" not in html and "/* the scripts */" not in html
+    assert not [
+        word for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(") if word in html
+    ]
+
+
+def test_errors_are_a_line_and_can_be_tried_again(view, server):
+    server.replies = [
+        *[Error(429, "the queue is full", Retry_After="3"), [("It", 0.9), Error(0, "out of memory")]],
+        *[[(" is", 0.9), (" 45", 0.9)]],
+    ]
+    ask(view)
+    error = view.locator(".assistant .error")
+    assert error.inner_text().startswith("the queue is full (try again in 3 s)")
+    error.locator("button").click()
+    view.wait_for_selector(".error:has-text('out of memory')")
+    assert answer(view) == "It"
+    error.locator("button").click()
+    view.wait_for_selector(".markdown:has-text('It is 45')")
+    done(view)
+    assert not error.is_visible() and server.asked[2]["messages"][-1]["content"] == "It"
+    view.route("**/completions", lambda route: route.abort())
+    ask(view, "Still there?")
+    assert "can't be reached" in view.locator(".assistant .error").last.inner_text()
+
+
+def test_the_key_is_asked_for_once(view, server):
+    server.key, server.replies = "secret", [[("yes", 0.9)]]
+    view.reload()
+    view.wait_for_selector("#key-dialog[open]")
+    view.keyboard.type("secret")
+    view.keyboard.press("Enter")
+    view.wait_for_selector("#model:has-text('tiny')")
+    ask(view)
+    view.reload()
+    view.wait_for_selector("#model:has-text('tiny')")
+    assert answer(view) == "yes" and not view.locator("#key-dialog[open]").count()
+    assert "secret" not in view.content()
+
+
+def test_settings_are_sent_and_kept(view, server):
+    server.replies = [[("yes", 0.9)], [("no", 0.9)]]
+    view.click("#open-settings")
+    view.fill("#system", "Be brief.")
+    values = {"temperature": "1.5", "top_p": "0.5", "top_k": "7", "min_p": "0.1", "presence_penalty": "-1"}
+    values |= {"frequency_penalty": "0.5", "repetition_penalty": "1.2", "max_new_tokens": "99", "thinking_budget": "8"}
+    values |= {"seed": "5"}
+    assert view.get_attribute("#knob-temperature", "placeholder") == "0.6"
+    for name, value in values.items():
+        view.fill(f"#knob-{name}", value)
+    view.fill("#knob-top_k", "7.5")  # no whole number: marked, and not taken
+    assert view.get_attribute("#knob-top_k", "aria-invalid") == "true"
+    ask(view)
+    sent = {"max_tokens" if name == "max_new_tokens" else name: float(value) for name, value in values.items()}
+    assert sent.items() <= server.asked[0].items()
+    assert server.asked[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+    view.reload()
+    view.click("#thinking")
+    view.click("#open-settings")
+    assert view.input_value("#knob-temperature") == "1.5" and view.input_value("#system") == "Be brief."
+    view.locator(".knob:has(#knob-temperature) .reset").click()
+    assert view.get_attribute("#knob-temperature", "placeholder") == "0.7"  # the advice without thinking
+    view.click("[data-act=regenerate]")
+    view.wait_for_selector(".versions:has-text('2 / 2')")
+    done(view)
+    last = server.asked[1]
+    assert "temperature" not in last and "thinking_budget" not in last and last["seed"] == 6
+    assert last["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_a_chat_goes_to_the_terminal_and_back(view, server, tmp_path):
+    from chat import Chat
+    from inference import saved_chat
+    from inference.params import SamplingParams
+    from inference.session import Session
+    from model import Qwen3
+
+    source = ROOT / "models" / "tiny"
+    session = Session(Qwen3.from_pretrained(source), Chat.from_pretrained(source), SamplingParams())
+    server.replies = [SUM]
+    view.click("#open-settings")
+    view.fill("#system", "Be brief.")
+    view.fill("#knob-temperature", "0.3")
+    view.fill("#knob-max_new_tokens", "64")
+    view.click("#thinking")
+    ask(view)
+    with view.expect_download() as download:
+        view.click("#export")
+    download.value.save_as(tmp_path / "chat.json")
+    assert saved_chat.load(session, tmp_path / "chat.json")
+    assert session.messages == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 17 + 28?"},
+        {"role": "assistant", "content": "It is 45.", "reasoning_content": "17 + 28"},
+    ]
+    assert session.params.temperature == 0.3 and session.params.max_new_tokens == 64 and not session.thinking
+    session.set_system("Be long.")
+    session.thinking_budget = 9
+    saved_chat.save(session, tmp_path / "back.json")
+    view.click("#new")
+    view.set_input_files("#file", tmp_path / "back.json")
+    view.wait_for_selector(".markdown:has-text('It is 45.')")
+    assert view.inner_text("summary").startswith("Thoughts") and view.input_value("#system") == "Be long."
+    assert view.input_value("#knob-temperature") == "0.3" and view.input_value("#knob-thinking_budget") == "9"
+    for text, said in (
+        ("no", "not JSON"),
+        ("[]", "not a saved chat"),
+        ('{"messages": [{"role": "tool", "content": ""}]}', "message 1: its role"),
+        ('{"messages": [{"role": "user", "content": 1}]}', "message 1: its content"),
+        ('{"schema": "other", "messages": [1]}', 'schema is "other"'),
+    ):
+        (tmp_path / "wrong.json").write_text(text)
+        view.set_input_files("#file", tmp_path / "wrong.json")
+        view.wait_for_selector("#alert:has-text('wrong.json: ')")
+        assert said in view.inner_text("#alert") and answer(view) == "It is 45."  # the chat stays
+        view.click("#alert button")
+
+
+def test_the_keyboard_alone(view, server):
+    never = threading.Event()
+    server.replies = [[("It", 0.9), never], SUM, [(".", 0.9)]]
+    view.keyboard.type("What is 17 + 28?")
+    view.keyboard.press("Shift+Enter")
+    view.keyboard.type("Think.")
+    view.keyboard.press("Enter")
+    view.wait_for_selector(".markdown:has-text('It')")
+    view.keyboard.press("Escape")
+    never.set()
+    done(view)
+    assert server.asked[0]["messages"][0]["content"] == "What is 17 + 28?\nThink."
+
+    def tab_to(selector: str, key: str = "Tab") -> None:
+        for _ in range(40):
+            if view.evaluate("(s) => document.activeElement.matches(s)", selector):
+                return
+            view.keyboard.press(key)
+        raise AssertionError(f"the Tab key doesn't reach {selector}")
+
+    tab_to(".assistant [data-act=regenerate]", "Shift+Tab")
+    view.keyboard.press("Enter")
+    view.wait_for_selector(".versions:has-text('2 / 2')")
+    done(view)
+    tab_to(".assistant summary")
+    view.keyboard.press("Enter")
+    view.keyboard.press("Alt+p")
+    tab_to(".toks.answer")
+    view.keyboard.press("ArrowRight")
+    assert view.evaluate("document.activeElement.textContent") == "⏎⏎"
+    view.keyboard.press("Shift+ArrowRight")  # the next that is unsure
+    assert view.evaluate("document.activeElement.textContent") == " 45" and view.locator("#card").is_visible()
+    view.keyboard.press("Enter")
+    assert "␣44" in view.evaluate("document.activeElement.textContent")
+    view.keyboard.press("Escape")
+    assert view.evaluate("document.activeElement.textContent") == " 45" and not view.locator("#card").is_visible()
+    view.keyboard.press("Enter")
+    view.keyboard.press("Enter")
+    view.wait_for_selector(".versions:has-text('3 / 3')")
+    done(view)
+    assert server.asked[2]["messages"][-1]["content"] == "It is 44"
+    assert view.evaluate("document.activeElement.matches('.toks.answer')")
+
+
+def test_a_narrow_screen_and_a_dark_one(view, server):
+    server.replies = [
+        [*SUM[:-1], ("\n\n```\n" + "x" * 300 + "\n```\n\n| a | b |\n|--|--|\n| " + "word " * 40 + "| y |\n", 0.5)]
+    ]
+    view.set_viewport_size({"width": 390, "height": 800})
+    view.emulate_media(color_scheme="dark")
+    ask(view, "W" * 200)
+
+    def fits() -> bool:
+        return view.evaluate(
+            "document.documentElement.scrollWidth <= 390 && document.getElementById('chat').scrollWidth <= 390"
+        )
+
+    assert fits()
+    view.click("summary")
+    view.click("#shading")
+    assert fits()
+    view.locator(".tok:text-is(' 45')").click()
+    card = view.locator("#card").bounding_box()
+    assert card["x"] >= 0 and card["x"] + card["width"] <= 390 and card["y"] + card["height"] <= 800
+    view.keyboard.press("Escape")
+    view.click("#open-settings")
+    panel = view.locator("#settings").bounding_box()
+    assert fits() and panel["width"] <= 390 and panel["x"] >= 0
+    dark = view.evaluate("getComputedStyle(document.body).backgroundColor")
+    view.click("#close-settings")
+    view.click("#theme")
+    assert view.evaluate("getComputedStyle(document.body).backgroundColor") != dark
+
+
+# --- Markdown ---
+
+MARKDOWN = [
+    ("a **b** *c* `d` ~~e~~", "<p>a <strong>b</strong> <em>c</em> <code>d</code> <s>e</s></p>"),
+    ("***a*** **b *c* d**", "<p><strong><em>a</em></strong> <strong>b <em>c</em> d</strong></p>"),
+    ("2 * 3 * 4, a*b*c, snake_case_name, __init__", "<p>2 * 3 * 4, a*b*c, snake_case_name, <strong>init</strong></p>"),
+    ("**open *never closed `too", "<p>**open *never closed `too</p>"),
+    (r"\*a\* \n", r"<p>*a* \n</p>"),
+    ("# A #\n## B\ntext", "<h3>A</h3><h4>B</h4><p>text</p>"),
+    (
+        "- a\n- b\n  - c\n\n- d",
+        "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p></li></ul></li><li><p>d</p></li></ul>",
+    ),
+    ("3. a\n4. b", '<ol start="3"><li><p>a</p></li><li><p>b</p></li></ol>'),
+    ("> a\n> b", "<blockquote><p>a\nb</p></blockquote>"),
+    ("a\n\n---\n\nb", "<p>a</p><hr><p>b</p>"),
+    (
+        "| a | b |\n|---|--:|\n| 1 | 2 |",
+        "<table><thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr><td>1</td><td>2</td></tr></tbody></table>",
+    ),
+    ("```py\n*a*\n<b>\n```", "<pre><code>*a*\n&lt;b&gt;</code></pre>"),
+    ("```\nnot closed", "<pre><code>not closed</code></pre>"),
+    ("``a ` b``", "<p><code>a ` b</code></p>"),
+    ("<b>x</b> &amp;", "<p>&lt;b&gt;x&lt;/b&gt; &amp;amp;</p>"),
+    ("", ""),
+]
+PLAIN = """(source) => {
+  const parent = document.createElement("div");
+  for (const block of blocks(source)) {
+    const writer = new Writer(source, () => undefined, block.from);
+    block.build(writer, parent);
+    writer.rest(block.to, parent);
+  }
+  const all = parent.cloneNode(true);
+  all.querySelectorAll(".bar, .host").forEach((one) => one.remove());
+  parent.querySelectorAll(".bar, .mark").forEach((one) => one.remove());
+  parent.querySelectorAll(".code, .scroll").forEach((one) => one.replaceWith(...one.childNodes));
+  for (const name of ["class", "dir", "tabindex"])
+    for (const one of parent.querySelectorAll(`[${name}]`)) one.removeAttribute(name);
+  return [parent.innerHTML, all.textContent.replaceAll("⏎", "\\n")];
+}"""
+
+
+def test_markdown(view):
+    for source, html in MARKDOWN:
+        assert view.evaluate(PLAIN, source) == [html, source]
+
+
+def test_markdown_loses_no_character_of_any_text(view):
+    """Every character of the source is in some node, once and in order: so is every token. And no text is slow."""
+    lost = view.evaluate(
+        f"""() => {{
+      const plain = {PLAIN};
+      let state = 7;
+      const random = (n) => (state = (state * 1103515245 + 12345) % 2147483648) % n;
+      const parts = ["*", "**", "_", "`", "```", "~~", "[", "](", "](https://a.b)", ")", "|", "|--|", "\\n",
+        "\\n\\n", "- ", "1. ", "> ", "# ", "  ", "    ",        "a", "b c", "<i>", "\\\\", "---", "https://x.y/z", "é",
+        "🦊", "\\t", "!"];
+      const lost = [];
+      for (let round = 0; round < 1500; round++) {{
+        const source = Array.from({{ length: 1 + random(30) }}, () => parts[random(parts.length)]).join("");
+        if (plain(source)[1] !== source) lost.push(source);
+      }}
+      return lost.slice(0, 3);
+    }}"""
+    )
+    assert lost == []
+    hostile = (
+        "*a ",
+        "**a",
+        "[",
+        "[a](",
+        "`a",
+        "> ",
+        "- ",
+        "|",
+        "\\",
+        "_a _",
+        "https://",
+        "*a **b ",
+        "\n",
+        "|a\n|-\n",
+        "~~~",
+    )
+    seconds = view.evaluate(
+        f"""(hostile) => hostile.map((text) => {{
+      const begin = performance.now();
+      ({PLAIN})(text.repeat(50000 / text.length));
+      return (performance.now() - begin) / 1000;
+    }})""",
+        hostile,
+    )
+    assert max(seconds) < 3, dict(zip(hostile, seconds, strict=True))
