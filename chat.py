@@ -253,12 +253,13 @@ class Chat:
         prompt, said = self.turn(asked, {**last, "content": content + end}, tools=tools)
         return prompt + said[: said.rindex(end)]
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text; special tokens written in it become those tokens, and none is added around it."""
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Ids of plain text; special tokens written in it become those tokens. Around it none is added, unless
+        `add_special_tokens`: then those that tokenizer.json asks for, as an embedding model's end of text."""
         if not isinstance(text, str):
             raise ValueError(f"text is of type {type(text).__name__}, not a str; messages are for render")
         try:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:
             raise ValueError("the text holds a byte that is not UTF-8 or half a surrogate pair; remove it") from None
         except BaseException as error:

@@ -29,8 +29,9 @@ TOKENIZER_FILES = [
     "tokenizer_config.json",
     "chat_template.jinja",
 ]
+MODULES, POOLING = "modules.json", "1_Pooling/config.json"  # sentence-transformers': how an embedding is made
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
-DATA_FILES = [*TOKENIZER_FILES, SINGLE, "model-*.safetensors", INDEX]
+DATA_FILES = [*TOKENIZER_FILES, MODULES, POOLING, SINGLE, "model-*.safetensors", INDEX]
 ATTEMPTS = 5  # in a row that transfer nothing
 
 
@@ -126,7 +127,7 @@ def _ask(repo: str, revision: str | None, tokenizer_only: bool, tag: str | None)
 def _wanted(names: list[str], tokenizer_only: bool, tag: str | None) -> list[str]:
     """Which of a repository's files a run needs: those of the official layout, of an adapter, or of one .gguf."""
     patterns, last = (TOKENIZER_FILES, "tokenizer.json") if tokenizer_only else (DATA_FILES, ".safetensors")
-    plain = [name for name in names if "/" not in name]
+    plain = [name for name in names if "/" not in name or name == POOLING]
     data = [name for name in plain if any(fnmatchcase(name, pattern) for pattern in patterns)]
     if tag is None and any(name.endswith(last) for name in data):
         return data

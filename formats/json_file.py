@@ -9,8 +9,8 @@ from formats.mistaken import mistaken
 MAX_JSON = 32_000_000  # bytes; the names of 10^5 tensors stay far below, and parsing it stays within a gigabyte
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in an untrusted file; ValueError names the file where it is not one."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The JSON object (or list) in an untrusted file; ValueError names the file where it is not one."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file, but a checkpoint directory needs one; download it again")
     if path.stat().st_size > MAX_JSON:
@@ -23,6 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if found:
             raise ValueError(f"{path}: {found}") from None
         raise ValueError(f"{path}: not valid JSON ({str(error)[:80]}); download the file again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON {type(value).__name__}, not an object {{...}}; download the file again")
+    if not isinstance(value, kind):
+        wanted = "an object {...}" if kind is dict else "a list [...]"
+        raise ValueError(f"{path}: a JSON {type(value).__name__}, not {wanted}; download the file again")
     return value

@@ -46,7 +46,12 @@ ROOMS = {
     "xray": ({"model", "chat", "inspection", "training", "data", "formats"}, {"rich"}),
     "audit": ({"model", "chat", "inspection", "formats"}, set()),
     "lens": ({"inspection", "inference", "formats"}, set()),
+    "serving": (
+        {"model", "chat", "inference", "formats"},
+        {"torch", "numpy", "starlette", "uvicorn", "prometheus_client", "llguidance"},
+    ),
     "generate": ({"inference"}, set()),
+    "serve": ({"serving", "inference", "formats"}, set()),
     "convert": ({"model", "chat", "formats", "ops"}, {"torch", "safetensors"}),
     "train": (
         {"model", "chat", "inference", "training", "data", "formats", "ops"},
@@ -57,7 +62,6 @@ ROOMS = {
         {"torch", "numpy", "yaml", "matplotlib", "jsonschema", "lm_eval"},
     ),
     "evaluate": ({"evaluation", "inference", "formats"}, {"torch"}),
-    "serving": (set(), set()),
     "benchmarks": (
         {"generate", "train", "model", "chat", "inference", "training", "inspection", "data", "formats", "ops"},
         {"torch", "numpy", "yaml", "matplotlib", "rich", "duckdb", "datasets", "pyarrow"},

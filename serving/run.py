@@ -1,0 +1,101 @@
+"""The server as a process: its socket, its protocol's patience, and how it ends."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from console import notice
+
+HEADER_SECONDS = 30.0  # for the head of a request to arrive, from the connection or the answer before it
+LAST_SECONDS = 10  # that running replies have after SIGTERM
+MOST_CONNECTIONS = 1000
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 for which a request that begins and does not go on ends. `abort` of a request's state cuts it off."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "abort": transport.abort}
+        self._patience: asyncio.TimerHandle | None = None
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait()
+
+    def _wait(self) -> None:
+        self._stop_waiting()
+        self._patience = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its own handling of signals; `ready` is called once it listens."""
+
+    def __init__(self, app: ASGIApp, ready: Callable[[], None] = lambda: None, last_seconds: int = LAST_SECONDS):
+        settings = {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}
+        settings |= {"http": Protocol, "ws": "none", "lifespan": "on", "proxy_headers": False}
+        super().__init__(
+            uvicorn.Config(app, **settings, timeout_graceful_shutdown=last_seconds, limit_concurrency=MOST_CONNECTIONS)
+        )
+        self.ready = ready
+
+    @contextlib.contextmanager
+    def capture_signals(self):
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.ready()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at this address. OSError that says which, where it is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise OSError(f"--host {host} --port {port}: {error.strerror or error}; is another server there?") from None
+    return found
+
+
+def run(app: ASGIApp, listening: socket.socket, ready: Callable[[], None]) -> None:
+    """Serves until SIGTERM or SIGINT; running replies then have `LAST_SECONDS`, after a second signal none."""
+
+    async def serve() -> None:
+        server, loop = Server(app, ready), asyncio.get_running_loop()
+
+        def end() -> None:
+            server.force_exit, server.should_exit = server.should_exit, True
+            notice("serve.py: ending; no new requests" if not server.force_exit else "serve.py: ending now")
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, end)
+        await server.serve([listening])
+
+    asyncio.run(serve())

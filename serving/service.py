@@ -1,0 +1,216 @@
+"""What one server has: the model, its worker, its settings and limits; and how a request becomes replies."""
+
+import asyncio
+import math
+import os
+import time
+from argparse import Namespace
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+from chat import Chat
+from inference.decode import add_end_token, end_tokens
+from inference.engine import Engine
+from inference.load import parameters
+from inference.params import SamplingParams, recommended
+from model import Qwen3
+from serving.choice import Asked, Choice, News
+from serving.errors import ApiError, refused
+from serving.fields import SAMPLING
+from serving.grammar import Constraint, Grammars
+from serving.metrics import Metrics
+from serving.worker import Worker
+
+QUEUE = 256  # replies that may wait for a row; more are answered 429
+BACKLOG = 20_000  # tokens that a client may be behind with reading
+PING = 15.0  # seconds without news after which a stream says that it lives: proxies cut what is silent
+
+
+class Service:
+    """One model and what its endpoints share. `context`: the most tokens of prompt and reply together."""
+
+    def __init__(
+        self,
+        name: str,
+        model: Qwen3,
+        chat: Chat,
+        sampling: dict[str, Any],
+        *,
+        max_batch: int = 16,
+        context: int | None = None,
+        memory: int | None = None,
+        pooling: bool = False,
+        queue: int = QUEUE,
+    ):
+        self.name, self.model, self.chat, self.sampling = name, model, chat, sampling
+        self.max_batch, self.queue, self.pooling = max_batch, queue, pooling
+        add_end_token(model, chat.end_of_turn_id)
+        self.engine = Engine(model, max_batch=max_batch, context=context, cache_bytes=memory)
+        self.context = self.engine.context
+        self.grammars = Grammars(chat, model.config.vocab_size, end_tokens(model))
+        self.metrics = Metrics()
+        self.thinking = thinking_of(chat)
+        self.accepted = 0  # replies that are waiting or running
+        self.reply_seconds = 1.0  # how long a reply took, a running mean
+        self.started = int(time.time())
+        self.worker: Worker | None = None
+
+    def start(self) -> None:
+        self.worker = Worker(self.engine, asyncio.get_running_loop())
+        self.worker.start()
+        self.metrics.batch.set_function(lambda: min(self.accepted, self.max_batch))
+        self.metrics.queue.set_function(lambda: max(0, self.accepted - self.max_batch))
+
+    def stop(self) -> None:
+        if self.worker is not None:
+            self.worker.stop()
+
+    # ---- settings ----
+
+    def defaults(self, thinking: bool) -> SamplingParams:
+        """What a request without sampling fields gets: the command's flags above the checkpoint's own settings."""
+        return recommended(self.model.generation_config, thinking, **self.sampling)
+
+    def params(self, fields: Namespace, thinking: bool, most: int | None) -> SamplingParams:
+        """A request's settings; `most` tokens, None: as many as the context holds."""
+        given = {name: getattr(fields, name) for name in SAMPLING}
+        if given["seed"] is not None:
+            given["seed"] %= 1 << 63
+        elif "seed" not in self.sampling:
+            given["seed"] = int.from_bytes(os.urandom(7), "big")
+        given = {name: value for name, value in given.items() if value is not None}
+        stop = fields.stop or self.sampling.get("stop", ())
+        return replace(self.defaults(thinking), **given, stop=stop, max_new_tokens=most or self.context)
+
+    def describe(self) -> dict:
+        """The model as `/v1/models` lists it."""
+        names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "repetition_penalty")
+        kinds = {"thinking": True, "answer": False}
+        sampling = {kind: {name: getattr(self.defaults(on), name) for name in names} for kind, on in kinds.items()}
+        weight = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+        bits = {getattr(module, "bits", None) for module in self.model.modules()} - {None}
+        kind = str(self.model.dtype).removeprefix("torch.")
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "nanoqwen",
+            "context_length": self.context,
+            "max_model_len": self.context,
+            "precision": f"int{min(bits)}" if bits else weight.get(kind, kind),
+            "parameters": parameters(self.model),
+            "chat": bool(self.chat.templates),
+            "thinking": self.thinking,
+            "tools": any("tools" in template for template in self.chat.templates.values()),
+            "embeddings": self.pooling,
+            "sampling": {**sampling, "max_tokens": self.context},
+        }
+
+    # ---- replies ----
+
+    def check_length(self, ids: list[int], param: str) -> None:
+        if len(ids) > self.context:
+            message = f"{param}: {len(ids):,} tokens, but the context holds {self.context:,}; shorten it"
+            raise ApiError(400, message, param, "context_length_exceeded")
+
+    def exchange(self, prompts: list[list[int]], asked: Asked, n: int, constraints: Callable[[], Constraint | None]):
+        """The replies to these prompts, `n` of each, in the API's order. ApiError 429 where the queue is full."""
+        wanted = n * len(prompts)
+        if asked.bias and max(asked.bias) >= self.model.config.vocab_size:
+            raise refused("logit_bias", f"token {max(asked.bias)} is not in the vocabulary")
+        waiting = max(0, self.accepted - self.max_batch)
+        if wanted > self.queue and wanted > self.max_batch:
+            raise ApiError(400, f"{wanted:,} replies in one request, but at most {self.queue:,} are; send fewer", "n")
+        if waiting + wanted > self.queue + max(0, self.max_batch - self.accepted):
+            seconds = math.ceil(self.reply_seconds * (1 + waiting / self.max_batch))
+            message = f"{self.accepted:,} replies are waiting or running, as many as this server takes; try again"
+            raise ApiError(429, message, code="queue_full", retry_after=str(min(max(seconds, 1), 120)))
+        exchange = Exchange(self)
+        for number in range(wanted):
+            seed = (asked.params.seed + number % n) % (1 << 63)
+            one = replace(asked, params=replace(asked.params, seed=seed))
+            ids = prompts[number // n]
+            send = self.worker.send(exchange.take)
+            exchange.choices.append(Choice(number, self.model, self.chat, ids, one, constraints(), send))
+        exchange.prompts = exchange.choices[::n]
+        return exchange
+
+
+class Exchange:
+    """The replies of one request while they come. A context manager: at its end what still runs is cancelled."""
+
+    def __init__(self, service: Service):
+        self.service = service
+        self.choices: list[Choice] = []
+        self.prompts: list[Choice] = []  # the first choice of each prompt
+        self.open = 0
+        self.behind = False  # the client reads too slowly
+        self._told: dict[int, float] = {}  # when each choice's latest news came
+        self._news: deque[News] = deque()
+        self._arrived = asyncio.Event()
+
+    def __enter__(self) -> "Exchange":
+        self.open = len(self.choices)
+        self.service.accepted += self.open
+        self.service.worker.add(self.choices)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.open:
+            self.service.metrics.cancelled.inc(self.open)
+            self.service.worker.cancel(self.choices)
+            self.service.accepted -= self.open
+            self.open = 0
+
+    def take(self, news: News) -> None:
+        """On the event loop, from the worker."""
+        if not self.open:
+            return
+        choice, metrics, before = news.choice, self.service.metrics, self._told.get(news.choice.index)
+        if news.count and before is None:
+            metrics.began(choice, news.at - choice.begun)
+        elif news.count:
+            metrics.between.observe(news.at - before)
+        metrics.tokens.inc(news.count)
+        self._told[choice.index] = news.at
+        if news.finish is not None:
+            took = news.at - choice.begun
+            self.open -= 1
+            self.service.accepted -= 1
+            self.service.reply_seconds += 0.1 * (took - self.service.reply_seconds)
+            metrics.seconds.observe(took)
+        self._news.append(news)
+        self._arrived.set()
+        if len(self._news) > BACKLOG:
+            self.behind = True
+
+    async def news(self) -> AsyncIterator[News | None]:
+        """All news until the last reply has ended; None where there was none for a while."""
+        ended = 0
+        while ended < len(self.choices):
+            if not self._news:
+                self._arrived.clear()
+                try:
+                    await asyncio.wait_for(self._arrived.wait(), PING)
+                except TimeoutError:
+                    yield None
+                    continue
+            news = self._news.popleft()
+            if news.error is not None:
+                raise ApiError(500, f"the reply could not be computed: {news.error}") from news.error
+            ended += news.finish is not None
+            yield news
+
+
+def thinking_of(chat: Chat) -> str:
+    """What the template does with `enable_thinking`: "switch", or the model thinks "always" or "never"."""
+    asked = [{"role": "user", "content": "x"}]
+    if not chat.templates or chat.think_end_id is None:
+        return "never"
+    try:
+        on, off = (chat.render(asked, thinking) for thinking in (True, False))
+    except ValueError:
+        return "never"
+    return "switch" if on != off else "always" if chat.opens_thinking(on) else "never"
