@@ -51,6 +51,11 @@ def parse_arguments(arguments: list[str]) -> Namespace:
         raise ValueError('give a prompt, as in lens.py "Why is the sky blue?", or --architecture, or --verify FILE')
     if options.raw and options.system is not None:
         raise ValueError("--raw uses no chat template, so leave --system out")
+    for name, file in (("--out", options.out), ("--json", options.json)):
+        if file and file.is_dir():
+            raise ValueError(f"{name} {file}: is a directory; give the name of a file in it")
+    if options.json and options.out and options.json.resolve() == options.out.resolve():
+        raise ValueError(f"--json {options.json}: is the file of --out too; give another name")
     from inference.params import sampling_flags
 
     options.sampling = {"temperature": 0.0, **sampling_flags(options)}

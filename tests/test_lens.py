@@ -18,6 +18,7 @@ from inspection.lens.architecture import architecture, read_architecture
 from inspection.lens.attribution import rank_correlation
 from inspection.lens.numbers import unpack_attention
 from inspection.lens.spans import parts, prompt_spans, reply_spans
+from inspection.page import _json
 from model import Config, Qwen3
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -180,6 +181,28 @@ def test_spans_cover_the_messages_and_nothing_else():
     assert list(parts(" \n ")) == [] and list(parts("3.14 is pi")) == [(0, 10)]
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    ["e\u0301 caf\u00e9 👩‍👩‍👧. End", "<|im_end|> one. <think>two</think>. <|im_start|>", "مرحبا \u202eevil. שלום"],
+)
+def test_a_prompt_has_spans_however_it_is_normalised(prompt):
+    chat = Chat.from_pretrained(TINY)
+    ids = chat.render([{"role": "user", "content": prompt}])
+    found = prompt_spans(chat, ids, [prompt], single=False)
+    tags = {chat.think_start_id, chat.think_end_id} | chat.special_ids
+    assert len(found) >= 2 and all(span.text.strip() for span in found)
+    assert not {ids[t] for span in found for t in range(span.start, span.end)} & tags
+
+
+def test_a_text_of_one_part_has_nothing_before_its_first_token(command, tmp_path):
+    """Without a template the only part is all that there is: the first token of the reply has no other context."""
+    command("Once upon", "--raw", "--model", TINY, "--answer", " a time, it", "--json", tmp_path / "l.json")
+    found = json.loads((tmp_path / "l.json").read_text())
+    assert found["spans"][0]["start"] == 0
+    first, *others = [[entry["span"] for entry in row["spans"]] for row in found["attribution"]]
+    assert 0 not in first and others and all(0 in row for row in others)
+
+
 def test_rank_correlation_is_scipys():
     from scipy.stats import spearmanr
 
@@ -203,6 +226,37 @@ def test_a_page_verifies_and_one_changed_digit_is_named(page, command, tmp_path)
     (tmp_path / "moved.html").write_text(html.replace('"rank": 1,', '"rank": 2,', 1))
     status, said = command("--verify", tmp_path / "moved.html")
     assert status == 1 and re.search(r"tokens\[\d+\]\.rank: the page says 2, the model gives 1", said)
+
+
+def test_every_kind_of_change_is_named(page, command, tmp_path):
+    """A digit of the data, of the drawn page, of the settings: each is held against what is computed again."""
+    html = page[0].read_text()
+    data = re.search(r'(?s)id="lens">(.*?)</script>', html)[1]
+
+    def said_of(changed: str) -> str:
+        (tmp_path / "changed.html").write_text(changed)
+        status, said = command("--verify", tmp_path / "changed.html")
+        assert status == 1, said
+        return said
+
+    found = json.loads(data)
+    for change, place in (
+        (lambda d: d["layers"][1]["tokens"][0].update(p=0.123), r"^layers\[1\]\.tokens\[0\]\.p: the page says 0\.123"),
+        (lambda d: d["architecture"].update(parameters=479_265), r"architecture\.parameters: the page says 479265"),
+        (lambda d: d["alternatives"][2][0].update(sampled=0.5), r"alternatives\[2\]\[0\]\.sampled"),
+        (lambda d: d["attention"].update(data="AAAA"), "attention: the page says"),
+        (lambda d: d["settings"].update(answer="42"), r"tokens \(reply\)"),
+        (lambda d: d["settings"].update(prompt="What else?"), r"tokens \(prompt\)"),
+        (lambda d: d["names"].update({next(iter(d["names"])): "x"}), "names"),
+    ):
+        other = json.loads(data)
+        change(other)
+        assert re.search(place, said_of(html.replace(data, str(_json(other))))), place
+    drawn = said_of(html.replace("479,264", "471,000"))
+    assert re.search(r"page \(line \d+, column \d+\): the page says .*1,000", drawn)
+    unlike = html.replace(found["layout"], "0" * 64).replace("479,264", "471,000")
+    (tmp_path / "older.html").write_text(unlike)
+    assert command("--verify", tmp_path / "older.html")[0] == 0
 
 
 @pytest.mark.parametrize("content", ["", "<html>", '{"schema": "nanoqwen/lens/1"}', "[" * 9999, '{"schema": 3}'])

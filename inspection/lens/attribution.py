@@ -24,7 +24,8 @@ GROUP = 16  # tokens whose backward passes share a forward pass
 def leave_one_out(
     scorer: Scorer, ids: Sequence[int], begin: int, spans: Sequence[Span], progress: Callable[[int], None]
 ) -> list[list[float | None]]:
-    """bits[span][token] for the tokens ids[begin:]; None where the span does not lie before the token.
+    """bits[span][token] for the tokens ids[begin:]; None where the span does not lie before the token, or nothing else
+    does: a probability needs a text before it.
 
     One pass a span gives its bits for all tokens; what precedes the span is computed once (inference/likelihood.py).
     """
@@ -33,12 +34,8 @@ def leave_one_out(
     # From the last span to the first: each text shares with the one before all that precedes its own span.
     for number, index in enumerate(sorted(range(len(spans)), key=lambda i: -spans[i].start), 1):
         span = spans[index]
-        first = max(begin, span.end)
+        first = max(begin, span.end, 0 if span.start else span.end + 1)
         context = [*ids[: span.start], *ids[span.end : first]]
-        if not context:
-            raise ValueError(
-                "a span begins the text, so nothing would be left before the next token; add a system message"
-            )
         without = scorer.logprobs(context, ids[first:])
         gap: list[float | None] = [None] * (first - begin)
         found[index] = gap + [(a - b) / LN2 for a, b in zip(whole[first - begin :], without, strict=True)]

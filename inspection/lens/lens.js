@@ -64,10 +64,13 @@ const METRICS = {
 function about(one) {
   return `${number(one.bits, 3)} bits, entropy ${number(one.entropy_bits, 3)} bits, rank ${one.rank ?? "–"}`;
 }
+function alternatives(at) {
+  return L.alternatives[at - begin].slice(0, 4).map((row) => `\n${percent(row.p)}  ${visible(clean(row.text))}`).join("");
+}
 function drawReply() {
   const [, , share] = METRICS[state.metric];
   const decorate = (at, one) => ({ class: "heat " + level(share(one) || 0) + (at - begin === state.token ? " chosen" : ""),
-    title: about(one), ...(at >= begin ? picker(at) : {}) });
+    title: about(one) + alternatives(at), ...picker(at) });
   put("reply", ...flow(begin, L.tokens.length, decorate));
   put("prompt-bits", ...flow(0, begin, (at, one) => ({ class: "heat " + level(share(one) || 0), title: about(one) })));
   const one = token(begin + state.token), rows = L.alternatives[state.token];

@@ -18,7 +18,8 @@ from inference.decode import generate
 from inference.params import SamplingParams
 from inspection.lens.architecture import architecture
 from inspection.lens.numbers import numbers
-from inspection.lens.verify import differences, read_page
+from inspection.lens.pages import layout, lens_page
+from inspection.lens.verify import differences, drawn_differences, read_page
 from model import Qwen3, load
 
 SHOWN = 20  # differences that are named
@@ -61,14 +62,7 @@ def look(options: Namespace) -> dict[str, Any]:
         "sampling": options.sampling,
     }
     ids = prompt_ids(loaded.chat, settings)
-    begin = len(ids)
-    params = params_of(settings)
-    if options.answer is not None:
-        ids += loaded.chat.encode(options.answer)
-    else:
-        reply = generate(loaded.model, ids[:begin], params, chat=loaded.chat)
-        ids += console.counted(reply, "tokens of the reply", NOTICE)
-    return numbers_of(loaded, settings, ids, begin)
+    return numbers_of(loaded, settings, [*ids, *reply_ids(loaded, settings, ids)], len(ids))
 
 
 def prompt_ids(chat: Chat, settings: dict[str, Any]) -> list[int]:
@@ -76,6 +70,14 @@ def prompt_ids(chat: Chat, settings: dict[str, Any]) -> list[int]:
         return chat.encode(settings["prompt"])
     system = [{"role": "system", "content": settings["system"]}] if settings["system"] is not None else []
     return chat.render([*system, {"role": "user", "content": settings["prompt"]}], settings["thinking"])
+
+
+def reply_ids(loaded: Loaded, settings: dict[str, Any], prompt: list[int]) -> list[int]:
+    """The text that was given as the reply, or what the model generates."""
+    if settings["answer"] is not None:
+        return loaded.chat.encode(settings["answer"])
+    reply = generate(loaded.model, prompt, params_of(settings), chat=loaded.chat)
+    return list(console.counted(reply, "tokens of the reply", NOTICE))
 
 
 def params_of(settings: dict[str, Any]) -> SamplingParams:
@@ -100,7 +102,8 @@ def numbers_of(loaded: Loaded, settings: dict[str, Any], ids: list[int], begin: 
 
 def verify(page: Path, source: str | None) -> bool:
     """Whether a page's numbers are what the model gives; what differs is printed."""
-    stated = read_page(page)
+    stated, html = read_page(page)
+    drawn_by = stated.pop("layout", None)
     try:
         settings, begin = stated["settings"], stated["reply"]
         ids = [token["id"] for token in stated["tokens"]]
@@ -109,15 +112,24 @@ def verify(page: Path, source: str | None) -> bool:
             raise TypeError
         loaded = Loaded(resolve(source), source, settings["dtype"])
         found = numbers_of(loaded, settings, ids, begin)
+        found["model"]["source"] = stated["model"].get("source")
+        apart = []
+        prompt = prompt_ids(loaded.chat, settings)
+        if prompt != ids[:begin]:
+            apart.append((".tokens (prompt)", "ids", "those that the template gives", True))
+        elif reply_ids(loaded, settings, prompt) != ids[begin:]:
+            apart.append((".tokens (reply)", "ids", "another reply", True))
+        apart += differences(stated, found)
+        if html is not None and drawn_by == layout():
+            apart += drawn_differences(html, lens_page(stated))
+        elif html is not None:
+            console.notice(f"{page}: drawn by another version of nanoqwen; only the numbers of its data are compared")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{page}: its data lacks what a verification needs ({error!r})") from None
-    found["model"]["source"] = stated["model"].get("source")
-    apart = list(differences(stated, found))
-    if prompt_ids(loaded.chat, settings) != ids[:begin]:
-        apart.append((".tokens (prompt)", "ids", "those that the template gives", True))
     wrong = [one for one in apart if one[3]]
     for place, said, own, _ in (wrong or apart)[:SHOWN]:
-        print(f"{place.lstrip('.')}: the page says {said}, the model gives {own}")
+        giver = "its data give" if place.startswith("page (") else "the model gives"
+        print(f"{place.lstrip('.')}: the page says {said}, {giver} {own}")
     if len(wrong or apart) > SHOWN:
         print(f"and {len(wrong or apart) - SHOWN} more")
     if apart and not wrong:

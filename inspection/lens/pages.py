@@ -1,5 +1,6 @@
 """The lens page: five tabs that a learner follows from left to right, with the code of model.py that computes each."""
 
+import hashlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,13 @@ def heading(label: str) -> Markup:
     return Markup("<h3>{}</h3>").format(label)
 
 
+def layout() -> str:
+    """The digest of all that draws a page: two pages with the same data and layout are equal to the byte."""
+    files = [Path(__file__), HERE / "lens.css", HERE / "lens.js", Path(model.__file__)]
+    files += [HERE.parent / name for name in ("page.py", "page.css", "page.js")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def lens_page(found: dict[str, Any]) -> str:
     """The HTML of what `numbers` gave, with `model`, `settings` and `architecture` beside it."""
     settings, tokens = found["settings"], found["tokens"]
@@ -73,7 +81,7 @@ def lens_page(found: dict[str, Any]) -> str:
         footer="Every number on this page is computed again by `python lens.py --verify` with this file.",
     )
     page.style((HERE / "lens.css").read_text("utf-8"))
-    page.script((HERE / "lens.js").read_text("utf-8"), lens=found)
+    page.script((HERE / "lens.js").read_text("utf-8"), lens={**found, "layout": layout()})
     shown = {**settings, "sampling": ", ".join(f"{name} {value}" for name, value in settings["sampling"].items())}
     hidden = ("prompt",)
     kept = {name: value for name, value in shown.items() if name not in hidden and value not in (None, "", False)}

@@ -45,49 +45,44 @@ def prompt_spans(chat: Chat, ids: Sequence[int], contents: Sequence[str], single
     text, places = starts(chat, ids)
     found, at = [], 0
     for content in map(str.strip, contents):
-        place = text.find(content, at) if content else -1
+        written = chat.decode(chat.encode(content))  # as the tokenizer normalises it (NFC)
+        place = text.find(written, at) if written else -1
         if place < 0:  # a template may drop a message, or change it
             continue
-        at = place + len(content)
-        found += _spans(text, places, place, at, single, len(ids))
+        at = place + len(written)
+        found += _spans(chat, ids, text, places, place, at, single)
     return found
 
 
 def reply_spans(chat: Chat, ids: Sequence[int], begin: int, single: bool) -> list[Span]:
     """The spans of the reply ids[begin:], special and thinking tokens left out."""
     text, places = starts(chat, ids)
+    return _spans(chat, ids, text, places, places[begin] if begin < len(ids) else len(text), len(text), single, begin)
+
+
+def _spans(
+    chat: Chat, ids: Sequence[int], text: str, places: list[int], start: int, end: int, single: bool, first: int = 0
+) -> list[Span]:
+    """The parts of text[start:end] as spans of the tokens ids[first:]; special tokens separate parts, and a token
+    belongs to the part in which its first visible character lies."""
     tags = {chat.think_start_id, chat.think_end_id} | chat.special_ids
-    runs, start = [], begin
-    for index in range(begin, len(ids) + 1):
-        if index == len(ids) or ids[index] in tags:
-            if index > start:
-                runs.append((start, index))
-            start = index + 1
-    return [
-        span
-        for first, last in runs
-        for span in _spans(text, places, places[first], places[last] if last < len(ids) else len(text), single, last)
+    ends = [*places[1:], len(text)]
+    edges = [start]
+    for token, begin, stop in zip(ids, places, ends, strict=True):
+        if token in tags and start <= begin < end:
+            edges += (begin, stop)
+    edges.append(end)
+    ranges = [
+        (low + a, low + b) for low, high in zip(edges[::2], edges[1::2], strict=True) for a, b in parts(text[low:high])
     ]
-
-
-def _spans(text: str, places: list[int], start: int, end: int, single: bool, limit: int) -> list[Span]:
-    """The parts of text[start:end] as spans of tokens; a token belongs to the part in which its first visible
-    character lies."""
-    ranges = [(start + a, start + b) for a, b in parts(text[start:end])]
     owner: dict[int, list[int]] = {}
-    for token in range(min(limit, len(places))):
-        begin = places[token]
-        stop = places[token + 1] if token + 1 < len(places) else len(text)
+    for token in range(first, len(ids)):
+        begin, stop = places[token], ends[token]
         seen = next((i for i in range(begin, stop) if not text[i].isspace()), begin)
-        if not start <= seen < end:
-            continue
         part = next((i for i, (a, b) in enumerate(ranges) if a <= seen < b), None)
-        if part is not None:
+        if part is not None and ids[token] not in tags:
             owner.setdefault(part, []).append(token)
+    runs = [(tokens[0], tokens[-1] + 1) for tokens in owner.values()]
     if single:
-        return [Span(t, t + 1, _shown(text, places, t, t + 1)) for tokens in owner.values() for t in tokens]
-    return [Span(t[0], t[-1] + 1, _shown(text, places, t[0], t[-1] + 1)) for t in owner.values()]
-
-
-def _shown(text: str, places: list[int], start: int, end: int) -> str:
-    return text[places[start] : places[end] if end < len(places) else len(text)]
+        runs = [(token, token + 1) for tokens in owner.values() for token in tokens]
+    return [Span(low, high, text[places[low] : ends[high - 1]]) for low, high in runs]

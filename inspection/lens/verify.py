@@ -1,4 +1,4 @@
-"""Computes a page's numbers again, from the ids and settings that it holds, and names what differs."""
+"""What a page states, held against what was computed again from the ids and settings that it holds."""
 
 import json
 import re
@@ -13,10 +13,10 @@ DATA = re.compile(r'<script type="application/json" id="lens">(.*?)</script>', r
 TOLERANCE = 2e-3  # of a number, relative or absolute: another processor sums in another order
 
 
-def read_page(path: Path) -> dict[str, Any]:
-    """The numbers of a page or of a --json file. ValueError for what is none."""
+def read_page(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The numbers of a page or of a --json file, and the HTML where it is a page. ValueError for what is neither."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; give a page that lens.py wrote")
+        raise ValueError(f"{path}: not a file; give a page that lens.py wrote")
     if path.stat().st_size > MAX_PAGE:
         raise ValueError(f"{path}: {path.stat().st_size:,} bytes; a lens page has at most {MAX_PAGE:,}")
     try:
@@ -27,7 +27,19 @@ def read_page(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a page of lens.py ({str(error)[:80]})") from None
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
         raise ValueError(f"{path}: not a page of lens.py of the form {SCHEMA}")
-    return value
+    return value, content if found else None
+
+
+def drawn_differences(page: str, expected: str) -> Iterator[tuple[str, Any, Any, bool]]:
+    """The lines of a page that are not those which its own data give, in the form of `differences`."""
+    stated, drawn = page.split("\n"), expected.split("\n")
+    if len(stated) != len(drawn):
+        yield "page (lines)", len(stated), len(drawn), True
+    for number, (a, b) in enumerate(zip(stated, drawn, strict=False), 1):
+        if a != b:
+            same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            low, high = max(0, same - 20), same + 20
+            yield f"page (line {number}, column {same + 1})", repr(str(a[low:high])), repr(str(b[low:high])), True
 
 
 def differences(stated: Any, found: Any, place: str = "") -> Iterator[tuple[str, Any, Any, bool]]:
@@ -46,11 +58,13 @@ def differences(stated: Any, found: Any, place: str = "") -> Iterator[tuple[str,
         for index, (a, b) in enumerate(zip(stated, found, strict=False)):
             yield from differences(a, b, f"{place}[{index}]")
     elif stated != found or type(stated) is not type(found):
-        yield place, stated, found, not _near(stated, found)
+        yield place, stated, found, not _near(stated, found, place)
 
 
-def _near(stated: Any, found: Any) -> bool:
-    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in (stated, found)):
+def _near(stated: Any, found: Any, place: str) -> bool:
+    """Whether rounding may explain a difference: of a measured number, or of a rank among nearly equal ones."""
+    kinds = (int, float) if place.endswith(".rank") else (float,)
+    if type(stated) not in kinds or type(found) not in kinds:
         return False
     return abs(stated - found) <= TOLERANCE * max(1.0, abs(found))
 
