@@ -267,7 +267,7 @@ function ask(text) {
 // A reply to a message: a new one beside those that it has.
 function answer(question, fields = {}) {
   const older = question.children.length;
-  const given = Number.isInteger(settings.seed) ? settings.seed + older : Math.floor(Math.random() * 2 ** 31);
+  const given = Number.isInteger(settings.seed) ? settings.seed + older : Math.floor(Math.random() * 1e6);
   const node = chat.add(question, "assistant", { reply: new Reply(), seed: given, ...fields });
   return run(node);
 }
@@ -305,9 +305,9 @@ function bodyFor(node) {
   const messages = [...(settings.system ? [{ role: "system", content: settings.system }] : []), ...chat.before(node)], begun = node.reply.begun;
   if (begun) [body.messages, body.continue_final_message] = [[...messages, begun], true];
   else body.messages = messages;
-  if (model?.thinking !== "never" && model?.thinking !== "always") body.chat_template_kwargs = { enable_thinking: settings.thinking };
+  if (model?.thinking === "switch") body.chat_template_kwargs = { enable_thinking: settings.thinking };
   for (const [name] of KNOBS) if (settings[name] !== undefined && name !== "seed") body[REQUEST_NAMES[name] ?? name] = settings[name];
-  if (!settings.thinking) delete body.thinking_budget;
+  if (!thinks()) delete body.thinking_budget;
   if (settings.stop?.length) body.stop = settings.stop;
   return body;
 }
@@ -402,7 +402,8 @@ function scrollDown(now) {
 
 // ---- Settings ----
 
-const advised = () => ({ ...OFF, ...(model?.sampling?.[settings.thinking ? "thinking" : "answer"] ?? {}), ...(model?.sampling?.max_tokens && { max_new_tokens: model.sampling.max_tokens }) });
+const thinks = () => (model?.thinking === "switch" ? settings.thinking : model?.thinking === "always");
+const advised = () => ({ ...OFF, ...(model?.sampling?.[thinks() ? "thinking" : "answer"] ?? {}), ...(model?.sampling?.max_tokens && { max_new_tokens: model.sampling.max_tokens }) });
 
 function drawKnobs() {
   $("knobs").replaceChildren(...KNOBS.map(([name, label, least, most, step, what]) => {
@@ -438,8 +439,7 @@ function drawKnobs() {
 }
 
 function drawSwitches() {
-  const can = model?.thinking !== "never" && model?.thinking !== "always";
-  $("thinking").hidden = !can;
+  $("thinking").hidden = model && model.thinking !== "switch";
   $("thinking").setAttribute("aria-pressed", settings.thinking);
   $("system").value = settings.system ?? "";
 }

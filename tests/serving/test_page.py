@@ -137,7 +137,7 @@ SUM = [
 
 
 @pytest.fixture(scope="module")
-def serving():
+def scripted():
     server = Server()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -148,9 +148,9 @@ def serving():
 
 
 @pytest.fixture
-def server(serving):
-    serving.replies, serving.asked, serving.key, serving.model = [], [], None, MODEL
-    return serving
+def server(scripted):
+    scripted.replies, scripted.asked, scripted.key, scripted.model = [], [], None, MODEL
+    return scripted
 
 
 @pytest.fixture
