@@ -69,6 +69,9 @@ class Audit:
         consistency.examine_config(ledger, files)
         code.judge(ledger, tree.repo)
         consistency.examine_templates(ledger, files)
+        for where, numbers in ledger.facts.get("template_lines", {}).items():
+            lines = ledger.facts["templates"][where].split("\n")
+            self.diffs[where] = "\n".join(f"+ {number:4}  {lines[number - 1]}" for number in numbers[:400])
         consistency.examine_tokens(ledger, files)
         claims.examine(ledger, files)
         weights.examine_values(ledger, tree, progress)

@@ -7,7 +7,7 @@ from typing import Any
 
 from formats.gguf.reader import Head
 from formats.template import TemplateSandbox
-from inspection import templates, weights
+from inspection import official, templates, weights
 from inspection.contents import MAX_TEXT
 from inspection.findings import Ledger, Unexamined
 from inspection.tree import Tree
@@ -126,12 +126,15 @@ def examine_templates(ledger: Ledger, files: Files) -> None:
     sandbox, rendered = _sandbox(), {}
     for where, text in list(found.items())[:16]:
         rendered[where] = templates.examine(ledger, where, text, sandbox, variables)
-        if name := templates.official(text):
+        if name := official.name_of(text):
             ledger.find("template-official", where, f"the template of {name}")
+        elif unlike := official.difference(text, rendered[where]):
+            ledger.find("template-unofficial", where, official.sentence(unlike))
+            ledger.facts.setdefault("template_lines", {})[where] = unlike.own
         elif files.config.get("model_type") in weights.FAMILY or (
             files.gguf and "qwen" in str(files.gguf.metadata.get("general.architecture"))
         ):
-            ledger.find("template-unofficial", where, "none of the official templates that are known here")
+            ledger.find("template-unofficial", where, "unlike all official templates that are known here")
     main = {
         where: text
         for where, text in found.items()

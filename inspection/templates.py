@@ -7,7 +7,6 @@ into a user's message, and where the prompt around it changes, it is a switch; m
 one, ordinary words may not.
 """
 
-import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -58,16 +57,6 @@ INTERNALS = _names(
     """
 )
 
-# The official templates: sha256 of the text -> where it was published.
-OFFICIAL = {
-    "a55ee1b1660128b7098723e0abcd92caa0788061051c62d51cbe87d9cf1974d8": "Qwen3 (0.6B to 235B-A22B)",
-    "87a2728cb8dc9fe424d624542f6060ec05a1d285ebbec578bb078900e33396b5": "Qwen3, first published (Embedding, Reranker)",
-    "3802169b2a02b81e6adb7ab4f64f91ff02db753c8c3a64a01c35192d3a61d8d7": "Qwen3-Thinking-2507",
-    "40c21f34cf67d8c760ef72f8ad3ae5afad514299d4b06e91dd9a8d705af7b541": "Qwen3-Instruct-2507",
-    "d287fb2edf144207f868ae1b282755dc19db2a3f1c5b3a3d57e9e5abffa98392": "Qwen3-Coder",
-    "a4aee8afcf2e0711942cf848899be66016f8d14a889ff9ede07bca099c28f715": "Qwen3.5-4B",
-}
-
 UNRENDERED = {"template-blowup", "template-attribute", "template-include"}
 
 
@@ -102,11 +91,6 @@ def examine(
     else:
         trials.try_words(ledger, where, source, tree, sandbox, variables)
     return rendered
-
-
-def official(source: str) -> str | None:
-    """Where this very text was published, if it is one of the official templates."""
-    return OFFICIAL.get(hashlib.sha256(source.encode("utf-8", "replace")).hexdigest())
 
 
 def _examine_characters(ledger: Ledger, where: str, source: str) -> None:
