@@ -11,31 +11,20 @@ examined, or the command was used wrongly. Nothing of the repository is run: pic
 rendered in the sandbox, weights are data.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import console
+from inspection.arguments import parse_arguments
+
+if __name__ == "__main__":
+    console.answer_early(parse_arguments)  # --help and a wrong flag need no PyTorch
+
 from formats import record
 from formats.files import write_text
 from formats.source import resolve
 from inspection import auditing, bom, lineage, manifest, report
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = console.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
-    add("src", metavar="SRC", help="directory, hub id (org/name or org/name@revision) or .gguf file")
-    add("--base", metavar="SRC", help="what it is said to be made from: weights and template are compared")
-    add("--verify", type=Path, metavar="DIR", help="hold it against the model_context.json of an earlier --out DIR")
-    add("--out", type=Path, metavar="DIR", help="write the manifest, the reports and the bill of materials")
-    add("--deep", action="store_true", help="read a hub repository whole, and run models of any size")
-    add("--json", action="store_true", help="print the manifest")
-    options = parser.parse_args()
-    if options.base and options.verify:
-        parser.error("--base and --verify: one comparison at a time")
-    return options
 
 
 def write_reports(out: Path, audit: auditing.Audit, found: dict[str, Any]) -> None:

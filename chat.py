@@ -26,6 +26,7 @@ from formats.tokenizer_files import (
     TOKENIZER_BYTES,
     chat_templates,
     load_tokenizer,
+    read_bytes,
     read_text,
     reraise_unless_library,
     special_tokens,
@@ -48,17 +49,19 @@ EMPTY_THINKING = re.compile(r"(?P<tag><think>)?\s*</think>\s*")
 class Chat:
     """A checkpoint's tokenizer and chat template: messages and text to ids, ids to text.
 
-    `source` names the checkpoint in error messages. `tokenizer_json` is the text of tokenizer.json; `tokenizer_config`
-    the content of tokenizer_config.json; `template` (chat_template.jinja) takes precedence over the one inside it.
+    `source` names the checkpoint in error messages. `tokenizer_json` is tokenizer.json as text or as bytes,
+    `tokenizer_config` the content of tokenizer_config.json; `template` (chat_template.jinja) takes precedence over the
+    one inside it.
     """
 
-    def __init__(self, source: str, tokenizer_json: str, tokenizer_config: dict, template: str | None = None):
+    def __init__(self, source: str, tokenizer_json: str | bytes, tokenizer_config: dict, template: str | None = None):
         self.source = source
         self.templates = chat_templates(source, tokenizer_config) if template is None else {"default": template}
         self._sandbox = TemplateSandbox()
         if self.templates:
             self._sandbox.start()  # it starts while the tokenizer is parsed
-        self.tokenizer = load_tokenizer(source, tokenizer_json)
+        as_bytes = tokenizer_json.encode() if isinstance(tokenizer_json, str) else tokenizer_json
+        self.tokenizer = load_tokenizer(source, as_bytes)
         added = self.tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self.special_tokens = special_tokens(tokenizer_config)
@@ -83,7 +86,7 @@ class Chat:
             return cls(str(path), json.dumps(tokenizer_json), tokenizer_config)
         if not (path / "tokenizer.json").exists():
             raise ValueError(f"{path}: no tokenizer.json; take it from the model that this checkpoint was made from")
-        tokenizer_json = read_text(path / "tokenizer.json", TOKENIZER_BYTES)
+        tokenizer_json = read_bytes(path / "tokenizer.json", TOKENIZER_BYTES)
         config, template = path / "tokenizer_config.json", path / "chat_template.jinja"
         return cls(
             str(path),

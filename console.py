@@ -1,10 +1,11 @@
 """What every command shares at the terminal: arguments, one-line errors and progress bars.
 
-Results go to standard output; all that this file prints goes to standard error.
+Results go to standard output; everything that this file prints goes to standard error.
 """
 
 import argparse
 import difflib
+import gc
 import os
 import re
 import sys
@@ -12,21 +13,14 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+if TYPE_CHECKING:  # at run time only where something is drawn
+    from rich.console import Console
+    from rich.progress import Progress
 
-stderr = Console(stderr=True, highlight=False)
 T = TypeVar("T")
 
 
@@ -104,18 +98,30 @@ def counted(items: Iterable[T], what: str, every: float = 15.0) -> Iterator[T]:
         yield item
 
 
-def byte_progress() -> Progress:
+@cache
+def stderr() -> "Console":
+    """Standard error, for rich's progress bars."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def byte_progress() -> "Progress":
     """A progress bar over bytes with speed and remaining time; silent where standard error is not a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=stderr, disable=not stderr.is_terminal, transient=True)
+    return Progress(*columns, TimeRemainingColumn(), console=stderr(), disable=not stderr().is_terminal, transient=True)
 
 
 @contextmanager
 def task_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yields update(done): a bar with what is left in a terminal, else a line every 15 seconds."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     last = time.monotonic()
-    with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
+    with Progress(*columns, console=stderr(), disable=not stderr().is_terminal, transient=True) as progress:
         task = progress.add_task(what, total=total)
 
         def update(done: int) -> None:
@@ -126,6 +132,18 @@ def task_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
                 notice(f"{what}: {done:,} of {total:,}")
 
         yield update
+
+
+class Stopwatch:
+    """Seconds of the phases of a command's start; the first phase is all that the process has done until now."""
+
+    def __init__(self, first: str):
+        self.seconds = {first: time.process_time()}  # Python gives no portable time of a process's birth
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase], self._last = now - self._last, now
 
 
 def one_line(text: str, most: int = 1000) -> str:
@@ -142,6 +160,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     closed the pipe is no error, nor is a standard stream that was closed from the beginning.
     """
     program = Path(sys.argv[0]).name
+    # Importing PyTorch makes some hundred thousand objects and next to no garbage, but at Python's threshold of 700
+    # the collector looks at them again and again, which takes a tenth of a second.
+    gc.set_threshold(50_000)
     _open_closed_streams()
     try:
         try:

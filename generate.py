@@ -131,11 +131,12 @@ def expand_switches(arguments: list[str]) -> list[str]:
 def main() -> None:
     options = parse_arguments(sys.argv[1:])
 
-    # These import PyTorch, which takes seconds: only now that the arguments are right.
-    from inference.answers import answer_file, answer_questions
     from inference.load import load_session
 
-    session = load_session(options)
+    session = load_session(options)  # imports PyTorch, which takes a second: only now that the arguments are right
+
+    from inference.answers import answer_file, answer_questions
+
     if options.prompts is not None:
         answer_file(session, Path(options.prompts), options.batch_size or BATCH_SIZE, options.stats)
     elif sys.stdin.isatty() and (options.prompt is None or options.multi_turn == "on"):

@@ -10,16 +10,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import torch
-
 import console
 from benchmarks.common import ROOT, cache_directory, run_script
-from chat import Chat
-from data.corpus.examples import completion, unseen_examples
-from data.corpus.tokenizer import TINY, pieces_of
 from formats.source import BUNDLED_MODEL, resolve
-from inference.decode import new_cache
-from model import Qwen3
 
 SCHEMES = {
     "bf16": ("--to", "bf16"),
@@ -30,36 +23,6 @@ SCHEMES = {
     "GGUF q4_0": ("--to", "gguf", "--type", "q4_0"),
     "GGUF q4_k_m": ("--to", "gguf", "--type", "q4_k_m"),
 }
-AT_ONCE = 16  # tokens of a forward pass, few enough to be computed as one by one
-
-
-def conversations(chat: Chat, count: int) -> list[list[int]]:
-    """Unseen questions and their gold replies, as ids."""
-    pieces = pieces_of(TINY)  # whose spelling the traces show; any model's tokenizer reads them as text
-    return [
-        [*chat.render(example.messages, example.thinking), *chat.encode(completion(example))]
-        for example in unseen_examples(0, count, pieces)
-    ]
-
-
-@torch.inference_mode()
-def logits(model: Qwen3, texts: list[list[int]]) -> torch.Tensor:
-    """[all tokens, V] in float32, each position's mean taken away."""
-    found = []
-    for ids in texts:
-        cache = new_cache(model, len(ids))
-        for start in range(0, len(ids), AT_ONCE):
-            found.append(model(torch.tensor([ids[start : start + AT_ONCE]]), cache)[0].float())
-    found = torch.cat(found)
-    return found - found.mean(-1, keepdim=True)
-
-
-def compare(found: torch.Tensor, exact: torch.Tensor) -> tuple[float, float, float]:
-    """Relative error, KL(exact || found) in nats per token, share of equal likeliest tokens."""
-    error = (found - exact).norm() / exact.norm()
-    logp, logq = exact.double().log_softmax(-1), found.double().log_softmax(-1)
-    divergence = (logp.exp() * (logp - logq)).sum(-1).mean()
-    return error.item(), divergence.item(), (found.argmax(-1) == exact.argmax(-1)).float().mean().item()
 
 
 def main(arguments: list[str]) -> None:
@@ -70,6 +33,13 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.count < 1:
         raise ValueError(f"--count {options.count}: give at least 1")
+
+    import torch
+
+    from benchmarks.divergence import compare, conversations, logits
+    from chat import Chat
+    from model import Qwen3
+
     model = resolve(options.model)
     texts = conversations(Chat.from_pretrained(model), options.count)
     exact = logits(Qwen3.from_pretrained(model, dtype=torch.float32), texts)

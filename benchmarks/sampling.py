@@ -2,39 +2,45 @@
 
 Microseconds of `sample` per token for each kind of setting, over the logits of a vocabulary of Qwen3's size: flat ones,
 as random weights give them (the worst case for top-p, which then keeps most of the vocabulary), and peaked ones, as
-trained weights do. The history that the penalties look at is 4,096 tokens. Each figure is the median of the repeats.
+trained weights do. The penalties look at a prompt of 1,024 tokens and a reply of --history. Each figure is the median
+of the repeats.
 """
 
 import statistics
 import time
-from array import array
-
-import torch
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import console
 from inference.params import SamplingParams
-from inference.sampling import sample
 
-VOCABULARY = 151936
+VOCABULARY, PROMPT = 151936, 1024
+PENALTIES = {"presence_penalty": 1.0, "frequency_penalty": 0.1, "repetition_penalty": 1.1}
 SETTINGS = {
     "greedy": {"temperature": 0},
     "temperature 1": {},
+    "temperature 0.7": {"temperature": 0.7},
+    "temperature 0.7, no seed": {"temperature": 0.7, "seed": None},
     "top-k 20": {"top_k": 20},
     "top-p 0.95": {"top_p": 0.95},
+    "top-p 0.5": {"top_p": 0.5},
     "min-p 0.05": {"min_p": 0.05},
     "top-k 20, top-p 0.95, min-p 0.05": {"top_k": 20, "top_p": 0.95, "min_p": 0.05},
-    "top-p 0.95, both penalties": {"top_p": 0.95, "presence_penalty": 1.0, "repetition_penalty": 1.1},
+    "top-p 0.95, min-p 0.05": {"top_p": 0.95, "min_p": 0.05},
+    "presence penalty": {"presence_penalty": 1.0},
+    "frequency penalty": {"frequency_penalty": 0.1},
+    "repetition penalty": {"repetition_penalty": 1.1},
+    "temperature 0.7, top-p 0.95, all penalties": {"temperature": 0.7, "top_p": 0.95, **PENALTIES},
 }
 LOGITS = {"flat": 0.6, "peaked": 4.0}  # standard deviation
 
 
-def measure(logits: torch.Tensor, params: SamplingParams, repeats: int) -> float:
-    """Median seconds of one call."""
-    history = array("q", torch.randint(0, VOCABULARY, (4096,), generator=torch.Generator().manual_seed(0)).tolist())
-    generator, seconds = params.generator(), []
+def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        sample(logits, params, generator, history[:1024], history[1024:])
+        call()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
@@ -43,24 +49,40 @@ def main(arguments: list[str]) -> None:
     parser = console.ArgumentParser(prog="bench.py sampling", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--repeats", type=int, default=200, metavar="N", help="calls per figure (default: 200)")
+    add("--history", type=int, default=4096, metavar="N", help="tokens of the reply so far (default: 4096)")
     add(
         "--token-ms", type=float, metavar="X", help="also as a share of X ms, a token's time as bench.py speed gives it"
     )
     add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: PyTorch's choice)")
     options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        raise ValueError(f"--repeats {options.repeats}: give at least 1")
+    if min(options.repeats, options.history) < 1:
+        raise ValueError("--repeats and --history: give at least 1")
     if options.token_ms is not None and not options.token_ms > 0:
         raise ValueError(f"--token-ms {options.token_ms}: give the milliseconds of a token")
+
+    import torch
+
+    from inference.sampling import Said, sample, top_logprobs
+
     if options.threads:
         torch.set_num_threads(options.threads)
+    generator = torch.Generator().manual_seed(0)
+    prompt, reply = (torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in (PROMPT, options.history))
+    said = Said(prompt, reply)
+    logits = [(scale * torch.randn(VOCABULARY, generator=generator)).bfloat16() for scale in LOGITS.values()]
+
+    def row(label: str, call: Callable[[torch.Tensor], Any]) -> None:
+        seconds = [median_seconds(lambda each=each: call(each), options.repeats) for each in logits]
+        shares = [f" ({one / options.token_ms * 1e3:.1%})" if options.token_ms else "" for one in seconds]
+        cells = [f"{one * 1e6:,.0f}{share}" for one, share in zip(seconds, shares, strict=True)]
+        print(f"| {label} | {' | '.join(cells)} |", flush=True)
+
+    def choose(params: SamplingParams, state: torch.Generator, each: torch.Tensor) -> int:
+        return sample(each, params, state, said)
+
     share = " (share of a token)" if options.token_ms else ""
     print(f"| setting | {' | '.join(f'{name} logits, µs{share}' for name in LOGITS)} |\n|---|{'--:|' * len(LOGITS)}")
     for label, setting in SETTINGS.items():
-        cells, params = [], SamplingParams(seed=1, **setting)
-        for scale in LOGITS.values():
-            logits = (scale * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(1))).bfloat16()
-            seconds = measure(logits, params, options.repeats)
-            share = f" ({seconds / options.token_ms * 1e3:.1%})" if options.token_ms else ""
-            cells.append(f"{seconds * 1e6:,.0f}{share}")
-        print(f"| {label} | {' | '.join(cells)} |", flush=True)
+        params = SamplingParams(**{"seed": 1, **setting})
+        row(label, partial(choose, params, params.generator()))
+    row("log probabilities of the 20 likeliest, besides", lambda each: top_logprobs(each, 0, 20))

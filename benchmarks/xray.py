@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import console
-from ops.limits import describe
 
 COLUMNS = ("instruction", "context", "response", "category")
 
@@ -109,6 +108,7 @@ def main(arguments: list[str]) -> None:
 
     from chat import Chat
     from inspection.xray.tokens import TokenCounter
+    from ops.limits import describe
 
     chat = Chat.from_pretrained(options.tokenizer)
     with tempfile.TemporaryDirectory(prefix="bench-xray-") as folder:

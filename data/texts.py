@@ -164,8 +164,8 @@ def watched(stream: Iterator[np.ndarray], name: str) -> Iterator[np.ndarray]:
     """The stream unchanged; its speed is shown on standard error."""
     tokens, start = 0, time.perf_counter()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    silent = not console.stderr.is_terminal
-    with closing(stream), Progress(*columns, console=console.stderr, disable=silent, transient=True) as progress:
+    silent = not console.stderr().is_terminal
+    with closing(stream), Progress(*columns, console=console.stderr(), disable=silent, transient=True) as progress:
         task = progress.add_task(name, total=None)
         for ids in stream:
             tokens += len(ids)

@@ -7,9 +7,9 @@ from typing import Any, NoReturn
 import torch
 
 from formats.adapter import WEIGHTS, AdapterConfig, parse_name
+from formats.mistaken import PICKLE_SUFFIXES
 from formats.official_names import EMBEDDING, HEAD, WRAPPERS
 from formats.safetensors_read import SafetensorsFile
-from formats.tensors import PICKLE_SUFFIXES
 from formats.view import View
 
 MATRICES = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))

@@ -1,5 +1,6 @@
 """What a file is that is not what its name says, told by its first bytes: a pointer, a web page, another container."""
 
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 POINTERS = (
     b"version https://git-lfs.github.com/spec/",
     b"version https://hawser.github.com/spec/",

@@ -18,9 +18,9 @@ import torch
 
 from formats.json_file import read_json
 from formats.mapping import map_file, release
-from formats.mistaken import mistaken
+from formats.mistaken import PICKLE_SUFFIXES, mistaken
 from formats.shards import INDEX, SINGLE, weight_files
-from formats.tensors import DTYPES, PICKLE_SUFFIXES, TensorInfo
+from formats.tensors import DTYPES, TensorInfo
 
 MAX_HEADER = 32_000_000  # bytes; the names of 10^5 tensors stay far below, and parsing it stays within a gigabyte
 MAX_NAME = 256  # characters; the official names stay below 60

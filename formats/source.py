@@ -13,7 +13,7 @@ from console import notice
 from formats import hub
 from formats.gguf.files import choose
 from formats.hub import HubUnreachable as HubUnreachable
-from formats.tensors import PICKLE_SUFFIXES
+from formats.mistaken import PICKLE_SUFFIXES
 
 DEFAULT_MODEL = "Qwen/Qwen3-0.6B"
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny"

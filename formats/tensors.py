@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 import torch
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

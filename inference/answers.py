@@ -60,6 +60,9 @@ def show(session: Session, ask: Callable[..., Answer], as_json: bool, stats: boo
         console.notice(notices[answer.finish_reason])
     if stats:
         console.notice(stats_line(answer))
+        if phases := answer.stats.get("start_seconds"):
+            parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases.items())
+            console.notice(f"start: {parts} = {sum(phases.values()):.2f} s")
     return answer
 
 

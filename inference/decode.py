@@ -8,7 +8,6 @@ positions.
 """
 
 import operator
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 
 from chat import EARLY_STOP_TEXT, Chat, ReplyStream
+from formats.tensors import all_finite
 from inference.params import SamplingParams, recommended
-from inference.sampling import sample
+from inference.sampling import NotFinite, Said, is_penalized, sample
 from model import KVCache, Qwen3
 
 PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once; bounds the memory of a long prompt
@@ -123,7 +123,7 @@ class Reply:
         until: Until | None = None,
         mask: Mask | None = None,
     ):
-        self.ids = check_prompt(model, ids)
+        self.model, self.ids = model, check_prompt(model, ids)
         if not isinstance(params, SamplingParams | None):
             raise ValueError(f"params is a {type(params).__name__}; give SamplingParams(temperature=0, ...)")
         self.params = params or recommended(model.generation_config, thinking=True)
@@ -134,20 +134,24 @@ class Reply:
         # The last token itself need not be computed on, so it may be beyond the context.
         self.limit = min(self.params.max_new_tokens, model.config.context_length - len(self.ids) + 1)
         self.generator, self.ends = self.params.generator(), end_tokens(model)
-        self.seen = array("q", self.ids), array("q")  # prompt and reply once more, as the penalties read them fast
+        self.said = Said(self.ids) if is_penalized(self.params) else None
         self.intervene, self.until, self.mask = intervene, until, mask
         self.text = ReplyStream(chat, self.ids, self.params.stop, raw=True) if self.params.stop else None
 
     def choose(self, logits: Tensor) -> list[tuple[int, Tensor | None]]:
         """The token drawn from logits [V] and, without logits, the ids that `intervene` inserts after it."""
         scores = logits if self.mask is None else self.mask(self.tokens, logits)
-        token = sample(scores, self.params, self.generator, *self.seen)
+        try:
+            token = sample(scores, self.params, self.generator, self.said)
+        except NotFinite as error:
+            raise ValueError(damage(self.model) or str(error)) from None
         self.tokens.append(token)
         over = token in self.ends
         forced = [] if over or self.intervene is None else self.intervene(self.tokens)
         forced = forced[: self.limit - len(self.tokens)]
         self.tokens += forced
-        self.seen[1].extend((token, *forced))
+        for token_id in (token, *forced) if self.said is not None else ():
+            self.said.add(token_id)
         if self.text is not None:
             for token_id in (token, *forced):
                 self.text.push(token_id)
@@ -155,6 +159,15 @@ class Reply:
         over |= self.until is not None and self.until(self.tokens)
         self.ended = over or len(self.tokens) >= self.limit
         return [(token, logits), *((token_id, None) for token_id in forced)]
+
+
+def damage(model: Qwen3, most: int = 6) -> str | None:
+    """Which of a model's weights are NaN or infinite, in one line."""
+    names = [name for name, tensor in model.state_dict().items() if not all_finite(tensor)]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (
+        f"weights that are non-finite: {', '.join(names[:most])}{more}; download or save them again" if names else None
+    )
 
 
 @torch.inference_mode()

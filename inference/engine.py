@@ -64,7 +64,7 @@ class Running:
 
     def text(self) -> np.ndarray:
         """Prompt and reply, int64 [positions]."""
-        return np.concatenate([np.asarray(part, np.int64) for part in self.reply.seen])
+        return np.array([*self.reply.ids, *self.reply.tokens], np.int64)
 
 
 @dataclass(eq=False)

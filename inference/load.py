@@ -1,36 +1,49 @@
-"""A session as the command line asks for it: the model, its chat, the settings, and what guesses the next tokens."""
+"""A session as the command line asks for it: the model, its chat, the settings, and what guesses the next tokens.
+
+The text comes first and PyTorch after it: while PyTorch is imported, which takes a second, the process of the chat
+template gets ready; and a wrong --model is named before it.
+"""
 
 import os
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
+import console
 from chat import Chat
 from formats.adapter import text_path
-from formats.checkpoint import open_checkpoint
 from formats.source import resolve, resolve_default
 from inference.params import MOST_GUESSES, recommended
-from inference.session import Session
-from inference.speculate import DraftModel, PromptLookup, Speculation
-from model import Qwen3, load
-from ops.devices import pick_device, pick_kernels, use_kernels
-from ops.limits import read_bandwidth
-from ops.memory import release_freed_memory
+
+if TYPE_CHECKING:
+    from inference.session import Session
+    from inference.speculate import Speculation
+    from model import Qwen3
 
 
-def load_model(path: Path, options: Namespace) -> tuple[Qwen3, Chat]:
+def load_model(path: Path, options: Namespace, watch: console.Stopwatch | None = None) -> "tuple[Qwen3, Chat]":
     """The model at `path` and its chat, as the flags of `add_model_flags` (inference/flags.py) ask for it.
 
-    Raises ValueError that names the flag whose value is wrong.
+    Raises ValueError that names the flag whose value is wrong. `watch` gets the phases.
     """
-    device = pick_device(options.device, "--device")
-    kernels = pick_kernels(options.kernels, device, "--kernels")
+    watch = watch or console.Stopwatch("Python")
     adapter = options.adapter and resolve(options.adapter, "--adapter")
     chat = Chat.from_pretrained(text_path(path, adapter))
-    release_freed_memory()
+    watch.lap("tokenizer")
+
+    import torch
+
+    from formats.checkpoint import open_checkpoint
+    from model import load
+    from ops.devices import pick_device, pick_kernels, use_kernels
+    from ops.memory import release_freed_memory
+
+    watch.lap("PyTorch")
+    release_freed_memory()  # of reading the tokenizer
+    device = pick_device(options.device, "--device")
+    kernels = pick_kernels(options.kernels, device, "--kernels")
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = load(open_checkpoint(path, adapter), device, dtype)
+    model = load(open_checkpoint(path, adapter), device, dtype, check_values=False)  # sampling refuses NaN
     if options.quantize:
         from ops.quant import quantize_
 
@@ -42,15 +55,19 @@ def load_model(path: Path, options: Namespace) -> tuple[Qwen3, Chat]:
         model.kernels = kernels
     else:
         use_kernels(model, kernels, "--kernels")
+    watch.lap("weights")
     return model, chat
 
 
-def load_session(options: Namespace) -> Session:
+def load_session(options: Namespace) -> "Session":
     """`options` are those of generate.py. Raises ValueError that names the flag whose value is wrong."""
+    watch = console.Stopwatch("Python")
     path = resolve_default(options.model)
-    # Measured first: it frees its 256 MB before the weights are loaded.
-    bandwidth = read_bandwidth(pick_device(options.device, "--device")) if options.stats else None
-    model, chat = load_model(path, options)
+    model, chat = load_model(path, options, watch)
+
+    from inference.session import Session
+    from ops.limits import read_bandwidth
+
     thinking = options.thinking != "off"
     chosen = {"seed": int.from_bytes(os.urandom(4), "big"), **options.sampling}
     session = Session(
@@ -66,12 +83,18 @@ def load_session(options: Namespace) -> Session:
         speculation=load_speculation(options, chat, model),
         loop_stop=not options.no_loop_stop,
     )
-    session.bandwidth = bandwidth
+    watch.lap("session")
+    session.start_seconds = watch.seconds
+    session.bandwidth = read_bandwidth(model.device) if options.stats else None
     return session
 
 
-def load_speculation(options: Namespace, chat: Chat, model: Qwen3) -> Speculation | None:
+def load_speculation(options: Namespace, chat: Chat, model: "Qwen3") -> "Speculation | None":
     """What guesses the next tokens: a draft model that speaks the same tokens, prompt lookup, or nothing."""
+    from formats.checkpoint import open_checkpoint
+    from inference.speculate import DraftModel, PromptLookup, Speculation
+    from model import load
+
     if options.draft is None:
         try:
             most = MOST_GUESSES if options.prompt_lookup is None else options.prompt_lookup
@@ -85,7 +108,7 @@ def load_speculation(options: Namespace, chat: Chat, model: Qwen3) -> Speculatio
     return Speculation(DraftModel(load(open_checkpoint(path), model.device, model.dtype), model.config.vocab_size))
 
 
-def describe(model: Qwen3) -> str:
+def describe(model: "Qwen3") -> str:
     """`596,049,920 parameters, context 40,960 tokens, bfloat16 on cpu`: what the banner of a chat says of a model."""
     bits = {getattr(m, "bits", None) for m in model.modules()} - {None}
     precision = str(model.dtype).removeprefix("torch.")
@@ -94,7 +117,7 @@ def describe(model: Qwen3) -> str:
     return f"{parameters(model):,} parameters, context {context:,} tokens, {precision} on {model.device.type}"
 
 
-def parameters(model: Qwen3) -> int:
+def parameters(model: "Qwen3") -> int:
     """How many weights a model has, packed ones counted unpacked."""
     packed = sum(m.in_features * m.out_features for m in model.modules() if getattr(m, "bits", None))
     return packed + sum(parameter.numel() for parameter in model.parameters())

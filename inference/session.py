@@ -19,6 +19,7 @@ from inference.decode import (
     steps,
 )
 from inference.params import SamplingParams
+from inference.sampling import top_logprobs
 from inference.speculate import Speculation, common_prefix
 from model import EMBEDDING, HEAD, KVCache, Qwen3
 from ops.cpu import step as cpu_step
@@ -121,6 +122,7 @@ class Session:
         if not raw:
             add_end_token(model, chat.end_of_turn_id)
         self.bandwidth: float | None = None  # bytes per second; where given, stats hold the share that was reached
+        self.start_seconds: dict[str, float] = {}  # of the phases before the first question, for its stats
         self.reset()
 
     def reset(self) -> None:
@@ -153,6 +155,7 @@ class Session:
         Only the part of the prompt that changed since the last turn is computed. Ctrl-C ends the reply. What was said
         until then stays in the chat; if that is nothing, the question does not either.
         """
+        asked = time.perf_counter()
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self.chat.encode(text) if self.raw else self.chat.render(messages, self.thinking)
         check_prompt(self.model, prompt)
@@ -185,6 +188,10 @@ class Session:
         if answer.token_ids:
             self.messages = [*messages, assistant_message(answer.thinking, answer.answer)]
         answer.stats = self._stats(len(prompt), cached, clock)
+        if self.start_seconds:
+            phases = {**self.start_seconds, "first token": clock[min(1, len(clock) - 1)] - asked}
+            answer.stats["start_seconds"] = {name: round(seconds, 4) for name, seconds in phases.items()}
+            self.start_seconds = {}
         return answer
 
     def _reuse(self, prompt: list[int]) -> tuple[KVCache, int]:
@@ -205,11 +212,9 @@ class Session:
         name = self.chat.decode([token])
         if logits is None:  # forced by the thinking budget, not chosen
             return {"token_id": token, "text": name, "logprob": None, "top": []}
-        logprobs = logits.float().log_softmax(-1)
-        top = logprobs.topk(min(self.logprobs, len(logprobs)))
-        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        logprob, pairs = top_logprobs(logits, token, self.logprobs)
         likeliest = [{"token_id": i, "text": self.chat.decode([i]), "logprob": value} for i, value in pairs]
-        return {"token_id": token, "text": name, "logprob": logprobs[token].item(), "top": likeliest}
+        return {"token_id": token, "text": name, "logprob": logprob, "top": likeliest}
 
     def _stats(self, prompt_tokens: int, cached: int, clock: list[float]) -> dict[str, Any]:
         first, last, decoded = clock[min(1, len(clock) - 1)], clock[-1], len(clock) - 2

@@ -20,7 +20,7 @@ import torch
 
 from inference.decode import end_tokens, forward, new_cache
 from inference.params import MOST_GUESSES, SamplingParams
-from inference.sampling import sample
+from inference.sampling import Said, is_penalized, sample
 from model import KVCache, Qwen3
 
 ALLOWANCE = 0.02  # of the time without guesses may be lost to guesses that were wrong
@@ -98,9 +98,12 @@ class DraftModel:
         self.ids, pending, guesses = text, text[same:], []
         twin = torch.Generator()
         twin.set_state(generator.get_state())
+        said = Said(self.prompt, reply) if is_penalized(params) else None
         while len(guesses) < most and not (guesses and guesses[-1] in self.ends):
             logits = forward(self.model, pending, self.cache)[0, : self.vocabulary]
-            guesses.append(sample(logits, params, twin, self.prompt, [*reply, *guesses]))
+            guesses.append(sample(logits, params, twin, said))
+            if said is not None:
+                said.add(guesses[-1])
             pending = guesses[-1:]
         self.ids = [*text, *guesses]
         return guesses

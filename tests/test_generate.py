@@ -20,7 +20,7 @@ from generate import expand_switches
 from inference.decode import ThinkingBudget, generate, repetition_period, steps
 from inference.engine import generate_batch
 from inference.params import SamplingParams
-from inference.sampling import sample
+from inference.sampling import Said, sample
 from inference.session import Listener, Session, weight_bytes_per_token
 from model import Config, KVCache, Qwen3
 
@@ -52,7 +52,7 @@ def without_cache(model: Qwen3, ids: list[int], params: SamplingParams) -> list[
     generator, reply = params.generator(), []
     while len(reply) < params.max_new_tokens and (not reply or reply[-1] not in (2, 0)):
         logits = model(torch.tensor([[*ids, *reply]]))[0, -1]
-        reply.append(sample(logits, params, generator, ids, reply))
+        reply.append(sample(logits, params, generator, Said(ids, reply)))
     return reply
 
 

@@ -111,7 +111,8 @@ def end_in_one_line(case, checkpoint: Path, monkeypatch, capsys) -> None:
     line = run_here(["--model", checkpoint, "--raw", "hi"], monkeypatch, capsys)
     assert time.process_time() - started < 5
     assert_words(line, words)
-    assert str(checkpoint) in line or "generation_config.json: " in line
+    # NaN is found by the first logits, after the checkpoint's place is known no more.
+    assert str(checkpoint) in line or "generation_config.json: " in line or "weights that are non-finite" in line
     assert files_below(checkpoint.parent) == before
 
 
@@ -329,7 +330,7 @@ WEIGHTS = {
                 w.update({"model.embed_tokens.weight": torch.ones(3, 3)}),
             )
         ),
-        "missing: model.norm.weight; unexpected: extra; mis-shaped: model.embed_tokens ... non-finite: model.layers.0",
+        "missing: model.norm.weight; unexpected: extra; mis-shaped: model.embed_tokens",
     ),
     "another's head": (
         weights(lambda w: w.update({"lm_head.weight": torch.ones(500, 32)})),

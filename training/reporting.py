@@ -79,7 +79,7 @@ def progress_bar(steps: int, start: int) -> Iterator[Callable[[int, str], None]]
     """Yields update(step, text): a bar in a terminal, else a line now and then."""
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     last = time.monotonic()
-    with Progress(*columns, console=console.stderr, disable=not console.stderr.is_terminal) as progress:
+    with Progress(*columns, console=console.stderr(), disable=not console.stderr().is_terminal) as progress:
         task = progress.add_task("", total=steps, completed=start)
 
         def update(step: int, text: str) -> None:

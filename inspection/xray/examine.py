@@ -223,8 +223,8 @@ def _progress(total: int | None) -> Iterator[Callable[[int], None]]:
     """Rows read, their rate and, where the number of all is known, the time that remains."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     start, last = time.monotonic(), time.monotonic()
-    silent = not console.stderr.is_terminal
-    with Progress(*columns, TimeRemainingColumn(), console=console.stderr, disable=silent, transient=True) as bar:
+    silent = not console.stderr().is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console.stderr(), disable=silent, transient=True) as bar:
         task = bar.add_task("rows", total=total)
 
         def show(rows: int) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.quality import compare, conversations, logits
+from benchmarks.divergence import compare, conversations, logits
 from chat import Chat
 from formats.source import BUNDLED_MODEL
 from model import Qwen3

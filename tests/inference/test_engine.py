@@ -195,5 +195,5 @@ def test_what_an_engine_refuses():
 def test_a_batch_of_prompts_raises_what_one_of_them_cannot_do():
     model = small_model()
     model.model.norm.weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="non-finite"):
         generate_batch(model, [[5], [6]], SamplingParams(max_new_tokens=3))

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from array import array
 
 import numpy as np
 import pytest
@@ -10,7 +9,18 @@ import torch
 from transformers.generation import logits_process as oracle
 
 from inference.params import SamplingParams, recommended
-from inference.sampling import BLOCK, FEW, distribution, draw, nucleus, penalized, sample
+from inference.sampling import (
+    BLOCK,
+    FEW,
+    Said,
+    block_sums,
+    distribution,
+    draw,
+    edge_of,
+    penalized,
+    sample,
+    top_logprobs,
+)
 
 SETTINGS = list(itertools.product((0.3, 0.6, 1.7), (0, 1, 5, 20), (1.0, 0.95, 0.5, 0.0), (0.0, 0.05, 0.4)))
 
@@ -30,7 +40,7 @@ def test_filters_agree_with_transformers(temperature, top_k, top_p, min_p):
         for step in chain:
             scores = step(seen[None], scores)
         expected = scores[0].softmax(-1).numpy()
-        found = probabilities(penalized(logits.numpy(), params, seen[:20].tolist(), seen[20:].tolist()), params)
+        found = probabilities(penalized(logits.numpy(), params, Said(seen[:20].tolist(), seen[20:].tolist())), params)
         assert np.array_equal(found > 0, expected > 0)
         assert np.allclose(found, expected, atol=1e-6)
 
@@ -43,22 +53,71 @@ def probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 0.999])
-@pytest.mark.parametrize("scale", [0.0, 0.01, 0.6, 20.0])
-def test_the_nucleus_of_a_whole_vocabulary_is_that_of_sorting_it(top_p, scale):
+def nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """The weights with 0 for what top-p drops."""
+    weights = weights.copy()
+    edge = edge_of(weights, block_sums(weights), top_p, np.empty_like(weights))
+    if len(weights) < 10_000:
+        kept = np.array([edge.keeps(weights, index) for index in range(len(weights))])
+        edge.apply(weights)
+        assert np.array_equal(kept & (weights >= 0), weights > 0) or not weights.all()
+        return weights
+    edge.apply(weights)
+    return weights
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.3, 0.5, 0.9, 0.95, 0.999])
+@pytest.mark.parametrize("scale", [0.0, 0.01, 0.6, 2.0, 4.0, 20.0])
+@pytest.mark.parametrize("shape", ["normal", "heavy", "in order"])
+def test_the_nucleus_of_a_whole_vocabulary_is_that_of_sorting_it(top_p, scale, shape):
     """Also where all tokens are equally likely, or most of them underflow to 0: ties drop the lower ids first."""
     logits = scale * torch.randn(151936, generator=torch.Generator().manual_seed(1))
+    if shape == "heavy":
+        logits = logits.abs() * logits
+    if shape == "in order":  # the sample that the bounds come from is as good as it can be, or as bad
+        logits = logits.sort(descending=True).values
     logits[::3] = logits[1::3][:50646].mean()  # a third of them tie
     weights = logits.softmax(-1).numpy()
     order = weights.argsort(kind="stable")
-    dropped = weights[order].cumsum(dtype=np.float64) <= 1 - top_p
-    dropped[-1] = False
-    expected = np.zeros(len(weights), bool)
-    expected[order[~dropped]] = True
-    differ = np.flatnonzero(expected != nucleus(weights, top_p))
-    # The order of a sum of 151,936 numbers moves its last bits, and with them the edge: among ties by some ids.
-    assert len(differ) <= 1e-9 * len(weights) / weights.max() + (scale == 0) and len(weights) > FEW
-    assert nucleus(np.float32([0.25, 0.25, 0.25, 0.25]), 0.5).tolist() == [False, False, True, True]
+    running = weights[order].cumsum(dtype=np.float64)
+    kept = nucleus(weights, top_p)
+    assert np.array_equal(kept[kept > 0], weights[kept > 0])
+    count = np.count_nonzero(kept)
+    assert set(np.flatnonzero(kept)) == set(order[-count:].tolist())
+    # The order of a sum of 151,936 numbers moves its last bits, and with them the edge.
+    edges = ((1 - top_p) * running[-1] + shift for shift in (2e-8, -2e-8))
+    few, many = (max(1, np.count_nonzero(running > edge)) for edge in edges)
+    assert few <= count <= min(many, np.count_nonzero(weights))
+
+
+def test_the_nucleus_of_a_few():
+    assert nucleus(np.float32([0.25, 0.25, 0.25, 0.25]), 0.5).tolist() == [0, 0, 0.25, 0.25]
+    assert nucleus(np.float32([0.5, 0, 0.25, 0.25]), 0.0).tolist() == [0.5, 0, 0, 0]
+    assert nucleus(np.float32([1.0]), 0.3).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("wrong", [(0, 1), (5, 9), (1000, FEW + 1), (FEW - 1, FEW)])
+def test_ranks_that_are_wrong_change_no_nucleus(wrong, monkeypatch):
+    weights = torch.randn(FEW + 1, generator=torch.Generator().manual_seed(1)).exp().numpy()
+    expected = nucleus(weights, 0.7)
+    monkeypatch.setattr("inference.sampling.edge_ranks", lambda *_: wrong)
+    assert np.array_equal(nucleus(weights, 0.7), expected) and 0 < np.count_nonzero(expected) < FEW
+
+
+@pytest.mark.parametrize(
+    "settings", [{"top_p": 0.9}, {"top_p": 0.05}, {"min_p": 0.3}, {"min_p": 0.9}, {"top_p": 0.9, "min_p": 0.3}]
+)
+def test_draws_from_many_tokens_follow_their_distribution(settings):
+    """Whether a draw is repeated until it is kept, or what is dropped is dropped first."""
+    logits = torch.zeros(4 * FEW)
+    places = torch.tensor([3, FEW, 2 * FEW + 1, 4 * FEW - 1])
+    logits[places] = torch.tensor([10.0, 9.5, 9.0, 8.0])
+    logits[:: FEW // 100] = 7.0
+    params = SamplingParams(seed=1, **settings)
+    expected, generator = probabilities(logits.numpy(), params), params.generator()
+    counts = np.bincount([sample(logits, params, generator) for _ in range(1500)], minlength=len(logits))
+    assert not counts[expected == 0].any()
+    assert np.allclose(counts[places] / 1500, expected[places], atol=0.05)
 
 
 def test_a_draw_takes_every_token_with_a_weight_and_no_other():
@@ -66,7 +125,7 @@ def test_a_draw_takes_every_token_with_a_weight_and_no_other():
     weights = np.zeros(3 * BLOCK + 7, np.float32)
     places = [0, BLOCK - 1, BLOCK, 2 * BLOCK + 5, 3 * BLOCK + 6]
     weights[places] = [1, 2, 3, 4, 5]
-    counts = np.bincount([draw(weights, generator) for _ in range(6000)], minlength=len(weights))
+    counts = np.bincount([draw(weights, block_sums(weights), generator) for _ in range(6000)], minlength=len(weights))
     assert counts[places].sum() == 6000
     assert np.allclose(counts[places] / 6000, np.arange(1, 6) / 15, atol=0.025)
 
@@ -74,9 +133,9 @@ def test_a_draw_takes_every_token_with_a_weight_and_no_other():
     highest = torch.tensor(math.nextafter(1.0, 0), dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda *shape, **options: highest)
-        assert draw(weights, generator) == places[-2]
+        assert draw(weights, block_sums(weights), generator) == places[-2]
         patch.setattr(torch, "rand", lambda *shape, **options: torch.ones(()))  # rounding can put it there
-        assert draw(weights, generator) == places[-2]
+        assert draw(weights, block_sums(weights), generator) == places[-2]
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-46, 1e-40, 1e-38, 1e-30])
@@ -89,16 +148,33 @@ def test_a_temperature_near_zero_is_greedy(temperature, logits, filters):
 
 def test_presence_penalty_counts_a_token_of_the_reply_once_and_leaves_the_prompt_alone():
     logits = np.zeros(6, np.float32)
-    out = penalized(logits, SamplingParams(presence_penalty=1.5), prompt=[0, 1], reply=[2, 2, 4])
+    out = penalized(logits, SamplingParams(presence_penalty=1.5), Said([0, 1], [2, 2, 4]))
     assert out.tolist() == [0, 0, -1.5, 0, -1.5, 0] and not logits.any()
 
 
-def test_penalties_read_an_array_as_they_read_a_list():
-    logits, params = np.linspace(-2, 2, 9, dtype=np.float32), SamplingParams(presence_penalty=0.5, repetition_penalty=2)
-    prompt, reply = [0, 8, 8], [7, 0, 7]
-    expected = penalized(logits, params, prompt, reply)
-    assert np.array_equal(expected, penalized(logits, params, array("q", prompt), array("q", reply)))
+def test_penalties_count_as_the_reply_grows():
+    logits = np.linspace(-2, 2, 9, dtype=np.float32)
+    params = SamplingParams(presence_penalty=0.5, repetition_penalty=2)
+    said = Said([0, 8, 8], [7])
+    for token in (0, 7):
+        said.add(token)
+    expected = penalized(logits, params, Said([0, 8, 8], [7, 0, 7]))
+    assert np.array_equal(expected, penalized(logits, params, said))
     assert expected.tolist() == [-4.5, -1.5, -1, -0.5, 0, 0.5, 1, 0.25, 1]
+    frequency = penalized(logits, SamplingParams(frequency_penalty=0.5), said)
+    assert frequency.tolist() == [-2.5, -1.5, -1, -0.5, 0, 0.5, 1, 0.5, 2]
+
+
+def test_log_probabilities_are_those_of_softmax():
+    logits = 3 * torch.randn(5000, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact = logits.double().log_softmax(-1)
+    value, pairs = top_logprobs(logits, 7, 20)
+    assert abs(value - exact[7].item()) < 1e-6
+    top = exact.topk(20)
+    assert np.allclose([found for _, found in pairs], top.values.tolist(), atol=1e-6)
+    assert all(abs(exact[index].item() - found) < 1e-6 for index, found in pairs) and len({i for i, _ in pairs}) == 20
+    assert top_logprobs(torch.zeros(3), 1, 20) == (-math.log(3), [(i, -math.log(3)) for i in range(3)])
+    assert top_logprobs(torch.zeros(3), 1, 0)[1] == []
 
 
 def test_a_draw_follows_the_probabilities_and_its_seed_alone():
@@ -115,7 +191,7 @@ def test_a_draw_follows_the_probabilities_and_its_seed_alone():
 def test_greedy_is_the_argmax_after_the_penalties():
     params = SamplingParams(temperature=0, presence_penalty=2.0)
     assert sample(torch.tensor([1.0, 3.0, 2.0]), params, params.generator()) == 1
-    assert sample(torch.tensor([1.0, 3.0, 2.0]), params, params.generator(), [], [1]) == 2
+    assert sample(torch.tensor([1.0, 3.0, 2.0]), params, params.generator(), Said([], [1])) == 2
 
 
 def test_logits_that_overflowed_are_an_error_that_names_the_fix():
