@@ -24,7 +24,7 @@ from serving.metrics import Metrics
 from serving.worker import Worker
 
 QUEUE = 256  # replies that may wait for a row; more are answered 429
-BACKLOG = 20_000  # tokens that a client may be behind with reading
+BACKLOG = 2048  # passes of the model whose news a client may leave unread; each may hold a row's alternatives
 PING = 15.0  # seconds without news after which a stream says that it lives: proxies cut what is silent
 
 
@@ -158,6 +158,9 @@ class Exchange:
         return self
 
     def __exit__(self, *_) -> None:
+        self._cancel()
+
+    def _cancel(self) -> None:
         if self.open:
             self.service.metrics.cancelled.inc(self.open)
             self.service.worker.cancel(self.choices)
@@ -183,20 +186,24 @@ class Exchange:
             metrics.seconds.observe(took)
         self._news.append(news)
         self._arrived.set()
-        if len(self._news) > BACKLOG:
+        if len(self._news) > BACKLOG * len(self.choices):
             self.behind = True
+            self._news.clear()
+            self._cancel()
 
     async def news(self) -> AsyncIterator[News | None]:
         """All news until the last reply has ended; None where there was none for a while."""
         ended = 0
         while ended < len(self.choices):
-            if not self._news:
+            if not self._news and not self.behind:
                 self._arrived.clear()
                 try:
                     await asyncio.wait_for(self._arrived.wait(), PING)
                 except TimeoutError:
                     yield None
                     continue
+            if self.behind:
+                raise ApiError(408, "the stream was read too slowly")
             news = self._news.popleft()
             if news.error is not None:
                 raise ApiError(500, f"the reply could not be computed: {news.error}") from news.error
