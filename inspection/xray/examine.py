@@ -21,6 +21,7 @@ from data.sources import Row
 from inspection.xray import card, croissant, figures, fix, reading, rubric, shards
 from inspection.xray.leakage import Leakage
 from inspection.xray.masks import LEARNT_SHAPES, Mask, Masks
+from inspection.xray.prepare import prepared
 from inspection.xray.reading import Batch, Unreadable, kind_of
 from inspection.xray.scan import Options, Scan
 from inspection.xray.tokens import TokenCounter
@@ -180,8 +181,8 @@ def _scan(
     total = min(filter(None, (total, settings.limit)), default=None)
     try:
         with stoppable() as stopped, _progress(total) as show:
-            for item in reading.batches(parts, settings.limit):
-                scan.add(item)
+            for found in prepared(reading.batches(parts, settings.limit), options.counter):
+                scan.add(found)
                 show(scan.rows)
                 if stopped():
                     break

@@ -10,7 +10,6 @@ import hashlib
 import shutil
 import tempfile
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -26,9 +25,10 @@ from inspection.xray import rubric
 from inspection.xray.leakage import Leak, Leakage
 from inspection.xray.masks import Masks
 from inspection.xray.near import NearDuplicates
+from inspection.xray.prepare import LINES, Prepared, is_length, quoted
 from inspection.xray.reading import Batch, Unreadable
 from inspection.xray.tokens import TokenCounter
-from inspection.xray.views import COLUMNS, Shape, shape_of, view
+from inspection.xray.views import Shape
 
 MEMORY, THREADS = "512MB", 2  # of duckdb
 SHOWN_ROWS = 10_000  # numbers of rows that a finding lists; all are counted
@@ -62,7 +62,7 @@ class Snippet:
 
 @dataclass
 class Scan:
-    """The state of one pass. `add` takes what reading.batches gives, `finish` closes the figures."""
+    """The state of one pass. `add` takes what prepare.prepared gives; figures.finish closes it."""
 
     options: Options
     shape: Shape | None = None
@@ -102,63 +102,42 @@ class Scan:
 
     # --- a batch ---
 
-    def add(self, item: Batch | Unreadable) -> None:
-        if isinstance(item, Unreadable):
-            self.rows = max(self.rows, item.row + 1)
-            self.splits[item.split] += 1
-            rule = "oversized" if item.oversized else "unreadable"
-            self._record(rule, [item.row])
-            self._show(rule, Snippet(item.row, item.where, "", item.why))
+    def add(self, found: Prepared | Unreadable) -> None:
+        if isinstance(found, Unreadable):
+            self.rows = max(self.rows, found.row + 1)
+            self.splits[found.split] += 1
+            rule = "oversized" if found.oversized else "unreadable"
+            self._record(rule, [found.row])
+            self._show(rule, Snippet(found.row, found.where, "", found.why))
             return
         if self.shape is None:
-            self._begin(item)
+            self._begin(found)
+        item = found.item
         self.rows = max(self.rows, int(item.rows[-1]) + 1)
         self.splits[item.split] += len(item.rows)
         for column in item.table.schema:
             self.types.setdefault(column.name, set()).add(type_name(column.type))
         for name in item.table.column_names:
             self.nulls[name] += item.table[name].null_count
-        viewed = view(self.shape, item)
-        names = sql_names(item.table.column_names)
-        batch = item.table.rename_columns([names[name] for name in item.table.column_names])
-        for name in viewed.column_names:
-            batch = batch.append_column(name, viewed[name])
-        batch = batch.append_column("_row", pa.array(item.rows, pa.int64()))
-        batch = batch.append_column("_split", pa.array([item.split] * len(item.rows), pa.string()))
-        keys = viewed["_text"].to_pylist()
-        if self.shape.name == "tree":  # the same reply to another message is another row
-            known = "parent_id" in item.table.column_names
-            parents = item.table["parent_id"].to_pylist() if known else [None] * len(keys)
-            keys = [f"{parent or ''} {text}" if text else "" for parent, text in zip(parents, keys, strict=True)]
-        prompts = viewed["_prompt"].to_pylist()
-        batch = batch.append_column("_key", pa.array([key_of(text) for text in keys], pa.int64()))
-        batch = batch.append_column("_prompt_key", pa.array(self._remember(prompts), pa.int64()))
-        for place, source in enumerate(self._measured(item.table).values()):
-            texts = viewed[source] if source in COLUMNS else item.table[source]
-            texts = pc.fill_null(texts.cast(pa.string()), "") if not pa.types.is_string(texts.type) else texts
-            batch = batch.append_column(f"_c{place}", pc.utf8_length(texts).cast(pa.int32()))
-            if self.options.counter is not None:
-                counts = self.options.counter.counts(["" if text is None else text for text in texts.to_pylist()])
-                counts = pa.array(counts, pa.int32())
-                batch = batch.append_column(f"_t{place}", pc.if_else(pc.is_valid(texts.combine_chunks()), counts, None))
-        self.sql.register("batch", batch)
+        self.sql.register("batch", found.table)
         try:
-            self._insert(batch, item)
+            self._insert(found)
+            self._remember(found.table["_prompt"])
         finally:
             self.sql.unregister("batch")
-        self._look(item, viewed)
+        self._look(item, found.texts)
 
-    def _begin(self, batch: Batch) -> None:
-        self.shape = shape_of(batch)
+    def _begin(self, first: Prepared) -> None:
+        self.shape = first.shape
         rows = [rule for rule in rubric.of_shape(self.options.rules, self.shape.name, "row") if rule.condition]
         self._row_rules = rows
         if self.options.near_rows:
             self.near = NearDuplicates(self.folder, self.options.near, self.options.near_rows)
         if self.options.masks is not None and self.options.mask_rows:
             self._masks = self.options.masks(self.shape)
-        self.columns: list[str] = list(self._measured(batch.table))
+        self.columns = first.measured
         counted = "".join(f", c{place} INTEGER, t{place} INTEGER" for place in range(len(self.columns)))
-        self.sql.execute(f"CREATE TABLE rows (row BIGINT, split VARCHAR, key BIGINT, prompt BIGINT{counted})")
+        self.sql.execute(f"CREATE TABLE rows (row BIGINT, split VARCHAR, key UBIGINT, prompt UBIGINT{counted})")
         self.sql.execute("CREATE TABLE pairs (row BIGINT, chosen INTEGER, rejected INTEGER)")
         self.sql.execute(
             "CREATE TABLE tree (row BIGINT, id VARCHAR, parent VARCHAR, role VARCHAR, rank INTEGER, lang VARCHAR)"
@@ -166,34 +145,17 @@ class Scan:
         mask = "row BIGINT, targets INTEGER, tokens INTEGER, has_end BOOLEAN, thinking_dropped BOOLEAN, special INTEGER"
         self.sql.execute(f"CREATE TABLE masks ({mask}, bits DOUBLE)")
 
-    def _measured(self, table: pa.Table) -> dict[str, str]:
-        """The columns whose lengths are reported, and where each is read."""
-        if self.shape is None:
-            return {}
-        if hasattr(self, "_measured_columns"):
-            return {
-                name: at for name, at in self._measured_columns.items() if at in COLUMNS or at in table.column_names
-            }
-        found = {name: name for name in table.column_names if pa.types.is_string(table.schema.field(name).type)}
-        if self.shape.name == "chat":
-            found = {self.shape.column: "_text"} | {name: at for name, at in found.items() if name != self.shape.column}
-        if self.shape.name == "preference":
-            found |= {f"{name} (answer)": f"_{name}" for name in ("chosen", "rejected")}
-        self._measured_columns = dict(list(found.items())[:64])
-        return self._measured_columns
-
-    def _insert(self, batch: pa.Table, item: Batch) -> None:
-        present = self._measured(item.table)
+    def _insert(self, found: Prepared) -> None:
+        item, batch = found.item, found.table
         place_of = {name: place for place, name in enumerate(self.columns)}
-        own = {name: place for place, name in enumerate(present)}
         columns = ["row", "split", "key", "prompt"]
-        values = ["_row", "_split", "_key", "_prompt_key"]
-        for name in present:
+        values = ["_row", "_split", *(f"CASE WHEN {line} IS NOT NULL THEN hash({line}) END" for line in LINES)]
+        for own, name in enumerate(found.measured):
             columns.append(f"c{place_of[name]}")
-            values.append(f"_c{own[name]}")
+            values.append(f"_c{own}")
             if self.options.counter is not None:
                 columns.append(f"t{place_of[name]}")
-                values.append(f"_t{own[name]}")
+                values.append(f"_t{own}")
         self.sql.execute(f"INSERT INTO rows ({', '.join(columns)}) SELECT {', '.join(values)} FROM batch")
         self._apply(self._row_rules, "batch", item)
         if self.shape.name == "preference":
@@ -247,22 +209,22 @@ class Scan:
         self.sql.execute("INSERT INTO found SELECT rule, row FROM new_rows")
         self.sql.unregister("new_rows")
 
-    def _remember(self, prompts: list[str | None]) -> list[int | None]:
-        """The prompts' keys. Of the common ones the text is kept; counts are taken from the table at the end."""
-        keys = [key_of(prompt) for prompt in prompts]
+    def _remember(self, prompts: pa.ChunkedArray) -> None:
+        """Of the common prompts the text is kept; counts are taken from the table at the end."""
+        if prompts.null_count == len(prompts):
+            return
+        key = f"CASE WHEN {LINES[1]} IS NOT NULL THEN hash({LINES[1]}) END"
+        keys = self.sql.execute(f"SELECT {key} FROM batch").fetchall()
         known = self.prompts
-        for key, prompt in zip(keys, prompts, strict=True):
+        for (key,), prompt in zip(keys, pc.utf8_slice_codeunits(prompts, 0, 300).to_pylist(), strict=True):
             if key is not None:
                 old = known.get(key)
-                known[key] = (prompt[:300], 1) if old is None else (old[0], old[1] + 1)
+                known[key] = (prompt, 1) if old is None else (old[0], old[1] + 1)
         if len(known) > 2 * PROMPTS:
             self.prompts = dict(sorted(known.items(), key=lambda entry: -entry[1][1])[:PROMPTS])
-        return keys
 
     def _keep(self, batch: pa.Table) -> None:
-        kept = batch.drop_columns(
-            [name for name in batch.column_names if name in ("_key", "_prompt_key") or _is_length(name)]
-        )
+        kept = batch.drop_columns([name for name in batch.column_names if name in LINES or is_length(name)])
         self.sql.register("kept", kept)
         try:
             if not hasattr(self, "_kept_columns"):
@@ -289,8 +251,7 @@ class Scan:
 
     # --- what is looked at row by row ---
 
-    def _look(self, item: Batch, viewed: pa.Table) -> None:
-        texts = pc.fill_null(viewed["_text"], "").combine_chunks()
+    def _look(self, item: Batch, texts: pa.Array) -> None:
         lengths = pc.utf8_length(texts).to_numpy(zero_copy_only=False)
         self.characters += int(lengths.sum())
         for rule, places in self._pending.items():
@@ -382,34 +343,7 @@ class Scan:
         self._pending = {}
 
 
-def key_of(text: str | None) -> int | None:
-    """A hash that two texts share which differ in case and white space alone; None for no text."""
-    line = " ".join((text or "").lower().split())
-    return hash(line if line.isascii() else unicodedata.normalize("NFC", line)) if line else None
-
-
 def type_name(kind: pa.DataType) -> str:
     """An Arrow type as a short text."""
     text = str(kind)
     return text if len(text) <= 200 else text[:197] + "..."
-
-
-def quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def sql_names(columns: list[str]) -> dict[str, str]:
-    """Names for SQL, which does not tell a from A: the later one gets a number; names like ours get one too."""
-    taken: set[str] = {*COLUMNS, "_row", "_split", "_key", "_prompt_key"}
-    made = {}
-    for name in columns:
-        new, number = name or "unnamed", 1
-        while new.lower() in taken or _is_length(new):
-            new, number = f"{name}_{number}", number + 1
-        taken.add(new.lower())
-        made[name] = new
-    return made
-
-
-def _is_length(name: str) -> bool:
-    return name[:2] in ("_c", "_t") and name[2:].isdecimal()

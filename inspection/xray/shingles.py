@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from inspection.xray.text_columns import in_parts
+
 BYTES = 2 << 20  # of text that is worked on at once
 LONGEST = 4 << 20  # characters of one text that count
 PRIME, INVERSE = np.uint64(0x9E3779B97F4A7C15), np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
@@ -37,13 +39,7 @@ WORD[[*b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", *range
 def words(texts: pa.Array) -> Words:
     """`texts`: a string array without nulls."""
     texts = pc.utf8_lower(pc.utf8_slice_codeunits(texts, 0, LONGEST))
-    parts, start = [], 0
-    ends = np.cumsum(pc.binary_length(texts).to_numpy(zero_copy_only=False).astype(np.int64))
-    while start < len(texts):
-        before = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + BYTES, side="right")))
-        parts.append(_words(texts.slice(start, stop - start)))
-        start = stop
+    parts = [_words(part) for part in in_parts(texts, BYTES)]
     if not parts:
         return Words(np.empty(0, np.uint64), *(np.empty(0, np.int64),) * 2, np.zeros(1, np.int64))
     counts = np.concatenate([np.diff(part.offsets) for part in parts])
@@ -52,7 +48,7 @@ def words(texts: pa.Array) -> Words:
 
 
 def _words(texts: pa.Array) -> Words:
-    texts = pa.concat_arrays([texts.cast(pa.large_string())])  # a slice begins at 0 then
+    texts = texts.cast(pa.large_string())
     offsets = np.frombuffer(texts.buffers()[1], np.int64, len(texts) + 1)
     base, size = offsets[0], int(offsets[-1] - offsets[0])
     offsets = offsets - base

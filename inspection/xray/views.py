@@ -105,19 +105,19 @@ def view(shape: Shape, batch: Batch) -> pa.Table:
 def _flat(shape: Shape, table: pa.Table) -> dict[str, pa.ChunkedArray]:
     """Texts, and instructions with one answer: as conversations.conversation joins them."""
     if shape.name == "pretraining":
-        return {"_text": _string(table, shape.column)}
+        return {"_text": as_text(table, shape.column)}
     asked, about, answer = shape.fields
-    instruction, response = _string(table, asked), _string(table, answer)
+    instruction, response = as_text(table, asked), as_text(table, answer)
     prompt = instruction
     if about:
-        context = _string(table, about)
+        context = as_text(table, about)
         with_context = pc.binary_join_element_wise(prompt, context, "\n\n")
         prompt = pc.if_else(pc.equal(pc.utf8_length(context), 0), prompt, with_context)
     text = pc.binary_join_element_wise(prompt, response, "\n")
     return {"_text": text, "_instruction": instruction, "_prompt": prompt, "_response": response}
 
 
-def _string(table: pa.Table, name: str) -> pa.ChunkedArray:
+def as_text(table: pa.Table, name: str) -> pa.ChunkedArray:
     """A column as text, null as the empty one; lists and objects as the texts in them."""
     if name not in table.column_names:
         return pa.chunked_array([pa.array([""] * table.num_rows, pa.string())])
