@@ -114,6 +114,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-xray-") as folder:
         parquet, lines, size = write_rows(Path(folder), options.rows, words_of(options.text))
         texts = [text for row in map(json.loads, lines.open(encoding="utf-8")) for text in row.values()]
+        column = pa.array(texts)
         library = chat.tokenizer.encode_batch_fast
         measured = {
             "columns, Parquet": (lambda: xray(parquet), "rows"),
@@ -124,7 +125,7 @@ def main(arguments: list[str]) -> None:
             "lengths alone: duckdb, JSON lines": (lambda: duckdb_lengths(lines, options.threads), "rows"),
             "lengths alone: datasets, Parquet": (lambda: datasets_rows(parquet), "rows"),
             "lengths alone: datasets, JSON lines": (lambda: datasets_rows(lines), "rows"),
-            "tokens": (lambda: TokenCounter(chat.tokenizer).counts(texts), "bytes"),
+            "tokens": (lambda: TokenCounter(chat.tokenizer).counts(column), "bytes"),
             "tokens: tokenizers": (lambda: [len(e) for e in library(texts, add_special_tokens=False)], "bytes"),
         }
         machine = describe()["cpu"]

@@ -5,6 +5,7 @@ Signatures are rensa's, of SLOTS values in BANDS bands: a pair at similarity 0.7
 0.9998, at 0.8 with 1 - 5e-8. Buckets and sets lie in files, so that memory does not grow with the rows.
 """
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from inspection.xray.shingles import grams, mixed, words
 
 WORDS, SLOTS, BANDS = 3, 128, 32
 CROWD = 40  # rows of one bucket that are compared each with each; beyond, with the first and with their neighbour
+PAIRS, SHINGLES = 4_000_000, 1_000_000  # in memory at once
 SET_BITS = np.uint64(48)
 SHORTEST = 5  # words: of shorter texts only equal ones are duplicates
 
@@ -55,7 +57,8 @@ class NearDuplicates:
             return
         offsets = np.concatenate(([0], np.cumsum(sizes[kept]))).astype(np.uint64)
         matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, offsets, SLOTS, 42)
-        slots = np.array(matrix.to_rows(), dtype=np.uint64).reshape(len(kept), BANDS, SLOTS // BANDS)
+        slots = np.fromiter(itertools.chain.from_iterable(matrix.to_rows()), np.uint64, len(kept) * SLOTS)
+        slots = slots.reshape(len(kept), BANDS, SLOTS // BANDS)
         keys = np.zeros((len(kept), BANDS), np.uint64)
         for place in range(SLOTS // BANDS):
             keys = mixed(keys * np.uint64(31) + slots[:, :, place])
@@ -72,25 +75,29 @@ class NearDuplicates:
         if not self.rows:
             return
         rows, sizes = np.concatenate(self.rows), np.concatenate(self.sizes)
-        sets = np.memmap(self._sets, np.uint64, "r")
+        sets = np.asarray(np.memmap(self._sets, np.uint64, "r"))
         offsets = np.concatenate(([0], np.cumsum(sizes)))
         kept = np.flatnonzero(~np.isin(rows, left_out))
-        candidates = np.empty(0, np.int64)
-        for band in range(BANDS):
-            pairs = _bucket_pairs(self._band(band)[kept])
-            candidates = np.unique(np.concatenate((candidates, kept[pairs[:, 0]] * len(rows) + kept[pairs[:, 1]])))
         best: dict[int, tuple[float, int]] = {}
-        for pair in candidates.tolist():
-            later, earlier = divmod(pair, len(rows))
-            one, other = (sets[offsets[row] : offsets[row + 1]] for row in (later, earlier))
-            if min(len(one), len(other)) < self.threshold * max(len(one), len(other)):
-                continue
-            shared = len(np.intersect1d(one, other, assume_unique=True))
-            similarity = shared / (len(one) + len(other) - shared)
-            if similarity >= self.threshold:
-                best[later] = max(best.get(later, (0.0, 0)), (similarity, -earlier))
+        for later, earlier in in_chunks(self._candidates(kept, sizes), sizes):
+            similarity = jaccard(sets, offsets, later, earlier)
+            for place in np.flatnonzero(similarity >= self.threshold):
+                found = (float(similarity[place]), -int(earlier[place]))
+                best[int(later[place])] = max(best.get(int(later[place]), (0.0, 0)), found)
         for later, (similarity, earlier) in sorted(best.items()):
             yield int(rows[later]), int(rows[-earlier]), similarity
+
+    def _candidates(self, kept: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """int64 [pairs, 2]: places (later, earlier) of rows that share a bucket and are not too different in size."""
+        found, waiting = np.empty(0, np.int64), []
+        for band in range(BANDS):
+            pairs = kept[bucket_pairs(self._band(band)[kept])]
+            low, high = np.sort(sizes[pairs], axis=1).T
+            pairs = pairs[low >= self.threshold * high]
+            waiting.append(pairs[:, 0] * len(sizes) + pairs[:, 1])
+            if band == BANDS - 1 or sum(map(len, waiting)) > PAIRS:
+                found, waiting = np.unique(np.concatenate((found, *waiting))), []
+        return np.stack(np.divmod(found, len(sizes)), 1)
 
     def _band(self, band: int) -> np.ndarray:
         """uint64 [rows]: the keys of one band."""
@@ -102,21 +109,42 @@ class NearDuplicates:
         return np.concatenate(parts)
 
 
-def _bucket_pairs(keys: np.ndarray) -> np.ndarray:
+def bucket_pairs(keys: np.ndarray) -> np.ndarray:
     """int64 [pairs, 2]: (later, earlier) places of equal keys."""
     order = np.argsort(keys, kind="stable")
     same = keys[order][1:] == keys[order][:-1]
     edges = np.flatnonzero(np.diff(np.concatenate(([False], same, [False])).astype(np.int8)))
-    starts, stops = edges[::2], edges[1::2] + 1
+    starts, sizes = edges[::2], edges[1::2] + 1 - edges[::2]
     found = [np.empty((0, 2), np.int64)]
-    two = starts[stops - starts == 2]
-    found.append(np.stack((order[two + 1], order[two]), 1))
-    for start, stop in zip(starts[stops - starts > 2], stops[stops - starts > 2], strict=True):
-        members = order[start:stop]
-        if len(members) <= CROWD:
-            later, earlier = np.tril_indices(len(members), -1)
-            found.append(np.stack((members[later], members[earlier]), 1))
-        else:
-            first = np.full(len(members) - 1, members[0])
-            found += [np.stack((members[1:], first), 1), np.stack((members[2:], members[1:-1]), 1)]
+    for size in np.unique(sizes[sizes <= CROWD]):
+        members = order[starts[sizes == size, None] + np.arange(size)]
+        later, earlier = np.tril_indices(size, -1)
+        found.append(np.stack((members[:, later].ravel(), members[:, earlier].ravel()), 1))
+    for start, size in zip(starts[sizes > CROWD], sizes[sizes > CROWD], strict=True):
+        members = order[start : start + size]
+        first = np.full(size - 1, members[0])
+        found += [np.stack((members[1:], first), 1), np.stack((members[2:], members[1:-1]), 1)]
     return np.concatenate(found)
+
+
+def in_chunks(pairs: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
+    """[2, some pairs] whose sets have about SHINGLES members together."""
+    ends, start = np.cumsum(sizes[pairs].sum(1)), 0
+    while start < len(pairs):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + SHINGLES)))
+        stop = min(stop, start + (1 << 16))  # a pair's number stands above SET_BITS
+        yield pairs[start:stop].T
+        start = stop
+
+
+def jaccard(sets: np.ndarray, offsets: np.ndarray, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """float64 [pairs] of the sets `sets[offsets[i] : offsets[i + 1]]`, whose members are below 2^48."""
+    both = np.stack((ones, others), 1).ravel()
+    sizes = offsets[both + 1] - offsets[both]
+    members = np.repeat(offsets[both] - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+    pair = np.repeat(np.arange(len(both), dtype=np.uint64) // np.uint64(2), sizes)
+    members = np.sort((pair << SET_BITS) | sets[members])
+    shared = members[1:][members[1:] == members[:-1]] >> SET_BITS
+    shared = np.bincount(shared.astype(np.int64), minlength=len(ones))
+    return shared / (sizes[::2] + sizes[1::2] - shared)

@@ -32,8 +32,7 @@ class Grams(NamedTuple):
     offsets: np.ndarray  # int64 [N + 1]: of each text's n-grams
 
 
-WORD = np.zeros(256, dtype=bool)
-WORD[[*b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", *range(0x80, 0x100)]] = True
+WORD = bytes(chr(code).isalnum() or code >= 0x80 for code in range(256))
 
 
 def words(texts: pa.Array) -> Words:
@@ -55,7 +54,7 @@ def _words(texts: pa.Array) -> Words:
     if not size:
         return Words(np.empty(0, np.uint64), *(np.empty(0, np.int64),) * 2, np.zeros(len(texts) + 1, np.int64))
     data = np.frombuffer(texts.buffers()[2], np.uint8, size, int(base))
-    word = WORD[data]
+    word = np.frombuffer(bytearray(data.tobytes().translate(WORD)), bool)
     following = np.concatenate((data[1:], np.zeros(1, np.uint8)))
     # punctuation beyond ASCII: U+0080-00BF, U+2000-207F, U+3000-303F
     for width, marks in (
@@ -77,17 +76,28 @@ def _words(texts: pa.Array) -> Words:
     stops = word & np.concatenate(((~word | begins)[1:], [True])) | word & edge[1:]
     starts, ends = np.flatnonzero(begins), np.flatnonzero(stops) + 1
     # sum of byte * P^place over each word, made independent of where it stands
-    powers = np.full(size + 1, PRIME)
-    powers[0] = 1
-    np.cumprod(powers, out=powers)
-    sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum((data.astype(np.uint64) + np.uint64(1)) * powers[:size])))
-    inverse = np.full(size + 1, INVERSE)
-    inverse[0] = 1
-    np.cumprod(inverse, out=inverse)
+    sums = np.zeros(size + 1, np.uint64)
+    np.cumsum((data.astype(np.uint64) + np.uint64(1)) * powers(PRIME, size)[:-1], out=sums[1:])
+    inverse = powers(INVERSE, size)
     hashes = mixed((sums[ends] - sums[starts]) * inverse[starts])
     at = np.searchsorted(starts, offsets)
     first = np.repeat(offsets[:-1], np.diff(at))
     return Words(hashes, starts - first, ends - first, at)
+
+
+KNOWN: dict[int, np.ndarray] = {}
+
+
+def powers(base: np.uint64, size: int) -> np.ndarray:
+    """uint64 [size + 1]: base to the power of 0, 1, ..."""
+    known = KNOWN.get(int(base), np.empty(0, np.uint64))
+    if len(known) <= size:
+        known = np.full(max(size, BYTES) + 1, base)
+        known[0] = 1
+        np.cumprod(known, out=known)
+        if size <= 2 * BYTES:
+            KNOWN[int(base)] = known
+    return known[: size + 1]
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
