@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("markdown.js", "replies.js", "tokens.js", "page.js")  # one script, in this order: each uses those before it
+SCRIPTS = ("markdown.js", "replies.js", "tokens.js", "views.js", "page.js")  # joined into one, in this order
 
 
 @cache

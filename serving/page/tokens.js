@@ -140,19 +140,17 @@ function watch(area, find, cardOf) {
   });
   area.addEventListener("focusout", (event) => tokenAt(event.target) && !card.contains(event.relatedTarget) && leave());
   area.addEventListener("keydown", (event) => {
-    const here = tokenAt(event.target), elements = [...area.querySelectorAll(".tok")].filter((one) => one.getClientRects().length);
-    const index = elements.indexOf(here);
-    const unsure = (from, step) => {
-      let at = from + step;
-      while (elements[at] && !/\bh[2-9]\b/.test(elements[at].className)) at += step;
-      return at;
-    };
-    let to;
     if (event.ctrlKey || event.altKey || event.metaKey) return;
-    if (event.key === "ArrowRight") to = event.shiftKey ? unsure(index, 1) : index + 1;
-    else if (event.key === "ArrowLeft") to = event.shiftKey ? unsure(index, -1) : index - 1;
-    else if (event.key === "Home" && here) to = 0;
-    else if (event.key === "End" && here) to = elements.length - 1;
+    const here = tokenAt(event.target), elements = [...area.querySelectorAll(".tok")], index = elements.indexOf(here);
+    const seek = (at, step) => { // the next that is on the screen; with Shift, that is unsure
+      while (elements[at] && !(elements[at].getClientRects().length && (!event.shiftKey || /\bh[2-9]\b/.test(elements[at].className)))) at += step;
+      return elements[at];
+    };
+    let next;
+    if (event.key === "ArrowRight") next = seek(index + 1, 1);
+    else if (event.key === "ArrowLeft") next = seek(index - 1, -1);
+    else if (event.key === "Home" && here) next = seek(0, 1);
+    else if (event.key === "End" && here) next = seek(elements.length - 1, -1);
     else if ((event.key === "Enter" || event.key === " ") && here) {
       openCard(cardOf(here), true);
       card.querySelector("li button:not([aria-disabled])")?.focus();
@@ -160,7 +158,6 @@ function watch(area, find, cardOf) {
       return;
     } else return;
     event.preventDefault();
-    const next = elements[to];
     if (!next) return;
     if (here) here.removeAttribute("tabindex");
     next.tabIndex = -1;

@@ -3,141 +3,22 @@
 After each test: the browser's console is empty, nothing popped up, and no request went anywhere but to that server.
 """
 
-import contextlib
 import json
-import math
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
+from scripted import MODEL, SUM, Error, Server, answer, ask, done, entry, pick
 
+from inference import saved_chat
+from inference.params import SamplingParams
+from inference.session import Session
 from serving.page import render
 
-ROOT = Path(__file__).resolve().parents[2]
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>\u202e"
-MODEL = {
-    "id": "tiny",
-    "context_length": 1024,
-    "precision": "bf16",
-    "parameters": 480_000,
-    "thinking": "switch",
-    "sampling": {
-        "thinking": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0, "presence_penalty": 0},
-        "answer": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0, "presence_penalty": 0},
-        "max_tokens": 512,
-    },
-}
-
-
-class Error(Exception):
-    """In a script: an answer with a status, or (status 0) an error in mid-stream."""
-
-    def __init__(self, status: int, message: str, **headers: str):
-        self.status, self.message, self.headers = status, message, headers
-
-
-class Server(ThreadingHTTPServer):
-    """Answers each chat with the next of `replies`: tokens, events to wait for, errors. `asked`: the requests."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.replies, self.asked, self.key, self.model = [], [], None, MODEL
-        self.url = f"http://127.0.0.1:{self.server_port}/"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *_):
-        pass
-
-    def send(self, status: int, body: str, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body.encode("utf-8", "surrogatepass"))
-
-    def fail(self, error: Error) -> None:
-        body = json.dumps({"error": {"message": error.message}})
-        self.send(error.status, body, Content_Type="application/json", **error.headers)
-
-    def allowed(self) -> bool:
-        return self.server.key is None or self.headers["Authorization"] == f"Bearer {self.server.key}"
-
-    def do_GET(self):
-        if self.path == "/":
-            html, headers = render()
-            return self.send(200, html, Content_Type="text/html; charset=utf-8", **headers)
-        if not self.allowed():
-            return self.fail(Error(401, "no such key"))
-        self.send(200, json.dumps({"data": [self.server.model]}), Content_Type="application/json")
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if not self.allowed():
-            return self.fail(Error(401, "no such key"))
-        self.server.asked.append(body)
-        reply = self.server.replies.pop(0)
-        if isinstance(reply, Error):
-            return self.fail(reply)
-        self.send(200, "", Content_Type="text/event-stream")
-        with contextlib.suppress(OSError):  # the page has stopped it
-            self.stream(reply, body)
-
-    def stream(self, reply: list, body: dict) -> None:
-        last = body["messages"][-1]
-        kind = "reasoning_content" if body.get("continue_final_message") and not last["content"] else "content"
-        tokens = thought = 0
-        for at, item in enumerate(reply):
-            if isinstance(item, threading.Event):
-                item.wait(20)
-                continue
-            if isinstance(item, Error):
-                return self.event({"error": {"message": item.message}})
-            text, *_ = item
-            tag = text in ("<think>", "</think>", "<|im_end|>")
-            around = {one[0] for one in reply[max(0, at - 1) : at + 2] if isinstance(one, tuple)}
-            hidden = tag or (not text.strip("\n") and around & {"<think>", "</think>"})
-            kind = {"<think>": "reasoning_content", "</think>": "content"}.get(text, kind)
-            tokens, thought = tokens + 1, thought + (kind != "content")
-            delta = {} if hidden else {kind: text}
-            logprobs = {"content": [entry(*item)]}
-            self.event({"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": None}]})
-        self.event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-        details = {"completion_tokens_details": {"reasoning_tokens": thought}, "total_tokens": 21 + tokens}
-        details |= {"prompt_tokens_details": {"cached_tokens": 16}}
-        self.event({"choices": [], "usage": {"prompt_tokens": 21, "completion_tokens": tokens, **details}})
-        self.wfile.write(b"data: [DONE]\n\n")
-
-    def event(self, value: dict) -> None:
-        self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
-        self.wfile.flush()
-
-
-def entry(text: str, p: float = 0.9, *others: tuple) -> dict:
-    """A token in OpenAI's form; an alternative is (text, p) or (text, p, its bytes)."""
-
-    def one(text, p, data=None):
-        logprob = math.log(p) if p else -9999.0
-        return {"token": text, "logprob": logprob, "bytes": data or list(text.encode("utf-8", "replace"))}
-
-    return {**one(text, p), "top_logprobs": [one(text, p), *(one(*other) for other in others)] if p else []}
-
-
-SUM = [
-    *[("<think>", 1.0), ("\n", 1.0), ("17", 0.99), (" +", 0.97), (" 28", 0.6, (" 27", 0.3), ("</think>", 0.05))],
-    *[("\n", 1.0), ("</think>", 1.0), ("\n\n", 1.0), ("It", 0.9), (" is", 0.9)],
-    *[(" 45", 0.5, (" 44", 0.4), ("<|im_end|>", 0.02), ("<|im_start|>", 0.01), ("\ufffd", 0.01, [0xF0]))],
-    *[(".", 0.9), ("<|im_end|>", 1.0)],
-]
 
 
 @pytest.fixture(scope="module")
-def serving():
+def scripted():
     server = Server()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -148,9 +29,9 @@ def serving():
 
 
 @pytest.fixture
-def server(serving):
-    serving.replies, serving.asked, serving.key, serving.model = [], [], None, MODEL
-    return serving
+def server(scripted):
+    scripted.replies, scripted.asked, scripted.key, scripted.model = [], [], None, MODEL
+    return scripted
 
 
 @pytest.fixture
@@ -169,27 +50,6 @@ def view(server, browser):
         server.url + path for path in ("", "v1/models", "v1/chat/completions")
     }
     page.close()
-
-
-def ask(view, text: str = "What is 17 + 28?", wait: bool = True) -> None:
-    view.fill("#ask", text)
-    view.keyboard.press("Enter")
-    if wait:
-        done(view)
-
-
-def done(view) -> None:
-    view.wait_for_selector("body:not(.busy) .assistant:last-child [data-act=regenerate]")
-
-
-def answer(view) -> str:
-    return view.locator(".markdown").last.inner_text()
-
-
-def pick(view, token: str, alternative: str) -> None:
-    """A click on a token of the last reply, and one on an alternative."""
-    view.locator(f".assistant:last-child .tok:visible:text-is('{token}')").first.click()
-    view.locator("#card li button").filter(has_text=alternative).first.click()
 
 
 def test_a_reply_streams_and_its_thinking_is_folded(view, server):
@@ -457,15 +317,8 @@ def test_settings_are_sent_and_kept(view, server):
     assert last["chat_template_kwargs"] == {"enable_thinking": False}
 
 
-def test_a_chat_goes_to_the_terminal_and_back(view, server, tmp_path):
-    from chat import Chat
-    from inference import saved_chat
-    from inference.params import SamplingParams
-    from inference.session import Session
-    from model import Qwen3
-
-    source = ROOT / "models" / "tiny"
-    session = Session(Qwen3.from_pretrained(source), Chat.from_pretrained(source), SamplingParams())
+def test_a_chat_goes_to_the_terminal_and_back(view, server, tiny, tmp_path):
+    session = Session(*tiny, SamplingParams())
     server.replies = [SUM]
     view.click("#open-settings")
     view.fill("#system", "Be brief.")
@@ -577,98 +430,3 @@ def test_a_narrow_screen_and_a_dark_one(view, server):
     view.click("#close-settings")
     view.click("#theme")
     assert view.evaluate("getComputedStyle(document.body).backgroundColor") != dark
-
-
-# --- Markdown ---
-
-MARKDOWN = [
-    ("a **b** *c* `d` ~~e~~", "<p>a <strong>b</strong> <em>c</em> <code>d</code> <s>e</s></p>"),
-    ("***a*** **b *c* d**", "<p><strong><em>a</em></strong> <strong>b <em>c</em> d</strong></p>"),
-    ("2 * 3 * 4, a*b*c, snake_case_name, __init__", "<p>2 * 3 * 4, a*b*c, snake_case_name, <strong>init</strong></p>"),
-    ("**open *never closed `too", "<p>**open *never closed `too</p>"),
-    (r"\*a\* \n", r"<p>*a* \n</p>"),
-    ("# A #\n## B\ntext", "<h3>A</h3><h4>B</h4><p>text</p>"),
-    (
-        "- a\n- b\n  - c\n\n- d",
-        "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p></li></ul></li><li><p>d</p></li></ul>",
-    ),
-    ("3. a\n4. b", '<ol start="3"><li><p>a</p></li><li><p>b</p></li></ol>'),
-    ("> a\n> b", "<blockquote><p>a\nb</p></blockquote>"),
-    ("a\n\n---\n\nb", "<p>a</p><hr><p>b</p>"),
-    (
-        "| a | b |\n|---|--:|\n| 1 | 2 |",
-        "<table><thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr><td>1</td><td>2</td></tr></tbody></table>",
-    ),
-    ("```py\n*a*\n<b>\n```", "<pre><code>*a*\n&lt;b&gt;</code></pre>"),
-    ("```\nnot closed", "<pre><code>not closed</code></pre>"),
-    ("``a ` b``", "<p><code>a ` b</code></p>"),
-    ("<b>x</b> &amp;", "<p>&lt;b&gt;x&lt;/b&gt; &amp;amp;</p>"),
-    ("", ""),
-]
-PLAIN = """(source) => {
-  const parent = document.createElement("div");
-  for (const block of blocks(source)) {
-    const writer = new Writer(source, () => undefined, block.from);
-    block.build(writer, parent);
-    writer.rest(block.to, parent);
-  }
-  const all = parent.cloneNode(true);
-  all.querySelectorAll(".bar, .host").forEach((one) => one.remove());
-  parent.querySelectorAll(".bar, .mark").forEach((one) => one.remove());
-  parent.querySelectorAll(".code, .scroll").forEach((one) => one.replaceWith(...one.childNodes));
-  for (const name of ["class", "dir", "tabindex"])
-    for (const one of parent.querySelectorAll(`[${name}]`)) one.removeAttribute(name);
-  return [parent.innerHTML, all.textContent.replaceAll("⏎", "\\n")];
-}"""
-
-
-def test_markdown(view):
-    for source, html in MARKDOWN:
-        assert view.evaluate(PLAIN, source) == [html, source]
-
-
-def test_markdown_loses_no_character_of_any_text(view):
-    """Every character of the source is in some node, once and in order: so is every token. And no text is slow."""
-    lost = view.evaluate(
-        f"""() => {{
-      const plain = {PLAIN};
-      let state = 7;
-      const random = (n) => (state = (state * 1103515245 + 12345) % 2147483648) % n;
-      const parts = ["*", "**", "_", "`", "```", "~~", "[", "](", "](https://a.b)", ")", "|", "|--|", "\\n",
-        "\\n\\n", "- ", "1. ", "> ", "# ", "  ", "    ",        "a", "b c", "<i>", "\\\\", "---", "https://x.y/z", "é",
-        "🦊", "\\t", "!"];
-      const lost = [];
-      for (let round = 0; round < 1500; round++) {{
-        const source = Array.from({{ length: 1 + random(30) }}, () => parts[random(parts.length)]).join("");
-        if (plain(source)[1] !== source) lost.push(source);
-      }}
-      return lost.slice(0, 3);
-    }}"""
-    )
-    assert lost == []
-    hostile = (
-        "*a ",
-        "**a",
-        "[",
-        "[a](",
-        "`a",
-        "> ",
-        "- ",
-        "|",
-        "\\",
-        "_a _",
-        "https://",
-        "*a **b ",
-        "\n",
-        "|a\n|-\n",
-        "~~~",
-    )
-    seconds = view.evaluate(
-        f"""(hostile) => hostile.map((text) => {{
-      const begin = performance.now();
-      ({PLAIN})(text.repeat(50000 / text.length));
-      return (performance.now() - begin) / 1000;
-    }})""",
-        hostile,
-    )
-    assert max(seconds) < 3, dict(zip(hostile, seconds, strict=True))
