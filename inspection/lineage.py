@@ -1,7 +1,8 @@
 """Was this made from that, and is it still what was written down?
 
 A GGUF of ours is a function of its base to the byte: the writer is run again, its bytes are compared with the file's as
-they come, and nothing is stored. Other copies are compared tensor by tensor.
+they come, and nothing is stored; inspection/requantize.py does so for int8 and int4. Other copies are compared tensor
+by tensor.
 """
 
 import io
@@ -15,7 +16,7 @@ from formats import record
 from formats.gguf import names, writer
 from formats.gguf.reader import GGUF
 from formats.json_file import read_json
-from inspection import weights
+from inspection import requantize, weights
 from inspection.findings import Ledger
 from inspection.manifest import CLAIMED, NAME, SCHEMA, VERIFIED
 
@@ -123,7 +124,11 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 
 def compare_checkpoints(ledger: Ledger, path: Path, base: Path) -> list[str]:
-    """Tensor by tensor: equal, equal after a cast, or changed and by how much."""
+    """Tensor by tensor: equal, equal after a cast, or changed and by how much; int8 and int4 are made again."""
+    if (scheme := requantize.scheme_of(path)) and not requantize.scheme_of(base):
+        lines, kind = requantize.compare(ledger, path, base, scheme)
+        _add_lineage(ledger, f"quantized to {kind}" if kind else "quantized from", base, VERIFIED if kind else CLAIMED)
+        return lines
     ours, theirs = weights.open_weights(path), weights.open_weights(base)
     equal, cast, changed = 0, 0, []
     for name in ours.tensors:

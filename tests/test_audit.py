@@ -233,6 +233,54 @@ def test_every_gguf_type_is_proven_and_one_nibble_is_found(run, monkeypatch, tmp
     )
 
 
+@pytest.mark.parametrize(("kind", "group"), [("int8", None), ("int8", "32"), ("int4", None), ("int4", "16")])
+def test_a_quantised_directory_is_proven_and_one_bit_is_found(run, monkeypatch, capsys, tmp_path, kind, group):
+    monkeypatch.setattr(auditing.behaviour, "MOST", 0)
+    out, flags = tmp_path / "q", ("--group-size", group) if group else ()
+    convert(monkeypatch, capsys, "--to", kind, "--model", TINY, "--out", out, *flags)
+    status, text, _ = run(out, "--base", TINY, "--json")
+    found = json.loads(text)
+    said = [(one["relation"], one["status"]) for one in found["lineage"]]
+    assert status == 0 and (f"quantized to {kind}", "verified") in said and "base-metadata" not in ids(found), text
+    assert "equal to the byte (46 tensors)" in run(out, "--base", TINY)[1]
+    name = "model.layers.2.mlp.up_proj.weight"
+    file = out / "model.safetensors"
+    start, _ = auditing.Audit(local_tree(out)).ledger.facts["safetensors"]["model.safetensors"][1][f"{name}_packed"]
+    content = bytearray(file.read_bytes())
+    place = len(content) - weights_size(out) + start + 5
+    content[place] ^= 0x80
+    file.write_bytes(content)
+    status, text, _ = run(out, "--base", TINY)
+    assert status == 1 and f"tensor {name} is not what the base gives, by up to" in text
+    assert "45 of 46 tensors are equal to the byte" in text
+
+
+def weights_size(path: Path) -> int:
+    """Bytes of the tensors in a directory's only file."""
+    offsets = auditing.Audit(local_tree(path)).ledger.facts["safetensors"]["model.safetensors"][1]
+    return max(end for _, end in offsets.values())
+
+
+def test_weights_that_another_tool_rounded_accuse_nobody(run, monkeypatch, capsys, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.setattr(auditing.behaviour, "MOST", 0)
+    out = tmp_path / "q"
+    convert(monkeypatch, capsys, "--to", "int8", "--model", TINY, "--out", out)
+    (out / record.NAME).unlink()
+    tensors = load_file(out / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight_packed"
+    bytes_of = tensors[name].view(torch.uint8)
+    bytes_of[0, 0] += 1 if bytes_of[0, 0] < 128 else -1  # towards zero or away: one step at most
+    save_file(tensors, out / "model.safetensors")
+    status, text, _ = run(out, "--base", TINY)
+    assert "45 of 46 tensors are equal to the byte" in text
+    assert (status == 0 and "1 rounded otherwise" in text) or "steps of its scale" in text
+    shutil.copytree(TINY, tmp_path / "other")
+    edit_json(tmp_path / "other" / "config.json", rope_theta=77.0)
+    assert "rope_theta differs" in run(out, "--base", tmp_path / "other")[1]
+
+
 def test_a_gguf_of_another_base_or_other_metadata(run, tiny_checkpoint, tmp_path):
     file = tmp_path / "m.gguf"
     writer.write_gguf(open_checkpoint(tiny_checkpoint), file, "q8_0")

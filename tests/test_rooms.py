@@ -27,7 +27,7 @@ ROOMS = {
         {"torch", "safetensors", "yaml", "rich", "wandb", "matplotlib"},
     ),
     "inspection": (
-        {"model", "chat", "inference", "formats", "data"},
+        {"model", "chat", "inference", "formats", "data", "ops"},
         {
             *(
                 "torch",
