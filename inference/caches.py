@@ -11,10 +11,12 @@ The engine (inference/engine.py) needs six things of a store, whatever a cache i
                             recurrent state cannot: it is copied whole or not at all, so a store of such states has
                             `cuts = False`, and its engine only continues what is a prefix of the new prompt as a whole
 
-`Rows` is the store of PyTorch, on any device: the running caches are the rows of one KVCache, and the next tokens of
-all of them go through the model in one pass.
+`Pages` is the store of the C++ step, on a CPU: a sequence has pages of its own or shares them, and all next ids, pieces
+of prompts too, go through the model in one pass. `Rows` is that of PyTorch, on any device: running caches are the rows
+of one KVCache, and replies that go on share a pass.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from inference.decode import forward, new_cache
 from model import KVCache, Qwen3
+from ops.cpu import step as cpu_step
 
 ROOM = 256  # positions that a cache has room for when the first one is computed
 
@@ -31,7 +34,7 @@ ROOM = 256  # positions that a cache has room for when the first one is computed
 class Part(NamedTuple):
     """The next ids of one cache. `wanted`: whether the logits behind them are needed."""
 
-    cache: "Row"
+    cache: "Row | Paged"
     ids: list[int]
     wanted: bool
 
@@ -160,3 +163,77 @@ def position_bytes(model: Qwen3) -> int:
     config = model.config
     numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return numbers * model.dtype.itemsize
+
+
+@dataclass(eq=False)
+class Paged:
+    """A cache of one sequence in pages of BLOCK positions; full ones may be part of several caches."""
+
+    length: int
+    pages: list[Tensor]
+
+
+class Pages:
+    """Pages that the C++ step reads where they lie, so that nothing is copied when a sequence grows.
+
+    A prefix is shared page by page; only what it has of a last, partly filled page is copied.
+    """
+
+    cuts = True
+
+    def __init__(self, model: Qwen3, cache_bytes: int):
+        self.model = model
+        self.most = max(1, cache_bytes // (cpu_step.BLOCK * position_bytes(model)))
+        self.free: list[Tensor] = []
+        self.owners: Counter[int] = Counter()  # by address: how many caches a page is part of
+
+    def begin(self, source: Paged | None = None, shared: int = 0) -> Paged | None:
+        whole, rest = divmod(shared, cpu_step.BLOCK)
+        cache = Paged(shared, source.pages[:whole] if source else [])
+        if not self._available(1 + (rest > 0)):
+            return None
+        for page in cache.pages:
+            self.owners[page.data_ptr()] += 1
+        if rest:
+            self._append(cache)
+            cache.pages[-1][:, :, :, :rest] = source.pages[whole][:, :, :, :rest]
+        return cache
+
+    def end(self, cache: Paged) -> None:
+        for page in cache.pages:
+            self.owners[page.data_ptr()] -= 1
+            if not self.owners[page.data_ptr()]:
+                del self.owners[page.data_ptr()]
+                self.free.append(page)
+        cache.pages = []
+
+    def keep(self, cache: Paged) -> Paged:
+        return cache
+
+    def make_room(self, lengths: dict[Paged, int]) -> bool:
+        needed = {cache: -(-length // cpu_step.BLOCK) - len(cache.pages) for cache, length in lengths.items()}
+        if not self._available(sum(needed.values())):
+            return False
+        for cache, count in needed.items():
+            for _ in range(count):
+                self._append(cache)
+        return True
+
+    def forward(self, parts: Sequence[Part]) -> list[Tensor | None]:
+        caches, ids, wanted = zip(*parts, strict=True)
+        lengths, pages = [cache.length for cache in caches], [cache.pages for cache in caches]
+        logits = cpu_step.spans(self.model, ids, lengths, pages, list(map(int, wanted)))
+        if logits is None:
+            raise ValueError(f"the model was changed while an engine ran it: {cpu_step.why(self.model)}")
+        for cache, some in zip(caches, ids, strict=True):
+            cache.length += len(some)
+        rows = iter(logits)
+        return [next(rows) if one else None for one in wanted]
+
+    def _available(self, count: int) -> bool:
+        return len(self.owners) + count <= self.most
+
+    def _append(self, cache: Paged) -> None:
+        page = self.free.pop() if self.free else cpu_step.new_page(self.model)
+        self.owners[page.data_ptr()] += 1
+        cache.pages.append(page)

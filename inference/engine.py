@@ -30,15 +30,16 @@ import torch
 from torch import Tensor
 
 from chat import Chat
-from inference.caches import Part, Rows, position_bytes
+from inference.caches import Pages, Part, Rows, position_bytes
 from inference.decode import Intervene, PromptTooLong, Reply, Until
 from inference.params import SamplingParams
 from model import Qwen3
+from ops.cpu import step as cpu_step
 
 PAUSE = 0.25  # seconds that pieces of prompts may add to a pass while replies are running; else four times as long
 PIECE = (16, 512)  # tokens of prompts in one pass, whatever that takes: at least, at most
 WORTH_WAITING = 32  # tokens that another request is about to compute anyway
-MEMORY_SHARE = 0.5  # of the free memory that caches may take where no limit is given
+MEMORY_SHARE = 0.25  # of the free memory that caches may take where no limit is given
 
 Choices = list[tuple[int, Tensor | None]]
 OnTokens = Callable[[Reply, Choices], None]
@@ -80,7 +81,7 @@ class Engine:
 
     max_batch     replies that run at once; more wait in a queue, in the order in which they came
     context       positions of a prompt with its reply; None: the model's
-    cache_bytes   bound of the memory for keys and values; None: half of what is free now. It bounds the context, too
+    cache_bytes   bound of the memory for keys and values, and so of the context; None: a quarter of what is free now
     """
 
     def __init__(self, model: Qwen3, max_batch: int = 16, context: int | None = None, cache_bytes: int | None = None):
@@ -90,11 +91,14 @@ class Engine:
         most = model.config.context_length
         if context is not None and not 1 <= context <= most:
             raise ValueError(f"a context of {context:,} positions: the model's is {most:,}")
-        fits = int(limit) // position_bytes(model)
+        paged = cpu_step.serving(model) is not None
+        unit = cpu_step.BLOCK if paged else 1
+        fits = int(limit) // (position_bytes(model) * unit) * unit
         if fits < 1:
-            raise ValueError(f"caches of {limit:,.0f} bytes: one position alone takes {position_bytes(model):,}")
+            needed = position_bytes(model) * unit
+            raise ValueError(f"{limit:,.0f} bytes for caches are too few: {unit} positions take {needed:,}")
         self.model, self.max_batch, self.context = model, max_batch, min(context or most, fits)
-        self.store = Rows(model, max_batch, self.context, int(limit))
+        self.store = Pages(model, int(limit)) if paged else Rows(model, max_batch, self.context, int(limit))
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []  # in the order in which they came
         self.kept: list[Kept] = []  # the least recently used first

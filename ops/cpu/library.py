@@ -29,6 +29,7 @@ FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", 
 FLAGS += ("-fvisibility-inlines-hidden", "-fno-semantic-interposition", "-Wno-psabi")
 TUNED = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())  # the first that compiles
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+BLOCK = 256  # positions of a cache that lie side by side
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Mirrors of the structs of step.cpp (ctypes), field by field; `load` compares every size and offset.
@@ -62,20 +63,21 @@ class Qwen3(ctypes.Structure):
 
 
 class KVCache(ctypes.Structure):
-    _fields_ = [("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p))]
-    _fields_ += [("max_len", c_int64), ("lengths", POINTER(c_int64))]
+    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("blocks", c_int64)]
+    _fields_ += [(name, c_void_p) for name in ("first", "strides", "lengths")]
 
 
 class Tokens(ctypes.Structure):
-    _fields_ = [("ids", c_void_p), ("B", c_int64), ("T", c_int64), ("outputs", c_int64), ("logits", c_void_p)]
+    _fields_ = [("ids", c_void_p), ("starts", c_void_p), ("outputs", c_void_p), ("B", c_int64), ("logits", c_void_p)]
 
 
 MIRRORS = (Linear, Attention, MLP, Block, Qwen3, KVCache, Tokens)
 
 
 def layout() -> list[int]:
-    """Size of each mirror and the offsets of its fields, as `layout` in step.cpp."""
-    return [n for m in MIRRORS for n in (ctypes.sizeof(m), *(getattr(m, name).offset for name, _ in m._fields_))]
+    """Size of each mirror and the offsets of its fields, and the size of a block, as `layout` in step.cpp."""
+    sizes = [n for m in MIRRORS for n in (ctypes.sizeof(m), *(getattr(m, name).offset for name, _ in m._fields_))]
+    return [*sizes, BLOCK]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,15 +6,16 @@
 // the cache, and five barriers a layer are all the threads ever wait for each other. Many tokens, a prompt, are
 // compute-bound: blocks of rows stay in the cache for all of them.
 //
-// A token's logits are the same bits whether it comes alone, as one of a few guesses, in a prompt or in a batch: see
-// products.h and attention.h. What is different for few and many is only who computes what.
+// The rows of a batch may bring different numbers of tokens: a piece of a prompt beside replies that go on. A token's
+// logits are the same bits whether it comes alone, as one of a few guesses, in a prompt or in a batch: see products.h and
+// attention.h. What is different for few and many is only who computes what.
 //
 // One file, longer than others here, as model.py is one: a layer is read from top to bottom.
 //
 // The interface is plain C over pointers into the model's own tensors; ops/cpu/step.py fills the structs and checks them.
 //
-// Letters for sizes as in model.py:  B batch   T tokens   N = B * T   C hidden size   H query heads   K key/value heads
-//                                    G = H / K   D head dim   S cached positions with the new ones   V vocabulary
+// Letters for sizes as in model.py:  B batch   N tokens of all rows   C hidden size   H query heads   K key/value heads
+//                                    G = H / K   D head dim   V vocabulary
 #include <cstddef>
 #include <deque>
 #include <vector>
@@ -24,7 +25,7 @@
 #include "threads.h"
 
 constexpr int64_t FEW = 16;       // tokens: so few each thread prepares for itself, rather than wait for another
-constexpr int64_t AT_ONCE = 512;  // tokens of a prompt: bounds the memory of a long one
+constexpr int64_t AT_ONCE = 512;  // tokens: bounds the memory of a long prompt
 constexpr int64_t QUERIES = 48;   // of a prompt, that go through a block of positions together
 constexpr int64_t SIDE_BY_SIDE = 4;  // rows that a few tokens may read together: see Tuning
 
@@ -56,26 +57,50 @@ struct Qwen3 {
     const void* norm;
     Linear lm_head;
 };
+// Blocks of BLOCK positions lie wherever they may, so that rows can share and grow without being copied.
 struct KVCache {
-    void *const *keys, *const *values;  // over layers: [B, K, max_len, D]
-    int64_t max_len;
-    const int64_t* lengths;  // [B] positions before these tokens
+    void *const *keys, *const *values;  // [layers, blocks]: the block's positions of the first head, [BLOCK, D]
+    int64_t blocks;                     // of all rows
+    const int64_t* first;               // [B] the first block of each row
+    const int64_t* strides;             // [B] numbers from a head's positions to those of the next one
+    const int64_t* lengths;             // [B] positions before these tokens
 };
 struct Tokens {
-    const int64_t* ids;     // [B, T]
-    int64_t B, T, outputs;  // logits are wanted for the last `outputs` of T
-    void* logits;           // [B, outputs, V]
+    const int64_t* ids;      // those of the first row, of the second, …
+    const int64_t* starts;   // [B + 1] where each row's begin, and the number of all
+    const int64_t* outputs;  // [B] logits are wanted for so many of each row's last tokens
+    int64_t B;
+    void* logits;            // [all outputs, V]
 };
 }
 
-// Some tokens of each row of a batch, and their positions.
+// Consecutive tokens of a batch: what each row has of them, and the positions.
 struct Span {
-    int64_t B, first, T, N = B * T;  // T of each row, from its `first` new one on
+    struct Piece {
+        int64_t row, from, count;  // tokens from .. from + count of the span
+    };
     const KVCache& cache;
-    int64_t row(int64_t n) const { return n / T; }
-    int64_t token(int64_t n) const { return first + n % T; }
-    int64_t position(int64_t n) const { return cache.lengths[row(n)] + token(n); }
-    int64_t blocks(int64_t b) const { return position((b + 1) * T - 1) / BLOCK + 1; }  // up to row b's last token
+    int64_t first, N;                  // tokens of the batch
+    std::vector<Piece> pieces;
+    std::vector<int64_t> piece_of, position;  // of each token, [N]
+    std::vector<int64_t> wanted, places;      // tokens of the span whose logits are wanted; which of all logits they are
+
+    Span(const KVCache& cache, const Tokens& tokens, int64_t first, int64_t N) : cache(cache), first(first), N(N) {
+        int64_t outputs = 0;  // of the rows before
+        for (int64_t b = 0; b < tokens.B; outputs += tokens.outputs[b++]) {
+            const int64_t start = tokens.starts[b], end = tokens.starts[b + 1];
+            const int64_t from = std::max(start, first), to = std::min(end, first + N);
+            if (from >= to) continue;
+            for (int64_t n = from; n < to; n++) {
+                piece_of.push_back(pieces.size()), position.push_back(cache.lengths[b] + n - start);
+                if (n < end - tokens.outputs[b]) continue;
+                wanted.push_back(n - first), places.push_back(outputs + n - (end - tokens.outputs[b]));
+            }
+            pieces.push_back({b, from - first, to - from});
+        }
+    }
+    const Piece& piece(int64_t n) const { return pieces[piece_of[n]]; }
+    int64_t blocks(const Piece& piece) const { return position[piece.from + piece.count - 1] / BLOCK + 1; }
 };
 
 // Every size of scratch memory that is not plainly [N, …]: computed here and nowhere else.
@@ -84,7 +109,11 @@ struct Sizes {
     int64_t widest = 0, mlp = 0;    // columns of a linear layer, rows of an MLP's up_proj
     bool forms[FORMS] = {};         // of activations that some linear layer wants
     int64_t queries, blocks = 0;    // of one key head at once; of the longest row
-    std::vector<int64_t> partials;  // the first of row b, with their number at the end; only of few tokens
+    std::vector<int64_t> partials;  // the first of each piece, with their number at the end; only of few tokens
+    struct Part {
+        int64_t head, from, count;  // a key head, and the tokens whose queries meet it together
+    };
+    std::vector<Part> parts;        // of the attention of many tokens
 
     Sizes(const Qwen3& m, const Span& span, bool many) {
         auto see = [&](const Linear& w) {
@@ -103,12 +132,18 @@ struct Sizes {
         }
         see(m.lm_head);
         const int64_t G = m.num_attention_heads / m.num_key_value_heads;
-        queries = G * (many ? std::max(int64_t(1), QUERIES / G) : span.T);
+        const int64_t most = many ? std::max(int64_t(1), QUERIES / G) : span.N;
+        int64_t tokens = 0;
         partials.push_back(0);
-        for (int64_t b = 0; b < span.B; b++) {
-            blocks = std::max(blocks, span.blocks(b));
-            partials.push_back(partials.back() + (many ? 0 : m.num_key_value_heads * span.blocks(b)));
+        for (auto& piece : span.pieces) {
+            tokens = std::max(tokens, std::min(most, piece.count));
+            blocks = std::max(blocks, span.blocks(piece));
+            partials.push_back(partials.back() + (many ? 0 : m.num_key_value_heads * span.blocks(piece)));
+            for (int64_t head = 0; many && head < m.num_key_value_heads; head++)
+                for (int64_t i = 0; i < piece.count; i += most)
+                    parts.push_back({head, piece.from + i, std::min(most, piece.count - i)});
         }
+        queries = G * tokens;
     }
 };
 
@@ -119,7 +154,7 @@ struct Shared {
     Buffer<float> x;             // [N, C] the residual stream
     Buffer<float> cos, sin;      // [N, D/2]
     Buffer<float> q, k, v;       // [N, H, D], [N, K, D], [N, K, D]
-    Buffer<float> partial;       // few tokens: attention over each block of positions, [B, K, blocks, …] (Partial)
+    Buffer<float> partial;       // few tokens: attention over each block of positions, [pieces, K, blocks, …] (Partial)
     Buffer<float> attended;      // many tokens: [N, H, D]
     Buffer<float> router;        // [N, num_experts]
     Buffer<float> gate, up;      // [N * experts, mlp]
@@ -181,16 +216,13 @@ class Step {
     void run(const Tokens& tokens, int threads) {
         sharing.threads = threads;
         for (int64_t layer = 0; layer < model.num_hidden_layers; layer++) block(model.layers[layer], layer);
-        // Of each row the last `wanted` tokens of this span; the first of them is `from` in the span, `to` in the logits.
-        const int64_t before = tokens.T - tokens.outputs, V = model.lm_head.rows;
-        const int64_t wanted = std::clamp(span.first + span.T - before, int64_t(0), span.T);
-        const int64_t from = span.T - wanted, to = span.first + from - before, count = span.B * wanted;
-        if (!wanted) return;
+        const int64_t V = model.lm_head.rows, count = span.wanted.size();
+        if (!count) return;
         auto& x = prepared(count, C, {&model.lm_head}, [&](int64_t i, float* out) {
-            rms_norm(shared.x.at((i / wanted * span.T + from + i % wanted) * C, C), model.norm, C, out);
+            rms_norm(shared.x.at(span.wanted[i] * C, C), model.norm, C, out);
         });
         linear(model.lm_head, x, count, [&](int64_t i, int64_t row, const float* y, int64_t n) {
-            T* logits = (T*)tokens.logits + (i / wanted * tokens.outputs + to + i % wanted) * V + row;
+            T* logits = (T*)tokens.logits + span.places[i] * V + row;
             for (int64_t j = 0; j < n; j++) assign(logits[j], y[j]);
         });
         sharing.wait_for_all();  // here, as OpenMP would spin
@@ -276,15 +308,20 @@ class Step {
         }
     }
 
-    T* head_of(void* cached, int64_t b, int64_t head) const { return (T*)cached + (b * K + head) * cache.max_len * D; }
+    // A block of one head's positions, in the keys or values of a layer.
+    T* block_of(void* const* cached, int64_t row, int64_t head, int64_t block) const {
+        return (T*)cached[cache.first[row] + block] + head * cache.strides[row];
+    }
 
     // The new key and value of token n in one head, into the cache.
-    void remember(const Attention& attn, int64_t n, int64_t head, T* keys, T* values) {
+    void remember(const Attention& attn, int64_t n, int64_t head, void* const* keys, void* const* values) {
         const float *k = shared.k.at((n * K + head) * D, D), *v = shared.v.at((n * K + head) * D, D);
+        const int64_t row = span.piece(n).row, block = span.position[n] / BLOCK, at = span.position[n] % BLOCK * D;
+        T *key = block_of(keys, row, head, block) + at, *value = block_of(values, row, head, block) + at;
         float* turned = scratch.at(0, D);
         norm_and_rotate(k, n, attn.k_norm, turned);
-        for (int64_t d = 0; d < D; d++) assign(keys[span.position(n) * D + d], turned[d]);
-        for (int64_t d = 0; d < D; d++) assign(values[span.position(n) * D + d], v[d]);
+        for (int64_t d = 0; d < D; d++) assign(key[d], turned[d]);
+        for (int64_t d = 0; d < D; d++) assign(value[d], v[d]);
     }
 
     // Query g of a key head, of those that begin with token `from` of the span.
@@ -298,16 +335,16 @@ class Step {
 
     // The queries that `query` prepared over one block of positions.
     void attend(int64_t from, int64_t count, int64_t block, const T* keys, const T* values, float* partial) {
-        const int64_t start = block * BLOCK, last = span.position(from + (count - 1) / G);
+        const int64_t start = block * BLOCK, last = span.position[from + (count - 1) / G];
         const int64_t positions = std::min(BLOCK, last + 1 - start);
-        const Linear matrix = {keys + start * D, nullptr, nullptr, positions, D, D * int64_t(sizeof(T)), 8 * sizeof(T), 0};
+        const Linear matrix = {keys, nullptr, nullptr, positions, D, D * int64_t(sizeof(T)), 8 * sizeof(T), 0};
         rows(matrix, 0, positions, queries, count, [](int64_t i) { return i; },
              [&](int64_t g, int64_t s, const float* y, int64_t n) { std::copy(y, y + n, scores.at(g * BLOCK + s, n)); });
-        auto seen = [&](int64_t g) { return std::clamp(span.position(from + g / G) + 1 - start, int64_t(0), positions); };
-        weigh(scores.at(0, count * BLOCK), count, positions, D, values + start * D, seen, {partial, count});
+        auto seen = [&](int64_t g) { return std::clamp(span.position[from + g / G] + 1 - start, int64_t(0), positions); };
+        weigh(scores.at(0, count * BLOCK), count, positions, D, values, seen, {partial, count});
     }
 
-    void attention(const Attention& attn, const Inputs& x, void* keys, void* values) {
+    void attention(const Attention& attn, const Inputs& x, void* const* keys, void* const* values) {
         auto into = [&](Buffer<float>& out, int64_t width) {
             return [&out, width](int64_t n, int64_t row, const float* y, int64_t count) {
                 std::copy(y, y + count, out.at(n * width + row, count));
@@ -320,9 +357,10 @@ class Step {
         many ? attend_many(attn, keys, values) : attend_few(attn, keys, values);
         auto& out = prepared(N, H * D, {&attn.o_proj}, [&](int64_t n, float* out) {
             if (many) return (void)std::copy(shared.attended.at(n * H * D), shared.attended.at(n * H * D) + H * D, out);
+            const auto& piece = span.piece(n);
             for (int64_t head = 0; head < H; head++) {
-                const int64_t b = span.row(n), blocks = span.blocks(b), first = sizes.partials[b] + head / G * blocks;
-                put_together(n % span.T * G + head % G, sizes.queries, span.position(n) / BLOCK + 1, D,
+                const int64_t first = sizes.partials[span.piece_of[n]] + head / G * span.blocks(piece);
+                put_together((n - piece.from) * G + head % G, piece.count * G, span.position[n] / BLOCK + 1, D,
                              [&](int64_t block) { return few_partial(first + block); }, out + head * D);
             }
         });
@@ -335,47 +373,43 @@ class Step {
     }
 
     // Each block of positions is a piece of work; each key and value is read from memory once for all queries.
-    void attend_few(const Attention& attn, void* keys, void* values) {
+    void attend_few(const Attention& attn, void* const* keys, void* const* values) {
         sharing.share(sizes.partials.back(), 2 * BLOCK * D * sizeof(T), [&](int64_t begin, int64_t end) {
             for (int64_t work = begin; work < end; work++) {
                 const auto after = std::upper_bound(sizes.partials.begin(), sizes.partials.end(), work);
-                const int64_t b = after - sizes.partials.begin() - 1, from = b * span.T;
-                const int64_t head = (work - sizes.partials[b]) / span.blocks(b);
-                const int64_t block = (work - sizes.partials[b]) % span.blocks(b);
-                T *head_keys = head_of(keys, b, head), *head_values = head_of(values, b, head);
-                for (int64_t n = from; n < from + span.T; n++)
-                    if (span.position(n) / BLOCK == block) remember(attn, n, head, head_keys, head_values);
-                for (int64_t g = 0; g < sizes.queries; g++) query(attn, from, head, g);
-                attend(from, sizes.queries, block, head_keys, head_values, few_partial(work));
+                const int64_t index = after - sizes.partials.begin() - 1, i = work - sizes.partials[index];
+                const auto& piece = span.pieces[index];
+                const int64_t head = i / span.blocks(piece), block = i % span.blocks(piece), count = piece.count * G;
+                for (int64_t n = piece.from; n < piece.from + piece.count; n++)
+                    if (span.position[n] / BLOCK == block) remember(attn, n, head, keys, values);
+                for (int64_t g = 0; g < count; g++) query(attn, piece.from, head, g);
+                attend(piece.from, count, block, block_of(keys, piece.row, head, block),
+                       block_of(values, piece.row, head, block), few_partial(work));
             }
         });
         sharing.wait_for_all();
     }
 
     // Some tokens of a row and a key head are a piece of work, over all blocks.
-    void attend_many(const Attention& attn, void* keys, void* values) {
+    void attend_many(const Attention& attn, void* const* keys, void* const* values) {
         sharing.share(N * K, Works::SHORTEST / 8, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) {
-                const int64_t n = i / K, head = i % K, b = span.row(n);
-                remember(attn, n, head, head_of(keys, b, head), head_of(values, b, head));
-            }
+            for (int64_t i = begin; i < end; i++) remember(attn, i / K, i % K, keys, values);
         });
         sharing.wait_for_all();
-        const int64_t tokens = sizes.queries / G, parts = (span.T + tokens - 1) / tokens;
-        sharing.share(span.B * K * parts, Works::SHORTEST, [&](int64_t begin, int64_t end) {
+        sharing.share(sizes.parts.size(), Works::SHORTEST, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; i++) {
-                const int64_t b = i / (K * parts), head = i / parts % K, from = b * span.T + i % parts * tokens;
-                const int64_t count = std::min(tokens, (b + 1) * span.T - from) * G;
-                const int64_t size = Partial::size(count, D);
+                const auto [head, from, tokens] = sizes.parts[i];
+                const int64_t row = span.piece(from).row, count = tokens * G, size = Partial::size(count, D);
                 auto part = [&](int64_t block) { return partials.at(block * size, size); };
                 for (int64_t g = 0; g < count; g++) query(attn, from, head, g);
-                const int64_t blocks = span.position(from + (count - 1) / G) / BLOCK + 1;
+                const int64_t blocks = span.position[from + tokens - 1] / BLOCK + 1;
                 for (int64_t block = 0; block < blocks; block++)
-                    attend(from, count, block, head_of(keys, b, head), head_of(values, b, head), part(block));
+                    attend(from, count, block, block_of(keys, row, head, block), block_of(values, row, head, block),
+                           part(block));
                 for (int64_t g = 0; g < count; g++) {
                     const int64_t n = from + g / G;
                     float* out = shared.attended.at((n * H + head * G + g % G) * D, D);
-                    put_together(g, count, span.position(n) / BLOCK + 1, D, part, out);
+                    put_together(g, count, span.position[n] / BLOCK + 1, D, part, out);
                 }
             }
         });
@@ -488,7 +522,7 @@ class Step {
     void block(const Block& block, int64_t layer) {
         const Attention& attn = block.self_attn;
         auto& x = prepared(N, C, {&attn.q_proj, &attn.k_proj, &attn.v_proj}, normed(block.input_layernorm));
-        attention(attn, x, cache.keys[layer], cache.values[layer]);
+        attention(attn, x, cache.keys + layer * cache.blocks, cache.values + layer * cache.blocks);
         bool forms[FORMS] = {};
         if (block.gate.rows) forms[form_of(block.gate)] = true;
         for (int64_t e = 0; e < (block.gate.rows ? model.num_experts : 1); e++)
@@ -507,11 +541,11 @@ void step(const Qwen3& model, const KVCache& cache, const Tokens& tokens, const 
     const int64_t C = model.hidden_size, half = model.head_dim / 2;
     Shared<T> shared(model, span, many);
     for (int64_t n = 0; n < span.N; n++) {
-        const int64_t id = tokens.ids[span.row(n) * tokens.T + span.token(n)];
+        const int64_t id = tokens.ids[span.first + n];
         const T* embedding = (const T*)model.embed_tokens + id * C;
         for (int64_t i = 0; i < C; i++) *shared.x.at(n * C + i) = to_float(embedding[i]);
         for (int64_t i = 0; i < half; i++) {
-            float angle = float(span.position(n)) * model.rope_frequencies[i];
+            float angle = float(span.position[n]) * model.rope_frequencies[i];
             *shared.cos.at(n * half + i) = std::cos(angle) * model.rope_factor;
             *shared.sin.at(n * half + i) = std::sin(angle) * model.rope_factor;
         }
@@ -525,12 +559,10 @@ void step(const Qwen3& model, const KVCache& cache, const Tokens& tokens, const 
 // 0; 1 where there is not enough memory.
 template <class T>
 int step(const Qwen3& model, const KVCache& cache, const Tokens& tokens, int threads) {
-    const int64_t at_once = std::max(int64_t(1), AT_ONCE / tokens.B);
+    const int64_t all = tokens.starts[tokens.B];
     try {
-        for (int64_t first = 0; first < tokens.T; first += at_once) {
-            const int64_t T_now = std::min(at_once, tokens.T - first);
-            step<T>(model, cache, tokens, Span{tokens.B, first, T_now, tokens.B * T_now, cache}, threads);
-        }
+        for (int64_t first = 0; first < all; first += AT_ONCE)
+            step<T>(model, cache, tokens, Span(cache, tokens, first, std::min(AT_ONCE, all - first)), threads);
     } catch (const std::bad_alloc&) {
         return 1;
     }
@@ -554,9 +586,10 @@ const int64_t layout[] = {
     FIELD(Qwen3, num_experts_per_tok), FIELD(Qwen3, norm_topk_prob), FIELD(Qwen3, rms_norm_eps),
     FIELD(Qwen3, rope_factor), FIELD(Qwen3, rope_frequencies), FIELD(Qwen3, embed_tokens), FIELD(Qwen3, layers),
     FIELD(Qwen3, norm), FIELD(Qwen3, lm_head),
-    sizeof(KVCache), FIELD(KVCache, keys), FIELD(KVCache, values), FIELD(KVCache, max_len), FIELD(KVCache, lengths),
-    sizeof(Tokens), FIELD(Tokens, ids), FIELD(Tokens, B), FIELD(Tokens, T), FIELD(Tokens, outputs),
-    FIELD(Tokens, logits), -1};
+    sizeof(KVCache), FIELD(KVCache, keys), FIELD(KVCache, values), FIELD(KVCache, blocks), FIELD(KVCache, first),
+    FIELD(KVCache, strides), FIELD(KVCache, lengths),
+    sizeof(Tokens), FIELD(Tokens, ids), FIELD(Tokens, starts), FIELD(Tokens, outputs), FIELD(Tokens, B),
+    FIELD(Tokens, logits), BLOCK, -1};
 
 int step_float32(const Qwen3* model, const KVCache* cache, const Tokens* tokens, int threads) {
     return step<float>(*model, *cache, *tokens, threads);

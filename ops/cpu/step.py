@@ -9,15 +9,16 @@ A token's logits have the same bits whatever is computed beside it: alone, in a 
 
 import ctypes
 import weakref
-from collections.abc import Callable
-from ctypes import c_int64, c_void_p
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from formats.compressed_tensors import Scheme, packed_columns
-from ops.cpu.library import DTYPES, MLP, Attention, Block, KVCache, Linear, Qwen3, Tokens, Unavailable, library
+from ops.cpu.library import BLOCK, DTYPES, MLP, Attention, Block, KVCache, Linear, Qwen3, Tokens, Unavailable, library
 from ops.head import copied_head, output_head
 from ops.memory import release_file_pages
 from ops.quant import SCALE_DTYPE, QuantizedLinear
@@ -168,20 +169,76 @@ class Bound:
             return None
         if int(ids.min()) < 0 or int(ids.max()) >= min(vocab_size, self.vocabulary):
             return None
-        shape = (B, self.cache_shape[0], max_len, self.cache_shape[1])
+        K, D = self.cache_shape
         for tensor in (*keys, *values):
-            if tensor.shape != shape or tensor.dtype != self.dtype or not tensor.is_cpu or not tensor.is_contiguous():
+            fits = tensor.shape == (B, K, max_len, D) and tensor.dtype == self.dtype
+            if not fits or not tensor.is_cpu or not tensor.is_contiguous():
                 return None
-        places, ids = c_void_p * layers, ids.contiguous()
-        logits = torch.empty(B, 1 if last else T, vocab_size, dtype=self.dtype)
-        keys, values = places(*map(Tensor.data_ptr, keys)), places(*map(Tensor.data_ptr, values))
-        seen = KVCache(keys, values, max_len, (c_int64 * B)(*lengths))
-        tokens = Tokens(ids.data_ptr(), B, T, logits.shape[1], logits.data_ptr())
-        threads = max(1, min(torch.get_num_threads(), B * T * self.bytes // BYTES_PER_THREAD))
-        if getattr(loaded, "step_" + DTYPES[self.dtype])(self.struct, seen, tokens, threads):
-            raise MemoryError(f"not enough memory for {B} x {T} tokens at {max(lengths):,} positions")
+        counts = [(n + T - 1) // BLOCK + 1 for n in lengths]
+        rows = [np.arange(count) * BLOCK + K * max_len * row for row, count in enumerate(counts)]
+        places = np.concatenate(rows) * (D * self.dtype.itemsize)
+        blocks = [np.array([tensor.data_ptr() for tensor in part])[:, None] + places for part in (keys, values)]
+        outputs = 1 if last else T
+        logits = self._run(loaded, ids.numpy().ravel(), [T] * B, [outputs] * B, lengths, blocks, counts, max_len * D)
         cache.advance(T)
+        return logits.view(B, outputs, vocab_size)
+
+    def page(self) -> Tensor:
+        """Memory for keys and values of BLOCK positions of one sequence: [layers, 2, K, BLOCK, D], not initialised."""
+        K, D = self.cache_shape
+        return torch.empty(self.struct.num_hidden_layers, 2, K, BLOCK, D, dtype=self.dtype)
+
+    def spans(
+        self,
+        loaded: ctypes.CDLL,
+        ids: list[list[int]],
+        lengths: list[int],
+        pages: list[list[Tensor]],
+        outputs: list[int],
+    ) -> Tensor:
+        """What `spans` below does."""
+        K, D = self.cache_shape
+        part = K * BLOCK * D * self.dtype.itemsize
+        layers = np.arange(self.struct.num_hidden_layers)[:, None] * (2 * part)
+        keys = layers + np.array([page.data_ptr() for row in pages for page in row])
+        counts, flat = list(map(len, ids)), np.fromiter(chain.from_iterable(ids), np.int64)
+        if not 0 <= flat.min() <= flat.max() < min(self.vocabulary, self.struct.lm_head.rows):
+            raise ValueError(f"token ids from {flat.min()} to {flat.max()}: not all are of the model's vocabulary")
+        room = [BLOCK * len(row) - length - count for row, length, count in zip(pages, lengths, counts, strict=True)]
+        assert min(room) >= 0 and all(0 <= n <= count for n, count in zip(outputs, counts, strict=True))
+        return self._run(loaded, flat, counts, outputs, lengths, (keys, keys + part), list(map(len, pages)), BLOCK * D)
+
+    def _run(
+        self,
+        loaded: ctypes.CDLL,
+        ids: np.ndarray,
+        counts: list[int],
+        outputs: list[int],
+        lengths: list[int],
+        blocks: Sequence[np.ndarray],
+        blocks_each: list[int],
+        stride: int,
+    ) -> Tensor:
+        """Logits [all outputs, V] of the rows' tokens, `ids` one row after another.
+
+        `blocks`: addresses of keys and of values, int64 [layers, blocks of all rows], for each row as many as said.
+        """
+        B, tokens = len(counts), len(ids)
+        logits = torch.empty(sum(outputs), self.struct.lm_head.rows, dtype=self.dtype)
+        keys, values = map(np.ascontiguousarray, blocks)
+        first, starts = (np.concatenate(([0], np.cumsum(numbers))) for numbers in (blocks_each, counts))
+        strides, lengths, outputs = np.full(B, stride), np.array(lengths), np.array(outputs)
+        held = KVCache(keys.ctypes.data, values.ctypes.data, keys.shape[1], *_addresses(first, strides, lengths))
+        given = Tokens(*_addresses(ids, starts, outputs), B, logits.data_ptr())
+        threads = max(1, min(torch.get_num_threads(), tokens * self.bytes // BYTES_PER_THREAD))
+        if getattr(loaded, "step_" + DTYPES[self.dtype])(self.struct, held, given, threads):
+            raise MemoryError(f"not enough memory for {tokens:,} tokens at {max(lengths):,} positions")
         return logits
+
+
+def _addresses(*arrays: np.ndarray) -> list[int]:
+    assert all(array.dtype == np.int64 for array in arrays)
+    return [array.ctypes.data for array in arrays]
 
 
 def quantizer(loaded: ctypes.CDLL) -> Callable[[Tensor, Scheme], QuantizedLinear]:
@@ -222,12 +279,37 @@ def step(model: nn.Module, ids: Tensor, cache: Any, last: bool = False) -> Tenso
 
     None where the model, the cache or the machine is not served here: then model.py continues in PyTorch.
     """
+    bound = serving(model)
+    if bound is None or type(ids) is not Tensor or ids.dtype != torch.int64 or ids.dim() != 2:
+        return None
+    return bound.step(library(), ids, cache, last)
+
+
+def serving(model: nn.Module) -> Bound | None:
+    """The model bound to the C++ step, where that computes its tokens."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or (loaded := library()) is None:
         return None
     bound = bind(model, loaded)
-    if bound.struct is None or type(ids) is not Tensor or ids.dtype != torch.int64 or ids.dim() != 2:
+    return None if bound.struct is None else bound
+
+
+def new_page(model: nn.Module) -> Tensor:
+    """Memory for keys and values of BLOCK positions of one sequence: [layers, 2, K, BLOCK, D], not initialised."""
+    return serving(model).page()
+
+
+def spans(
+    model: nn.Module, ids: list[list[int]], lengths: list[int], pages: list[list[Tensor]], outputs: list[int]
+) -> Tensor | None:
+    """Tokens of some sequences, any number of each, in one pass → logits [all outputs, V] in the model's dtype.
+
+    Sequence b has `lengths[b]` positions in its `pages[b]` (of `new_page`, BLOCK each), and room after them for its
+    `ids[b]`, the last `outputs[b]` of which have logits. None where the model is not served here.
+    Raises ValueError for an id outside of the vocabulary.
+    """
+    if (bound := serving(model)) is None:
         return None
-    return bound.step(loaded, ids, cache, last)
+    return bound.spans(library(), ids, lengths, pages, outputs)
 
 
 def why(model: nn.Module) -> str | None:

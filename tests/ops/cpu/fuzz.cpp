@@ -1,7 +1,8 @@
 // Random models through the token step, under the address and undefined-behaviour sanitizers: `fuzz FIRST COUNT`.
 //
 // Every tensor lies in memory of its own and of exactly its size, so that a read past one is seen. Each model is run
-// row by row and token by token, then as a prompt, in pieces and as a ragged batch: all logits must be the same bits.
+// row by row and token by token, then as a prompt, in pieces and in batches of ragged rows, whose caches are whole
+// tensors or pages: all logits must be the same bits.
 #include "../../../ops/cpu/choice.cpp"
 #include "../../../ops/cpu/codes.cpp"
 #include "../../../ops/cpu/floats.cpp"
@@ -51,30 +52,69 @@ Linear linear(int64_t rows, int64_t columns, Kind kind, bool has_bias) {
     return w;
 }
 
+// Keys and values of one sequence: a tensor for each layer, or pages that each lie by themselves.
 template <class T>
 struct Cache {
-    int64_t max_len;
-    std::vector<int64_t> lengths;
-    std::vector<std::vector<T>> keys, values;
+    const Qwen3& m;
+    int64_t length, max_len;
+    bool paged;
+    std::vector<std::vector<T>> tensors;  // [layers, 2] of [K, max_len, D]; paged: [blocks] of [layers, 2, K, BLOCK, D]
 
-    Cache(const Qwen3& m, int64_t B, int64_t max_len)
-        : max_len(max_len), lengths(B), keys(m.num_hidden_layers), values(m.num_hidden_layers) {
-        for (auto* tensors : {&keys, &values})
-            for (auto& tensor : *tensors) tensor.resize(B * m.num_key_value_heads * max_len * m.head_dim);
+    Cache(const Qwen3& m, int64_t length, int64_t max_len, bool paged)
+        : m(m), length(length), max_len(max_len), paged(paged),
+          tensors(paged ? (max_len + BLOCK - 1) / BLOCK : 2 * m.num_hidden_layers) {
+        const int64_t D = m.num_key_value_heads * m.head_dim;
+        for (auto& tensor : tensors) tensor.resize(paged ? 2 * m.num_hidden_layers * D * BLOCK : D * max_len);
+    }
+    int64_t stride() const { return (paged ? BLOCK : max_len) * m.head_dim; }
+    T* block(int64_t layer, int64_t value, int64_t block) {
+        if (!paged) return &tensors[2 * layer + value][block * BLOCK * m.head_dim];
+        return &tensors[block][(2 * layer + value) * m.num_key_value_heads * BLOCK * m.head_dim];
+    }
+    T* at(int64_t layer, int64_t value, int64_t head, int64_t position) {
+        return block(layer, value, position / BLOCK) + head * stride() + position % BLOCK * m.head_dim;
+    }
+    Cache copy(int64_t to_max_len, bool to_paged) {
+        Cache result(m, length, to_max_len, to_paged);
+        for (int64_t layer = 0; layer < m.num_hidden_layers; layer++)
+            for (int64_t value = 0; value < 2; value++)
+                for (int64_t head = 0; head < m.num_key_value_heads; head++)
+                    for (int64_t position = 0; position < length; position++)
+                        std::copy_n(at(layer, value, head, position), m.head_dim, result.at(layer, value, head, position));
+        return result;
     }
 };
 
+// What one sequence brings to a pass.
 template <class T>
-std::vector<T> run(const Qwen3& m, Cache<T>& cache, const std::vector<int64_t>& ids, int64_t outputs) {
-    const int64_t B = cache.lengths.size(), length = ids.size() / B;
-    std::vector<T> logits(B * outputs * m.lm_head.rows);
-    std::vector<void*> keys, values;
-    for (auto& tensor : cache.keys) keys.push_back(tensor.data());
-    for (auto& tensor : cache.values) values.push_back(tensor.data());
-    const Tokens tokens = {ids.data(), B, length, outputs, logits.data()};
+struct Row {
+    Cache<T>* cache;
+    std::vector<int64_t> ids;
+    int64_t outputs;
+};
+
+// The logits of all rows' outputs, one row after another.
+template <class T>
+std::vector<T> run(const Qwen3& m, std::vector<Row<T>> rows) {
+    std::vector<int64_t> ids, starts = {0}, outputs, first, strides, lengths, counts;
+    int64_t blocks = 0, all = 0;
+    for (auto& row : rows) {
+        ids.insert(ids.end(), row.ids.begin(), row.ids.end());
+        starts.push_back(ids.size()), outputs.push_back(row.outputs), all += row.outputs;
+        first.push_back(blocks), strides.push_back(row.cache->stride()), lengths.push_back(row.cache->length);
+        counts.push_back((row.cache->length + int64_t(row.ids.size()) - 1) / BLOCK + 1), blocks += counts.back();
+    }
+    std::vector<void*> places[2];
+    for (int64_t value = 0; value < 2; value++)
+        for (int64_t layer = 0; layer < m.num_hidden_layers; layer++)
+            for (size_t b = 0; b < rows.size(); b++)
+                for (int64_t i = 0; i < counts[b]; i++) places[value].push_back(rows[b].cache->block(layer, value, i));
+    std::vector<T> logits(all * m.lm_head.rows);
+    const Tokens tokens = {ids.data(), starts.data(), outputs.data(), int64_t(rows.size()), logits.data()};
+    const KVCache cache = {places[0].data(), places[1].data(), blocks, first.data(), strides.data(), lengths.data()};
     for (int form = 0; form < FORMS; form++) choose_tuning(form, one_of({1, 2, 4}), one_of({0, -1, 1024, 4096}));
-    if (step<T>(m, {keys.data(), values.data(), cache.max_len, cache.lengths.data()}, tokens, any(1, 3))) std::abort();
-    for (auto& n : cache.lengths) n += length;
+    if (step<T>(m, cache, tokens, any(1, 3))) std::abort();
+    for (auto& row : rows) row.cache->length += row.ids.size();
     return logits;
 }
 
@@ -120,26 +160,26 @@ void model(int64_t seed) {
     std::vector<std::vector<int64_t>> ids(B);
     std::vector<std::vector<T>> expected(B);
     std::deque<Cache<T>> start;
-    std::vector<int64_t> before(B);
     for (int64_t b = 0; b < B; b++) {
-        before[b] = any(0, 3) || b > 3 ? any(0, 9) : any(240, 256);  // some cross the end of a block of positions
-        start.emplace_back(m, 1, before[b] + total);
-        for (auto* tensors : {&start[b].keys, &start[b].values})
-            for (auto& tensor : *tensors)
-                for (auto& x : tensor) assign(x, normal());
-        start[b].lengths[0] = before[b];
+        const int64_t before = any(0, 3) || b > 3 ? any(0, 9) : any(240, 256);  // some cross the end of a block
+        start.emplace_back(m, before, before + total, false);
+        for (auto& tensor : start[b].tensors)
+            for (auto& x : tensor) assign(x, normal());
         for (int64_t i = 0; i < total; i++) ids[b].push_back(any(0, V - 1));
     }
+    auto part = [&](int64_t b, int64_t at, int64_t count) {
+        return std::vector<int64_t>(ids[b].begin() + at, ids[b].begin() + at + count);
+    };
     const int64_t compared = std::min(B, int64_t(5));
     for (int64_t b = 0; b < compared; b++) {
-        Cache<T> cache = start[b];
+        Cache<T> cache = start[b].copy(start[b].max_len, false);
         for (int64_t id : ids[b])
-            for (T x : run<T>(m, cache, {id}, 1)) expected[b].push_back(x);
+            for (T x : run<T>(m, {{&cache, {id}, 1}})) expected[b].push_back(x);
         for (bool in_pieces : {false, true}) {
-            Cache<T> other = start[b];
+            Cache<T> other = start[b].copy(start[b].max_len + any(0, 9), any(0, 1));
             for (int64_t at = 0; at < total;) {
                 const int64_t count = in_pieces ? any(1, total - at) : total, outputs = any(1, count);
-                auto found = run<T>(m, other, {ids[b].begin() + at, ids[b].begin() + at + count}, outputs);
+                auto found = run<T>(m, {{&other, part(b, at, count), outputs}});
                 at += count;
                 CHECK(!std::memcmp(found.data(), &expected[b][(at - outputs) * V], found.size() * sizeof(T)),
                       "seed %ld row %ld: %ld tokens to %ld are other bits than one by one", seed, b, count, at);
@@ -147,25 +187,31 @@ void model(int64_t seed) {
         }
     }
 
-    // All rows together, of different lengths.
-    Cache<T> batch(m, B, *std::max_element(before.begin(), before.end()) + total);
-    for (int64_t b = 0; b < B; b++) {
-        batch.lengths[b] = before[b];
-        for (int64_t i = 0; i < layers * K; i++) {
-            const int64_t from = i % K * start[b].max_len * D, to = (b * K + i % K) * batch.max_len * D;
-            std::copy_n(&start[b].keys[i / K][from], before[b] * D, &batch.keys[i / K][to]);
-            std::copy_n(&start[b].values[i / K][from], before[b] * D, &batch.values[i / K][to]);
+    // All rows together, of different lengths, with different numbers of tokens, some of them waiting.
+    std::deque<Cache<T>> caches;
+    for (auto& one : start) caches.push_back(one.copy(one.max_len + any(0, 300), any(0, 1)));
+    std::vector<int64_t> done(B);
+    while (*std::min_element(done.begin(), done.end()) < total) {
+        std::vector<Row<T>> rows;
+        std::vector<int64_t> who;
+        const int64_t most = one_of({1, 1, 3, 12, 48});
+        for (int64_t b = 0; b < B; b++) {
+            const int64_t count = std::min(total - done[b], any(0, most));
+            if (!count) continue;
+            rows.push_back({&caches[b], part(b, done[b], count), any(0, count)}), who.push_back(b);
+            done[b] += count;
         }
-    }
-    for (int64_t at = 0; at < total;) {
-        const int64_t count = any(1, std::min(total - at, int64_t(12)));
-        std::vector<int64_t> some;
-        for (auto& one : ids) some.insert(some.end(), one.begin() + at, one.begin() + at + count);
-        auto found = run<T>(m, batch, some, count);
-        for (int64_t b = 0; b < compared; b++)
-            CHECK(!std::memcmp(&found[b * count * V], &expected[b][at * V], count * V * sizeof(T)),
-                  "seed %ld row %ld of %ld: %ld tokens from %ld are other bits than alone", seed, b, B, count, at);
-        at += count;
+        if (rows.empty()) continue;
+        auto found = run<T>(m, rows);
+        found.emplace_back();  // so that no outputs have an address too
+        int64_t at = 0;
+        for (size_t i = 0; i < rows.size(); i++) {
+            const int64_t b = who[i], outputs = rows[i].outputs, count = rows[i].ids.size();
+            CHECK(b >= compared || std::equal((char*)&found[at], (char*)(&found[at] + outputs * V),
+                                              (char*)&expected[b][(done[b] - outputs) * V]),
+                  "seed %ld row %ld of %ld: %ld tokens to %ld are other bits than alone", seed, b, B, count, done[b]);
+            at += outputs * V;
+        }
     }
     memory.clear();
 }
