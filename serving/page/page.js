@@ -40,7 +40,7 @@ function restore() {
   try {
     const kept = JSON.parse(sessionStorage.getItem(STORE));
     if (!kept) return;
-    [chat, settings, unfolded] = [Chat.from(kept.chat), kept.settings, kept.unfolded];
+    [chat, settings, unfolded] = [Chat.from(kept.chat), { thinking: true, ...kept.settings }, Boolean(kept.unfolded)];
     for (const node of chat.nodes.values()) if (node.reply && !node.finish) node.finish = "interrupted";
     shade(kept.shading);
   } catch {
@@ -115,6 +115,7 @@ async function run(node) {
   Object.assign(node, { error: null, finish: null, usage: null, clock: { start: performance.now(), count: 0 } });
   busy();
   draw();
+  if (document.activeElement === document.body && matchMedia("(hover: hover)").matches) $("ask").focus(); // its button is gone
   scrollDown(true);
   say("The model replies.");
   const view = views.get(node.id);
@@ -267,6 +268,7 @@ function sends(area, act) {
 // ---- Files ----
 
 function exportChat() {
+  if (!chat.path.length) return alertLine("There is no message yet that could be exported.");
   const link = h("a", { href: URL.createObjectURL(new Blob([exported(chat, model?.id ?? "", settings)], { type: "application/json" })), download: "chat.json" });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
@@ -309,12 +311,15 @@ let afterKey = null;
 function askForKey(then) {
   afterKey = then;
   $("key").value = "";
+  const wrong = sessionStorage.getItem(KEY) !== null;
+  $("key-note").hidden = !wrong;
+  $("key-note").textContent = wrong ? "The server does not accept that key." : "";
   if (!$("key-dialog").open) $("key-dialog").showModal();
 }
 
 async function loadModel() {
   try {
-    model = (await (await request("/v1/models")).json()).data[0];
+    model = (await (await request("v1/models")).json()).data[0];
     alertLine("");
     const size = model.parameters, many = !size ? "" : size < 1e9 ? `${(size / 1e6).toPrecision(size < 1e7 ? 2 : 3)} million parameters` : `${(size / 1e9).toPrecision(3)} billion parameters`;
     const name = String(model.id).split("/").pop();
@@ -369,7 +374,8 @@ $("theme").addEventListener("click", () => {
 });
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem(KEY, $("key").value.trim());
+  const key = $("key").value.trim();
+  sessionStorage.setItem(KEY, /^[\x20-\x7e]+$/.test(key) ? key : "?"); // what a header can hold
   $("key-dialog").close();
   (model ? (afterKey ?? loadModel) : loadModel)();
 });

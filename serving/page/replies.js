@@ -156,7 +156,7 @@ class Chat {
   // What was said before a node, for a request.
   before(node) {
     const said = [];
-    for (let one = this.parent(node); one.id; one = this.parent(one)) said.unshift(messageOf(one));
+    for (let one = this.parent(node); one.id; one = this.parent(one)) if (spoken(one)) said.unshift(messageOf(one));
     return said;
   }
   // `alternatives`: how many to keep of each token
@@ -178,6 +178,7 @@ function said(reasoning, answer, opened = false, tokens = []) {
   if (!tokens.length && reasoning && !answer) reply.part = "reasoning";
   return reply;
 }
+const spoken = (node) => node.role !== "assistant" || Boolean(node.reply.answer.text || node.reply.reasoning.text); // no failed reply
 const messageOf = (node) => (node.role === "assistant" ? node.reply.message : { role: node.role, content: node.text });
 
 // ---- A saved chat: the file that generate.py's /save writes and /load reads ----
@@ -186,7 +187,7 @@ const SCHEMA = "nanoqwen/chat/1", LARGEST = 64 * 2 ** 20;
 
 function exported(chat, model, settings) {
   const { system, ...rest } = settings;
-  const messages = [...(system ? [{ role: "system", content: system }] : []), ...chat.path.filter((node) => !node.error || node.reply.answer.text).map(messageOf)];
+  const messages = [...(system ? [{ role: "system", content: system }] : []), ...chat.path.filter(spoken).map(messageOf)];
   return JSON.stringify({ schema: SCHEMA, model, messages, settings: rest }, null, 2) + "\n";
 }
 
@@ -241,7 +242,7 @@ async function request(path, options = {}) {
 
 // The events of a reply, one after the other. Throws ServerError, also for an error in mid-stream.
 async function* events(body, signal) {
-  const response = await request("/v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
+  const response = await request("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "", done = false;
   try {

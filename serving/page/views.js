@@ -100,7 +100,8 @@ class View {
   updateStats() {
     const { node, node: { reply, error, finish, usage, clock = {} } } = this, live = running?.node === node;
     const said = [], count = (n, what) => `${n.toLocaleString("en")} ${what}`;
-    const rate = clock.count > 1 && clock.last > clock.first ? (1000 * (clock.count - 1)) / (clock.last - clock.first) : 0;
+    const rate = clock.last - clock.first > 50 ? // tokens that all come in one piece tell no speed
+      (1000 * (clock.count - 1)) / (clock.last - clock.first) : 0;
     const total = usage?.completion_tokens ?? clock.count;
     const thought = usage?.completion_tokens_details?.reasoning_tokens;
     if (total) said.push(count(total, total === 1 ? "token" : "tokens") + (thought ? ` (${thought.toLocaleString("en")} thinking)` : ""));
@@ -110,7 +111,8 @@ class View {
     if (usage && model?.context_length) said.push(`${Math.round((100 * usage.total_tokens) / model.context_length)} % of the context`);
     if (clock.start) said.push(`seed ${node.seed}`);
     if (node.from) said.push(`branched at “${node.from}”`);
-    const ends = { length: "stopped at its greatest length", interrupted: "stopped", loop: "stopped: it repeats itself" };
+    const ends = { length: "cut off: no tokens left", interrupted: "stopped", loop: "stopped: it repeats itself" };
+    if (!live && !error && finish === "stop" && !reply.answer.text) said.unshift("no answer");
     if (!live && !error && finish && finish !== "stop") said.push(ends[finish] ?? finish);
     this.stats.textContent = said.join("\u00a0· ");
     this.error.hidden = !error;

@@ -61,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.key is None or self.headers["Authorization"] == f"Bearer {self.server.key}"
 
     def do_GET(self):
-        if self.path == "/":
+        if self.path in ("/", "/behind/a/proxy/"):
             html, headers = render()
             return self.send(200, html, Content_Type="text/html; charset=utf-8", **headers)
         if not self.allowed():

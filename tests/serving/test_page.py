@@ -42,7 +42,7 @@ def view(server, browser):
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("dialog", lambda dialog: said.append(dialog.message))
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: asked.append(request.url.replace("behind/a/proxy/", "")))
     page.goto(server.url)
     yield page
     said = [text for text in said if not text.startswith("Failed to load resource")]  # of a status that a test sent
@@ -59,6 +59,7 @@ def test_a_reply_streams_and_its_thinking_is_folded(view, server):
     view.wait_for_selector("summary:has-text('Thinking')")
     assert "17 +" in view.locator(".preview").inner_text() and view.inner_text("#send") == "Stop"
     assert not view.locator(".thought").is_visible()
+    view.wait_for_timeout(100)
     half.set()
     done(view)
     assert answer(view) == "It is 45." and view.inner_text("#send") == "Send"
@@ -271,12 +272,31 @@ def test_errors_are_a_line_and_can_be_tried_again(view, server):
     view.route("**/completions", lambda route: route.abort())
     ask(view, "Still there?")
     assert "can't be reached" in view.locator(".assistant .error").last.inner_text()
+    view.unroute("**/completions")
+    server.replies = [[("yes", 0.9)]]
+    ask(view, "And now?")  # what failed is no turn of the assistant
+    assert [m["role"] for m in server.asked[3]["messages"]] == ["user", "assistant", "user", "user"]
+
+
+def test_behind_a_proxy_that_adds_a_path(view, server):
+    server.replies = [[("yes", 0.9)]]
+    urls = []
+    view.on("request", lambda request: urls.append(request.url))
+    view.goto(server.url + "behind/a/proxy/")
+    view.wait_for_selector("#model:has-text('tiny')")
+    ask(view)
+    assert answer(view) == "yes"
+    paths = [url.removeprefix(server.url + "behind/a/proxy/") for url in urls if url.startswith("http")]
+    assert paths == ["", "v1/models", "v1/chat/completions"]
 
 
 def test_the_key_is_asked_for_once(view, server):
     server.key, server.replies = "secret", [[("yes", 0.9)]]
     view.reload()
     view.wait_for_selector("#key-dialog[open]")
+    view.keyboard.type("wrong, ünd more")
+    view.keyboard.press("Enter")
+    view.wait_for_selector("#key-note:has-text('does not accept')")
     view.keyboard.type("secret")
     view.keyboard.press("Enter")
     view.wait_for_selector("#model:has-text('tiny')")
@@ -321,6 +341,8 @@ def test_a_chat_goes_to_the_terminal_and_back(view, server, tiny, tmp_path):
     session = Session(*tiny, SamplingParams())
     server.replies = [SUM]
     view.click("#open-settings")
+    view.click("#export")
+    assert "no message yet" in view.inner_text("#alert")
     view.fill("#system", "Be brief.")
     view.fill("#knob-temperature", "0.3")
     view.fill("#knob-max_new_tokens", "64")
