@@ -78,6 +78,8 @@ def stats_line(answer: Answer) -> str:
     if s.get("drafted_tokens"):
         line += f"; {s['accepted_tokens']} of {s['drafted_tokens']} guessed tokens accepted ({s['acceptance']:.0%}),"
         line += f" {s['tokens_per_pass']:.2f} tokens a pass"
+    if "kernel_variant" in s:
+        line += f"; row products: {s['kernel_variant']}"
     if "computed_by_pytorch" in s:
         line += f"; computed by PyTorch and slower: {s['computed_by_pytorch']}"
     return line

@@ -233,6 +233,8 @@ class Session:
             stats["tokens_per_pass"] = rate(len(clock) - 1, guessing.passes)
         if (reason := not_served(self.model)) is not None:
             stats["computed_by_pytorch"] = reason  # slower than the fast path that this device has
+        elif (variant := cpu_step.variant(self.model)) is not None:
+            stats["kernel_variant"] = variant
         if self.bandwidth:
             passes = max(decoded, 0) if guessing is None else max(guessing.passes - 1, 0)
             read = weight_bytes_per_token(self.model) * passes / max(last - first, 1e-9)

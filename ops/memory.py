@@ -40,3 +40,102 @@ def release_file_pages(tensor: torch.Tensor) -> None:
         if len(pages) == last - first and not swapped.any() and not (present & ~of_file).any():
             madvise = ctypes.CDLL(None, use_errno=True).madvise
             madvise(ctypes.c_void_p(page * first), ctypes.c_size_t(page * len(pages)), mmap.MADV_DONTNEED)
+
+
+HUGE_PAGE = 2 << 20  # bytes, on x86-64 and on aarch64 with pages of 4 KB
+
+
+class HugePages:
+    """Moves memory into huge pages where it lies, a piece at a time: its addresses and contents stay.
+
+    A read of 4 KB pages waits for the processor's page tables again and again, above all in a virtual machine. Memory
+    that is mapped from a file, privately, is copied into new huge pages, which then take the place of the file's; other
+    memory is collapsed by the kernel (madvise(2), Linux 6.1). Only whole huge pages within one mapping are moved.
+    Nobody else may write to the memory meanwhile. Where the system has no huge pages, nothing happens.
+    """
+
+    def __init__(self, places: list[tuple[int, int]]):
+        """`places`: address and bytes of each tensor."""
+        self.left: list[tuple[int, int]] = []  # begin, end
+        self.moved = 0  # bytes
+        for begin, end, _ in _mappings():
+            first, last = -(-begin // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
+            for address, size in sorted(places):
+                low = max(first, address // HUGE_PAGE * HUGE_PAGE)
+                high = min(last, -(-(address + size) // HUGE_PAGE) * HUGE_PAGE)
+                if self.left and self.left[-1][1] >= low >= self.left[-1][0]:
+                    self.left[-1] = (self.left[-1][0], max(high, self.left[-1][1]))
+                elif low < high:
+                    self.left.append((low, high))
+        if sum(high - low for low, high in self.left) > available_memory() // 2:
+            self.left = []  # pages of a file can be dropped when memory is short, these can't
+
+    def move(self, size: int) -> int:
+        """Moves the next `size` bytes, a multiple of HUGE_PAGE; returns how many it has moved."""
+        before, mappings = self.moved, _mappings() if self.left else []
+        while self.left and self.moved - before < size:
+            low, high = self.left.pop()
+            piece = min(high - low, size - (self.moved - before))
+            if piece < high - low:
+                self.left.append((low, high - piece))
+            low = high - piece
+            of_file = [of_file for begin, end, of_file in mappings if begin <= low and high <= end]
+            if not of_file or not (_replace if of_file[0] else _collapse)(low, piece):
+                self.left = []
+                break
+            self.moved += piece
+        return self.moved - before
+
+
+def available_memory() -> int:
+    """Bytes that programs may still take, those of files' pages included; 0 where the system does not say."""
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def _mappings() -> list[tuple[int, int, bool]]:
+    """Private writable memory of this process: begin, end, and whether it is mapped from a file."""
+    found = []
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            range_, access, _, _, inode, *_ = line.split()
+            if access.startswith("rw-p"):
+                begin, end = (int(part, 16) for part in range_.split("-"))
+                found.append((begin, end, inode != "0"))
+    return found
+
+
+def _collapse(address: int, size: int) -> bool:
+    hugepage, collapse = 14, 25  # madvise(2); Python does not name the second one yet
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return madvise(address, size, hugepage) == 0 and madvise(address, size, collapse) == 0
+
+
+def _replace(address: int, size: int) -> bool:
+    """Puts huge pages with the same contents in the place of `size` bytes; False, and nothing changed, if it can't."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_int64]
+    libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    failed, maymove_fixed = ctypes.c_void_p(-1).value, 1 | 2
+    access = mmap.PROT_READ | mmap.PROT_WRITE
+    new = libc.mmap(None, size + HUGE_PAGE, access, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    if new == failed:
+        return False
+    begin = -(-new // HUGE_PAGE) * HUGE_PAGE
+    moved = libc.madvise(begin, size, mmap.MADV_HUGEPAGE) == 0
+    if moved:
+        ctypes.memmove(begin, address, size)
+        moved = libc.mremap(begin, size, size, maymove_fixed, address) == address
+    for low, high in (
+        ((new, begin), (begin + size, new + size + HUGE_PAGE)) if moved else ((new, new + size + HUGE_PAGE),)
+    ):
+        if low < high:
+            libc.munmap(low, high - low)
+    return moved

@@ -110,10 +110,10 @@ struct Codes {
                                                  Vector total[N][R]) const {
         constexpr int PARTS = COLUMNS / 64;  // of a chunk: vectors of activations
         const __m512i nibbles = _mm512_set1_epi8(15);
-        if (GROUPED && R == 1)
-            for (int64_t i = 0; i < w.groups; i += 32) __builtin_prefetch(w.scale + i + SCALES_AHEAD);
+        if (GROUPED && N == 1 && ahead)
+            for (int64_t i = 0; i < R * w.groups; i += 32) __builtin_prefetch(w.scale + i + SCALES_AHEAD);
 
-        auto meet = [&](int64_t at, auto whole) __attribute__((always_inline)) {
+        auto meet = [&](int64_t at, auto whole, auto inside) __attribute__((always_inline)) {
             __m512i codes[R][PARTS];
             __m512 scales[R];
             for (int r = 0; r < R; r++) {
@@ -136,9 +136,10 @@ struct Codes {
                 }
                 if constexpr (GROUPED) {
                     const bfloat16* scale = w.scale + r * w.groups;
-                    if (step && (whole || at * step + step <= w.groups)) {
-                        __m512i numbers = _mm512_broadcast_i32x4(_mm_maskz_loadu_epi16(which, scale + at * step));
-                        scales[r] = (__m512)_mm512_shuffle_epi8(numbers, where);
+                    if (inside || (step && (whole || at * step + step <= w.groups))) {
+                        const bfloat16* from = scale + at * step;
+                        __m128i numbers = inside ? _mm_loadu_si128((const __m128i*)from) : _mm_maskz_loadu_epi16(which, from);
+                        scales[r] = (__m512)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(numbers), where);
                     } else {
                         scales[r] = (__m512)lane_scales(scale, at * COLUMNS, COLUMNS / 16, w);
                     }
@@ -161,8 +162,12 @@ struct Codes {
             }
         };
         const int64_t whole = w.columns / COLUMNS;
-        for (int64_t at = 0; at < whole; at++) meet(at, std::true_type());
-        if (whole * COLUMNS < w.columns) meet(whole, std::false_type());
+        int64_t at = 0;
+        // As long as 8 scales, 16 bytes, lie within the row: one load that spreads them, without a mask.
+        if (GROUPED && step)
+            for (; at < whole && at * step + 8 <= w.groups; at++) meet(at, std::true_type(), std::true_type());
+        for (; at < whole; at++) meet(at, std::true_type(), std::false_type());
+        if (whole * COLUMNS < w.columns) meet(whole, std::false_type(), std::false_type());
     }
     static float finish(const Rows& w, int r, float y) { return GROUPED ? y : y * to_float(w.scale[r * w.groups]); }
 };

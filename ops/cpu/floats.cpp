@@ -5,11 +5,14 @@ namespace {
 
 constexpr int TILE_ROWS = LANES == 16 ? 4 : 2, TILE_TOKENS = LANES == 16 ? 6 : 4;  // what the registers hold
 
+// Vectors whose addresses differ by 4096 bytes share the sets of a cache: a line between them keeps them apart.
+constexpr int64_t LINE_BYTES = 64;
+
 struct Float32 {
     explicit Float32(const Rows&) {}
     static constexpr int ROWS = TILE_ROWS, TOKENS = TILE_TOKENS;
 
-    static int64_t bytes(int64_t n) { return rounded_up(4 * n, 64); }
+    static int64_t bytes(int64_t n) { return rounded_up(4 * n, 64) + LINE_BYTES; }
     static void prepare(const float* x, int64_t n, char* out) {
         std::memcpy(out, x, 4 * n);
         std::memset(out + 4 * n, 0, bytes(n) - 4 * n);
@@ -53,7 +56,7 @@ struct BFloat16 {
     static constexpr int ROWS = TILE_ROWS, TOKENS = TILE_TOKENS;
     static constexpr int64_t COLUMNS = 2 * LANES;
 
-    static int64_t bytes(int64_t n) { return rounded_up(4 * rounded_up(n, COLUMNS), 64); }
+    static int64_t bytes(int64_t n) { return rounded_up(4 * rounded_up(n, COLUMNS), 64) + LINE_BYTES; }
     static void prepare(const float* x, int64_t n, char* out) {
         float* to = (float*)out;
         for (int64_t at = 0; at < n; at += COLUMNS)
@@ -103,7 +106,7 @@ struct BFloat16 {
     static void multiply_all(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y,
                              float* scratch) {
         if (count < MANY) return ::multiply<BFloat16>(w, rows, x, count, y);
-        const int64_t width = rounded_up(w.columns, COLUMNS);
+        const int64_t width = unpacked_size(w.columns);
         for (int64_t r = 0; r < rows; r++) {
             const char* from = w.weight + r * w.row_bytes;
             for (int64_t i = 0; i < w.columns; i += COLUMNS) {
@@ -112,7 +115,7 @@ struct BFloat16 {
                 store(scratch + r * width + i, even(two)), store(scratch + r * width + i + LANES, odd(two));
             }
         }
-        ::multiply<Float32>({(const char*)scratch, nullptr, 4 * width, width, 0, {}}, rows, x, count, y);
+        ::multiply<Float32>({(const char*)scratch, nullptr, 4 * width, rounded_up(w.columns, COLUMNS), 0, {}}, rows, x, count, y);
     }
 };
 

@@ -16,12 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from console import notice
 from formats.files import atomic_file
 from ops.compiler import find_compiler
+from ops.cpu import variants
 
 DIRECTORY = Path(__file__).parent
 SOURCES = tuple(DIRECTORY / name for name in ("step.cpp", "codes.cpp", "floats.cpp", "choice.cpp"))  # slowest first
@@ -90,9 +92,18 @@ class Unavailable:
     reason: str | None = None
 
 
+class Chosen:
+    """Which variant of the row products the library runs: see variants.py."""
+
+    variant: dict[str, Any] | None = None
+
+
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled step.cpp; None, with one notice for the whole process, where it cannot be had."""
+    """The compiled step.cpp; None, with one notice for the whole process, where it cannot be had.
+
+    Raises ValueError where NANOQWEN_STEP_VARIANT is wrong.
+    """
     Unavailable.reason = None
     if os.environ.get("NANOQWEN_STEP") == "off":
         Unavailable.reason = "NANOQWEN_STEP=off"
@@ -101,14 +112,16 @@ def library() -> ctypes.CDLL | None:
     try:
         path = build(directory)
         try:
-            return load(path)
+            loaded = load(path)
         except OSError:  # damaged, or from a machine that only looks like this one
             path.unlink(missing_ok=True)
-            return load(build(directory))
+            loaded = load(build(directory))
     except (OSError, RuntimeError, ValueError) as error:
         Unavailable.reason = str(error)
         notice(f"no C++ token step, so decoding runs in PyTorch and is slower: {error}")
         return None
+    Chosen.variant = variants.apply(loaded, path, Linear)
+    return loaded
 
 
 def load(path: Path) -> ctypes.CDLL:

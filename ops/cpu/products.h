@@ -77,7 +77,8 @@ struct Products {
     // y[i, r] = row r times the activations of token i; rows <= ROWS, y [count, ROWS], scratch [scratch_size(columns)]
     void (*multiply)(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch);
 };
-inline int64_t scratch_size(int64_t columns) { return ROWS * rounded_up(columns, 2 * LANES); }
+inline int64_t unpacked_size(int64_t columns) { return rounded_up(columns, 2 * LANES) + 16; }  // of a row, see floats.cpp
+inline int64_t scratch_size(int64_t columns) { return ROWS * unpacked_size(columns); }
 
 enum Form { FLOAT32, BFLOAT16, BFLOAT16_PAIRS, BYTES, GROUPED_BYTES, NIBBLES, FORMS };
 extern const Products float32_products, bfloat16_products, pair_products;           // floats.cpp

@@ -8,6 +8,7 @@ A token's logits have the same bits whatever is computed beside it: alone, in a 
 """
 
 import ctypes
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -18,13 +19,29 @@ import torch
 from torch import Tensor, nn
 
 from formats.compressed_tensors import Scheme, packed_columns
-from ops.cpu.library import BLOCK, DTYPES, MLP, Attention, Block, KVCache, Linear, Qwen3, Tokens, Unavailable, library
+from ops.cpu import variants
+from ops.cpu.library import (
+    BLOCK,
+    DTYPES,
+    MLP,
+    Attention,
+    Block,
+    Chosen,
+    KVCache,
+    Linear,
+    Qwen3,
+    Tokens,
+    Unavailable,
+    library,
+)
 from ops.head import copied_head, output_head
-from ops.memory import release_file_pages
+from ops.memory import HUGE_PAGE, HugePages, release_file_pages
 from ops.quant import SCALE_DTYPE, QuantizedLinear
 from ops.watch import Watch
 
 HEAD_SLICE = 1 << 14  # rows
+FEW = 16  # tokens of a pass that is limited by memory
+MOVE_AFTER, MOVE_TOKENS = 16, 20  # passes before weights move into huge pages, and how many share that work
 BYTES_PER_THREAD = 1 << 20  # of weights: with less to read, a second thread costs more than it brings
 
 
@@ -39,6 +56,9 @@ class Bound:
         self.watch = Watch(model)
         self.kept: list[Any] = []  # what the structs point to
         self.bytes = 0  # of weights that a token reads
+        self.places: list[tuple[int, int]] = []  # of the large ones among them: address, bytes
+        self.passes = 0  # of one token or a few
+        self.huge: HugePages | None = None
         self.copy = None  # of the head
         self.struct, self.reason = None, self.watch.reason
         if self.reason is None:
@@ -83,12 +103,13 @@ class Bound:
     def _head(self, model: nn.Module, loaded: ctypes.CDLL, C: int) -> Linear:
         """The output head, or its quantised copy (ops/head.py)."""
         head = output_head(model)
-        rows, before = len(head.weight_packed if isinstance(head, QuantizedLinear) else head.weight), self.bytes
+        rows = len(head.weight_packed if isinstance(head, QuantizedLinear) else head.weight)
+        before = self.bytes, len(self.places)
         struct = self._linear(head, rows, C)
         self.copy = copied_head(model, self.watch.changes, quantizer(loaded))
         if self.copy is None:
             return struct
-        self.bytes = before
+        self.bytes, self.places = before[0], self.places[: before[1]]
         return self._linear(self.copy.layer, rows, C)
 
     def _block(self, block: nn.Module, index: int, config: Any, C: int) -> Block:
@@ -138,6 +159,8 @@ class Bound:
         else:
             raise NotServed(f"a {type(module).__name__} among the layers")
         self.bytes += rows * struct.row_bytes
+        if rows * struct.row_bytes >= 1 << 16:
+            self.places.append((struct.weight, rows * struct.row_bytes))
         return struct
 
     def _norm(self, module: nn.Module, size: int) -> int | None:
@@ -233,7 +256,18 @@ class Bound:
         threads = max(1, min(torch.get_num_threads(), tokens * self.bytes // BYTES_PER_THREAD))
         if getattr(loaded, "step_" + DTYPES[self.dtype])(self.struct, held, given, threads):
             raise MemoryError(f"not enough memory for {tokens:,} tokens at {max(lengths):,} positions")
+        if tokens <= FEW:
+            self._move_to_huge_pages()
         return logits
+
+    def _move_to_huge_pages(self) -> None:
+        """After some tokens of a reply, so that a short one does not pay for it, and each token moves a part."""
+        self.passes += 1
+        if self.passes == MOVE_AFTER and wants_huge_pages():
+            self.huge = HugePages(self.places)
+        if self.huge is not None and self.huge.left:
+            pages = self.bytes // MOVE_TOKENS // HUGE_PAGE + 1
+            self.huge.move(pages * HUGE_PAGE)
 
 
 def _addresses(*arrays: np.ndarray) -> list[int]:
@@ -310,6 +344,23 @@ def spans(
     if (bound := serving(model)) is None:
         return None
     return bound.spans(library(), ids, lengths, pages, outputs)
+
+
+def wants_huge_pages() -> bool:
+    """Whether weights are to move into huge pages here: measured, or NANOQWEN_HUGE_PAGES=on or off."""
+    gain = (Chosen.variant or {}).get("huge_page_gain", 1)
+    return {"on": True, "off": False}.get(os.environ.get("NANOQWEN_HUGE_PAGES", ""), gain >= variants.HUGE_PAGES_WORTH)
+
+
+def variant(model: nn.Module) -> str | None:
+    """Which variant of the row products computes this model's tokens on a CPU, in words; None where PyTorch does."""
+    bound = _bound.get(model)
+    if bound is None or bound.struct is None or Chosen.variant is None:
+        return None
+    said = variants.describe(Chosen.variant)
+    if bound.huge is not None and bound.huge.moved:
+        said += f"; {bound.huge.moved / 1e6:,.0f} MB in huge pages"
+    return said
 
 
 def why(model: nn.Module) -> str | None:

@@ -1,0 +1,177 @@
+"""Which variant of each row product this machine runs: measured once, in a fraction of a second, and kept.
+
+How many rows a token reads side by side and how far ahead it fetches changes its speed by half on one processor and
+not at all on another, but no bit of a result. Whether bfloat16 weights meet activations in float32 or as bfloat16
+(vdpbf16ps, where there is one) does change results; it is measured on many tokens, where it decides a prompt's time.
+
+What was chosen lies beside the compiled library as JSON. NANOQWEN_STEP_VARIANT sets it by hand: `measure` measures
+again, `default` measures nothing, `2/1024` reads two rows side by side and 1,024 bytes ahead in every kind, and
+`pairs` or `floats`, alone or behind a comma, says how bfloat16 weights are multiplied.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import re
+import time
+from collections.abc import Iterable
+from ctypes import c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from formats.files import write_text
+
+SCHEMA = "nanoqwen/variant/1"
+KINDS = {  # name: bits, columns of a group (0: no scales, None: one for each row), as a Linear of ops/cpu/products.h
+    "float32": (32, 0),
+    "bfloat16": (16, 0),
+    "int8": (8, None),
+    "int8 in groups": (8, 32),
+    "int4": (4, 32),
+}
+CANDIDATES = ((1, 0), (1, 1024), (1, 2048), (1, 4096), (2, 0), (2, 2048), (4, 0), (4, -1))  # see Tuning
+DEFAULT = (1, 2048)
+WORTH = 1.03  # a candidate has to be so much faster than the default
+PAIRS_WORTH = 1.15  # float32 products are more exact
+HUGE_PAGES_WORTH = 1.1  # times as fast as pages of 4 KB, for weights to move there (ops/memory.py)
+COLUMNS, WINDOW, TURNS, MANY = 1024, 16 << 20, 3, 256
+FEW_BYTES = 1 << 18  # of weights that many tokens meet, in the cache
+HUGE = 2 << 20  # bytes of a huge page on x86-64 and aarch64
+
+
+def apply(loaded: ctypes.CDLL, path: Path, linear: type[ctypes.Structure]) -> dict[str, Any]:
+    """Makes `loaded` run what was chosen for this machine and returns it. `path`: of the library; `linear`: its Linear.
+
+    Raises ValueError where NANOQWEN_STEP_VARIANT is none of what it can be.
+    """
+    loaded.choose_tuning.argtypes = [c_int, c_int, c_int]
+    loaded.product.argtypes = [ctypes.POINTER(linear), c_void_p, c_int64, c_void_p, c_int]
+    loaded.form_of_linear.argtypes = [ctypes.POINTER(linear)]
+    asked = os.environ.get("NANOQWEN_STEP_VARIANT", "")
+    kept = path.with_suffix(".json")
+    chosen = by_hand(asked) or (None if asked == "measure" else read(kept))
+    if chosen is None:
+        chosen = measure(loaded, linear)
+        write_text(kept, json.dumps(chosen, indent=1) + "\n")
+    if loaded.choose_pairs(chosen["pairs"]):
+        raise ValueError(f"NANOQWEN_STEP_VARIANT={asked}: this processor has no products of bfloat16 pairs")
+    for name, (together, ahead) in chosen["tuning"].items():
+        loaded.choose_tuning(loaded.form_of_linear(_linear(linear, name)), together, ahead)
+    return chosen
+
+
+def by_hand(asked: str) -> dict[str, Any] | None:
+    """What NANOQWEN_STEP_VARIANT says; None where something is to be measured or read."""
+    if asked in ("", "measure"):
+        return None
+    match = re.fullmatch(r"(default|[124]/(?:-1|\d{1,5}))?,?(pairs|floats)?", asked)
+    if not match:
+        raise ValueError(
+            f"NANOQWEN_STEP_VARIANT={asked}: give measure, default, pairs, floats, or rows/bytes ahead as in 2/1024"
+        )
+    tuning = list(map(int, match[1].split("/"))) if match[1] and match[1] != "default" else list(DEFAULT)
+    return {"schema": SCHEMA, "pairs": match[2] == "pairs", "tuning": dict.fromkeys(KINDS, tuning), "by_hand": asked}
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """What was chosen before; None where there is nothing, or nothing whole."""
+    try:
+        chosen = json.loads(path.read_text())
+        good = chosen["schema"] == SCHEMA and set(chosen["tuning"]) == set(KINDS) and type(chosen["pairs"]) is bool
+        good = good and all((*map(int, tuning),) in CANDIDATES for tuning in chosen["tuning"].values())
+        return chosen if good and float(chosen["huge_page_gain"]) > 0 else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def describe(chosen: dict[str, Any]) -> str:
+    """In a few words, for --stats and bench.py: `bfloat16 2 rows, 2,048 B ahead; …`."""
+    words: dict[str, list[str]] = {}
+    for name, (together, ahead) in chosen["tuning"].items():
+        fetched = "no prefetch" if not ahead else "next rows ahead" if ahead < 0 else f"{ahead:,} B ahead"
+        words.setdefault(f"{together} row{'s' * (together > 1)}, {fetched}", []).append(name)
+    said = "; ".join(f"{', '.join(names)}: {variant}" for variant, names in words.items())
+    return said + ("; bfloat16 as pairs" if chosen["pairs"] else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _linear(linear: type[ctypes.Structure], kind: str, weight: int = 0, scale: int = 8, rows: int = 0) -> Any:
+    bits, group = KINDS[kind]
+    groups = 0 if group == 0 else COLUMNS // group if group else 1
+    sizes = {"rows": rows, "columns": COLUMNS, "row_bytes": COLUMNS * bits // 8, "bits": bits, "groups": groups}
+    return linear(weight=weight, scale=scale if groups else None, **sizes)
+
+
+def fill(size: int, huge: bool) -> torch.Tensor:
+    """`size` bytes (a multiple of 1 MB) of bfloat16 numbers around zero, in huge pages or, where possible, in none."""
+    memory = mmap.mmap(-1, size + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no huge pages
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+    numbers = torch.frombuffer(memory, dtype=torch.uint8)
+    numbers = numbers[-numbers.data_ptr() % HUGE :][:size]
+    numbers.view(-1, 1 << 20)[:] = (torch.randn(1 << 19) * 0.02).bfloat16().view(torch.uint8)
+    return numbers
+
+
+def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 * WINDOW) -> dict[str, Any]:
+    """Times each kind's candidates on memory that is in no cache, by turns; the best time of each counts.
+
+    One thread and its own processor time, so that other programs on the same cores disturb it as little as possible.
+    """
+    loaded.choose_pairs(0)
+    x, y = torch.randn(MANY, COLUMNS), torch.empty(max(WINDOW // 512, MANY * FEW_BYTES // 2 // COLUMNS))
+    scales = torch.full((size // 16,), 0.01, dtype=torch.bfloat16)
+    memory, at = fill(size, huge=False), 0
+
+    def seconds(kind: str, tuning: tuple[int, int], weights: torch.Tensor, count: int = 1) -> float:
+        rows = len(weights) * 8 // (KINDS[kind][0] * COLUMNS)
+        layer = _linear(linear, kind, weights.data_ptr(), scales.data_ptr(), rows)
+        loaded.choose_tuning(loaded.form_of_linear(layer), *tuning)
+        start = time.thread_time()
+        if loaded.product(layer, x.data_ptr(), count, y.data_ptr(), 1):
+            raise MemoryError("not enough memory to measure the row products")
+        return time.thread_time() - start
+
+    def cold(memory: torch.Tensor) -> torch.Tensor:  # the part that was read longest ago
+        nonlocal at
+        at = (at + WINDOW) % size
+        return memory[at : at + WINDOW]
+
+    def fastest(kind: str, candidates: Iterable[tuple[int, int]]) -> dict[tuple[int, int], float]:
+        times = dict.fromkeys(candidates, float("inf"))
+        for _ in range(TURNS):
+            for candidate in times:
+                times[candidate] = min(times[candidate], seconds(kind, candidate, cold(memory)))
+        return times
+
+    small = min(fastest("int8", CANDIDATES).values())
+    del memory
+    memory = fill(size, huge=True)
+    gain = small / min(fastest("int8", CANDIDATES).values())
+    if gain < HUGE_PAGES_WORTH:  # weights stay in small pages
+        del memory
+        memory = fill(size, huge=False)
+    tuning, best = {}, {}
+    for kind in KINDS:
+        times = fastest(kind, (DEFAULT, *CANDIDATES))
+        first = min(times, key=times.__getitem__)
+        tuning[kind] = list(first if times[first] * WORTH < times[DEFAULT] else DEFAULT)
+        best[kind] = round(WINDOW / times[first])
+    few = memory[:FEW_BYTES]
+    floats = min(seconds("bfloat16", DEFAULT, few, MANY) for _ in range(5 * TURNS))
+    pairs = float("inf")
+    if not loaded.choose_pairs(1):
+        pairs = min(seconds("bfloat16", DEFAULT, few, MANY) for _ in range(5 * TURNS))
+        loaded.choose_pairs(0)
+    return {
+        "schema": SCHEMA,
+        "pairs": pairs * PAIRS_WORTH < floats,
+        "tuning": tuning,
+        "huge_page_gain": round(gain, 3),
+        "bytes_per_second": best,  # one thread
+    }

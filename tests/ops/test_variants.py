@@ -1,0 +1,167 @@
+"""Row products (ops/cpu/) against PyTorch in every variant; the choice for a machine, and weights in huge pages."""
+
+import ctypes
+import json
+import mmap
+from pathlib import Path
+
+import pytest
+import torch
+
+from formats.compressed_tensors import Scheme
+from model import KVCache
+from ops.cpu import library as built
+from ops.cpu import step as ops_step
+from ops.cpu import variants
+from ops.memory import HUGE_PAGE, HugePages
+from ops.quant import QuantizedLinear, quantize_
+from tests.ops.test_step import random_model
+
+TUNINGS = [(together, ahead) for together in (1, 2, 4) for ahead in (0, -1, 1024, 4096)]
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    monkeypatch.setenv("NANOQWEN_STEP_VARIANT", "default")
+    built.library.cache_clear()
+    if (found := built.library()) is None:
+        pytest.skip("there is no C++ compiler here")
+    yield found
+    monkeypatch.undo()
+    built.library.cache_clear()
+    built.library()  # with this machine's own choice again
+
+
+def layer(kind: str, rows: int, columns: int) -> tuple[built.Linear, torch.Tensor, list]:
+    """Weights as ops/cpu/ reads them, as float64, and what keeps them alive."""
+    bits, group = variants.KINDS[kind]
+    weight = torch.randn(rows, columns)
+    w = built.Linear(rows=rows, columns=columns, bits=bits)
+    if group == 0:
+        weight = weight.to(torch.float32 if bits == 32 else torch.bfloat16)
+        w.weight, w.row_bytes = weight.data_ptr(), columns * bits // 8
+        return w, weight.double(), [weight]
+    quantised = QuantizedLinear.from_linear(torch.nn.Linear(columns, rows, bias=False), Scheme(bits, group))
+    w.weight, w.scale = quantised.weight_packed.data_ptr(), quantised.weight_scale.data_ptr()
+    w.row_bytes, w.groups = 4 * quantised.weight_packed.shape[1], quantised.weight_scale.shape[1]
+    return w, quantised.dequantize().double(), [quantised]
+
+
+def product(loaded: ctypes.CDLL, w: built.Linear, x: torch.Tensor, threads: int = 1) -> torch.Tensor:
+    y = torch.full((len(x), w.rows), torch.nan)
+    assert loaded.product(w, x.data_ptr(), len(x), y.data_ptr(), threads) == 0
+    return y
+
+
+@pytest.mark.parametrize("columns", [32, 160, 1024, 1184])
+@pytest.mark.parametrize("kind", variants.KINDS)
+def test_products_are_pytorchs_and_the_same_bits_in_every_variant(kind, columns, loaded):
+    torch.manual_seed(0)
+    w, weight, _kept = layer(kind, 71, columns)
+    x = torch.randn(43, columns)
+    expected = x.double() @ weight.T
+    for pairs in [0, 1] if kind == "bfloat16" else [0]:
+        if loaded.choose_pairs(pairs):
+            continue
+        found = product(loaded, w, x)
+        assert (found - expected).abs().max() < expected.abs().max() * (4e-3 if pairs else 1e-4)
+        for tuning in TUNINGS:
+            loaded.choose_tuning(loaded.form_of_linear(w), *tuning)
+            assert torch.equal(product(loaded, w, x[:1], threads=2), found[:1]), tuning
+        for count in (2, 3, 5, 16, 17):
+            assert torch.equal(product(loaded, w, x[:count]), found[:count])
+
+
+def test_a_choice_is_measured_once_and_kept(loaded, tmp_path, monkeypatch):
+    monkeypatch.delenv("NANOQWEN_STEP_VARIANT")
+    calls = []
+    small = variants.measure
+
+    def measure(*arguments):
+        calls.append(arguments)
+        return small(*arguments, size=2 * variants.WINDOW)
+
+    monkeypatch.setattr(variants, "measure", measure)
+    monkeypatch.setattr(variants, "TURNS", 1)
+    library = tmp_path / "step-0.so"
+    chosen = variants.apply(loaded, library, built.Linear)
+    assert chosen == variants.apply(loaded, library, built.Linear) and len(calls) == 1
+    assert set(chosen["tuning"]) == set(variants.KINDS) and chosen["huge_page_gain"] > 0
+    said = variants.describe(chosen)
+    assert "ahead" in said or "no prefetch" in said
+    kept = library.with_suffix(".json")
+    for count, damage in enumerate(("", "{}", '{"schema": "nanoqwen/variant/1"}', "[1]", "\x00"), 2):
+        kept.write_text(damage)
+        variants.apply(loaded, library, built.Linear)
+        assert len(calls) == count and json.loads(kept.read_text())["schema"] == variants.SCHEMA
+
+
+@pytest.mark.parametrize("asked", ["3/0", "fast", "1/-2", "pairs,1/0", "1/123456"])
+def test_a_variant_that_there_is_none_of_is_a_mistake(asked):
+    with pytest.raises(ValueError, match="NANOQWEN_STEP_VARIANT"):
+        variants.by_hand(asked)
+
+
+def test_a_variant_by_hand():
+    assert variants.by_hand("2/1024,pairs")["tuning"]["int4"] == [2, 1024] and variants.by_hand("pairs")["pairs"]
+    assert not variants.by_hand("default")["pairs"] and variants.by_hand("measure") is None
+
+
+def huge_bytes(address: int, size: int) -> int:
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head, *rest = line.split()
+        if "-" in head and not head.endswith(":"):
+            begin, end = (int(part, 16) for part in head.split("-"))
+            inside = begin < address + size and address < end
+        elif inside and head == "AnonHugePages:":
+            found += 1024 * int(rest[0])
+    return found
+
+
+@pytest.mark.parametrize("of_file", [True, False])
+def test_memory_moves_into_huge_pages_where_it_lies(of_file, tmp_path):
+    size = 4 * HUGE_PAGE
+    numbers = torch.randint(0, 255, (size,), dtype=torch.uint8)
+    if of_file:
+        path = tmp_path / "numbers"
+        path.write_bytes(numbers.numpy().tobytes())
+        with path.open("rb") as file:
+            memory = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+    else:
+        memory = torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+        memory[:] = numbers
+    memory[5], numbers[5] = 77, 77  # a page that is no longer the file's
+    pages = HugePages([(memory.data_ptr() + 4096, size - 8192)])
+    while pages.move(HUGE_PAGE):
+        assert torch.equal(memory, numbers)
+    if pages.moved == 0:
+        pytest.skip("the system has no huge pages for this")
+    assert torch.equal(memory, numbers) and pages.moved >= 2 * HUGE_PAGE
+    memory[size // 2], numbers[size // 2] = 3, 3
+    assert torch.equal(memory, numbers)
+    assert huge_bytes(memory.data_ptr(), size) > 0 or not of_file
+    assert pages.move(HUGE_PAGE) == 0
+
+
+@pytest.mark.parametrize("scheme", [None, "int4"])
+def test_a_reply_is_the_same_bits_while_its_weights_move(scheme, loaded, monkeypatch, tmp_path):
+    from model import Qwen3
+
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "head_dim": 32, "vocab_size": 4000}
+    random_model(torch.bfloat16, **sizes).save_pretrained(tmp_path / "model")
+    model = Qwen3.from_pretrained(str(tmp_path / "model"))
+    if scheme:
+        quantize_(model, scheme)
+    ids = torch.arange(100)[None]
+    with torch.no_grad():
+        monkeypatch.setenv("NANOQWEN_HUGE_PAGES", "off")
+        cache = KVCache(model.config, 1, 100, dtype=torch.bfloat16)
+        expected = torch.cat([model(ids[:, i : i + 1], cache) for i in range(100)], 1)
+        assert "huge" not in ops_step.variant(model)
+        ops_step._bound.pop(model)
+        monkeypatch.setenv("NANOQWEN_HUGE_PAGES", "on")
+        cache = KVCache(model.config, 1, 100, dtype=torch.bfloat16)
+        assert torch.equal(torch.cat([model(ids[:, i : i + 1], cache) for i in range(100)], 1), expected)
+    bound = ops_step._bound[model]
+    assert not bound.huge.left and (not bound.huge.moved or "MB in huge pages" in ops_step.variant(model))
