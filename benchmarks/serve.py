@@ -1,0 +1,317 @@
+"""The server beside llama.cpp's on this machine: `python bench.py serve`.
+
+Both serve the same weights, in turns: A B A B. In each turn 1, 8 and 16 clients at once each send one request, with a
+prompt of its own, and read the reply as a stream. From the arrival of the tokens come
+
+    tokens/s        tokens of all replies in the time from the first request to the last token
+    first token     seconds from a request to its first token: the median, and the largest
+    between         milliseconds from one token to the next of the same reply: 99 % are at most this
+
+Beside one client stands generate.py, which is asked for as many tokens. `--soak MINUTES` is another question, whether
+the server lasts: benchmarks/soak.py.
+"""
+
+import http.client
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import console
+from benchmarks.common import ROOT, cache_directory, describe_machine, finish, header, llama_program, start_worker
+from benchmarks.speed import Row, convert, find_model, model_facts
+from formats.source import DEFAULT_MODEL
+
+PAIRS = {"int8": "q8_0", "bf16": "bf16"}  # our precision beside llama.cpp's
+WAIT = 300.0  # seconds for a server to load
+
+
+class Reply(NamedTuple):
+    """One reply as its client saw it, in seconds of one clock."""
+
+    sent: float
+    arrivals: list[float]
+    tokens: int
+
+
+class Server:
+    """A server as a process on a free port. A context manager; `say` is what it printed, for an error."""
+
+    def __init__(self, command: list[str], ready: str):
+        self.port = free_port()
+        self.command, self.ready = [part.format(port=self.port) for part in command], ready
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lasts as long as the server)
+
+    def __enter__(self) -> "Server":
+        self.process = subprocess.Popen(self.command, stdout=self.log, stderr=self.log, stdin=subprocess.DEVNULL)
+        deadline = time.monotonic() + WAIT
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.__exit__()
+                self.log.seek(0)
+                last = (self.log.read().strip().splitlines() or ["it printed nothing"])[-1]
+                raise ValueError(f"{self.command[0]} did not start: {last}")
+            time.sleep(0.1)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            return self.get(self.ready)[0] == 200
+        except OSError:
+            return False
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            reply = connection.getresponse()
+            return reply.status, reply.read()
+        finally:
+            connection.close()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def ask(port: int, body: dict) -> Reply:
+    """Sends a request for a stream of text and notes when its tokens come."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    sent, arrivals, tokens = time.perf_counter(), [], 0
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        if reply.status != 200:
+            raise ValueError(f"status {reply.status}: {reply.read(300).decode(errors='replace')}")
+        for line in reply:
+            if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                continue
+            now, chunk = time.perf_counter(), json.loads(line[6:])
+            if chunk.get("usage"):
+                tokens = chunk["usage"]["completion_tokens"]
+            if chunk["choices"] and chunk["choices"][0].get("text"):
+                arrivals.append(now)
+    finally:
+        connection.close()
+    return Reply(sent, arrivals, tokens)
+
+
+def at_once(port: int, clients: int, prompt: int, tokens: int, seed: int) -> list[Reply]:
+    """One reply for each of so many clients, all asked at the same moment."""
+    replies: list[Reply | Exception] = []
+    barrier = threading.Barrier(clients)
+
+    def client(number: int) -> None:
+        rng = random.Random(f"{seed} {number}")
+        body = {"prompt": [rng.randrange(10, 700) for _ in range(prompt)], "max_tokens": tokens, "temperature": 0}
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        barrier.wait()
+        try:
+            replies.append(ask(port, body))
+        except Exception as error:
+            replies.append(error)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise ValueError(f"a request failed: {reply}")
+    return replies
+
+
+def figures(replies: list[Reply]) -> dict[str, float]:
+    """What a set of replies that were asked at once says of a server."""
+    first = [reply.arrivals[0] - reply.sent for reply in replies]
+    gaps = sorted(b - a for reply in replies for a, b in zip(reply.arrivals, reply.arrivals[1:], strict=False))
+    seconds = max(reply.arrivals[-1] for reply in replies) - min(reply.sent for reply in replies)
+    longest = max(replies, key=lambda reply: reply.tokens)
+    return {
+        "tokens_per_second": sum(reply.tokens for reply in replies) / seconds,
+        "decode": (longest.tokens - 1) / (longest.arrivals[-1] - longest.arrivals[0]),
+        "first_token": median(first),
+        "first_token_most": max(first),
+        "between_p99": gaps[min(len(gaps) - 1, int(0.99 * len(gaps)))] if gaps else 0.0,
+    }
+
+
+def ours(model: Path, precision: str, threads: int, most: int) -> list[str]:
+    flags = ["--quantize", "int8"] if precision == "int8" else ["--dtype", "bfloat16"]
+    return [
+        sys.executable,
+        str(ROOT / "serve.py"),
+        "--model",
+        str(model),
+        "--port",
+        "{port}",
+        "--max-batch",
+        str(most),
+        *flags,
+    ]
+
+
+def theirs(program: str, gguf: Path, threads: int, most: int, positions: int) -> list[str]:
+    flags = ["--parallel", str(most), "--ctx-size", str(most * positions), "--threads", str(threads)]
+    return [program, "--model", str(gguf), "--host", "127.0.0.1", "--port", "{port}", *flags, "--no-webui"]
+
+
+def generate(model: Path, precision: str, prompt: int, tokens: int) -> float:
+    """Tokens a second of generate.py behind the first, without guesses, which the server does not make."""
+    flags = ["--quantize", "int8"] if precision == "int8" else ["--dtype", "bfloat16"]
+    flags += [
+        "--raw",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        str(tokens),
+        "--prompt-lookup",
+        "0",
+        "--json",
+        "--stats",
+    ]
+    command = [sys.executable, str(ROOT / "generate.py"), "--model", str(model), *flags, "a b " * (prompt // 2)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if result.returncode:
+        raise ValueError((result.stderr.strip().splitlines() or ["generate.py failed"])[-1])
+    return json.loads(result.stdout)["stats"]["decode_tokens_per_second"]
+
+
+def parse_arguments(arguments: list[str]) -> Any:
+    parser = console.ArgumentParser(prog="bench.py serve", description="Measure the server beside llama-server.")
+    add = parser.add_argument
+    add("--model", metavar="SRC", help=f"a directory or hub id (default: {DEFAULT_MODEL} or its shape)")
+    add("--precision", nargs="+", choices=list(PAIRS), default=list(PAIRS), help="default: int8 bf16")
+    add("--clients", nargs="+", type=int, default=[1, 8, 16], metavar="N", help="at once (default: 1 8 16)")
+    add("--prompt", type=int, default=64, metavar="N", help="tokens of a prompt (default: 64)")
+    add("--tokens", type=int, default=48, metavar="N", help="tokens of a reply (default: 48)")
+    add("--repeats", type=int, default=2, metavar="N", help="turns of each server (default: 2)")
+    add("--soak", type=float, metavar="MINUTES", help="instead: 32 clients for so long, and what is left of it")
+    add("--out", type=Path, default=Path("runs/bench-serve"), metavar="DIR", help="where the report goes")
+    options = parser.parse_args(arguments)
+    for name in ("prompt", "tokens", "repeats"):
+        if not 1 <= getattr(options, name) <= 4096:
+            raise ValueError(f"--{name} {getattr(options, name)}: give a number from 1 to 4096")
+    if not all(1 <= clients <= 256 for clients in options.clients):
+        raise ValueError("--clients: give numbers from 1 to 256")
+    if options.soak is not None and not 0 < options.soak <= 1440:
+        raise ValueError(f"--soak {options.soak}: give minutes from 0 to 1440")
+    return options
+
+
+def measure(options: Any, model: Path, threads: int) -> list[dict]:
+    """A row for each turn of each server: program, precision, and the figures under the number of clients."""
+    program, most, rows = llama_program("llama-server"), max(options.clients), []
+    if program is None:
+        console.notice("llama-server is not here (NANOQWEN_LLAMA_CPP names its folder): only our own is measured")
+    with tempfile.TemporaryDirectory(dir=cache_directory(), prefix="converted-") as directory:
+        for precision in options.precision:
+            servers = [("nanoqwen", precision, ours(model, precision, threads, most), "/health")]
+            if program is not None:
+                gguf = convert(model, Row("llama.cpp", PAIRS[precision]), Path(directory))
+                command = theirs(program, gguf, threads, most, options.prompt + options.tokens + 16)
+                servers.append(("llama-server", PAIRS[precision], command, "/health"))
+            for turn in range(options.repeats):
+                for name, kind, command, ready in servers:
+                    row = {"program": name, "precision": kind, "turn": turn, "clients": {}}
+                    with Server(command, ready) as server:
+                        at_once(server.port, 1, options.prompt, 4, seed=-1 - turn)  # nobody's first request
+                        for clients in options.clients:
+                            replies = at_once(
+                                server.port, clients, options.prompt, options.tokens, seed=100 * turn + clients
+                            )
+                            row["clients"][str(clients)] = figures(replies)
+                    if name == "nanoqwen":
+                        row["generate"] = generate(model, precision, options.prompt, options.tokens)
+                    rows.append(row)
+                    said = ", ".join(f"{n}: {f['tokens_per_second']:.1f}" for n, f in row["clients"].items())
+                    console.notice(f"{name}/{kind}, turn {turn + 1}: tokens/s with clients {said}")
+    return rows
+
+
+def tables(rows: list[dict], clients: list[int]) -> dict[str, list[list[str]]]:
+    """Medians over the turns, and the quotient of the two servers in each pair of turns."""
+    servers = list(dict.fromkeys((row["program"], row["precision"]) for row in rows))
+    found = {}
+    for number in map(str, clients):
+        body = []
+        for program, precision in servers:
+            runs = [
+                row["clients"][number] for row in rows if (row["program"], row["precision"]) == (program, precision)
+            ]
+            middle = {name: median(run[name] for run in runs) for name in runs[0]}
+            body.append(
+                [
+                    f"{program} {precision}",
+                    f"{middle['tokens_per_second']:.1f}",
+                    f"{middle['decode']:.1f}",
+                    f"{middle['first_token']:.2f}",
+                    f"{middle['first_token_most']:.2f}",
+                    f"{1000 * middle['between_p99']:.0f}",
+                ]
+            )
+        head = ["server", "tokens/s", "of one reply", "first token, s", "the last one's, s", "between, p99, ms"]
+        found[f"{number} client{'s' * (number != '1')}"] = [head, *body]
+    quotients = [["precision", *(f"{number} clients" for number in clients), "one client / generate.py"]]
+    for precision, other in PAIRS.items():
+        mine = [row for row in rows if row["program"] == "nanoqwen" and row["precision"] == precision]
+        peer = [row for row in rows if row["program"] == "llama-server" and row["precision"] == other]
+        if mine:
+            line = [f"{precision} / {other}"]
+            for number in map(str, clients):
+                pairs = zip(mine, peer, strict=False)
+                each = [
+                    a["clients"][number]["tokens_per_second"] / b["clients"][number]["tokens_per_second"]
+                    for a, b in pairs
+                ]
+                line.append(f"{median(each):.2f}" if each else "not measured")
+            one = [row["clients"]["1"]["decode"] / row["generate"] for row in mine if "1" in row["clients"]]
+            quotients.append([*line, f"{median(one):.3f}" if one else "not measured"])
+    found["Tokens/s of ours to llama-server's, and of one client to generate.py"] = quotients
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    options = parse_arguments(arguments)
+    if options.soak is not None:
+        from benchmarks.soak import soak
+
+        soak(options)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    with start_worker() as worker:
+        model, name = find_model(options.model, worker)
+        facts = worker.submit(model_facts, str(model)).result()
+        threads = int(os.environ.get("OMP_NUM_THREADS") or facts["threads"])
+        machine = worker.submit(describe_machine, threads).result()
+    rows = measure(options, model, threads)
+    program = llama_program("llama-server")
+    report = header(machine, "serve", arguments) | {"model": {"name": name, **facts}, "rows": rows}
+    if program:
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+        build = re.search(r"version: (.+)", said.stdout + said.stderr)
+        report["versions"]["llama.cpp"] = build[1] if build else "unknown"
+    settings = f"{name}; prompts of {options.prompt} tokens, replies of {options.tokens}; {threads} threads; "
+    notes = [f"{settings}medians of {options.repeats} turns, alternated."]
+    finish(report, options.out / "report", "The server", tables(rows, options.clients), notes)
