@@ -19,7 +19,7 @@ from typing import Any
 
 import console
 from benchmarks.common import ROOT
-from benchmarks.serve import Server
+from benchmarks.server import Server
 from formats.source import BUNDLED_MODEL
 
 CLIENTS = 32

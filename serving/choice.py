@@ -14,6 +14,7 @@ from torch import Tensor
 from chat import Chat, ReplyStream
 from inference.decode import Reply, ThinkingBudget
 from inference.params import SamplingParams
+from inference.sampling import top_logprobs
 from model import Qwen3
 from serving.grammar import Constraint
 from serving.tool_calls import Call, CallParser
@@ -149,7 +150,7 @@ class Choice:
         """A token's natural log probability as the model gave it, before penalties, filters and grammar."""
         if logits is None:
             return {**self.named(token), "logprob": NOT_CHOSEN, "top_logprobs": []}
-        return token_logprob(self.named, logits.float().log_softmax(-1), token, self.asked.logprobs)
+        return token_logprob(self.named, logits, token, self.asked.logprobs)
 
     def named(self, token: int) -> dict:
         return named(self.chat, token)
@@ -161,9 +162,8 @@ def named(chat: Chat, token: int) -> dict:
     return {"token": raw.decode("utf-8", "replace"), "bytes": list(raw)}
 
 
-def token_logprob(name: Callable[[int], dict], logprobs: Tensor, token: int, most: int) -> dict:
-    """One entry of the API's `logprobs.content`, from log probabilities [V]."""
-    top = logprobs.topk(min(most, len(logprobs)))
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    likeliest = [{**name(other), "logprob": max(value, NOT_CHOSEN)} for other, value in pairs]
-    return {**name(token), "logprob": max(logprobs[token].item(), NOT_CHOSEN), "top_logprobs": likeliest}
+def token_logprob(name: Callable[[int], dict], logits: Tensor, token: int, most: int) -> dict:
+    """One entry of the API's `logprobs.content`, from logits [V]."""
+    own, top = top_logprobs(logits, token, min(most, len(logits)))
+    likeliest = [{**name(other), "logprob": max(value, NOT_CHOSEN)} for other, value in top]
+    return {**name(token), "logprob": max(own, NOT_CHOSEN), "top_logprobs": likeliest}

@@ -22,11 +22,11 @@ def _piece(model: Qwen3, ids: Sequence[int], cache, logits: bool) -> Tensor:
 
 
 def score(model: Qwen3, ids: Sequence[int], entry: Callable[[Tensor, int], dict]) -> Iterator[None]:
-    """Returns `entry(log probabilities [V], token)` for each token of a prompt but the first."""
+    """Returns `entry(logits [V], token)` for each token of a prompt but the first."""
     cache, found = new_cache(model, len(ids)), []
     for start in range(0, len(ids) - 1, PIECE):
         piece = ids[start : min(start + PIECE, len(ids) - 1)]
-        rows = _piece(model, piece, cache, logits=True).float().log_softmax(-1)
+        rows = _piece(model, piece, cache, logits=True)
         found += [entry(row, token) for row, token in zip(rows, ids[start + 1 :], strict=False)]
         yield
     return found
