@@ -2,6 +2,8 @@
 
 terminal.svg    the answer of `make run`, in a terminal
 loss.png        the loss of 200 steps of configs/tiny-pretrain.yaml, with 8 rows a step
+page.png        the page of serve.py: a token and its alternatives
+page-branch.png the page again: a reply that was branched in its thinking
 """
 
 import io
@@ -61,6 +63,44 @@ def loss(picture: Path) -> None:
     shutil.copyfile(RUN / "loss.png", picture)
 
 
+def pages(alternatives: Path, branch: Path) -> None:
+    from playwright.sync_api import sync_playwright
+
+    command = [sys.executable, "serve.py", "--model", "models/tiny", "--port", "0"]
+    with (
+        subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server,
+        sync_playwright() as playwright,
+    ):
+        try:
+            address = re.search(r"http://\S+", server.stderr.readline())[0]
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+
+            def asked(question: str, scheme: str, thinking: bool):
+                size = {"width": 760, "height": 720}
+                view = browser.new_page(viewport=size, color_scheme=scheme, device_scale_factor=1.5)
+                view.goto(address)
+                view.click("#shading")
+                if not thinking:
+                    view.click("#thinking")
+                view.fill("#ask", question)
+                view.keyboard.press("Enter")
+                view.wait_for_selector("body:not(.busy) [data-act=regenerate]")
+                return view
+
+            view = asked("What is 47 + 38?", "light", thinking=False)
+            view.locator(".answer .tok:is(.h2, .h3, .h4)").last.click()
+            view.screenshot(path=alternatives)
+            view = asked("Which is larger, 9.11 or 9.9?", "dark", thinking=True)
+            view.click("summary")
+            view.locator(".thought .tok:text-is(' less')").first.click()
+            view.locator("#card li button").filter(has_text="␣or").click()
+            view.wait_for_selector("body:not(.busy) .versions")
+            view.screenshot(path=branch)
+        finally:
+            server.terminate()
+
+
 if __name__ == "__main__":
     terminal(ROOT / "docs" / "terminal.svg")
     loss(ROOT / "docs" / "loss.png")
+    pages(ROOT / "docs" / "page.png", ROOT / "docs" / "page-branch.png")
