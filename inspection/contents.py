@@ -17,10 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-from formats.gguf.reader import parse as parse_gguf
 from formats.mistaken import POINTERS
 from formats.safetensors_read import parse_header
-from inspection import code, containers, pickles
+from inspection import code, containers, pickles, remote_gguf
 from inspection.findings import File, Ledger, Unexamined
 from inspection.tree import Entry
 
@@ -81,6 +80,8 @@ def examine(ledger: Ledger, entry: Entry) -> File:
                 file.sha256 = entry.sha256
                 _check_budget(entry, stream)
             file.format, file.tier = examine_stream(ledger, entry.path, stream, entry.size, 0)
+            if what := ledger.facts.get("unread", {}).get(entry.path):
+                raise Unexamined("not-read", what)
             file.examined = True
     except Unexamined as error:
         file.note = error.what
@@ -99,7 +100,7 @@ def _check_budget(entry: Entry, stream: BinaryIO) -> None:
     if entry.budget and entry.size > entry.budget.left:
         head = stream.read(9)
         stream.seek(0)
-        if head[:2] != b"PK" and head[8:9] != b"{":
+        if head[:2] != b"PK" and head[:4] != b"GGUF" and head[8:9] != b"{":
             entry.budget.spend(entry.size)
 
 
@@ -238,11 +239,13 @@ def _malformed(ledger: Ledger, where: str, message: str) -> None:
 
 def _examine_gguf(ledger: Ledger, where: str, stream: BinaryIO, size: int) -> tuple[str, str]:
     try:
-        head = parse_gguf(where, stream, size)
+        head = remote_gguf.parse_head(where, stream, size)
     except ValueError as error:
         _malformed(ledger, where, str(error))
         return "gguf", "data"
     ledger.facts.setdefault("gguf", {})[where] = head
+    if size := remote_gguf.unread(head):
+        ledger.facts.setdefault("unread", {})[where] = f"{size:,} bytes of its vocabulary; --deep reads all"
     return "gguf", "data"
 
 

@@ -18,9 +18,11 @@ DATASETS = 2
 
 def examine(ledger: Ledger, tree: Tree) -> None:
     """Compares the two documents of the first data sets that the card names."""
-    result = {}
-    for name in ledger.facts["card"]["datasets"][:DATASETS]:
+    result, unread = {}, {}
+    names = ledger.facts["card"]["datasets"]
+    for name in names[:DATASETS]:
         if not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name):
+            unread[name[:96]] = "not the name of a data set on the hub"
             continue
         try:
             tree.budget.spend(0)
@@ -28,9 +30,11 @@ def examine(ledger: Ledger, tree: Tree) -> None:
             readme = hub.get(f"/datasets/{name}/resolve/main/README.md", min(MOST, tree.budget.left))
             tree.budget.spend(len(document) + len(readme))
             result[name] = difference(json.loads(document), readme.decode("utf-8", "replace"))
-        except (ValueError, Unexamined, RecursionError):
-            continue
-    ledger.facts["croissant"] = result
+        except (ValueError, Unexamined, RecursionError) as error:
+            unread[name] = f"could not be read ({str(error)[:120]})"
+    if len(names) > DATASETS:
+        unread[", ".join(names[DATASETS : DATASETS + 6])] = f"not read: only the first {DATASETS} data sets are"
+    ledger.facts["croissant"], ledger.facts["croissant_unread"] = result, unread
 
 
 def difference(document: Any, readme: str) -> str:

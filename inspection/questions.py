@@ -97,8 +97,10 @@ def _training_data(card: dict[str, Any]) -> Answer:
 
 def _croissant(ledger: Ledger, card: dict[str, Any]) -> Answer:
     found = ledger.facts.get("croissant") or {}
-    if found:
-        return "; ".join(f"{name}: {text}" for name, text in found.items()), CLAIMED
+    unread = ledger.facts.get("croissant_unread") or {}
+    if found or unread:
+        said = "; ".join(f"{name}: {text}" for name, text in {**found, **unread}.items())
+        return said, CLAIMED if found else ABSENT
     if not card["datasets"]:
         return "no data set is linked", ABSENT
     return (

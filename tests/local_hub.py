@@ -22,6 +22,7 @@ class Hub(ThreadingHTTPServer):
         self.cuts: dict[str, list[int]] = {}  # file -> the bytes after which each next transfer of it breaks
         self.ranges, self.renamed = True, {}  # whether Range is understood; answers with other digests
         self.sent = 0  # bytes of all answers
+        self.pages: dict[str, bytes] = {}  # path -> what it answers, beside the repository
         self.stalls = False  # whether a cut transfer stands still instead
         self.stalled, self.released = threading.Event(), threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -56,6 +57,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.path, self.headers["Range"]))
         if self.path == "/api/agent-harnesses":  # huggingface_hub asks for it by itself
             return self.refuse("EntryNotFound")
+        if (page := self.server.pages.get(self.path)) is not None:
+            return self.send(200, page)
         if not re.match(r"/(api/models/)?org/name\b", self.path):
             return self.refuse("RepoNotFound")
         if match := re.match(r"/api/models/org/name(?:/revision/([^?]+))?(\?|$)", self.path):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import jsonschema
@@ -461,6 +462,71 @@ def test_a_good_hub_repository_ends_with_0_and_deep_reads_the_weights(run, serve
     assert run("org/name")[0] == 0
     found = json.loads(run("org/name@v1", "--deep", "--json")[1])
     assert found["status"] == 0 and found["revision"] == "b" * 40 and found["repo"] == "org/name" and found["tensors"]
+
+
+def large_gguf(path: Path, seed: int = 0) -> Path:
+    """A .gguf with a vocabulary of Qwen3's size and 24 MB of weights, as llama.cpp orders its keys."""
+    import gguf
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyzĠäß中"))
+    tokens = ["".join(random.choice(letters, size)) for size in random.integers(1, 14, 150_000)]
+    file = gguf.GGUFWriter(path, "qwen3")
+    file.add_name("A model")
+    sizes = {"block_count": 1, "context_length": 2048, "embedding_length": 256, "feed_forward_length": 256}
+    for name, value in (sizes | {"attention.head_count": 2, "attention.head_count_kv": 1}).items():
+        file.add_uint32(f"qwen3.{name}", value)
+    file.add_array("tokenizer.ggml.tokens", tokens)
+    file.add_array("tokenizer.ggml.token_type", [1] * len(tokens))
+    file.add_array("tokenizer.ggml.merges", [f"{a[:3]} {b[:3]}" for a, b in pairwise(tokens)])
+    file.add_uint32("tokenizer.ggml.eos_token_id", 7)
+    file.add_string("tokenizer.chat_template", "{{ ''.__class__ }}")
+    weights = np.zeros((len(tokens), 170), np.uint8)
+    file.add_tensor("token_embd.weight", weights, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    for at in range(40):
+        file.add_tensor(f"blk.0.t{at}.weight", np.ones((4, 256), np.float32))
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    return path
+
+
+def test_a_large_gguf_on_the_hub_is_read_to_its_template_and_tensors(run, server, tmp_path):
+    content = large_gguf(tmp_path / "m.gguf").read_bytes()
+    hub = server(**{"m.gguf": content})
+    hub.files = {"m.gguf": content, "README.md": hub.files["README.md"]}
+    status, out, _ = run("org/name", "--json")
+    found = json.loads(out)
+    local = auditing.Audit(local_tree(tmp_path / "m.gguf")).ledger.facts
+    assert status == 1 and "template-attribute" in ids(found) and hub.sent < 1_000_000 < len(content) // 8
+    assert found["parameter_count"] == local["parameter_count"] and found["dtypes"] == local["dtypes"]
+    (entry,) = [file for file in found["files"] if file["path"] == "m.gguf"]
+    assert not entry["examined"] and "of its vocabulary; --deep reads all" in str(found)
+    hub.sent = 0
+    assert run("org/name", "--deep")[0] == 1 and hub.sent > len(content)
+    for cut in (len(content) // 2, 4_000_000):  # in the weights, in the vocabulary
+        hub.files["m.gguf"], hub.sent = content[:cut], 0
+        found = json.loads(run("org/name", "--json")[1])
+        assert hub.sent < 1_000_000 and not ids(found, "high") - {"template-attribute"}, cut
+        assert not any(file["examined"] for file in found["files"] if file["path"] == "m.gguf")
+
+
+def test_a_linked_data_sets_croissant_answers_question_four(run, server, repository):
+    hub = server()
+    hub.files["README.md"] = b"---\nlicense: mit\ndatasets: [org/data, org/none]\n---\n# A model\n"
+    fields = [{"name": "default/text"}, {"name": "default/label"}]
+    document = {"recordSet": [{"@id": "default", "field": fields}], "license": "https://example.org/licenses/odc-by/"}
+    hub.pages["/api/datasets/org/data/croissant"] = json.dumps(document).encode()
+    hub.pages["/datasets/org/data/resolve/main/README.md"] = b"# Data\nEach row has a text."
+    found = json.loads(run("org/name", "--json")[1])
+    answer = found["questions"][3]
+    assert answer["number"] == 4 and answer["status"] == "claimed", answer
+    assert "org/data: 2 fields, of which the README does not name label" in answer["answer"]
+    assert "licenses/odc-by" in answer["answer"] and "org/none" in answer["answer"], answer
+    hub.pages["/api/datasets/org/data/croissant"] = b"[" * 100_000
+    assert json.loads(run("org/name", "--json")[1])["questions"][3]["status"] in ("claimed", "absent")
 
 
 def test_what_croissant_says_that_the_readme_does_not(tmp_path):

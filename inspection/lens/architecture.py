@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from formats.gguf import names
-from formats.gguf.reader import parse
 from formats.safetensors_read import MAX_HEADER, parse_header
 from inspection.auditing import find_tree
 from inspection.findings import Unexamined
+from inspection.remote_gguf import parse_head
 from inspection.tree import Entry
 from model import Config
 
@@ -200,6 +200,6 @@ def _safetensors(entry: Entry) -> Iterator[tuple[str, int]]:
 
 def _gguf(entry: Entry) -> tuple[dict[str, Any], list[tuple[str, int]]]:
     with entry.open() as stream:
-        head = parse(entry.path, stream, entry.size)
+        head = parse_head(entry.path, stream, entry.size)
     config = names.config_from_metadata(head.metadata, head.tensors)
     return config, [(tensor.format.name, tensor.size) for tensor in head.tensors.values()]
