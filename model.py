@@ -667,7 +667,8 @@ class Qwen3(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Hidden states [..., C] → logits [..., V]; a tied head is the embedding transposed."""
         if self.config.tie_word_embeddings:
-            return F.linear(x, self.model.embed_tokens.weight)
+            embedding = self.model.embed_tokens
+            return F.linear(x, embedding.weight) if isinstance(embedding, nn.Embedding) else embedding.multiply(x)
         return self.lm_head(x)
 
     @classmethod
@@ -702,7 +703,7 @@ class Qwen3(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        self.config.dtype = str(self.dtype).removeprefix("torch.")
+        self.config.dtype = str(weights[EMBEDDING].dtype).removeprefix("torch.")
         with atomic_file(directory / "model.safetensors") as temporary:
             save_file(weights, temporary, metadata={"format": "pt"})
         write_text(directory / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
@@ -717,16 +718,30 @@ class Qwen3(nn.Module):
 def load(checkpoint, device="cpu", dtype: torch.dtype | None = None, check_values: bool = True) -> Qwen3:
     """Fills a model from an open checkpoint (formats/checkpoint.py). All defects are listed in one ValueError.
 
+    dtype None keeps the stored one. On the CPU the matrices of a GGUF then stay in its blocks (ops/blocks.py), under
+    activations in float32, or in bfloat16 where the file is.
+
     `check_values` looks for NaN and infinity, which reads all weights. Sampling does not need it: the logits show it.
     """
     model, defects = skeleton(checkpoint)
-    stored, slots = checkpoint.tensors, model.state_dict()
+    stored, in_blocks = checkpoint.tensors, {}
+    if dtype is None and checkpoint.path.suffix == ".gguf" and torch.device(device).type == "cpu":
+        from ops.blocks import swap_blocks
+
+        dtype = torch.bfloat16 if model.config.dtype == "bfloat16" else torch.float32
+        in_blocks = swap_blocks(model, checkpoint, dtype)
     if dtype is None:
         embedding = stored.get(EMBEDDING)
         stated = model.config.dtype
         dtype = getattr(torch, stated) if stated else embedding.dtype if embedding else torch.float32
+    slots = model.state_dict()
     for name in stored:
         if name == HEAD and name not in slots:  # of a tied model, equal to the embedding (formats/official_names.py)
+            continue
+        if name in in_blocks:
+            in_blocks[name].weight_blocks = checkpoint.blocks(name)
+            if check_values and not in_blocks[name].is_finite():
+                defects["non-finite"].append(name)
             continue
         tensor = checkpoint.read(name)
         if check_values and not all_finite(tensor):

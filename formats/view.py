@@ -22,6 +22,9 @@ class View:
         """One tensor by its official name."""
         return self.base.read(name)
 
+    def format_of(self, name: str) -> None:
+        """The GGUF type in which a tensor can be read as it lies: none, as a view may change the values."""
+
     def release(self, name: str) -> None:
         """Releases the memory of a tensor's pages."""
         self.base.release(name)

@@ -4,6 +4,7 @@ The text comes first and PyTorch after it: while PyTorch is imported, which take
 template gets ready; and a wrong --model is named before it.
 """
 
+import math
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -111,8 +112,10 @@ def load_speculation(options: Namespace, chat: Chat, model: "Qwen3") -> "Specula
 def describe(model: "Qwen3") -> str:
     """`596,049,920 parameters, context 40,960 tokens, bfloat16 on cpu`: what the banner of a chat says of a model."""
     bits = {getattr(m, "bits", None) for m in model.modules()} - {None}
+    kinds = {m.format.name: None for m in model.modules() if hasattr(m, "weight_blocks")}
     precision = str(model.dtype).removeprefix("torch.")
     precision = f"int{min(bits)} weights, {precision}" if bits else precision
+    precision = f"{', '.join(sorted(kinds))} weights, {precision}" if kinds else precision
     context = model.config.context_length
     return f"{parameters(model):,} parameters, context {context:,} tokens, {precision} on {model.device.type}"
 
@@ -120,4 +123,5 @@ def describe(model: "Qwen3") -> str:
 def parameters(model: "Qwen3") -> int:
     """How many weights a model has, packed ones counted unpacked."""
     packed = sum(m.in_features * m.out_features for m in model.modules() if getattr(m, "bits", None))
+    packed += sum(math.prod(m.shape) for m in model.modules() if hasattr(m, "weight_blocks"))
     return packed + sum(parameter.numel() for parameter in model.parameters())

@@ -260,7 +260,7 @@ def weight_bytes_per_token(model: Qwen3) -> int:
         share = 1.0
         if ".experts." in name:
             share = config.num_experts_per_tok / config.num_experts
-        elif name == EMBEDDING and not config.tie_word_embeddings:
+        elif name.startswith("model.embed_tokens.") and not config.tie_word_embeddings:
             share = 1 / config.vocab_size
         total += copy if copy and name == head else tensor.nbytes * share
     return int(total)

@@ -165,7 +165,10 @@ def choose_scheme(quantization: str, shapes: dict[str, tuple[int, ...]], group_s
 
 
 def quantize_(model: nn.Module, quantization: str, group_size: int | None = None) -> Scheme:
-    """Quantises a loaded model's linear layers in place, a few at a time. ValueError where a group does not fit."""
+    """Quantises a loaded model's linear layers in place, a few at a time. ValueError where a group does not fit, or
+    the weights are in the blocks of a GGUF."""
+    if kept := [m.format.name for m in model.modules() if hasattr(m, "weight_blocks")]:
+        raise ValueError(f"{quantization}: the weights are in {kept[0]} blocks already; leave --quantize out")
     linears = {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     scheme = choose_scheme(quantization, linears, group_size)
 

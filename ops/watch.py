@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from ops.blocks import BlockEmbedding, BlockLinear
 from ops.quant import QuantizedLinear
 
 # Classes of model.py that are served, and which attributes of theirs the arithmetic reads.
@@ -28,7 +29,10 @@ ATTRIBUTES = {
     "Linear": (),
     "Embedding": (),
     "QuantizedLinear": ("bits", "in_features", "out_features"),
+    "BlockLinear": ("format", "shape"),
+    "BlockEmbedding": ("format", "shape"),
 }
+STORED = (QuantizedLinear, BlockLinear, BlockEmbedding)
 TORCH = (nn.Linear, nn.Embedding, nn.Identity, nn.ModuleList)
 OWN = {"kernels", "_compiled_call_impl"}  # class attributes that an instance may set: they compute the same
 
@@ -104,8 +108,8 @@ def is_hooked(modules: list[nn.Module]) -> bool:
 
 def _reason(model: nn.Module, allowed: str) -> str | None:
     source = sys.modules[type(model).__module__]
-    known = {getattr(source, name, None) for name in ATTRIBUTES} | {QuantizedLinear, *TORCH}
-    written = {source.__name__, QuantizedLinear.__module__, *(kind.__module__ for kind in TORCH)}
+    known = {getattr(source, name, None) for name in ATTRIBUTES} | {*STORED, *TORCH}
+    written = {source.__name__, *(kind.__module__ for kind in (*STORED, *TORCH))}
     for path, module in model.named_modules():
         kind, name = type(module), path or "the model"
         if kind not in known or type(model).__name__ != "Qwen3":

@@ -272,10 +272,20 @@ class GGUF:
     def read(self, name: str) -> torch.Tensor:
         """One tensor by its official name: F32, F16 and BF16 as stored (a view of the file), others dequantised to
         float32."""
-        format, shape = self.stored[self._places[name][0]].format, self.tensors[name].shape
-        start, size = self._range(name)
-        data = torch.frombuffer(self._data[self._places[name][0]], dtype=torch.uint8, count=size, offset=start)
+        format, shape, data = self.format_of(name), self.tensors[name].shape, self._bytes(name)
         return data.view(format.dtype).view(shape) if format.dtype else types.dequantize(data, format, shape)
+
+    def format_of(self, name: str) -> types.Format:
+        """The type that a tensor is stored in."""
+        return self.stored[self._places[name][0]].format
+
+    def blocks(self, name: str) -> torch.Tensor:
+        """A matrix as it is stored: uint8 [rows, bytes of a row], a view of the file."""
+        return self._bytes(name).view(self.tensors[name].shape[0], -1)
+
+    def _bytes(self, name: str) -> torch.Tensor:
+        start, size = self._range(name)
+        return torch.frombuffer(self._data[self._places[name][0]], dtype=torch.uint8, count=size, offset=start)
 
     def release(self, name: str) -> None:
         """Releases the memory of a tensor's pages; its values stay readable (from the file again)."""

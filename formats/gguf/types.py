@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 
+from formats import tensors
 from formats.gguf.kquants import (
     pack_k_offset,
     pack_offset,
@@ -48,6 +49,7 @@ class Format:
     dtype: torch.dtype | None = None
     pack: Callable[[torch.Tensor], torch.Tensor] | None = None
     unpack: Callable[[torch.Tensor], torch.Tensor] | None = None
+    scales: tuple[int, ...] = ()  # where in a block the float16 scales are: the only parts that may not be finite
 
     def bytes(self, shape: tuple[int, ...]) -> int:
         """The bytes of a tensor whose rows are whole blocks."""
@@ -63,16 +65,16 @@ FORMATS = {
         Format("F32", 0, 1, 4, torch.float32),
         Format("F16", 1, 1, 2, torch.float16),
         Format("BF16", 30, 1, 2, torch.bfloat16),
-        Format("Q8_0", 8, 32, 34, None, pack_q8_0, unpack_q8_0),
-        Format("Q4_0", 2, 32, 18, None, partial(pack_symmetric, bits=4), partial(unpack_symmetric, bits=4)),
-        Format("Q4_1", 3, 32, 20, None, partial(pack_offset, bits=4), partial(unpack_offset, bits=4)),
-        Format("Q5_0", 6, 32, 22, None, partial(pack_symmetric, bits=5), partial(unpack_symmetric, bits=5)),
-        Format("Q5_1", 7, 32, 24, None, partial(pack_offset, bits=5), partial(unpack_offset, bits=5)),
-        Format("Q2_K", 10, 256, 84, None, None, unpack_q2_k),
-        Format("Q3_K", 11, 256, 110, None, None, unpack_q3_k),
-        Format("Q4_K", 12, 256, 144, None, partial(pack_k_offset, bits=4), partial(unpack_k_offset, bits=4)),
-        Format("Q5_K", 13, 256, 176, None, partial(pack_k_offset, bits=5), partial(unpack_k_offset, bits=5)),
-        Format("Q6_K", 14, 256, 210, None, pack_q6_k, unpack_q6_k),
+        Format("Q8_0", 8, 32, 34, None, pack_q8_0, unpack_q8_0, (0,)),
+        Format("Q4_0", 2, 32, 18, None, partial(pack_symmetric, bits=4), partial(unpack_symmetric, bits=4), (0,)),
+        Format("Q4_1", 3, 32, 20, None, partial(pack_offset, bits=4), partial(unpack_offset, bits=4), (0, 2)),
+        Format("Q5_0", 6, 32, 22, None, partial(pack_symmetric, bits=5), partial(unpack_symmetric, bits=5), (0,)),
+        Format("Q5_1", 7, 32, 24, None, partial(pack_offset, bits=5), partial(unpack_offset, bits=5), (0, 2)),
+        Format("Q2_K", 10, 256, 84, None, None, unpack_q2_k, (80, 82)),
+        Format("Q3_K", 11, 256, 110, None, None, unpack_q3_k, (108,)),
+        Format("Q4_K", 12, 256, 144, None, partial(pack_k_offset, bits=4), partial(unpack_k_offset, bits=4), (0, 2)),
+        Format("Q5_K", 13, 256, 176, None, partial(pack_k_offset, bits=5), partial(unpack_k_offset, bits=5), (0, 2)),
+        Format("Q6_K", 14, 256, 210, None, pack_q6_k, unpack_q6_k, (208,)),
     )
 }
 BY_ID = {format.id: format for format in FORMATS.values()}
@@ -117,6 +119,15 @@ def _dequantize_by_package(data: torch.Tensor, kind: int) -> torch.Tensor:
 
     with np.errstate(all="ignore"):  # what is not finite is found by whoever asked
         return torch.from_numpy(gguf.quants.dequantize(data.numpy(), kind))
+
+
+def all_finite(data: torch.Tensor, format: Format) -> bool:
+    """Whether no value of a tensor's bytes is NaN or infinite, for a type of numbers or one that lists its `scales`."""
+    if format.dtype:
+        return tensors.all_finite(data.view(format.dtype))
+    blocks = data.view(-1, format.size)
+    halves = [blocks[:, at : at + 2].contiguous().view(torch.float16) for at in format.scales]
+    return all(map(tensors.all_finite, halves))
 
 
 def dequantize(data: torch.Tensor, format: Format, shape: tuple[int, ...]) -> torch.Tensor:

@@ -2,10 +2,11 @@
 #include "products.h"
 #include "threads.h"
 
-constexpr Tuning BEFORE_MEASURING = {1, 4096};
-Choice choice = {{BEFORE_MEASURING, BEFORE_MEASURING, BEFORE_MEASURING, BEFORE_MEASURING, BEFORE_MEASURING,
-                  BEFORE_MEASURING},
-                 false};
+Choice choice = [] {
+    Choice before_measuring = {};
+    for (auto& tuning : before_measuring.tuning) tuning = {1, 4096};
+    return before_measuring;
+}();
 
 extern "C" {
 extern const int form_count = FORMS;

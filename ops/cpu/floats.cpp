@@ -3,6 +3,15 @@
 
 namespace {
 
+template <class T>
+void numbers_of(const char* row, int64_t columns, float* out) {
+    for (int64_t i = 0; i < columns; i += LANES) {
+        const T* from = (const T*)row + i;
+        const Vector v = i + LANES <= columns ? load(from) : load_some(from, columns - i);
+        std::memcpy(out + i, &v, std::min<int64_t>(LANES, columns - i) * sizeof(float));
+    }
+}
+
 constexpr int TILE_ROWS = LANES == 16 ? 4 : 2, TILE_TOKENS = LANES == 16 ? 6 : 4;  // what the registers hold
 
 // Vectors whose addresses differ by 4096 bytes share the sets of a cache: a line between them keeps them apart.
@@ -160,12 +169,20 @@ struct Pairs16 {  // bfloat16 weights and activations, two products to a lane
 };
 #endif
 
+// float16 becomes float32 some rows at a time, for one token and for many: few models are stored so.
+void multiply_halves(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch) {
+    const int64_t width = unpacked_size(w.columns);
+    for (int64_t r = 0; r < rows; r++) numbers_of<float16>(w.weight + r * w.row_bytes, w.columns, scratch + r * width);
+    ::multiply<Float32>({(const char*)scratch, nullptr, 4 * width, w.columns, 0, {1, 0}}, rows, x, count, y);
+}
+
 }  // namespace
 
-const Products float32_products = products_of<Float32>();
-const Products bfloat16_products = {BFloat16::bytes, BFloat16::prepare, BFloat16::multiply_all};
+const Products float32_products = products_of<Float32>(numbers_of<float>);
+const Products bfloat16_products = {BFloat16::bytes, BFloat16::prepare, BFloat16::multiply_all, numbers_of<bfloat16>};
+const Products float16_products = {Float32::bytes, Float32::prepare, multiply_halves, numbers_of<float16>};
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
-const Products pair_products = products_of<Pairs16>();
+const Products pair_products = products_of<Pairs16>(numbers_of<bfloat16>);
 const bool has_pairs = true;
 #else
 const Products pair_products = bfloat16_products;

@@ -26,7 +26,8 @@ from ops.compiler import find_compiler
 from ops.cpu import variants
 
 DIRECTORY = Path(__file__).parent
-SOURCES = tuple(DIRECTORY / name for name in ("step.cpp", "codes.cpp", "floats.cpp", "choice.cpp"))  # slowest first
+NAMES = ("step.cpp", "blocks.cpp", "codes.cpp", "floats.cpp", "choice.cpp")  # slowest first
+SOURCES = tuple(DIRECTORY / name for name in NAMES)
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 FLAGS += ("-fvisibility-inlines-hidden", "-fno-semantic-interposition", "-Wno-psabi")
 TUNED = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())  # the first that compiles
@@ -39,7 +40,7 @@ BLOCK = 256  # positions of a cache that lie side by side
 
 class Linear(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in ("weight", "bias", "scale")]
-    _fields_ += [(name, c_int64) for name in ("rows", "columns", "row_bytes", "bits", "groups")]
+    _fields_ += [(name, c_int64) for name in ("rows", "columns", "row_bytes", "bits", "groups", "blocks")]
 
 
 class Attention(ctypes.Structure):
@@ -60,7 +61,7 @@ class Qwen3(ctypes.Structure):
     SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     _fields_ = [(name, c_int64) for name in (*SIZES, "num_experts", "num_experts_per_tok", "norm_topk_prob")]
     _fields_ += [("rms_norm_eps", c_float), ("rope_factor", c_float)]
-    _fields_ += [("rope_frequencies", c_void_p), ("embed_tokens", c_void_p), ("layers", POINTER(Block))]
+    _fields_ += [("rope_frequencies", c_void_p), ("embed_tokens", Linear), ("layers", POINTER(Block))]
     _fields_ += [("norm", c_void_p), ("lm_head", Linear)]
 
 

@@ -11,6 +11,7 @@
 //     bfloat16             rounded to bfloat16                                       vdpbf16ps             floats.cpp
 //     8 or 4 bits          whole numbers of 16 bits, a scale for a chunk             vpdpbusd (VNNI)       codes.cpp
 //     8 or 4 bits          as they are, or arranged for 4 bits                       fma, without VNNI     codes.cpp
+//     blocks of a GGUF     whole numbers of 16 bits, a scale for a chunk             vpdpwssd, vpmaddwd    blocks.cpp
 //
 // Codes are packed as in formats/compressed_tensors.py: one (the number + 128) to a byte, or two (the number + 8), the
 // lower four bits first. A group of columns, or the whole row, shares a scale.
@@ -30,6 +31,7 @@ extern "C" struct Linear {
     const void* bias;    // [rows] or nullptr
     const void* scale;   // [rows, groups] of bfloat16, or nullptr
     int64_t rows, columns, row_bytes, bits, groups;
+    int64_t blocks;      // a Form, where the weights are a tensor of a GGUF; else 0
 };
 
 // Memory that is not written before it is used, in whole cache lines.
@@ -76,16 +78,25 @@ struct Products {
     void (*prepare)(const float* x, int64_t n, char* out);  // n activations into that form, filled up with zeros
     // y[i, r] = row r times the activations of token i; rows <= ROWS, y [count, ROWS], scratch [scratch_size(columns)]
     void (*multiply)(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch);
+    void (*numbers)(const char* row, int64_t columns, float* out) = nullptr;  // a row's weights, as of an embedding
 };
-inline int64_t unpacked_size(int64_t columns) { return rounded_up(columns, 2 * LANES) + 16; }  // of a row, see floats.cpp
+// Of a row: see floats.cpp, and Chunk in blocks.cpp.
+inline int64_t unpacked_size(int64_t columns) {
+    return std::max(rounded_up(columns, 2 * LANES) + 16, (columns + 255) / 256 * 160);
+}
 inline int64_t scratch_size(int64_t columns) { return ROWS * unpacked_size(columns); }
 
-enum Form { FLOAT32, BFLOAT16, BFLOAT16_PAIRS, BYTES, GROUPED_BYTES, NIBBLES, FORMS };
+enum Form { FLOAT32, BFLOAT16, BFLOAT16_PAIRS, BYTES, GROUPED_BYTES, NIBBLES,
+            FLOAT16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, FORMS };
 extern const Products float32_products, bfloat16_products, pair_products;           // floats.cpp
 extern const Products byte_products, grouped_byte_products, nibble_products;        // codes.cpp
+extern const Products float16_products, q8_0_products, q4_0_products, q4_1_products, q5_0_products, q5_1_products,
+    q4_k_products, q5_k_products, q6_k_products;                                    // blocks.cpp
 extern const bool has_pairs;                                                        // whether pair_products may be used
-inline const Products* const PRODUCTS[FORMS] = {&float32_products, &bfloat16_products,     &pair_products,
-                                                &byte_products,    &grouped_byte_products, &nibble_products};
+inline const Products* const PRODUCTS[FORMS] = {
+    &float32_products, &bfloat16_products, &pair_products, &byte_products, &grouped_byte_products, &nibble_products,
+    &float16_products, &q8_0_products,     &q4_0_products, &q4_1_products, &q5_0_products,         &q5_1_products,
+    &q4_k_products,    &q5_k_products,     &q6_k_products};
 
 // What was chosen for this machine: see library.py.
 struct Choice {
@@ -95,8 +106,15 @@ struct Choice {
 extern Choice choice;
 
 inline Form form_of(const Linear& w) {
+    if (w.blocks) return Form(w.blocks);
     if (!w.scale) return w.bits == 32 ? FLOAT32 : choice.pairs ? BFLOAT16_PAIRS : BFLOAT16;
     return w.bits == 4 ? NIBBLES : w.groups > 1 ? GROUPED_BYTES : BYTES;
+}
+
+// The form of the activations that some weights meet: several kinds take those of the first of them.
+inline Form activations_of(const Linear& w) {
+    const Form form = form_of(w);
+    return form == FLOAT16 ? FLOAT32 : form > Q8_0 ? Q8_0 : form;
 }
 
 // Vectors of activations in the forms that the weights want.

@@ -52,7 +52,7 @@ struct Qwen3 {
     int64_t num_experts, num_experts_per_tok, norm_topk_prob;
     float rms_norm_eps, rope_factor;
     const float* rope_frequencies;  // [D/2]
-    const void* embed_tokens;       // [V, C]
+    Linear embed_tokens;            // [V, C]
     const Block* layers;
     const void* norm;
     Linear lm_head;
@@ -117,7 +117,7 @@ struct Sizes {
 
     Sizes(const Qwen3& m, const Span& span, bool many) {
         auto see = [&](const Linear& w) {
-            if (w.rows) widest = std::max(widest, w.columns), forms[form_of(w)] = true;
+            if (w.rows) widest = std::max(widest, w.columns), forms[activations_of(w)] = true;
         };
         for (int64_t layer = 0; layer < m.num_hidden_layers; layer++) {
             const Block& block = m.layers[layer];
@@ -235,7 +235,7 @@ class Step {
     template <class Make>
     const Inputs& prepared(int64_t count, int64_t n, std::initializer_list<const Linear*> to, Make make) {
         bool forms[FORMS] = {};
-        for (auto w : to) forms[form_of(*w)] = true;
+        for (auto w : to) forms[activations_of(*w)] = true;
         return prepared(count, n, forms, make);
     }
     template <class Make>
@@ -260,7 +260,7 @@ class Step {
     template <class At, class Put>
     void rows(const Linear& w, int64_t begin, int64_t end, const Inputs& x, int64_t count, At at, Put put) {
         const Form form = form_of(w);
-        for (int64_t i = 0; i < count; i++) inputs_of[i] = x.at(at(i), w.columns, form);
+        for (int64_t i = 0; i < count; i++) inputs_of[i] = x.at(at(i), w.columns, activations_of(w));
         for (int64_t row = begin; row < end; row += ROWS) {
             const int64_t n = std::min(end - row, ROWS);
             const Rows some = {(const char*)w.weight + row * w.row_bytes, (const bfloat16*)w.scale + row * w.groups,
@@ -337,7 +337,7 @@ class Step {
     void attend(int64_t from, int64_t count, int64_t block, const T* keys, const T* values, float* partial) {
         const int64_t start = block * BLOCK, last = span.position[from + (count - 1) / G];
         const int64_t positions = std::min(BLOCK, last + 1 - start);
-        const Linear matrix = {keys, nullptr, nullptr, positions, D, D * int64_t(sizeof(T)), 8 * sizeof(T), 0};
+        const Linear matrix = {keys, nullptr, nullptr, positions, D, D * int64_t(sizeof(T)), 8 * sizeof(T), 0, 0};
         rows(matrix, 0, positions, queries, count, [](int64_t i) { return i; },
              [&](int64_t g, int64_t s, const float* y, int64_t n) { std::copy(y, y + n, scores.at(g * BLOCK + s, n)); });
         auto seen = [&](int64_t g) { return std::clamp(span.position[from + g / G] + 1 - start, int64_t(0), positions); };
@@ -441,7 +441,7 @@ class Step {
         });
         sharing.wait_for_all();
         bool forms[FORMS] = {};
-        for (int64_t e = 0; e < experts; e++) forms[form_of(block.experts[e].down_proj)] = true;
+        for (int64_t e = 0; e < experts; e++) forms[activations_of(block.experts[e].down_proj)] = true;
         auto& hidden = prepared(pairs, width, forms, [&](int64_t pair, float* out) {
             std::memcpy(out, shared.gate.at(pair * width, width), width * sizeof(float));
             const float* up = shared.up.at(pair * width, width);
@@ -524,9 +524,9 @@ class Step {
         auto& x = prepared(N, C, {&attn.q_proj, &attn.k_proj, &attn.v_proj}, normed(block.input_layernorm));
         attention(attn, x, cache.keys + layer * cache.blocks, cache.values + layer * cache.blocks);
         bool forms[FORMS] = {};
-        if (block.gate.rows) forms[form_of(block.gate)] = true;
+        if (block.gate.rows) forms[activations_of(block.gate)] = true;
         for (int64_t e = 0; e < (block.gate.rows ? model.num_experts : 1); e++)
-            forms[form_of(block.experts[e].gate_proj)] = forms[form_of(block.experts[e].up_proj)] = true;
+            forms[activations_of(block.experts[e].gate_proj)] = forms[activations_of(block.experts[e].up_proj)] = true;
         mlp(block, prepared(N, C, forms, normed(block.post_attention_layernorm)));
     }
 
@@ -542,8 +542,9 @@ void step(const Qwen3& model, const KVCache& cache, const Tokens& tokens, const 
     Shared<T> shared(model, span, many);
     for (int64_t n = 0; n < span.N; n++) {
         const int64_t id = tokens.ids[span.first + n];
-        const T* embedding = (const T*)model.embed_tokens + id * C;
-        for (int64_t i = 0; i < C; i++) *shared.x.at(n * C + i) = to_float(embedding[i]);
+        const Linear& embedding = model.embed_tokens;
+        PRODUCTS[form_of(embedding)]->numbers((const char*)embedding.weight + id * embedding.row_bytes, C,
+                                              shared.x.at(n * C, C));
         for (int64_t i = 0; i < half; i++) {
             float angle = float(span.position[n]) * model.rope_frequencies[i];
             *shared.cos.at(n * half + i) = std::cos(angle) * model.rope_factor;
@@ -576,6 +577,7 @@ extern const int64_t layout[];
 const int64_t layout[] = {
     sizeof(Linear), FIELD(Linear, weight), FIELD(Linear, bias), FIELD(Linear, scale), FIELD(Linear, rows),
     FIELD(Linear, columns), FIELD(Linear, row_bytes), FIELD(Linear, bits), FIELD(Linear, groups),
+    FIELD(Linear, blocks),
     sizeof(Attention), FIELD(Attention, q_proj), FIELD(Attention, k_proj), FIELD(Attention, v_proj),
     FIELD(Attention, o_proj), FIELD(Attention, q_norm), FIELD(Attention, k_norm),
     sizeof(MLP), FIELD(MLP, gate_proj), FIELD(MLP, up_proj), FIELD(MLP, down_proj),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from formats.compressed_tensors import Scheme, packed_columns
+from ops.blocks import Blocks
 from ops.cpu import variants
 from ops.cpu.library import (
     BLOCK,
@@ -42,6 +43,8 @@ from ops.watch import Watch
 HEAD_SLICE = 1 << 14  # rows
 FEW = 16  # tokens of a pass that is limited by memory
 MOVE_AFTER, MOVE_TOKENS = 16, 20  # passes before weights move into huge pages, and how many share that work
+FORMS = {"F32": 0, "BF16": 1, "F16": 6, "Q8_0": 7, "Q4_0": 8, "Q4_1": 9, "Q5_0": 10, "Q5_1": 11}  # in products.h
+FORMS |= {"Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
 BYTES_PER_THREAD = 1 << 20  # of weights: with less to read, a second thread costs more than it brings
 
 
@@ -75,17 +78,17 @@ class Bound:
 
     def _bind(self, model: nn.Module, loaded: ctypes.CDLL) -> Qwen3:
         config, decoder = model.config, model.model
-        self.dtype = decoder.embed_tokens.weight.dtype
+        self.dtype = model.dtype
         if self.dtype not in DTYPES:
             raise NotServed(f"weights of {self.dtype}; float32 and bfloat16 are served")
-        V, C = decoder.embed_tokens.weight.shape
-        self.vocabulary = V
+        embedding = decoder.embed_tokens
+        V, C = self.vocabulary, _ = embedding.shape if isinstance(embedding, Blocks) else embedding.weight.shape
         self.cache_shape = (config.num_key_value_heads, config.head_dim)
         struct = Qwen3(**{name: getattr(config, name) for name in Qwen3.SIZES})
         struct.hidden_size, struct.num_hidden_layers = C, len(decoder.layers)
         struct.num_experts, struct.num_experts_per_tok = 0, 1  # a dense MLP is a single expert, always chosen
         for mlp in (layer.mlp for layer in decoder.layers if type(layer.mlp).__name__ == "MoE"):
-            struct.num_experts, struct.num_experts_per_tok = len(mlp.gate.weight), mlp.top_k
+            struct.num_experts, struct.num_experts_per_tok = mlp.gate.out_features, mlp.top_k
             struct.norm_topk_prob = mlp.norm_topk_prob
         self.routing = (struct.num_experts, struct.num_experts_per_tok, bool(struct.norm_topk_prob))
         self.eps = struct.rms_norm_eps = decoder.norm.eps
@@ -93,7 +96,8 @@ class Bound:
         if frequencies.shape != (config.head_dim // 2,):
             raise NotServed(f"rotary frequencies {list(frequencies.shape)}")
         struct.rope_frequencies, struct.rope_factor = frequencies.data_ptr(), decoder.rope_factor
-        struct.embed_tokens = self._address(decoder.embed_tokens.weight, V, C)
+        struct.embed_tokens = self._linear(embedding, V, C)
+        self.bytes, self.places = 0, []  # a token reads one row of it
         layers = [self._block(block, index, config, C) for index, block in enumerate(decoder.layers)]
         struct.layers = self._keep((Block * len(layers))(*layers))
         struct.norm = self._norm(decoder.norm, C)
@@ -103,7 +107,7 @@ class Bound:
     def _head(self, model: nn.Module, loaded: ctypes.CDLL, C: int) -> Linear:
         """The output head, or its quantised copy (ops/head.py)."""
         head = output_head(model)
-        rows = len(head.weight_packed if isinstance(head, QuantizedLinear) else head.weight)
+        rows = self.vocabulary if model.config.tie_word_embeddings else head.out_features
         before = self.bytes, len(self.places)
         struct = self._linear(head, rows, C)
         self.copy = copied_head(model, self.watch.changes, quantizer(loaded))
@@ -156,6 +160,10 @@ class Bound:
             struct.weight = self._address(module.weight_packed, rows, words, dtype=torch.int32)
             struct.scale = self._address(module.weight_scale, rows, groups, dtype=SCALE_DTYPE)
             struct.row_bytes, struct.bits, struct.groups = 4 * words, module.bits, groups
+        elif isinstance(module, Blocks):
+            struct.row_bytes, struct.blocks = module.weight_blocks.shape[1], FORMS[module.format.name]
+            struct.bits = 32  # F32 has no form of its own
+            struct.weight = self._address(module.weight_blocks, rows, struct.row_bytes, dtype=torch.uint8)
         else:
             raise NotServed(f"a {type(module).__name__} among the layers")
         self.bytes += rows * struct.row_bytes

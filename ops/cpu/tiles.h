@@ -77,9 +77,10 @@ void multiply(const Rows& w, int64_t rows, const char* const* x, int64_t count, 
 }
 
 template <class Kind>
-constexpr Products products_of() {
+constexpr Products products_of(decltype(Products::numbers) numbers = nullptr) {
     return {Kind::bytes, Kind::prepare,
             [](const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float*) {
                 multiply<Kind>(w, rows, x, count, y);
-            }};
+            },
+            numbers};
 }

@@ -31,6 +31,9 @@ typedef uint16_t Quarters __attribute__((vector_size(LANES)));
 struct bfloat16 {
     uint16_t bits;
 };
+struct float16 {
+    uint16_t bits;
+};
 struct int8 {
     uint8_t code;  // the number + 128
 };
@@ -61,6 +64,25 @@ inline Vector load(const bfloat16* p) {
     return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(p)), 16);
 #else
     return (Vector)(__builtin_convertvector(read<Halves>(p), Integers) << 16);
+#endif
+}
+inline float to_float(float16 x) {
+#ifdef __F16C__
+    return _cvtsh_ss(x.bits);
+#else
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+    if (rest < 0x400) return sign ? rest * -0x1p-24f : rest * 0x1p-24f;  // zero or subnormal
+    const uint32_t bits = sign | (rest < 0x7c00 ? (rest << 13) + 0x38000000 : rest << 13 | 0x7f800000);
+    return read<float>(&bits);
+#endif
+}
+inline Vector load(const float16* p) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    return (Vector)_mm512_cvtph_ps(read<__m256i>(p));
+#else
+    Vector numbers;
+    for (int lane = 0; lane < LANES; lane++) numbers[lane] = to_float(p[lane]);
+    return numbers;
 #endif
 }
 inline Vector load(const int8* p) {

@@ -3,6 +3,7 @@
 // Every tensor lies in memory of its own and of exactly its size, so that a read past one is seen. Each model is run
 // row by row and token by token, then as a prompt, in pieces and in batches of ragged rows, whose caches are whole
 // tensors or pages: all logits must be the same bits.
+#include "../../../ops/cpu/blocks.cpp"
 #include "../../../ops/cpu/choice.cpp"
 #include "../../../ops/cpu/codes.cpp"
 #include "../../../ops/cpu/floats.cpp"
@@ -31,7 +32,17 @@ const T* numbers(int64_t count, float scale, float around = 0) {
 
 struct Kind {
     int64_t bits = 0, group = 0;  // 0: as the model; 0: a scale for each row
+    int64_t blocks = 0;           // a Form, of a GGUF
 };
+
+struct BlockType {
+    int64_t form, block, size;
+    std::vector<int64_t> scales;  // where in a block its float16 are
+};
+const BlockType BLOCK_TYPES[] = {
+    {FLOAT16, 1, 2, {0}},  {Q8_0, 32, 34, {0}},        {Q4_0, 32, 18, {0}},       {Q4_1, 32, 20, {0, 2}},    {Q5_0, 32, 22, {0}},
+    {Q5_1, 32, 24, {0, 2}}, {Q4_K, 256, 144, {0, 2}}, {Q5_K, 256, 176, {0, 2}}, {Q6_K, 256, 210, {208}}};
+const BlockType& block_type(int64_t form) { return *std::find_if(BLOCK_TYPES, BLOCK_TYPES + 8, [&](auto& t) { return t.form == form; }); }
 
 template <class T>
 Linear linear(int64_t rows, int64_t columns, Kind kind, bool has_bias) {
@@ -41,6 +52,17 @@ Linear linear(int64_t rows, int64_t columns, Kind kind, bool has_bias) {
     if (!kind.bits) {
         w.weight = numbers<T>(rows * columns, 1 / std::sqrt(float(columns)));
         w.row_bytes = columns * sizeof(T), w.bits = 8 * sizeof(T);
+        return w;
+    }
+    if (kind.blocks) {
+        const BlockType& type = block_type(kind.blocks);
+        w.blocks = kind.blocks, w.row_bytes = columns / type.block * type.size;
+        auto* blocks = (uint8_t*)bytes(rows * w.row_bytes);
+        for (int64_t i = 0; i < rows * w.row_bytes; i++) blocks[i] = any(0, 255);
+        for (int64_t i = 0; i < rows * w.row_bytes; i += type.size)
+            for (int64_t at : type.scales)  // ± 2^-11 to 2^-8
+                blocks[i + at] = any(0, 255), blocks[i + at + 1] = any(0x10, 0x1f) | any(0, 1) << 7;
+        w.weight = blocks;
         return w;
     }
     w.bits = kind.bits, w.groups = kind.group ? columns / kind.group : 1;
@@ -128,6 +150,10 @@ void model(int64_t seed) {
     int64_t unit = 1;
     if (kind.bits == 4) unit = kind.group = one_of({8, 16, 32, 32});
     if (kind.bits == 8) unit = kind.group = one_of({0, 0, 4, 8, 32}), unit = std::max(unit, int64_t(1));
+    if (any(0, 2) == 0) {
+        const BlockType& type = BLOCK_TYPES[any(0, 8)];
+        kind = {8, 0, type.form}, unit = type.block;
+    }
     auto size = [&](int64_t most) { return unit * any(1, std::max(most / unit, int64_t(1))); };
     const bool moe = any(0, 2) == 0, bias = any(0, 2) == 0, qk_norm = any(0, 2) > 0;
     const int64_t C = m.hidden_size = size(200), D = m.head_dim = one_of({2, 4, 6, 10, 16, 18, 64, 80, 128, 256});
@@ -137,7 +163,7 @@ void model(int64_t seed) {
     m.num_experts = moe ? any(1, 9) : 0, m.num_experts_per_tok = moe ? any(1, m.num_experts) : 1;
     m.norm_topk_prob = any(0, 1), m.rms_norm_eps = 1e-6, m.rope_factor = 1;
     m.rope_frequencies = numbers<float>(D / 2, 0.1);
-    m.embed_tokens = numbers<T>(V * C, 1), m.norm = numbers<T>(C, 0.3, 1);
+    m.embed_tokens = linear<T>(V, C, kind.blocks ? kind : Kind(), false), m.norm = numbers<T>(C, 0.3, 1);
     m.lm_head = linear<T>(V, C, any(0, 1) ? kind : Kind(), false);
     std::vector<Block> blocks(layers);
     std::deque<std::vector<MLP>> experts;
