@@ -152,14 +152,17 @@ async function run(node) {
     }
   }
   cancelAnimationFrame(frame);
-  if (running === mine) running = null;
+  const last = running === mine; // else another reply has begun, which ended this one
+  if (last) running = null;
   if (chat !== ours) return busy();
   const follows = atEnd();
   busy();
   draw();
   if (follows) scrollDown(true);
-  say(node.error ? "" : `Reply: ${reply.answer.text.slice(0, 600)}`);
-  noteSame(node);
+  if (last) {
+    say(node.error ? "" : `Reply: ${reply.answer.text.slice(0, 600)}`);
+    noteSame(node);
+  }
   save();
 }
 
@@ -235,6 +238,7 @@ function drawSwitches() {
   $("thinking").hidden = model && model.thinking !== "switch";
   $("thinking").setAttribute("aria-pressed", settings.thinking);
   $("system").value = settings.system ?? "";
+  $("stop").value = (settings.stop ?? []).map((text) => text.replaceAll("\\", "\\\\").replaceAll("\n", "\\n")).join("\n");
 }
 
 function shade(on) {
@@ -358,6 +362,11 @@ $("shading").addEventListener("click", () => (shade(!document.body.classList.con
 $("open-settings").addEventListener("click", () => toggleSettings());
 $("close-settings").addEventListener("click", () => toggleSettings(false));
 $("system").addEventListener("input", () => ((settings.system = $("system").value || undefined), save()));
+$("stop").addEventListener("input", () => {
+  const lines = $("stop").value.split("\n").filter(Boolean);
+  settings.stop = lines.map((line) => line.replace(/\\(.)/g, (_, letter) => (letter === "n" ? "\n" : letter)));
+  save();
+});
 $("new").addEventListener("click", () => (startAnew(), draw(), save(), $("ask").focus()));
 $("export").addEventListener("click", exportChat);
 $("import").addEventListener("click", () => $("file").click());

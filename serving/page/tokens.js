@@ -82,10 +82,21 @@ function closeCard(focus = false) {
   returning = false;
 }
 
-// From token to token inside the card. A token without an element of its own is shown at its neighbour's.
+// After a reply has been drawn anew: its card points to the new element of the token.
+function reanchor() {
+  if (!shown || shown.anchor.isConnected) return;
+  const anchor = shown.find(shown.index);
+  if (!anchor) return closeCard();
+  anchor.classList.add("picked");
+  shown.anchor = anchor;
+}
+
+// From token to token inside the card. A token that is not on the screen is shown where the one before was.
 function stepTo(index, focus) {
   if (!shown || index < 0 || index >= shown.reply.tokens.length) return;
-  const find = shown.find, anchor = find(index) || shown.anchor;
+  const found = shown.find(index), fold = found?.closest("details");
+  if (fold) fold.open = true;
+  const anchor = found?.getClientRects().length ? found : shown.anchor;
   openCard({ ...shown, index, anchor }, true);
   anchor.scrollIntoView({ block: "nearest" });
   place(anchor);

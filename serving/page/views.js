@@ -41,6 +41,7 @@ class View {
       this.updateThought();
       this.updateAnswer();
       this.updateStats();
+      reanchor();
     }
     if (whole) this.updateTools();
   }

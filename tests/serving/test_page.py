@@ -5,6 +5,7 @@ After each test: the browser's console is empty, nothing popped up, and no reque
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 from scripted import MODEL, SUM, Error, Server, answer, ask, done, entry, pick
@@ -91,6 +92,23 @@ def test_stop_keeps_what_was_said_and_the_reply_can_go_on(view, server):
     done(view)
     assert server.asked[1]["messages"][-1] == {"role": "assistant", "content": "It is "}
     assert server.asked[1]["continue_final_message"] is True and not view.locator(".versions").count()
+
+
+def test_a_branch_while_the_reply_still_comes(view, server):
+    more, never = threading.Event(), threading.Event()
+    server.replies = [[("a", 0.9), (" b", 0.5, (" c", 0.4)), more, (" d", 0.9), never], [(" e", 0.9)]]
+    ask(view, wait=False)
+    view.locator(".tok:text-is(' b')").click()
+    more.set()
+    view.wait_for_selector(".markdown:has-text('a b d')")
+    assert view.locator(".tok.picked").inner_text() == " b"  # the card stays at its token, which is a new element
+    view.locator("#card li button").filter(has_text="␣c").click()
+    view.wait_for_selector(".markdown:has-text('a c e')")
+    done(view)
+    never.set()
+    assert server.asked[1]["messages"][-1]["content"] == "a c" and view.inner_text("#live") == "Reply: a c e"
+    view.click("[data-act=back]")
+    assert answer(view) == "a b d" and "stopped" in view.inner_text(".stats")
 
 
 def test_another_reply_and_another_message_keep_the_older_ones(view, server):
@@ -204,7 +222,7 @@ def test_a_character_of_several_tokens(view):
     assert view.locator(".markdown .tok").all_inner_texts() == ["a", "🦊", "b"]
     view.locator(".tok:text-is('🦊')").click()
     assert "\\xf0\\x9f" in view.inner_text("#card .head") and "2 of 4" in view.inner_text("#card .head")
-    view.click("#card [aria-label='The token after']")
+    view.click("#card [aria-label='The token after']")  # has no element of its own
     assert "\\xa6\\x8a" in view.inner_text("#card .head")
     assert view.locator("#card li button").last.get_attribute("aria-disabled") == "true"
 
@@ -252,6 +270,21 @@ def test_the_policy_allows_the_page_and_nothing_else(view):
     assert not [
         word for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(") if word in html
     ]
+
+
+def test_code_is_copied_as_it_is(view, server):
+    view.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    code = "def f(x):\n    return '<b>' + x  # *a*"
+    server.replies = [
+        [("- so:\n\n  ```py\n", 0.9), *[(f"  {line}\n", 0.9) for line in code.split("\n")], ("  ```\n", 0.9)]
+    ]
+    ask(view)
+    view.click(".code .copy")
+    view.wait_for_selector(".copy:has-text('Copied')")
+    assert view.evaluate("navigator.clipboard.readText()") == code
+    view.click("[data-act=copy]")
+    view.wait_for_selector("[data-act=copy]:has-text('Copied')")
+    assert view.evaluate("navigator.clipboard.readText()").startswith("- so:\n\n  ```py")
 
 
 def test_errors_are_a_line_and_can_be_tried_again(view, server):
@@ -317,11 +350,12 @@ def test_settings_are_sent_and_kept(view, server):
     assert view.get_attribute("#knob-temperature", "placeholder") == "0.6"
     for name, value in values.items():
         view.fill(f"#knob-{name}", value)
+    view.fill("#stop", "END\n\\n\\n")
     view.fill("#knob-top_k", "7.5")  # no whole number: marked, and not taken
     assert view.get_attribute("#knob-top_k", "aria-invalid") == "true"
     ask(view)
     sent = {"max_tokens" if name == "max_new_tokens" else name: float(value) for name, value in values.items()}
-    assert sent.items() <= server.asked[0].items()
+    assert sent.items() <= server.asked[0].items() and server.asked[0]["stop"] == ["END", "\n\n"]
     assert server.asked[0]["messages"][0] == {"role": "system", "content": "Be brief."}
     view.reload()
     view.click("#thinking")
@@ -360,12 +394,14 @@ def test_a_chat_goes_to_the_terminal_and_back(view, server, tiny, tmp_path):
     assert session.params.temperature == 0.3 and session.params.max_new_tokens == 64 and not session.thinking
     session.set_system("Be long.")
     session.thinking_budget = 9
+    session.params = replace(session.params, stop=("\n\n", "a\\n"))
     saved_chat.save(session, tmp_path / "back.json")
     view.click("#new")
     view.set_input_files("#file", tmp_path / "back.json")
     view.wait_for_selector(".markdown:has-text('It is 45.')")
     assert view.inner_text("summary").startswith("Thoughts") and view.input_value("#system") == "Be long."
     assert view.input_value("#knob-temperature") == "0.3" and view.input_value("#knob-thinking_budget") == "9"
+    assert view.input_value("#stop") == "\\n\\n\na\\\\n"
     for text, said in (
         ("no", "not JSON"),
         ("[]", "not a saved chat"),
