@@ -4,9 +4,10 @@ Chats, prompt files and training rows all pass through `normalise`. Fields that 
 it, are honoured or rejected by name, never dropped:
 
     role            developer is system, human and prompter are user, gpt, model and ai are assistant,
-                    function, observation and tool_response are tool; others are rejected
+                    function, observation and tool_response are tool, each in capitals too; others are rejected
     from, value     ShareGPT's names of role and content; from: function_call holds a call as JSON
-    content         a text, or a list of parts: texts are joined, thinking goes to the reasoning, images are rejected
+    content         a text, or a list of parts: texts are joined, thinking goes to the reasoning; images and
+                    Anthropic's tool_use and tool_result are rejected
     reasoning       under reasoning_content, reasoning, thinking, thought or cot; two that differ are rejected
     tool_calls      OpenAI's or bare calls; arguments (parameters, input, args) as an object or as its JSON;
                     function_call is one of them
@@ -31,6 +32,10 @@ WEIGHTS = ("weight", "train", "training", "loss", "trainable", "train_on_turn")
 PARTLY = ("train_detail", "training_detail", "loss_scale", "loss_mask", "mask")  # which of a turn's words are learnt
 ARGUMENTS = ("arguments", "parameters", "input", "args")
 TEXT_PARTS, THINKING_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
+CALL_PARTS = {
+    "tool_use": "the message's tool_calls: [{name, arguments}]",
+    "tool_result": "a message of its own: role tool, content, tool_call_id",
+}
 NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios", "refusal", "reasoning_details")
 
 
@@ -84,11 +89,11 @@ def _message(given: Any, place: str) -> Message:
     for name in PARTLY:
         if name in message:
             raise ValueError(f"{place}.{name}: a turn is learnt whole or not at all (weight 1 or 0)")
-    role = message.get("role")
+    role = message["role"].lower() if isinstance(message.get("role"), str) else None
     if role == "function_call":
         message["tool_calls"] = _parsed(message.pop("content", None), f"{place}.value")
-    if not isinstance(role, str) or OTHER_ROLES.get(role, role) not in ROLES:
-        raise ValueError(f"{place}.role: {short(role)} is none of {', '.join(ROLES)}")
+    if OTHER_ROLES.get(role, role) not in ROLES:
+        raise ValueError(f"{place}.role: {short(message.get('role'))} is none of {', '.join(ROLES)}")
     message["role"] = OTHER_ROLES.get(role, role)
     reasoning = [message.pop(name) for name in REASONING if name in message]
     if "content" in message:
@@ -115,6 +120,8 @@ def _content(content: Any, place: str) -> tuple[str, list[str]]:
         found = part if isinstance(part, str) else None
         if isinstance(part, dict) and kind in TEXT_PARTS + THINKING_PARTS:
             found = part.get(kind) if isinstance(part.get(kind), str) else part.get("text")
+        if kind in CALL_PARTS:
+            raise ValueError(f"{place}: a part of type {kind} is Anthropic's form; write it as {CALL_PARTS[kind]}")
         if not isinstance(found, str):
             raise ValueError(f"{place}: a part of type {short(kind)} is not text; only text is supported")
         (thoughts if kind in THINKING_PARTS else texts).append(found)

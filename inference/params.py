@@ -5,6 +5,7 @@ Needs no PyTorch until a reply begins, so that a command can check its arguments
 
 import math
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,14 +46,15 @@ class SamplingParams:
             ("repetition_penalty", 0.01, 100, "1 is off"),
             ("max_new_tokens", 1, math.inf, "tokens"),
         ):
-            value = getattr(self, name)
             whole = name in ("top_k", "max_new_tokens")
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-                raise ValueError(f"{name} is {value!r}, which is not a {'whole ' if whole else ''}number")
+            value = number(name, getattr(self, name), whole)
+            object.__setattr__(self, name, value)
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value}, but must be from {low} to {high} ({meaning})")
-        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 1 << 63):
-            raise ValueError(f"seed is {self.seed!r}, which is not a whole number from 0 to 2^63 - 1")
+        if self.seed is not None:
+            object.__setattr__(self, "seed", number("seed", self.seed, whole=True))
+            if not 0 <= self.seed < 1 << 63:
+                raise ValueError(f"seed is {self.seed}, which is not a whole number from 0 to 2^63 - 1")
         if isinstance(self.stop, str):  # a str is a sequence of its letters, each of which would end the reply
             object.__setattr__(self, "stop", (self.stop,))
         if not isinstance(self.stop, list | tuple) or not all(isinstance(text, str) for text in self.stop):
@@ -71,6 +73,13 @@ class SamplingParams:
         else:
             generator.manual_seed(self.seed)
         return generator
+
+
+def number(name: str, value: Any, whole: bool) -> int | float:
+    """A number of Python's or NumPy's as Python's own. ValueError for anything else, and for a truth value."""
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        raise ValueError(f"{name} is {value!r}, which is not a {'whole ' if whole else ''}number")
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def recommended(generation_config: dict[str, Any], thinking: bool, **chosen: Any) -> SamplingParams:

@@ -232,6 +232,14 @@ SPELLINGS = {
         [WEATHER, {"role": "assistant", "content": "Sun.", "reasoning": "Hm.", "weight": 1, "refusal": None}],
         [WEATHER, {"role": "assistant", "content": "Sun.", "reasoning_content": "Hm."}],
     ),
+    "roles in capitals": (
+        [{"role": "System", "content": "S"}, {"from": "Human", "value": "x"}, {"role": "ASSISTANT", "content": "y"}],
+        [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "y"},
+        ],
+    ),
     "bare end of thinking": (
         [WEATHER, {"role": "assistant", "content": "Hm.\n</think>\n\nSun."}],
         [WEATHER, {"role": "assistant", "content": "Sun.", "reasoning_content": "Hm."}],
@@ -261,6 +269,9 @@ REFUSED = [
     ([{"role": "user", "content": 5}], r"messages\[0\]\.content: 5 is neither a text"),
     ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "a part of type 'image_url'"),
     ([{"role": "user", "content": [7]}], "is not text"),
+    ([ASK, {"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": {}}]}], "message's tool_calls"),
+    ([{"role": "user", "content": [{"type": "tool_result", "content": "5"}]}], "tool_result is .*: role tool, content"),
+    ([{"role": "Narrator", "content": "x"}], "'Narrator' is none of"),
     ([ASK, {"role": "assistant", "refusal": "No."}], r"messages\[1\]\.refusal: 'No\.' is not text"),
     ([ASK, {"role": "assistant", "content": "x", "thinking": "a", "reasoning": "b"}], "differ; keep one"),
     ([ASK, {"role": "assistant", "content": "x", "reasoning": {"a": 1}}], "its reasoning"),

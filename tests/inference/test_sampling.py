@@ -201,6 +201,16 @@ def test_logits_that_overflowed_are_an_error_that_names_the_fix():
             sample(torch.tensor([0.0, bad]), params, params.generator())
 
 
+def test_numbers_of_numpy_are_numbers_and_other_kinds_are_named():
+    given = {"temperature": np.float32(0.5), "top_k": np.int64(3), "seed": np.uint32(7), "max_new_tokens": np.int16(4)}
+    params = SamplingParams(**given)
+    assert params == SamplingParams(temperature=0.5, top_k=3, seed=7, max_new_tokens=4)
+    assert all(type(getattr(params, name)) in (int, float) for name in given)
+    for name, value in {"temperature": np.bool_(True), "top_k": np.float64(2), "top_p": "1", "seed": 1.0}.items():
+        with pytest.raises(ValueError, match=f"{name} is .*, which is not a"):
+            SamplingParams(**{name: value})
+
+
 def test_one_stop_string_may_be_given_by_itself():
     assert SamplingParams(stop="text").stop == SamplingParams(stop=["text"]).stop == ("text",)
 
