@@ -6,6 +6,7 @@
     python bench.py convert     seconds of a conversion to GGUF, beside llama.cpp's tools
     python bench.py quality     what fewer bits cost
     python bench.py sampling    what choosing a token costs
+    python bench.py start       seconds from the command to its first token
     python bench.py lens        seconds of a page of lens.py, from the start of the command
     python bench.py serve       the server beside llama.cpp's; --soak MINUTES: whether it lasts
     python bench.py xray        rows a second of a look at a data set, beside duckdb, datasets and tokenizers
@@ -19,7 +20,7 @@ from importlib import import_module
 
 import console
 
-SUBJECTS = ("speed", "train", "tokens", "convert", "quality", "sampling", "lens", "serve", "xray")
+SUBJECTS = ("speed", "train", "tokens", "convert", "quality", "sampling", "start", "lens", "serve", "xray")
 
 
 def main() -> None:
