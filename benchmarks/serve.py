@@ -31,6 +31,7 @@ from benchmarks.server import Server
 from benchmarks.speed import Row, convert, find_model, model_facts
 from formats.source import DEFAULT_MODEL
 
+ROUNDS = 3  # replies of a single client in a turn, of which the median counts
 PAIRS = {"int8": "q8_0", "bf16": "bf16"}  # our precision beside llama.cpp's
 
 
@@ -64,7 +65,7 @@ def ask(port: int, body: dict) -> Reply:
     return Reply(sent, arrivals, tokens)
 
 
-def at_once(port: int, clients: int, prompt: int, tokens: int, seed: int) -> list[Reply]:
+def at_once(port: int, clients: int, prompt: int, tokens: int, seed: object) -> list[Reply]:
     """One reply for each of so many clients, all asked at the same moment."""
     replies: list[Reply | Exception] = []
     barrier = threading.Barrier(clients)
@@ -92,6 +93,8 @@ def at_once(port: int, clients: int, prompt: int, tokens: int, seed: int) -> lis
 
 def figures(replies: list[Reply]) -> dict[str, float]:
     """What a set of replies that were asked at once says of a server."""
+    if not all(reply.arrivals for reply in replies):
+        raise ValueError("a reply had no text, so its tokens could not be timed")
     first = [reply.arrivals[0] - reply.sent for reply in replies]
     gaps = sorted(b - a for reply in replies for a, b in zip(reply.arrivals, reply.arrivals[1:], strict=False))
     seconds = max(reply.arrivals[-1] for reply in replies) - min(reply.sent for reply in replies)
@@ -146,6 +149,24 @@ def generate(model: Path, precision: str, prompt: int, tokens: int) -> float:
     return json.loads(result.stdout)["stats"]["decode_tokens_per_second"]
 
 
+def with_words(model: Path, directory: Path) -> Path:
+    """The model with a token for each id. Random weights come with a small tokenizer, and say mostly ids without any
+    text, whose arrival nobody could see; the word of such an id is its number."""
+    tokenizer = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    size = json.loads((model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    vocabulary = tokenizer["model"]["vocab"]
+    known = {*vocabulary.values(), *(token["id"] for token in tokenizer["added_tokens"])}
+    if len(known) > size // 2:
+        return model
+    vocabulary |= {f"w{token}": token for token in range(size) if token not in known}
+    directory.mkdir()
+    for file in model.iterdir():
+        (directory / file.name).symlink_to(file.resolve())
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    return directory
+
+
 def parse_arguments(arguments: list[str]) -> Any:
     parser = console.ArgumentParser(prog="bench.py serve", description="Measure the server beside llama-server.")
     add = parser.add_argument
@@ -174,6 +195,7 @@ def measure(options: Any, model: Path, threads: int) -> list[dict]:
     if program is None:
         console.notice("llama-server is not here (NANOQWEN_LLAMA_CPP names its folder): only our own is measured")
     with tempfile.TemporaryDirectory(dir=cache_directory(), prefix="converted-") as directory:
+        model = with_words(model, Path(directory) / "model")
         for precision in options.precision:
             servers = [("nanoqwen", precision, ours(model, precision, threads, most), "/health")]
             if program is not None:
@@ -184,12 +206,15 @@ def measure(options: Any, model: Path, threads: int) -> list[dict]:
                 for name, kind, command, ready in servers:
                     row = {"program": name, "precision": kind, "turn": turn, "clients": {}}
                     with Server(command, ready) as server:
-                        at_once(server.port, 1, options.prompt, 4, seed=-1 - turn)  # nobody's first request
+                        at_once(server.port, 1, options.prompt, 8, seed=-1 - turn)  # nobody's first request
                         for clients in options.clients:
-                            replies = at_once(
-                                server.port, clients, options.prompt, options.tokens, seed=100 * turn + clients
-                            )
-                            row["clients"][str(clients)] = figures(replies)
+                            each = [
+                                figures(
+                                    at_once(server.port, clients, options.prompt, options.tokens, f"{turn} {again}")
+                                )
+                                for again in range(ROUNDS if clients == 1 else 1)
+                            ]
+                            row["clients"][str(clients)] = {name: median(one[name] for one in each) for name in each[0]}
                     if name == "nanoqwen":
                         row["generate"] = generate(model, precision, options.prompt, options.tokens)
                     rows.append(row)

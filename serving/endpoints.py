@@ -183,7 +183,7 @@ async def _scores(service: Service, ids: list[int], most: int) -> list[dict]:
     def entry(row, token):
         return token_logprob(lambda one: named(chat, one), row, token, most)
 
-    found = await service.worker.compute(score(service.model, ids, entry))
+    found = await service.compute(score(service.model, ids, entry))
     return [{**named(chat, ids[0]), "logprob": None, "top_logprobs": []}, *found]
 
 
@@ -235,7 +235,7 @@ async def embeddings(service: Service, body: Any) -> Answer:
     if given.dimensions is not None and given.dimensions > width:
         raise refused("dimensions", f"{given.dimensions} are more than the model's {width:,}")
     prompts = await _aside(_encode, service, given.input, "input", True)
-    vectors = await service.worker.compute(embed(service.model, prompts, given.dimensions))
+    vectors = await service.compute(embed(service.model, prompts, given.dimensions))
     encoding, tokens = given.encoding_format or "float", sum(map(len, prompts))
     return {
         "object": "list",

@@ -29,9 +29,14 @@ class Grammars:
         self.chat, self.vocab_size, self.ends = chat, vocab_size, sorted(ends)
         self._lock = threading.Lock()
 
+    def prepare(self) -> LLTokenizer:
+        """The vocabulary in llguidance's form, made at the first call. For 150,000 tokens it takes seconds, in which no
+        other thread of Python runs, so a server does it before anybody asks."""
+        with self._lock:
+            return self._tokenizer
+
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        """Seconds for a vocabulary of 150,000, so only once something asks for it."""
         return LLTokenizer(self.chat.tokenizer.to_str(), n_vocab=self.vocab_size, eos_token=self.ends[0])
 
     @cached_property
@@ -41,8 +46,7 @@ class Grammars:
 
     def matcher(self, grammar: str) -> LLMatcher:
         """Raises ValueError for a schema that can't be followed exactly."""
-        with self._lock:  # a cached_property may be computed twice otherwise
-            tokenizer = self._tokenizer
+        tokenizer = self.prepare()
         failed, found = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
         if not failed and not found:
             return LLMatcher(tokenizer, grammar, log_level=0)

@@ -6,7 +6,7 @@ import os
 import time
 from argparse import Namespace
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -53,11 +53,14 @@ class Service:
         self.metrics = Metrics()
         self.thinking = thinking_of(chat)
         self.accepted = 0  # replies that are waiting or running
+        self.computing = 0  # jobs beside them
         self.reply_seconds = 1.0  # how long a reply took, a running mean
         self.started = int(time.time())
         self.worker: Worker | None = None
 
     def start(self) -> None:
+        """On the event loop, when it begins."""
+        self.grammars.prepare()
         self.worker = Worker(self.engine, asyncio.get_running_loop())
         self.worker.start()
         self.metrics.batch.set_function(lambda: min(self.accepted, self.max_batch))
@@ -107,6 +110,18 @@ class Service:
             "embeddings": self.pooling,
             "sampling": {**sampling, "max_tokens": self.context},
         }
+
+    async def compute(self, job: Iterator[None]) -> Any:
+        """What a job of serving/jobs.py returns. ApiError 429 where too many wait."""
+        if self.computing >= self.queue:
+            raise ApiError(
+                429, f"{self.computing:,} requests are waiting; try again", code="queue_full", retry_after="1"
+            )
+        self.computing += 1
+        try:
+            return await self.worker.compute(job)
+        finally:
+            self.computing -= 1
 
     # ---- replies ----
 
