@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:  # at run time only where something is drawn
+    import resource
+
     from rich.console import Console
     from rich.progress import Progress
 
@@ -115,23 +117,33 @@ def byte_progress() -> "Progress":
 
 
 @contextmanager
-def task_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields update(done): a bar with what is left in a terminal, else a line every 15 seconds."""
+def task_progress(what: str, total: int | None, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Yields update(done, said=""), `said` standing behind the bar: a bar with the time that remains in a terminal,
+    else a line every 15 seconds, and one at the end where something is said. `total` is None where nobody knows it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     last = time.monotonic()
+    of_all = "" if total is None else f" of {total:,}"
     with Progress(*columns, console=stderr(), disable=not stderr().is_terminal, transient=True) as progress:
-        task = progress.add_task(what, total=total)
+        task = progress.add_task(what, total=total, completed=done)
 
-        def update(done: int) -> None:
+        def update(done: int, said: str = "") -> None:
             nonlocal last
-            progress.update(task, completed=done)
-            if progress.disable and time.monotonic() - last > 15:
+            progress.update(task, completed=done, description=f"{what}  {said}".strip())
+            if progress.disable and (time.monotonic() - last > 15 or (said and done == total)):
                 last = time.monotonic()
-                notice(f"{what}: {done:,} of {total:,}")
+                notice(f"{what}: {done:,}{of_all}  {said}".strip())
 
         yield update
+
+
+def peak_bytes(usage: "resource.struct_rusage | None" = None) -> int:
+    """The most memory that this process has had, shared pages too, or those that `usage` is of."""
+    import resource  # Windows has none
+
+    usage = resource.getrusage(resource.RUSAGE_SELF) if usage is None else usage
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
 
 
 class Stopwatch:

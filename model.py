@@ -17,7 +17,6 @@ Letters for sizes:  B batch   T tokens   C hidden size   H query heads   K key/v
                     D head dim   S cached positions   V vocabulary
 """
 
-import difflib
 import json
 import math
 from copy import copy
@@ -29,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import console
 from formats.config_json import KEPT_FIELDS, published_spelling, rope_type
 from formats.official_names import EMBEDDING, HEAD
 from formats.tensors import all_finite
@@ -82,9 +82,8 @@ class Config:
         known = [f.name for f in fields(self)]
         for name in given:
             if name not in known and name not in KEPT_FIELDS and not name.startswith("_"):
-                near = difflib.get_close_matches(name, [*known, *KEPT_FIELDS], 1)
-                mean = f"did you mean {near[0]}?" if near else f"the fields are {', '.join(known)}"
-                raise ValueError(f"config: no field is called {name[:60]!r}; {mean}")
+                near = console.did_you_mean(name, [*known, *KEPT_FIELDS]) or f"; the fields are {', '.join(known)}"
+                raise ValueError(f"config: no field is called {name[:60]!r}{near}")
         self._fill(given)
 
     def _fill(self, given: dict[str, Any]) -> None:

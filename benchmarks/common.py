@@ -6,7 +6,6 @@ small (no torch), because a child's peak memory counts from its parent's; what n
 
 import json
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -23,6 +22,7 @@ from typing import Any
 import console
 from benchmarks.report import hardware, markdown_table, show
 from formats.files import write_text
+from formats.record import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT / "benchmarks" / "peers"  # no part of the product, so that it never imports transformers
@@ -49,11 +49,6 @@ def run_script(script: Path, *arguments: str) -> str:
     return result.stdout
 
 
-def peak_bytes(usage: resource.struct_rusage) -> int:
-    """Peak resident memory of a process, or the largest of several, shared pages too."""
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS counts bytes
-
-
 def llama_program(name: str) -> str | None:
     folder = os.environ.get("NANOQWEN_LLAMA_CPP")
     places = [folder, str(Path(folder) / "bin"), str(Path(folder) / "build" / "bin")] if folder else [None]
@@ -77,17 +72,6 @@ def describe_machine(threads: int = 0) -> dict[str, Any]:
     return found | {"limits": limits(threads)} if threads else found
 
 
-def commit() -> str:
-    """The checkout's commit, with a plus where files differ from it."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name.stdout.strip() + ("+" if changed.stdout else "")
-
-
 def versions() -> dict[str, str]:
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for package in ("torch", "transformers"):
@@ -103,7 +87,7 @@ def header(machine: dict[str, Any], subject: str, arguments: list[str]) -> dict[
     """What every report begins with."""
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": commit(digits=8) or "unknown",
         "command": shlex.join(["python", "bench.py", subject, *arguments]),
         "machine": machine,
         "versions": versions(),

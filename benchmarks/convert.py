@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import console
-from benchmarks.common import ROOT, cache_directory, llama_program, peak_bytes
+from benchmarks.common import ROOT, cache_directory, llama_program
 from formats.source import resolve_default
 
 CONVERTER_TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -41,7 +41,7 @@ def run(command: list[str | Path]) -> Run:
             output.seek(0)
             lines = output.read().decode(errors="replace").strip().splitlines() or ["no message"]
             raise ValueError(f"{Path(command[0]).name} ended with status {process.returncode}: {lines[-1]}")
-    return Run(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, peak_bytes(usage))
+    return Run(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, console.peak_bytes(usage))
 
 
 def commands(model: Path, type: str, folder: Path) -> dict[str, list]:

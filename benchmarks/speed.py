@@ -11,7 +11,6 @@ of every weight. This process itself stays small (no torch), because a child's p
 import argparse
 import json
 import os
-import resource
 import shutil
 import tempfile
 import time
@@ -30,7 +29,6 @@ from benchmarks.common import (
     describe_machine,
     header,
     llama_program,
-    peak_bytes,
     run_script,
     start_worker,
 )
@@ -139,7 +137,7 @@ def measure(engine_class: type, job: Job) -> dict[str, float]:
         _prefill(engine, job.prefill)  # warms up
         run["prefill"] = job.prefill / _prefill(engine, job.prefill)
         run["decode"] = _decode(engine, 1, SHORT, job.tokens)
-        run["peak_bytes"] = peak_bytes(resource.getrusage(resource.RUSAGE_SELF))
+        run["peak_bytes"] = console.peak_bytes()
         run |= {f"decode_batch_{rows}": _decode(engine, rows, SHORT, job.tokens) for rows in job.batches}
         if job.deep:
             run["decode_deep"] = _decode(engine, 1, job.deep, job.tokens)

@@ -11,7 +11,6 @@ benchmarks/tokens.py measures from how few tokens a model learns.
 import argparse
 import json
 import os
-import resource
 import statistics
 import tempfile
 import time
@@ -31,7 +30,6 @@ from benchmarks.common import (
     describe_machine,
     finish,
     header,
-    peak_bytes,
     run_script,
     start_worker,
 )
@@ -160,7 +158,7 @@ def measure(engine: Any, job: Job) -> dict[str, Any]:
         losses.append(trained.step(number))
         seconds.append(time.perf_counter() - start)
     speed = job.tokens / statistics.median(seconds[WARM_UP:])
-    peak = peak_bytes(resource.getrusage(resource.RUSAGE_SELF))
+    peak = console.peak_bytes()
     return {"tokens_per_second": speed, "peak_bytes": peak, "losses": losses}
 
 

@@ -57,8 +57,8 @@ def conversation(record: Any) -> Conversation | None:
     """Messages up to the last turn of the assistant that is learnt (weight is not 0). None where nothing is: for an
     empty answer, of which Alpaca has a few, and where all weights are 0."""
     record = fields_of(record)
-    if record.get("label") is False:
-        raise ValueError("label is false: this would teach an unwanted answer")
+    if record.get("label") in (False, 0):  # KTO's, which some tools write as a number
+        raise ValueError(f"label is {str(record['label']).lower()}: this would teach an unwanted answer")
     if record.get("weight") not in (None, 1):
         raise ValueError(f"weight is {short(record['weight'])}, but rows have no weights of their own; messages have")
     if (messages := dialogue(record) or completed(record) or transcript(record)) is None:

@@ -80,3 +80,5 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             download(f"{arguments.url.rstrip('/')}/{path.name}", path, shard_bytes(number))
         print(path)
+    folder = "" if arguments.out == Path("runs/fineweb") else f" --set 'data.train={arguments.out}/fineweb_train_*.bin'"
+    console.notice(f"train on them: python train.py configs/toy.yaml{folder}")

@@ -25,6 +25,7 @@ from data.corpus.preferences import preference_example
 from data.corpus.tasks import Pieces
 from data.documents import Unreadable, is_data_set, read_records
 from data.shard_format import END_OF_TEXT, Windows
+from data.trees import with_paths
 from formats.files import atomic_file
 from formats.messages import thinks
 
@@ -269,7 +270,8 @@ def records(place: str, split: str, subset: str | None, limit: int | None, out: 
         sources = [copy]
     else:
         sources = matching(place, "give JSON lines, JSON, Parquet or the id of a data set (owner/name)")
-    return limited((found for source in sources for found in read_records(str(source), split, subset)), limit)
+    found = (found for source in sources for found in read_records(str(source), split, subset))
+    return with_paths(limited(found, limit))
 
 
 def limited(found: Iterator, limit: int | None) -> Iterator:

@@ -12,6 +12,7 @@ or a folder. A document is plain text: what looks like a special token in it bec
 import argparse
 import itertools
 import os
+import shlex
 import signal
 import sys
 import time
@@ -231,6 +232,10 @@ def run(arguments: argparse.Namespace) -> None:
             written |= shards
     for name, tokens in written.items():
         print(f"{arguments.out / name}  {tokens:,} tokens")
+    tokenizer = arguments.tokenizer.parent if arguments.tokenizer.is_file() else arguments.tokenizer
+    validation = arguments.out / "val_*.bin" if arguments.validation else "null"
+    keys = [f"data.train={arguments.out}/train_*.bin", f"data.validation={validation}", f"model.tokenizer={tokenizer}"]
+    console.notice(f"train on them: python train.py configs/toy.yaml --set {' '.join(map(shlex.quote, keys))}")
 
 
 @contextmanager

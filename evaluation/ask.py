@@ -1,13 +1,12 @@
 """Questions to saved outputs: replies in batches, or the log likelihood of each choice. Needs the model and torch."""
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
+import console
 from chat import Chat
 from evaluation.folder import OUTPUT, Folder
 from evaluation.tasks import Question
@@ -144,7 +143,7 @@ class Asker:
             "logprobs": self._logprobs(prompt, answer.token_ids),
             "seconds": seconds,
             "first_token_seconds": first,
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": console.peak_bytes(),
         }
 
     def _thinking_tokens(self, prompt: list[int], reply: list[int]) -> int:
@@ -178,15 +177,10 @@ class Asker:
             "choices": [{"text": text, **values} for text, values in zip(question.choices, found, strict=True)],
             "logprobs": [values["logprob"] for values in found],
             "seconds": time.perf_counter() - start,
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": console.peak_bytes(),
         }
 
     def _scorer(self) -> Scorer:
         if self._likelihood is None:
             self._likelihood = Scorer(self.model)
         return self._likelihood
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has had. Linux counts in KiB, macOS in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -16,8 +16,9 @@ from typing import Any
 import console
 from evaluation.folder import OUTPUT, RESULTS, Folder, line
 from evaluation.results import score
-from evaluation.run import Evaluated, commit
+from evaluation.run import Evaluated
 from formats.files import write_text
+from formats.record import commit
 from inference.engine import generate_batch
 from inference.likelihood import Scorer
 from inference.params import SamplingParams

@@ -1,6 +1,5 @@
 """One evaluation from its questions to its results: prepares the protocol, asks what is not answered yet, scores."""
 
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -21,13 +20,13 @@ from evaluation.tasks import Question, Task
 from formats.adapter import text_path
 from formats.checkpoint import open_checkpoint
 from formats.files import sha256
+from formats.record import commit
 from formats.source import resolve
 from inference.params import recommended
 from model import load
 from ops.devices import pick_device
 from ops.limits import describe
 
-ROOT = Path(__file__).resolve().parent.parent
 BESIDE = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 PACKAGES = ("torch", "tokenizers", "safetensors", "numpy")
 
@@ -172,14 +171,3 @@ def posed(evaluated: Evaluated, name: str, options: Namespace) -> tuple[Task, li
     if not records:
         raise ValueError(f"{task.data}: no row is left behind the {few} examples of --few-shot")
     return task, list(tasks.questions(task, records, examples)), None
-
-
-def commit() -> str | None:
-    """Of this checkout, `+` behind it where files differ from it; None where it is none."""
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + "+" * bool(changed.strip())

@@ -5,6 +5,7 @@ from typing import Any
 
 from formats.adapter import AdapterConfig, is_adapter
 from formats.dequantize import dequantized, unpacked
+from formats.fused_experts import SplitExperts
 from formats.gguf.reader import GGUF
 from formats.merge import Merged
 from formats.official_names import HEAD, OfficialHead, OfficialNames
@@ -26,7 +27,7 @@ def open_checkpoint(path: str | Path, adapter: str | Path | None = None) -> Any:
     if path.suffix == ".gguf" and path.is_file():
         checkpoint = GGUF(path)
     else:
-        checkpoint = dequantized(OfficialNames(Checkpoint(path)))
+        checkpoint = dequantized(SplitExperts(OfficialNames(Checkpoint(path))))
     if adapter is not None:
         checkpoint = Merged(unpacked(checkpoint), Path(adapter))
     if checkpoint.config.get("tie_word_embeddings") is True and HEAD in checkpoint.tensors:

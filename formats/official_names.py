@@ -16,15 +16,25 @@ from formats.view import View
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What PyTorch's own wrappers insert into module names.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What PEFT inserts around a layer that has an adapter, and around one that is trained as a whole beside its original.
+PEFT = re.compile(r"\.(?:base_layer|modules_to_save\.\w+)(?=\.)")
 _EMBEDDING = re.compile(r"(?P<prefix>(?:.*\.)?)embed_tokens\.[^.]+")
 
 
 def official_names(stored: list[str]) -> dict[str, str]:
     """Official name → stored name. Names that are already official, or unknown here, are unchanged.
 
-    The rotary frequencies that older tools stored as a buffer are left out: config.json states them.
+    Left out are the rotary frequencies that older tools stored as a buffer (config.json states them), and the original
+    of a layer that PEFT trained as a whole. ValueError for an adapter that was saved unmerged beside its base.
     """
-    bare = {name: WRAPPERS.sub("", name) for name in stored if not name.endswith("rotary_emb.inv_freq")}
+    adapter = next((name for name in stored if ".lora_" in name), None)
+    if adapter is not None:
+        raise ValueError(
+            f"{adapter} is part of an adapter beside its base's weights, without the alpha that it is merged with; "
+            "save the merged model (merge_and_unload in PEFT), or the adapter by itself"
+        )
+    left_out = ("rotary_emb.inv_freq", ".original_module.weight", ".original_module.bias")
+    bare = {name: PEFT.sub("", WRAPPERS.sub("", name)) for name in stored if not name.endswith(left_out)}
     prefixes = {match["prefix"] for name in bare.values() if (match := _EMBEDDING.fullmatch(name))}
     if len(prefixes) == 1:
         (prefix,) = prefixes

@@ -65,12 +65,16 @@ def _digest(entry: dict[str, Any]) -> str:
 def made_by() -> dict[str, str | None]:
     """The version and commit of this project, which made the result."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    return {"tool": f"nanoqwen {version}", "commit": commit()}
+
+
+def commit(digits: int = 40) -> str | None:
+    """The checkout's commit, `-dirty` behind it where files differ from it; None where this is no checkout."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", f"--abbrev={digits}", "--exclude=*"]
     try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    return {"tool": f"nanoqwen {version}", "commit": commit or None}
+        return None
 
 
 def write_directory(directory: Path, about: dict[str, Any], left_out: tuple[str, ...] = ()) -> None:

@@ -5,14 +5,13 @@ logits without the first one being there.
 """
 
 import math
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import console
 from chat import Chat
 from model import KVCache, Qwen3
 
@@ -64,8 +63,7 @@ def measure(path: Path) -> dict[str, Any]:
         for _ in range(TOKENS):
             token = model(token, cache=cache)[:, -1:].argmax(-1)
         result["tokens_per_second"] = round(TOKENS / (time.monotonic() - began), 2)
-    unit = 1 if sys.platform == "darwin" else 1024
-    result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    result["peak_memory_bytes"] = console.peak_bytes()
     result["threads"] = torch.get_num_threads()
     return result
 

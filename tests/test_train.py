@@ -42,6 +42,7 @@ from training.objectives import IGNORED, Batch, linear_cross_entropy, next_token
 from training.optimizers import Muon, Optimizers, learning_rate_factor, orthogonal
 from training.prefetch import Prefetcher
 from training.reporting import headline
+from training.sources import decide_source
 
 
 @pytest.fixture
@@ -112,12 +113,21 @@ def test_numbers_as_yaml_1_2_has_them(config):
     assert settings(config, "optimizer.lr=1").optimizer.lr == 1.0
 
 
+def test_rows_that_the_corpus_would_not_read_are_refused(config):
+    """configs/tiny-sft.yaml has data.source corpus: rows named beside it were once left out without a word."""
+    with pytest.raises(ValueError, match=r"data\.train names rows\.jsonl, but data\.source corpus generates its rows"):
+        decide_source(settings(config, "data.source=corpus", "data.train=rows.jsonl"))
+    decide_source(settings(config, "data.source=rows", "data.train=rows.jsonl"))
+
+
 def test_the_key_table_has_every_key():
     table = schema.table()
-    assert "train.save_every (a whole number from 1; required): steps between checkpoints" in table
+    assert "train.save_every* (a whole number from 1; required): steps between checkpoints" in table
+    assert {line.split("*")[0].strip() for line in table.splitlines() if "* (" in line} == schema.may_change()
+    assert table.endswith("* --resume accepts another value; any other key has to be what the run began with")
     assert "optimizer.embedding_lr (a number or null from 0; default null)" in table
     sections = schema.fields(schema.Settings)[1:]
-    assert len(table.splitlines()) == 1 + sum(2 + len(schema.fields(section.type)) for section in sections)
+    assert len(table.splitlines()) == 3 + sum(2 + len(schema.fields(section.type)) for section in sections)
 
 
 # --- objectives ---

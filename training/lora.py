@@ -7,7 +7,6 @@ Adapters are saved in PEFT's layout (adapter_config.json, adapter_model.safetens
 them merged into its weights.
 """
 
-import difflib
 import json
 import math
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import console
 from formats.adapter import CONFIG, PREFIX, WEIGHTS
 from model import Qwen3
 from ops.quant import QuantizedLinear
@@ -111,8 +111,10 @@ def add_lora(model: Qwen3, rank: int, alpha: float, targets: list[str], seed: in
     found = {name.rpartition(".")[2] for name, module in model.model.layers.named_modules() if _is_base(module)}
     for target in targets:
         if target not in found:
-            near = (difflib.get_close_matches(target, sorted(found), 1) or sorted(found))[0]
-            raise ValueError(f"lora.targets: the model has no linear layer {target}; did you mean {near}?")
+            near = console.did_you_mean(target, found)
+            raise ValueError(
+                f"lora.targets: the model has no linear layer {target}{near} (there are {', '.join(sorted(found))})"
+            )
     generator = torch.Generator().manual_seed(seed)
     for path, module in list(model.model.layers.named_modules()):
         if path.rpartition(".")[2] in targets and _is_base(module):

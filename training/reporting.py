@@ -1,14 +1,12 @@
 """What a run reports: metrics.jsonl, the progress line, Weights & Biases, the curve; and how fast it is."""
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import console
 from formats.files import atomic_file
@@ -61,7 +59,7 @@ def reports(run: Run, settings: Settings, is_first: bool) -> Iterator[Callable[[
         yield lambda record: None
         return
     steps = settings.train.steps
-    with progress_bar(steps, run.step) as update, weights_and_biases(run, settings) as also:
+    with console.task_progress("step", steps, run.step) as update, weights_and_biases(run, settings) as also:
         validation_loss = None
 
         def log(record: dict[str, Any]) -> None:
@@ -72,24 +70,6 @@ def reports(run: Run, settings: Settings, is_first: bool) -> Iterator[Callable[[
             update(record["step"], headline(record, validation_loss))
 
         yield log
-
-
-@contextmanager
-def progress_bar(steps: int, start: int) -> Iterator[Callable[[int, str], None]]:
-    """Yields update(step, text): a bar in a terminal, else a line now and then."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    last = time.monotonic()
-    with Progress(*columns, console=console.stderr(), disable=not console.stderr().is_terminal) as progress:
-        task = progress.add_task("", total=steps, completed=start)
-
-        def update(step: int, text: str) -> None:
-            nonlocal last
-            progress.update(task, completed=step, description=text)
-            if progress.disable and (time.monotonic() - last > 15 or step == steps):
-                last = time.monotonic()
-                console.notice(f"step {step}/{steps}  {text}")
-
-        yield update
 
 
 def headline(record: dict[str, Any], validation_loss: float | None) -> str:

@@ -6,7 +6,6 @@ YAML leaves out has the default given here; the resolved whole is saved with the
 
 # ruff: noqa: RUF009 (key() is dataclasses.field)
 
-import difflib
 import json
 import math
 import re
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
+
+import console
 
 
 def key(
@@ -235,7 +236,9 @@ def table() -> str:
         for f in fields(section.type) if is_dataclass(section.type) else [section]:
             name = f.name if f is section else f"  {section.name}.{f.name}"
             default = "required" if f.default_factory is MISSING else f"default {_yaml_value(f.default_factory())}"
-            lines.append(f"{name} ({_allowed(f)}; {default}): {f.metadata['about']}")
+            mark = "*" if f.metadata.get("may_change") else ""
+            lines.append(f"{name}{mark} ({_allowed(f)}; {default}): {f.metadata['about']}")
+    lines.append("\n* --resume accepts another value; any other key has to be what the run began with")
     return "\n".join(lines)
 
 
@@ -287,8 +290,8 @@ def _build(cls: type, given: dict, place: str, origin: str) -> Any:
     known = {f.name: f for f in fields(cls)}
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1) or list(known)[:1]
-            raise ValueError(f"{origin}: there is no key {place}{name}; did you mean {place}{near[0]}?")
+            near = console.did_you_mean(str(name), known).replace("mean ", f"mean {place}", 1)
+            raise ValueError(f"{origin}: there is no key {place}{name}{near or '; train.py --keys lists them'}")
     hints = get_type_hints(cls)
     values = {}
     for name, f in known.items():
@@ -312,9 +315,8 @@ def _value(value: Any, kind: Any, f, where: str, origin: str) -> Any:
         raise ValueError(f"{origin}: {where} is {value!r}, but must be {_type_name(kind)}: {f.metadata['about']}")
     choices, low, high = (f.metadata[name] for name in ("choices", "low", "high"))
     if choices and value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{origin}: {where} is {value!r}, not one of {', '.join(choices)}{hint}")
+        near = console.did_you_mean(str(value), choices)
+        raise ValueError(f"{origin}: {where} is {value!r}, not one of {', '.join(choices)}{near}")
     within = low is None or (type(value) in (int, float) and low <= value <= (math.inf if high is None else high))
     if value is not None and not within:
         limits = f"from {low}" + (f" to {high}" if high is not None else " upwards")

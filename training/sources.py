@@ -10,8 +10,13 @@ from training.schema import Settings
 
 
 def decide_source(settings: Settings) -> None:
-    """`data.source: auto` becomes what there is."""
+    """`data.source: auto` becomes what there is. ValueError for rows that are named but would not be read."""
     data = settings.data
+    if data.source == "corpus" and data.train is not None:
+        raise ValueError(
+            f"data.train names {data.train}, but data.source corpus generates its rows; set data.source=rows (JSON "
+            "lines, Parquet, a data set's id) or data.source=shards (.bin), or leave data.train out"
+        )
     if data.source == "auto":
         try:
             matching(data.train or "")

@@ -7,7 +7,8 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.common import llama_program, peak_bytes
+import console
+from benchmarks.common import llama_program
 from benchmarks.speed import QUESTION, SHORT, Job
 
 
@@ -34,7 +35,7 @@ def measure(job: Job) -> dict[str, float]:
     prefill = speed(job, "-p", job.prefill, "-n", 0)
     measured["prefill"] = prefill["avg_ts"]
     measured["decode"] = speed(job, "-p", 0, "-n", job.tokens, "-d", SHORT)["avg_ts"]
-    measured["peak_bytes"] = peak_bytes(resource.getrusage(resource.RUSAGE_CHILDREN))
+    measured["peak_bytes"] = console.peak_bytes(resource.getrusage(resource.RUSAGE_CHILDREN))
     if job.deep:
         measured["decode_deep"] = speed(job, "-p", 0, "-n", job.tokens, "-d", job.deep)["avg_ts"]
     return measured | {"bytes_per_weight": prefill["model_size"] / prefill["model_n_params"]}

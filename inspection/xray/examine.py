@@ -12,7 +12,6 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import console
 from chat import Chat
@@ -180,10 +179,10 @@ def _scan(
     total = reading.counted_rows(parts)
     total = min(filter(None, (total, settings.limit)), default=None)
     try:
-        with stoppable() as stopped, _progress(total) as show:
+        with stoppable() as stopped, console.task_progress("rows", total) as show:
             for found in prepared(reading.batches(parts, settings.limit), options.counter):
                 scan.add(found)
-                show(scan.rows)
+                show(scan.rows, f"{scan.rows / (time.monotonic() - start):,.0f} a second")
                 if stopped():
                     break
             interrupted = stopped()
@@ -217,28 +216,6 @@ def stoppable() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(pressed)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _progress(total: int | None) -> Iterator[Callable[[int], None]]:
-    """Rows read, their rate and, where the number of all is known, the time that remains."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    start, last = time.monotonic(), time.monotonic()
-    silent = not console.stderr().is_terminal
-    with Progress(*columns, TimeRemainingColumn(), console=console.stderr(), disable=silent, transient=True) as bar:
-        task = bar.add_task("rows", total=total)
-
-        def show(rows: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            rate = rows / max(now - start, 1e-9)
-            bar.update(task, completed=rows, description=f"rows, {rate:,.0f} a second")
-            if silent and now - last > 15:
-                last = now
-                rest = f", {(total - rows) / rate:,.0f} s to go" if total and rate else ""
-                console.notice(f"{rows:,} rows, {rate:,.0f} a second{rest}")
-
-        yield show
 
 
 # --- the other set ---

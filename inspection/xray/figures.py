@@ -19,6 +19,7 @@ def finish(scan: Scan, batch: int = 32, parts: int = 1, seed: int = 0, pack: boo
     _duplicates(scan)
     if scan.shape.name == "tree":
         tree = _tree(scan)
+        scan.learn_paths()
     scan.flush()
     _set_rules(scan)
     made = {

@@ -17,7 +17,7 @@ from data.sources import IGNORED, Listed, Row, WrittenRows
 from formats.messages import thinks
 from inspection.xray.views import Shape
 
-LEARNT_SHAPES = ("sft", "chat", "eval", "rag", "preference", "pretraining")
+LEARNT_SHAPES = ("sft", "chat", "tree", "eval", "rag", "preference", "pretraining")
 
 
 class Mask(NamedTuple):

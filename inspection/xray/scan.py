@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.trees import with_paths
 from inspection.xray import rubric
 from inspection.xray.leakage import Leak, Leakage
 from inspection.xray.masks import Masks
@@ -93,6 +94,7 @@ class Scan:
         self.start = time.monotonic()
         self._sample: list[tuple[int, Snippet]] = []  # (hash, row) of an even sample
         self._masks: Masks | None = None
+        self._messages: list[tuple[int, dict]] = []  # of a tree, the first mask_rows of them
         self._broken: dict[str, list[int]] = {}  # rule -> rows, not in the table yet
         self._pending: dict[str, list[int]] = {}  # rule -> places in this batch that the report may show
 
@@ -157,7 +159,7 @@ class Scan:
                 columns.append(f"t{place_of[name]}")
                 values.append(f"_t{own}")
         self.sql.execute(f"INSERT INTO rows ({', '.join(columns)}) SELECT {', '.join(values)} FROM batch")
-        self._apply(self._row_rules, "batch", item)
+        self._apply(self._row_rules, "batch", item.rows)
         if self.shape.name == "preference":
             self.sql.execute(
                 "INSERT INTO pairs SELECT _row, length(_chosen), length(_rejected) FROM batch WHERE _chosen <> ''"
@@ -172,7 +174,7 @@ class Scan:
         if self.options.keep_rows:
             self._keep(batch)
 
-    def _apply(self, rules: list[rubric.Rule], relation: str, item: Batch) -> None:
+    def _apply(self, rules: list[rubric.Rule], relation: str, rows: np.ndarray) -> None:
         """Which rows break which rules. A rule of the user's that this set's columns don't have is skipped, by name."""
         if not rules:
             return
@@ -185,12 +187,12 @@ class Scan:
                 self._row_rules = [rule for rule in self._row_rules if rule.name != rules[0].name]
                 return
             for rule in rules:
-                self._apply([rule], relation, item)
+                self._apply([rule], relation, rows)
             return
         for rule, broken in zip(rules, found.values(), strict=True):
             places = np.flatnonzero(np.asarray(broken, dtype=bool))
             if len(places):
-                self._record(rule.name, item.rows[places])
+                self._record(rule.name, rows[places])
                 self._pending.setdefault(rule.name, []).extend(places[:SNIPPETS].tolist())
 
     def _record(self, rule: str, rows: Iterable[int]) -> None:
@@ -308,19 +310,33 @@ class Scan:
         left = self.options.mask_rows - self.mask.get("rows", 0)
         if left <= 0:
             return
+        self.mask["rows"] = self.mask.get("rows", 0) + min(left, len(item.rows))
+        found = list(zip(item.rows[:left].tolist(), item.records()[:left], strict=True))
+        if self.shape.name == "tree":  # paths need the whole of it
+            self._messages += found
+        else:
+            self._learn_rows(found)
+
+    def learn_paths(self) -> None:
+        """The masks of a tree's paths, each as the row of its last message."""
+        if self._messages:
+            paths = with_paths(iter(self._messages))
+            self._learn_rows([(row, found) for row, found in paths if isinstance(found, dict)])
+            self._messages = []
+
+    def _learn_rows(self, found: list[tuple[int, dict]]) -> None:
         masks, made = self._masks, []
-        for row, record in zip(item.rows[:left], item.records()[:left], strict=False):
+        for row, record in found:
             mask = masks.of(record)
             if mask.why is not None:
-                self._record("not_trainable", [int(row)])
-                self._show("not_trainable", Snippet(int(row), f"row {int(row):,}", "", mask.why))
+                self._record("not_trainable", [row])
+                self._show("not_trainable", Snippet(row, f"row {row:,}", "", mask.why))
             masks.add(mask)
             facts = mask.facts(masks.chat, masks.sequence, masks.ends, masks.thinking_turns(record), masks.stage)
             bits = self.options.bits(mask) if self.options.bits is not None else None
-            made.append({"_row": int(row), **facts, "_bits": bits})
+            made.append({"_row": row, **facts, "_bits": bits})
             if len(self.mask_examples) < 3 and facts["_targets"]:
-                self.mask_examples.append((int(row), masks.spans(mask.rows[0])))
-        self.mask["rows"] = self.mask.get("rows", 0) + min(left, len(item.rows))
+                self.mask_examples.append((row, masks.spans(mask.rows[0])))
         if not made:
             return
         kinds = {"_bits": pa.float64(), "_targets": pa.int32()}
@@ -330,8 +346,7 @@ class Scan:
             fields = "_row, _targets, _tokens, _has_end, _thinking_dropped, _special_tokens, _bits"
             self.sql.execute(f"INSERT INTO masks SELECT {fields} FROM mask")
             rules = rubric.of_shape(self.options.rules, self.shape.name, "mask")
-            found = item._replace(rows=np.array([row["_row"] for row in made]))
-            self._apply(rules, "mask", found)
+            self._apply(rules, "mask", np.array([row["_row"] for row in made]))
         finally:
             self.sql.unregister("mask")
         for rule, places in self._pending.items():

@@ -133,6 +133,7 @@ CALLED = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
         (conversation, {"messages": [ASK, TELL], "chat_template_kwargs": {"x": 1}}, "only enable_thinking is known"),
         (conversation, {"messages": [BE, ASK, TELL], "system": "Do."}, "a system message in system and another one"),
         (conversation, {"prompt": "Hi", "completion": "Bad.", "label": False}, "label is false"),
+        (conversation, {"prompt": "Hi", "completion": "Bad.", "label": 0}, "label is 0: this would teach an unwanted"),
         (conversation, {"instruction": " ", "output": "x"}, "instruction is ' ', not a text"),
         (conversation, {"prompt": "Hi", "completion": 7}, "completion is 7, neither a text nor a list"),
         (conversation, {"prompt": "Hi"}, "has the fields prompt"),

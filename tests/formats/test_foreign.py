@@ -95,6 +95,9 @@ def test_the_only_safetensors_file_is_the_model(plain):
         ),
         lambda name: name.replace("model.", "model.language_model.", 1),
         lambda name: name.removeprefix("model."),
+        lambda name: f"base_model.model.{name}".replace("q_proj.", "q_proj.base_layer.").replace(
+            "embed_tokens.", "embed_tokens.modules_to_save.default."
+        ),
     ],
 )
 def test_a_uniform_prefix_has_one_meaning(plain, rename):
@@ -104,6 +107,42 @@ def test_a_uniform_prefix_has_one_meaning(plain, rename):
     assert torch.equal(logits(model), expected)
     model.save_pretrained(plain / "again")
     assert set(load_file(plain / "again" / "model.safetensors")) == set(weights)
+
+
+def test_what_peft_wrapped_is_its_base_or_named(plain):
+    """A PEFT model's own state_dict: with the original of what was trained as a whole, or with an unmerged adapter."""
+    expected, weights = logits(Qwen3.from_pretrained(plain)), load_file(plain / "model.safetensors")
+    wrapped = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+    head = wrapped.pop("base_model.model.lm_head.weight")
+    wrapped["base_model.model.lm_head.modules_to_save.default.weight"] = head
+    wrapped["base_model.model.lm_head.original_module.weight"] = torch.zeros_like(head)
+    rewrite(plain, wrapped)
+    assert torch.equal(logits(Qwen3.from_pretrained(plain)), expected)
+    rewrite(plain, weights | {"model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(4, 64)})
+    with pytest.raises(ValueError, match=r"q_proj\.lora_A\.default\.weight is part of an adapter beside its base"):
+        Qwen3.from_pretrained(plain)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_in_one_tensor_a_layer(tmp_path, transposed):
+    """transformers 5's own layout, which its save_pretrained undoes and other savers do not."""
+    reference = oracle.write(tmp_path, oracle.config(**oracle.MOE, **SIZES))
+    fused = {name: tensor.detach().clone() for name, tensor in reference.state_dict().items()}
+    assert any(name.endswith("experts.gate_up_proj") for name in fused)
+    if transposed:
+        fused = {name: tensor.mT if ".experts." in name else tensor for name, tensor in fused.items()}
+    expected = load_file(tmp_path / "model.safetensors")
+    rewrite(tmp_path, fused)
+    found = dict(open_checkpoint(tmp_path))
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+        name: info.shape for name, info in open_checkpoint(tmp_path).tensors.items()
+    }
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert torch.allclose(logits(Qwen3.from_pretrained(tmp_path)), logits(reference), atol=1e-4)
+    rewrite(tmp_path, fused, hidden_size=66)
+    with pytest.raises(ValueError, match=r"experts\.(gate_up|down)_proj has shape .* does not fit hidden_size 66"):
+        open_checkpoint(tmp_path)
 
 
 def test_rotary_frequencies_as_a_buffer(plain):

@@ -1,6 +1,7 @@
 """The X-ray of generated sets: every planted fault is found with its row, and no clean set is accused."""
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from xray_sets import assistant, findings, hh, make, sentence, tree, user, write
 
 from chat import Chat
 from data.shard_format import write_shard
-from data.sources import IGNORED, WrittenRows, read_items
+from data.sources import IGNORED, WrittenRows, read_items, records
 from inspection.xray import fix, report
 from inspection.xray.examine import Settings, examine, query
 from inspection.xray.rubric import load
@@ -236,6 +237,40 @@ def test_trees(look, suffix):
     rows[20]["role"] = "assistant"  # a root; its two answers are assistants' too
     found = findings(look(rows, f"broken.{suffix}"))
     assert found == {"role_alternation": [6, 8, 20, 21, 22], "orphan": [13]}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_tree_is_learnt_as_the_trainer_learns_it(look, chat, tmp_path, suffix):
+    """Its paths, the better answer first, and each answer once; train.py and the X-ray make the same rows of them."""
+    rows = tree(3)
+    dice = random.Random(1)
+    dice.shuffle(rows)
+    found = look(rows, f"tree.{suffix}")
+    write_rows(tmp_path / f"own.{suffix}", rows)
+    source = records(str(tmp_path / f"own.{suffix}"), "train", None, None, tmp_path)
+    made, said = [], []
+    for _, record in source:
+        made += WrittenRows(chat).conversation(record)
+        said.append([(message["role"], message["content"], message.get("weight")) for message in record["messages"]])
+    assert len(said) == 6  # two paths a tree
+    texts = {row["message_id"]: row for row in rows}
+    for longer, shorter in zip(said[::2], said[1::2], strict=True):  # rank 0 has the question below it
+        assert [role for role, _, _ in longer] == ["user", "assistant", "user", "assistant"]
+        assert [role for role, _, _ in shorter] == ["user", "assistant"]
+        assert [weight for _, _, weight in longer] == [None, 1, None, 1] and shorter[0] == longer[0]
+    answers = [text for path in said for role, text, weight in path if weight == 1]
+    assert sorted(answers) == sorted(row["text"] for row in texts.values() if row["role"] == "assistant")
+    assert found["mask"]["target_tokens"] == sum(int((row.targets != IGNORED).sum()) for row in made)
+    assert found["mask"]["training_rows"] == len(made) and found["mask"]["zero_target_rows"] == 0
+
+
+def test_messages_without_their_parent_are_named(tmp_path):
+    rows = tree(1)
+    rows[1]["parent_id"] = "nobody"
+    write_rows(tmp_path / "own.jsonl", rows)
+    found = [record for _, record in records(str(tmp_path / "own.jsonl"), "train", None, None, tmp_path)]
+    lost = [record for record in found if isinstance(record, Exception)]
+    assert len(lost) >= 1 and all("answers a message that is not there" in str(error) for error in lost)
 
 
 def test_an_own_rule_takes_its_place(look, tmp_path):

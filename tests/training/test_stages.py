@@ -24,7 +24,7 @@ from training.rewards import reward
 PIECES = pieces_of(TINY)
 STAGES = {
     "sft": ["data.source=rows", "data.pack=true", "train.validate_batches=1"],
-    "dpo": ["data.source=corpus", "dpo.nll=0.1", "train.validate_batches=1"],
+    "dpo": ["data.source=corpus", "data.train=null", "dpo.nll=0.1", "train.validate_batches=1"],
     "grpo": ["data.source=rows", "grpo.thinking=false", "train.batch=16", "grpo.group=4", "grpo.max_new_tokens=20"],
 }
 STAGES["grpo"] += ["grpo.updates=2", "grpo.rollout_batch=12", "data.validation=null"]
@@ -39,7 +39,9 @@ def config(tmp_path) -> Path:
     rows = [row | {"question": f"What is {n} + {n}?", "answer": f"#### {2 * n}"} for n, row in enumerate(rows, 1)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     changed = {"train": CONFIG["train"] | {"steps": 4, "save_every": 2}, "optimizer": {"name": "adamw", "lr": 3e-3}}
-    changed |= {"data": {"train": str(tmp_path / "rows.jsonl"), "validation": str(tmp_path / "rows.jsonl")}}
+    changed |= {
+        "data": {"source": "rows", "train": str(tmp_path / "rows.jsonl"), "validation": str(tmp_path / "rows.jsonl")}
+    }
     changed |= {"model": {"init": str(TINY), "tokenizer": str(TINY)}}
     path = tmp_path / "test.yaml"
     path.write_text(yaml.safe_dump(CONFIG | changed))
@@ -181,7 +183,7 @@ def test_two_processes_give_the_losses_of_one(config, stage, parallel):
         (["stage=pretrain", "data.source=rows"], "rows is for sft, dpo and grpo"),
         (["stage=dpo", "data.source=shards"], "shards has no conversations for stage dpo"),
         (["data.source=rows", "data.train=null"], "data.train must name the files"),
-        (["stage=dpo", "data.source=corpus", "data.pack=true"], "data.pack puts rows of pretrain and sft"),
+        (["stage=dpo", "data.pack=true"], "data.pack puts rows of pretrain and sft"),
         (["data.mask_documents=true"], "data.mask_documents keeps documents apart"),
         (["train.sequence=1025"], r"train\.sequence 1,025 is longer than the model's context of 1,024"),
         (["stage=dpo", "data.source=rows"], r"rows\.jsonl: line 1: .* a preference has chosen and rejected"),
