@@ -19,6 +19,7 @@ Letters for sizes:  B batch   T tokens   C hidden size   H query heads   K key/v
 
 import json
 import math
+from collections.abc import Callable
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -343,7 +344,11 @@ class KVCache:
     Allocated once for `max_len` positions and passed in from outside: the layers hold no state. Rows may have
     different lengths; row b has seen `lengths[b]` positions, and the next call appends to them.
 
-        keys, values   a list over layers of [B, K, max_len, D]
+        keys, values               a list over layers of [B, K, max_len, D]
+        key_scales, value_scales   with the dtype torch.int8: a list over layers of bfloat16 [B, K, max_len, 1], else []
+
+    With torch.int8 each head's key and value of a position are whole numbers n from -127 to 127, stored as n + 128 in
+    uint8, times a scale: half the memory of bfloat16, and half of what a token reads of a long context.
     """
 
     def __init__(self, config: Config, batch_size: int = 1, max_len: int = 256, device=None, dtype=None):
@@ -355,9 +360,15 @@ class KVCache:
         # One row needs no zeros, and the operating system hands out pages only when a position is first written. Rows
         # of different lengths read (with weight 0) slots that were never written, where 0 · NaN would be NaN.
         self._new = torch.empty if batch_size == 1 else torch.zeros
-        layers = range(config.num_hidden_layers)
-        self.keys = [self._new(shape, device=device, dtype=dtype) for _ in layers]
-        self.values = [self._new(shape, device=device, dtype=dtype) for _ in layers]
+        layers, eight_bits = range(config.num_hidden_layers), dtype == torch.int8
+
+        def new(shape: tuple[int, ...], dtype: torch.dtype | None) -> list[Tensor]:
+            return [self._new(shape, device=device, dtype=dtype) for _ in layers]
+
+        dtype, scales = torch.uint8 if eight_bits else dtype, (*shape[:3], 1)
+        self.keys, self.values = new(shape, dtype), new(shape, dtype)
+        self.key_scales = new(scales, torch.bfloat16) if eight_bits else []
+        self.value_scales = new(scales, torch.bfloat16) if eight_bits else []
         self.lengths = [0] * batch_size
         self.max_len = max_len
 
@@ -372,19 +383,37 @@ class KVCache:
         return torch.tensor(starts, device=device)[:, None] + torch.arange(tokens, device=device)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, each [B, K, max_len, …]."""
+        return [*self.keys, *self.values, *self.key_scales, *self.value_scales]
+
+    @property
     def is_uniform(self) -> bool:
         return all(length == self.lengths[0] for length in self.lengths)
 
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v [B, K, T, D] of one layer and returns all keys and values so far, [B, K, S, D] views."""
-        keys, values, tokens = self.keys[layer], self.values[layer], k.shape[2]
+        if not self.key_scales:
+            return self._put(self.keys[layer], k, positions), self._put(self.values[layer], v, positions)
+        found = []
+        for x, codes, scales in ((k, self.keys, self.key_scales), (v, self.values, self.value_scales)):
+            scale = (x.float().abs().amax(-1, keepdim=True) / 127).bfloat16()
+            inverse = torch.where(scale > 0, 1 / scale.float(), 0)
+            code = (x.float() * inverse).clamp(-127, 127).round().add(128).to(torch.uint8)
+            code, scale = self._put(codes[layer], code, positions), self._put(scales[layer], scale, positions)
+            found.append(((code.float() - 128) * scale.float()).to(x.dtype))
+        return found[0], found[1]
+
+    def _put(self, stored: Tensor, new: Tensor, positions: Tensor) -> Tensor:
+        """Writes new [B, K, T, …] to its positions in one of the tensors; a view of all that it holds then."""
+        tokens = new.shape[2]
         end = max(self.lengths) + tokens
         if len(positions) == 1:
-            keys[:, :, end - tokens : end], values[:, :, end - tokens : end] = k, v
+            stored[:, :, end - tokens : end] = new
         else:
-            rows = torch.arange(len(positions), device=keys.device)[:, None]
-            keys[rows, :, positions], values[rows, :, positions] = k.transpose(1, 2), v.transpose(1, 2)
-        return keys[:, :, :end], values[:, :, :end]
+            rows = torch.arange(len(positions), device=stored.device)[:, None]
+            stored[rows, :, positions] = new.transpose(1, 2)
+        return stored[:, :, :end]
 
     def advance(self, tokens: int) -> None:
         self.lengths = [length + tokens for length in self.lengths]
@@ -397,26 +426,31 @@ class KVCache:
 
     def keep(self, rows: list[int]) -> None:
         """Keeps only these rows of the batch, in this order."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
+        self._replace(lambda tensor: tensor[rows])
         self.lengths = [self.lengths[row] for row in rows]
 
     def row(self, row: int) -> "KVCache":
         """One row as a cache: a view of these keys and values with a length of its own."""
         view = copy(self)
-        view.keys, view.values = ([tensor[row : row + 1] for tensor in part] for part in (self.keys, self.values))
+        view._replace(lambda tensor: tensor[row : row + 1])
         view.lengths = self.lengths[row : row + 1]
         return view
 
     def grow(self, max_len: int) -> None:
         """Makes room for `max_len` positions and keeps those that are filled."""
         filled = max(self.lengths)
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                shape = (*old.shape[:2], max_len, old.shape[3])
-                tensors[layer] = self._new(shape, device=old.device, dtype=old.dtype)
-                tensors[layer][:, :, :filled] = old[:, :, :filled]
+
+        def grown(old: Tensor) -> Tensor:
+            new = self._new((*old.shape[:2], max_len, old.shape[3]), device=old.device, dtype=old.dtype)
+            new[:, :, :filled] = old[:, :, :filled]
+            return new
+
+        self._replace(grown)
         self.max_len = max_len
+
+    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in ("keys", "values", "key_scales", "value_scales"):
+            setattr(self, name, [change(tensor) for tensor in getattr(self, name)])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -604,7 +638,7 @@ def check_ids(model: "Qwen3", ids: Any, cache: KVCache | None) -> None:
         raise ValueError(f"the cache has {len(cache.lengths)} rows, but ids has {shape[0]}")
     if keys.device != model.device:
         raise ValueError(f"the cache is on {keys.device}, but the model is on {model.device}")
-    if keys.dtype != model.dtype and not torch.is_autocast_enabled(keys.device.type):
+    if keys.dtype != model.dtype and not cache.key_scales and not torch.is_autocast_enabled(keys.device.type):
         raise ValueError(f"the cache has the dtype {keys.dtype}, but the model's is {model.dtype}")
 
 
@@ -614,6 +648,7 @@ class Qwen3(nn.Module):
     `Qwen3(config)` has random initial weights; `Qwen3.from_pretrained(src)` those of a checkpoint.
     """
 
+    cache_dtype: torch.dtype | None = None  # of new caches: torch.int8, or None, the model's own
     kernels = "auto"  # of the token step on a GPU: torch, triton, or auto (ops/devices.py: pick_kernels)
 
     def __init__(self, config: Config):

@@ -132,7 +132,7 @@ class Rows:
     def _tensors(self, cache: Row) -> list[Tensor]:
         """Keys and values of one sequence, [1, K, positions, D] for each layer."""
         one = self.batch.row(cache.row) if cache.kept is None else cache.kept
-        return [*one.keys, *one.values]
+        return one.tensors
 
     def _bytes(self, rows: int, max_len: int, more: int = 0) -> int:
         return (rows * max_len + self.kept_positions + more) * self.position_bytes
@@ -149,7 +149,7 @@ class Rows:
         batch = new_cache(self.model, max_len, count)
         for place, row in enumerate(rows):
             if row is not None:
-                for old, new in zip(self._tensors(row), [*batch.keys, *batch.values], strict=True):
+                for old, new in zip(self._tensors(row), batch.tensors, strict=True):
                     new[place, :, : row.length] = old[0, :, : row.length]
         for place, row in enumerate(rows):
             if row is not None:
@@ -161,8 +161,10 @@ class Rows:
 def position_bytes(model: Qwen3) -> int:
     """Bytes of keys and values that one position takes."""
     config = model.config
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return numbers * model.dtype.itemsize
+    heads = 2 * config.num_hidden_layers * config.num_key_value_heads
+    if model.cache_dtype == torch.int8:
+        return heads * (config.head_dim + torch.bfloat16.itemsize)
+    return heads * config.head_dim * model.dtype.itemsize
 
 
 @dataclass(eq=False)
@@ -196,7 +198,7 @@ class Pages:
             self.owners[page.data_ptr()] += 1
         if rest:
             self._append(cache)
-            cache.pages[-1][:, :, :, :rest] = source.pages[whole][:, :, :, :rest]
+            cache.pages[-1].copy_(source.pages[whole])
         return cache
 
     def end(self, cache: Paged) -> None:

@@ -229,7 +229,7 @@ def add_end_token(model: Qwen3, token: int | None) -> None:
 
 def new_cache(model: Qwen3, max_len: int, batch_size: int = 1) -> KVCache:
     max_len = min(max_len, model.config.context_length)
-    return KVCache(model.config, batch_size, max_len, device=model.device, dtype=model.dtype)
+    return KVCache(model.config, batch_size, max_len, device=model.device, dtype=model.cache_dtype or model.dtype)
 
 
 class ThinkingBudget:

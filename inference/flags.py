@@ -11,6 +11,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto, the fastest there is")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="default: auto, as stored")
     add("--quantize", choices=("int8", "int4"), help="quantize the weights while loading")
+    add("--kv", choices=("auto", "int8"), default="auto", help="int8: keys and values in 8 bits, half the cache")
     add("--kernels", choices=("auto", "torch", "triton"), default="auto", help="on a GPU (default: auto)")
     add("--compile", action="store_true", help="torch.compile for the layers that PyTorch computes; try it on a GPU")
 

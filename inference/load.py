@@ -49,6 +49,7 @@ def load_model(path: Path, options: Namespace, watch: console.Stopwatch | None =
         from ops.quant import quantize_
 
         quantize_(model, options.quantize)
+    model.cache_dtype = torch.int8 if options.kv == "int8" else None
     if options.compile:  # it fuses the layers by itself; a token under a CUDA graph has its kernels all the same
         from ops.compiled import compile_
 

@@ -40,14 +40,27 @@ struct Partial {
     Partial(float* p, int64_t queries) : largest(p), total(p + queries), out(p + 2 * queries) {}
 };
 
+// [D] numbers as codes of 8 bits with one scale: what KVCache of model.py does in PyTorch.
+inline void in_eight_bits(const float* x, int64_t D, int8* codes, bfloat16& scale) {
+    float largest = 0;
+    for (int64_t d = 0; d < D; d++) largest = std::max(largest, std::abs(x[d]));
+    assign(scale, largest / 127);
+    const float inverse = to_float(scale) > 0 ? 1 / to_float(scale) : 0;
+    for (int64_t d = 0; d < D; d++)
+        codes[d].code = uint8_t(128 + int(std::nearbyint(std::clamp(x[d] * inverse, -127.f, 127.f))));
+}
+
 // From scores [queries, BLOCK] of `count` positions, of which query g sees the first seen(g). Overwrites the scores.
+// `scales` [count] are those of the values, or nullptr.
 template <class T, class Seen>
-inline void weigh(float* scores, int64_t queries, int64_t count, int64_t D, const T* values, Seen seen, Partial to) {
+inline void weigh(float* scores, int64_t queries, int64_t count, int64_t D, const T* values, const bfloat16* scales,
+                  Seen seen, Partial to) {
     for (int64_t g = 0; g < queries; g++) {
         float* p = scores + g * BLOCK;
         to.largest[g] = seen(g) ? *std::max_element(p, p + seen(g)) : -INFINITY;
         to.total[g] = exponentials(p, to.largest[g], seen(g));
         std::fill(p + seen(g), p + count, 0.f);
+        for (int64_t s = 0; scales && s < seen(g); s++) p[s] *= to_float(scales[s]);
     }
     in_tiles<4>(queries, [&](int64_t g, auto at_once) {
         add_weighted<T, at_once>(scores + g * BLOCK, values, count, D, to.out + g * D);

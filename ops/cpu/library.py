@@ -66,7 +66,8 @@ class Qwen3(ctypes.Structure):
 
 
 class KVCache(ctypes.Structure):
-    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("blocks", c_int64)]
+    _fields_ = [(name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")]
+    _fields_ += [("blocks", c_int64)]
     _fields_ += [(name, c_void_p) for name in ("first", "strides", "lengths")]
 
 

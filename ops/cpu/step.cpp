@@ -60,6 +60,8 @@ struct Qwen3 {
 // Blocks of BLOCK positions lie wherever they may, so that rows can share and grow without being copied.
 struct KVCache {
     void *const *keys, *const *values;  // [layers, blocks]: the block's positions of the first head, [BLOCK, D]
+    // The same for the scales of numbers of 8 bits, bfloat16 [BLOCK]; nullptr where numbers are of the model's dtype.
+    void *const *key_scales, *const *value_scales;
     int64_t blocks;                     // of all rows
     const int64_t* first;               // [B] the first block of each row
     const int64_t* strides;             // [B] numbers from a head's positions to those of the next one
@@ -229,7 +231,7 @@ class Step {
     }
 
   private:
-    const Form KEYS = form_of({.bits = 8 * sizeof(T)});
+    const Form KEYS = cache.key_scales ? BYTES : form_of({.bits = 8 * sizeof(T)});
 
     // `count` vectors of n numbers in the forms that some linear layers want; make(i, out) makes one.
     template <class Make>
@@ -308,20 +310,35 @@ class Step {
         }
     }
 
-    // A block of one head's positions, in the keys or values of a layer.
-    T* block_of(void* const* cached, int64_t row, int64_t head, int64_t block) const {
-        return (T*)cached[cache.first[row] + block] + head * cache.strides[row];
+    // The keys or the values of a layer, and what they are for one head in one block.
+    struct Cached {
+        void *const *numbers, *const *scales;
+    };
+    struct Positions {
+        char* numbers;     // [BLOCK, D] of T, or of int8 where there are scales
+        bfloat16* scales;  // [BLOCK]
+    };
+    Cached layer_of(void* const* numbers, void* const* scales, int64_t layer) const {
+        return {numbers + layer * cache.blocks, scales ? scales + layer * cache.blocks : nullptr};
+    }
+    Positions block_of(const Cached& cached, int64_t row, int64_t head, int64_t block) const {
+        const int64_t at = cache.first[row] + block, numbers = head * cache.strides[row];
+        if (!cached.scales) return {(char*)cached.numbers[at] + numbers * sizeof(T), nullptr};
+        return {(char*)cached.numbers[at] + numbers, (bfloat16*)cached.scales[at] + numbers / D};
+    }
+    void remember(const float* x, const Positions& in, int64_t slot) const {
+        if (in.scales) return in_eight_bits(x, D, (int8*)in.numbers + slot * D, in.scales[slot]);
+        for (int64_t d = 0; d < D; d++) assign(((T*)in.numbers)[slot * D + d], x[d]);
     }
 
     // The new key and value of token n in one head, into the cache.
-    void remember(const Attention& attn, int64_t n, int64_t head, void* const* keys, void* const* values) {
+    void remember(const Attention& attn, int64_t n, int64_t head, const Cached& keys, const Cached& values) {
         const float *k = shared.k.at((n * K + head) * D, D), *v = shared.v.at((n * K + head) * D, D);
-        const int64_t row = span.piece(n).row, block = span.position[n] / BLOCK, at = span.position[n] % BLOCK * D;
-        T *key = block_of(keys, row, head, block) + at, *value = block_of(values, row, head, block) + at;
+        const int64_t row = span.piece(n).row, block = span.position[n] / BLOCK, slot = span.position[n] % BLOCK;
         float* turned = scratch.at(0, D);
         norm_and_rotate(k, n, attn.k_norm, turned);
-        for (int64_t d = 0; d < D; d++) assign(key[d], turned[d]);
-        for (int64_t d = 0; d < D; d++) assign(value[d], v[d]);
+        remember(turned, block_of(keys, row, head, block), slot);
+        remember(v, block_of(values, row, head, block), slot);
     }
 
     // Query g of a key head, of those that begin with token `from` of the span.
@@ -334,17 +351,23 @@ class Step {
     }
 
     // The queries that `query` prepared over one block of positions.
-    void attend(int64_t from, int64_t count, int64_t block, const T* keys, const T* values, float* partial) {
+    void attend(int64_t from, int64_t count, int64_t block, const Positions& keys, const Positions& values,
+                float* partial) {
         const int64_t start = block * BLOCK, last = span.position[from + (count - 1) / G];
         const int64_t positions = std::min(BLOCK, last + 1 - start);
-        const Linear matrix = {keys, nullptr, nullptr, positions, D, D * int64_t(sizeof(T)), 8 * sizeof(T), 0, 0};
+        const int64_t size = keys.scales ? 1 : sizeof(T), groups = keys.scales ? 1 : 0;
+        const Linear matrix = {keys.numbers, nullptr, keys.scales, positions, D, D * size, 8 * size, groups, 0};
         rows(matrix, 0, positions, queries, count, [](int64_t i) { return i; },
              [&](int64_t g, int64_t s, const float* y, int64_t n) { std::copy(y, y + n, scores.at(g * BLOCK + s, n)); });
         auto seen = [&](int64_t g) { return std::clamp(span.position[from + g / G] + 1 - start, int64_t(0), positions); };
-        weigh(scores.at(0, count * BLOCK), count, positions, D, values, seen, {partial, count});
+        float* all = scores.at(0, count * BLOCK);
+        if (values.scales)
+            weigh(all, count, positions, D, (const int8*)values.numbers, values.scales, seen, {partial, count});
+        else
+            weigh(all, count, positions, D, (const T*)values.numbers, nullptr, seen, {partial, count});
     }
 
-    void attention(const Attention& attn, const Inputs& x, void* const* keys, void* const* values) {
+    void attention(const Attention& attn, const Inputs& x, const Cached& keys, const Cached& values) {
         auto into = [&](Buffer<float>& out, int64_t width) {
             return [&out, width](int64_t n, int64_t row, const float* y, int64_t count) {
                 std::copy(y, y + count, out.at(n * width + row, count));
@@ -373,8 +396,8 @@ class Step {
     }
 
     // Each block of positions is a piece of work; each key and value is read from memory once for all queries.
-    void attend_few(const Attention& attn, void* const* keys, void* const* values) {
-        sharing.share(sizes.partials.back(), 2 * BLOCK * D * sizeof(T), [&](int64_t begin, int64_t end) {
+    void attend_few(const Attention& attn, const Cached& keys, const Cached& values) {
+        sharing.share(sizes.partials.back(), 2 * BLOCK * D * (keys.scales ? 1 : sizeof(T)), [&](int64_t begin, int64_t end) {
             for (int64_t work = begin; work < end; work++) {
                 const auto after = std::upper_bound(sizes.partials.begin(), sizes.partials.end(), work);
                 const int64_t index = after - sizes.partials.begin() - 1, i = work - sizes.partials[index];
@@ -391,7 +414,7 @@ class Step {
     }
 
     // Some tokens of a row and a key head are a piece of work, over all blocks.
-    void attend_many(const Attention& attn, void* const* keys, void* const* values) {
+    void attend_many(const Attention& attn, const Cached& keys, const Cached& values) {
         sharing.share(N * K, Works::SHORTEST / 8, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; i++) remember(attn, i / K, i % K, keys, values);
         });
@@ -522,7 +545,7 @@ class Step {
     void block(const Block& block, int64_t layer) {
         const Attention& attn = block.self_attn;
         auto& x = prepared(N, C, {&attn.q_proj, &attn.k_proj, &attn.v_proj}, normed(block.input_layernorm));
-        attention(attn, x, cache.keys + layer * cache.blocks, cache.values + layer * cache.blocks);
+        attention(attn, x, layer_of(cache.keys, cache.key_scales, layer), layer_of(cache.values, cache.value_scales, layer));
         bool forms[FORMS] = {};
         if (block.gate.rows) forms[activations_of(block.gate)] = true;
         for (int64_t e = 0; e < (block.gate.rows ? model.num_experts : 1); e++)
@@ -588,8 +611,9 @@ const int64_t layout[] = {
     FIELD(Qwen3, num_experts_per_tok), FIELD(Qwen3, norm_topk_prob), FIELD(Qwen3, rms_norm_eps),
     FIELD(Qwen3, rope_factor), FIELD(Qwen3, rope_frequencies), FIELD(Qwen3, embed_tokens), FIELD(Qwen3, layers),
     FIELD(Qwen3, norm), FIELD(Qwen3, lm_head),
-    sizeof(KVCache), FIELD(KVCache, keys), FIELD(KVCache, values), FIELD(KVCache, blocks), FIELD(KVCache, first),
-    FIELD(KVCache, strides), FIELD(KVCache, lengths),
+    sizeof(KVCache), FIELD(KVCache, keys), FIELD(KVCache, values), FIELD(KVCache, key_scales),
+    FIELD(KVCache, value_scales), FIELD(KVCache, blocks), FIELD(KVCache, first), FIELD(KVCache, strides),
+    FIELD(KVCache, lengths),
     sizeof(Tokens), FIELD(Tokens, ids), FIELD(Tokens, starts), FIELD(Tokens, outputs), FIELD(Tokens, B),
     FIELD(Tokens, logits), BLOCK, -1};
 

@@ -201,23 +201,34 @@ class Bound:
         if int(ids.min()) < 0 or int(ids.max()) >= min(vocab_size, self.vocabulary):
             return None
         K, D = self.cache_shape
-        for tensor in (*keys, *values):
-            fits = tensor.shape == (B, K, max_len, D) and tensor.dtype == self.dtype
-            if not fits or not tensor.is_cpu or not tensor.is_contiguous():
-                return None
+        scales, dtype = (cache.key_scales, cache.value_scales), torch.uint8 if cache.key_scales else self.dtype
+        if list(map(len, scales)) not in ([0, 0], [layers, layers]):
+            return None
+        for part, width, kind in ((keys + values, D, dtype), (scales[0] + scales[1], 1, SCALE_DTYPE)):
+            for tensor in part:
+                fits = tensor.shape == (B, K, max_len, width) and tensor.dtype == kind
+                if not fits or not tensor.is_cpu or not tensor.is_contiguous():
+                    return None
         counts = [(n + T - 1) // BLOCK + 1 for n in lengths]
         rows = [np.arange(count) * BLOCK + K * max_len * row for row, count in enumerate(counts)]
-        places = np.concatenate(rows) * (D * self.dtype.itemsize)
-        blocks = [np.array([tensor.data_ptr() for tensor in part])[:, None] + places for part in (keys, values)]
+        places = np.concatenate(rows)
+        blocks = [
+            np.array([tensor.data_ptr() for tensor in part])[:, None] + places * (part[0].shape[3] * part[0].itemsize)
+            for part in (keys, values, *scales)
+            if part
+        ]
         outputs = 1 if last else T
         logits = self._run(loaded, ids.numpy().ravel(), [T] * B, [outputs] * B, lengths, blocks, counts, max_len * D)
         cache.advance(T)
         return logits.view(B, outputs, vocab_size)
 
-    def page(self) -> Tensor:
-        """Memory for keys and values of BLOCK positions of one sequence: [layers, 2, K, BLOCK, D], not initialised."""
+    def page(self, eight_bits: bool) -> Tensor:
+        """What `new_page` below says."""
         K, D = self.cache_shape
-        return torch.empty(self.struct.num_hidden_layers, 2, K, BLOCK, D, dtype=self.dtype)
+        if eight_bits:  # the codes, then their scales
+            part = K * BLOCK * (D + SCALE_DTYPE.itemsize)
+            return torch.empty(self.struct.num_hidden_layers, 2, part, dtype=torch.uint8)
+        return torch.empty(self.struct.num_hidden_layers, 2, K * BLOCK * D, dtype=self.dtype)
 
     def spans(
         self,
@@ -229,15 +240,19 @@ class Bound:
     ) -> Tensor:
         """What `spans` below does."""
         K, D = self.cache_shape
-        part = K * BLOCK * D * self.dtype.itemsize
+        one = pages[0][0]
+        part = one.stride(1) * one.itemsize
         layers = np.arange(self.struct.num_hidden_layers)[:, None] * (2 * part)
         keys = layers + np.array([page.data_ptr() for row in pages for page in row])
+        blocks = [keys, keys + part]
+        if one.dtype == torch.uint8:
+            blocks += [keys + K * BLOCK * D, keys + part + K * BLOCK * D]
         counts, flat = list(map(len, ids)), np.fromiter(chain.from_iterable(ids), np.int64)
         if not 0 <= flat.min() <= flat.max() < min(self.vocabulary, self.struct.lm_head.rows):
             raise ValueError(f"token ids from {flat.min()} to {flat.max()}: not all are of the model's vocabulary")
         room = [BLOCK * len(row) - length - count for row, length, count in zip(pages, lengths, counts, strict=True)]
         assert min(room) >= 0 and all(0 <= n <= count for n, count in zip(outputs, counts, strict=True))
-        return self._run(loaded, flat, counts, outputs, lengths, (keys, keys + part), list(map(len, pages)), BLOCK * D)
+        return self._run(loaded, flat, counts, outputs, lengths, blocks, list(map(len, pages)), BLOCK * D)
 
     def _run(
         self,
@@ -252,14 +267,16 @@ class Bound:
     ) -> Tensor:
         """Logits [all outputs, V] of the rows' tokens, `ids` one row after another.
 
-        `blocks`: addresses of keys and of values, int64 [layers, blocks of all rows], for each row as many as said.
+        `blocks`: addresses of keys, of values and (8 bits) of the scales of both, int64 [layers, blocks of all rows],
+        for each row as many as said.
         """
         B, tokens = len(counts), len(ids)
         logits = torch.empty(sum(outputs), self.struct.lm_head.rows, dtype=self.dtype)
-        keys, values = map(np.ascontiguousarray, blocks)
+        blocks = list(map(np.ascontiguousarray, blocks))
         first, starts = (np.concatenate(([0], np.cumsum(numbers))) for numbers in (blocks_each, counts))
         strides, lengths, outputs = np.full(B, stride), np.array(lengths), np.array(outputs)
-        held = KVCache(keys.ctypes.data, values.ctypes.data, keys.shape[1], *_addresses(first, strides, lengths))
+        held = KVCache(*_addresses(*blocks), *[None] * (4 - len(blocks)), blocks[0].shape[1])
+        held.first, held.strides, held.lengths = _addresses(first, strides, lengths)
         given = Tokens(*_addresses(ids, starts, outputs), B, logits.data_ptr())
         threads = max(1, min(torch.get_num_threads(), tokens * self.bytes // BYTES_PER_THREAD))
         if getattr(loaded, "step_" + DTYPES[self.dtype])(self.struct, held, given, threads):
@@ -336,8 +353,8 @@ def serving(model: nn.Module) -> Bound | None:
 
 
 def new_page(model: nn.Module) -> Tensor:
-    """Memory for keys and values of BLOCK positions of one sequence: [layers, 2, K, BLOCK, D], not initialised."""
-    return serving(model).page()
+    """Memory for keys and values of BLOCK positions of one sequence, [layers, 2, numbers]; not initialised."""
+    return serving(model).page(model.cache_dtype == torch.int8)
 
 
 def spans(

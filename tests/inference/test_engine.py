@@ -20,6 +20,8 @@ KINDS = {  # float64 is not served by the C++ step, so PyTorch computes it
     "int4": (torch.float32, "int4", {}),
     "experts": (torch.bfloat16, None, EXPERTS),
     "PyTorch": (torch.float64, None, {}),
+    "8-bit cache": (torch.bfloat16, None, {}),
+    "8-bit cache in PyTorch": (torch.float64, None, {}),
 }
 
 
@@ -33,6 +35,8 @@ def small_model(kind: str = "float32", context: int = 700) -> Qwen3:
     model = Qwen3(config).to(dtype).requires_grad_(False).eval()
     if scheme:
         quantize_(model, scheme)
+    if kind.startswith("8-bit cache"):
+        model.cache_dtype = torch.int8
     return model
 
 

@@ -628,3 +628,52 @@ def test_the_head_of_a_quantised_model_is_a_quantised_copy(scheme, hidden_size, 
     head.weight[3] = embedding if tied else head.weight[3]
     expected = in_pytorch(model, ids, KVCache(model.config))
     assert 0 < relative_error() < largest
+
+
+# ---- keys and values in 8 bits ----
+
+
+@pytest.mark.parametrize("shape", ["plain", "no multiple of any vector", "wide", "qwen2"])
+def test_a_cache_of_8_bits_is_that_of_pytorch(shape, in_pytorch):
+    model, ids = random_model(**SHAPES[shape]), torch.randint(SHAPES[shape].get("vocab_size", 301), (2, 300))
+    cache, expected = (KVCache(model.config, 2, 320, dtype=torch.int8) for _ in range(2))
+    logits = model(ids, cache)
+    exact = in_pytorch(model, ids, expected)
+    assert logits.dtype == exact.dtype and (logits - exact).norm() < 2e-3 * exact.norm()
+    for ours, theirs in zip(cache.keys + cache.values, expected.keys + expected.values, strict=True):
+        assert ours.dtype == torch.uint8 and (ours[:, :, :300].int() - theirs[:, :, :300].int()).abs().max() <= 1
+    full = model(ids, KVCache(model.config, 2, 320))
+    assert 0 < (logits - full).norm() < 0.1 * full.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_of_8_bits_gives_the_same_bits_however_it_is_filled(dtype):
+    model, ids = random_model(dtype), torch.randint(301, (2, 290))
+    caches = [KVCache(model.config, 2, 300, dtype=torch.int8) for _ in range(2)]
+    whole = model(ids, caches[0])
+    parts = [model(part, caches[1]) for part in ids.split([250, 1, 1, 20, 18], 1)]
+    assert torch.equal(whole, torch.cat(parts, 1))
+    assert all(torch.equal(a[:, :, :290], b[:, :, :290]) for a, b in zip(*(c.tensors for c in caches), strict=True))
+    alone = KVCache(model.config, 1, 290, dtype=torch.int8)
+    assert torch.equal(model(ids[1:], alone)[0], whole[1])
+
+
+def test_a_cache_of_8_bits_grows_and_keeps_and_views_rows_as_another_does():
+    model, ids = random_model(), torch.randint(301, (3, 9))
+    cache = KVCache(model.config, 3, 12, dtype=torch.int8)
+    size = sum(tensor.nbytes for tensor in cache.tensors)
+    assert size == (20 + 2) / (20 * 4) * sum(tensor.nbytes for tensor in KVCache(model.config, 3, 12).tensors)
+    model(ids, cache)
+    cache.keep([2, 0])
+    cache.truncate([5, 7])
+    cache.grow(40)
+    found = torch.cat([model(ids[:1, :2], cache.row(row)) for row in range(2)])
+    alone = []
+    for row, length in ((2, 5), (0, 7)):
+        fresh = KVCache(model.config, 1, 40, dtype=torch.int8)
+        model(ids[row : row + 1, :length], fresh)
+        alone.append(model(ids[:1, :2], fresh))
+    assert torch.equal(found, torch.cat(alone))
+    broken = KVCache(model.config, 1, 12, dtype=torch.int8)
+    broken.key_scales = broken.key_scales[:2]
+    assert not ops_step.step(model, ids[:1], broken)

@@ -133,7 +133,7 @@ std::vector<T> run(const Qwen3& m, std::vector<Row<T>> rows) {
                 for (int64_t i = 0; i < counts[b]; i++) places[value].push_back(rows[b].cache->block(layer, value, i));
     std::vector<T> logits(all * m.lm_head.rows);
     const Tokens tokens = {ids.data(), starts.data(), outputs.data(), int64_t(rows.size()), logits.data()};
-    const KVCache cache = {places[0].data(), places[1].data(), blocks, first.data(), strides.data(), lengths.data()};
+    const KVCache cache = {places[0].data(), places[1].data(), nullptr, nullptr, blocks, first.data(), strides.data(), lengths.data()};
     for (int form = 0; form < FORMS; form++) choose_tuning(form, one_of({1, 2, 4}), one_of({0, -1, 1024, 4096}));
     if (step<T>(m, cache, tokens, any(1, 3))) std::abort();
     for (auto& row : rows) row.cache->length += row.ids.size();
