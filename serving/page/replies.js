@@ -27,10 +27,12 @@ class Part {
     if (whole || !this.held.length) this.holder = index;
     this.held = all.slice(whole);
   }
-  // Where in `raw` the text begins, or null where they differ and no token can be told.
-  get lead() {
-    const lead = /^\n*/.exec(this.raw)[0].length - /^\n*/.exec(this.text)[0].length;
-    return lead >= 0 && this.raw.startsWith(this.text, lead) ? lead : null;
+  // Where in `raw` the text begins, and for how many characters they are the same: only there a token can be told.
+  get shared() {
+    const lead = Math.max(0, /^\n*/.exec(this.raw)[0].length - /^\n*/.exec(this.text)[0].length);
+    let count = 0;
+    while (count < this.text.length && this.raw[lead + count] === this.text[count]) count++;
+    return [lead, count];
   }
 }
 

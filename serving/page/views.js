@@ -87,15 +87,15 @@ class View {
   }
   // What a part says around its text: line breaks, tags of the thinking, the end of the turn. Shown with the shades.
   ends(part, before, after) {
-    const { tokens } = this.node.reply, lead = part.lead;
+    const { tokens } = this.node.reply, [lead, count] = part.shared;
     const chip = (index) => h("span", { class: "tok mark control", "data-token": index }, clean(tokens[index].text));
     const raw = (from, to) => {
       const made = document.createDocumentFragment();
-      if (lead !== null && to > from) new Writer(part.raw, (at) => part.owners[at], from).pieces(made, from, to, true);
+      if (to > from) new Writer(part.raw, (at) => part.owners[at], from).pieces(made, from, to, true);
       return made;
     };
-    before.replaceChildren(...part.before.map(chip), raw(0, lead ?? 0));
-    after.replaceChildren(raw((lead ?? 0) + part.text.length, part.raw.length), ...part.after.map(chip));
+    before.replaceChildren(...part.before.map(chip), raw(0, lead));
+    after.replaceChildren(raw(count === part.text.length ? lead + count : part.raw.length, part.raw.length), ...part.after.map(chip));
     for (const one of [...before.querySelectorAll(".tok"), ...after.querySelectorAll(".tok")]) paint(one, tokens[one.dataset.token]);
   }
   updateStats() {
@@ -110,7 +110,7 @@ class View {
     if (clock.first) said.push(`first after ${((clock.first - clock.start) / 1000).toFixed(2)} s`);
     if (usage) said.push(`prompt ${usage.prompt_tokens.toLocaleString("en")}` + (usage.prompt_tokens_details?.cached_tokens ? ` (${usage.prompt_tokens_details.cached_tokens.toLocaleString("en")} cached)` : ""));
     if (usage && model?.context_length) said.push(`${Math.round((100 * usage.total_tokens) / model.context_length)} % of the context`);
-    if (clock.start) said.push(`seed ${node.seed}`);
+    if (total) said.push(`seed ${node.seed}`);
     if (node.from) said.push(`branched at “${node.from}”`);
     const ends = { length: "cut off: no tokens left", interrupted: "stopped", loop: "stopped: it repeats itself" };
     if (!live && !error && finish === "stop" && !reply.answer.text) said.unshift("no answer");
@@ -141,7 +141,7 @@ class View {
     }
     if (node.role === "user") tools.push(button("Edit", "change this message; the chat so far is kept beside it", () => this.edit()));
     else if (node.finish && !(running?.node === node)) {
-      tools.push(button("Regenerate", "another reply; this one is kept", () => answer(chat.parent(node))));
+      if (!node.error || node.reply.begun) tools.push(button("Regenerate", "another reply; this one is kept", () => answer(chat.parent(node))));
       if (["length", "interrupted"].includes(node.finish) && node.reply.begun) tools.push(button("Continue", "let the model go on from here", () => run(node)));
       if (node.reply.answer.text) tools.push(button("Copy", "the answer as Markdown", (one) => copyText(node.reply.answer.text, one)));
     }
@@ -174,8 +174,8 @@ class View {
 }
 
 function ownerOf(part) {
-  const lead = part.lead;
-  return (at) => (lead === null ? undefined : part.owners[lead + at]);
+  const [lead, count] = part.shared;
+  return (at) => (at < count ? part.owners[lead + at] : undefined);
 }
 
 function focusable(area, tokens, label) {

@@ -139,7 +139,7 @@ def ask(view, text: str = "What is 17 + 28?", wait: bool = True) -> None:
 
 
 def done(view) -> None:
-    view.wait_for_selector("body:not(.busy) .assistant:last-child [data-act=regenerate]")
+    view.wait_for_selector("body:not(.busy) .assistant:last-child")
 
 
 def answer(view) -> str:

@@ -227,6 +227,16 @@ def test_a_character_of_several_tokens(view):
     assert view.locator("#card li button").last.get_attribute("aria-disabled") == "true"
 
 
+def test_a_text_that_is_not_what_its_tokens_say(view):
+    """Behind a stop string, a mark in mid-text or half a character at the end: the tokens before it are still told."""
+    events = [[("a", 0.9), "a"], [(" b", 0.9), " b"], [("</think>", 0.1), ""], [("\n", 0.9), ""], [("c", 0.9), "c"]]
+    chunks = [{"delta": {"content": text}, "logprobs": {"content": [entry(*token)]}} for token, text in events]
+    body = "".join(f"data: {json.dumps({'choices': [chunk]})}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    view.route("**/completions", lambda route: route.fulfill(body=body))
+    ask(view)
+    assert answer(view) == "a bc" and view.locator(".markdown .tok").all_inner_texts() == ["a", " b"]
+
+
 def test_text_is_never_markup(view, server):
     links = "[a](javascript:alert(3)) [b](data:text/html,x) [c](https://u:p@h/) ![d](https://e.org/f.png) [g](https://h.org)"
     server.model = {**MODEL, "id": EVIL, "precision": EVIL}
