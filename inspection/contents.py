@@ -24,7 +24,11 @@ from inspection.findings import File, Ledger, Unexamined
 from inspection.tree import Entry
 
 MAX_TEXT = 24 << 20  # bytes of a text or JSON file that is parsed
+OBJECT, ARRAY = 300, 100  # bytes of memory that small ones of JSON take in Python
+MAX_OBJECTS = 400 << 20
 MAX_HEADER = 32 << 20
+MAX_HEADERS = 64 << 20  # bytes of all safetensors headers together; Qwen3-235B's have 5 MB
+MAX_TENSORS = 300_000
 HEAD = 4096
 
 # first bytes -> (format, tier)
@@ -150,7 +154,7 @@ def _examine_known(
     if head[:1] == b"\x80" and head[1:2] in (b"\x01", b"\x02", b"\x03", b"\x04", b"\x05"):
         pickles.examine(ledger, where, _peekable(stream), several=True)
         return "pickle", "code"
-    if head[:1] == b"\x78" and length and (head[0] << 8 | head[1]) % 31 == 0 and not _is_text(head[:64]):
+    if head[:1] == b"\x78" and int.from_bytes(head[:2], "big") % 31 == 0 and not _is_text(head[:64]):
         return containers.examine_compressed(ledger, where, stream, size, depth, examine_stream, "zlib")
     for magic, (format, tier) in MAGIC.items():
         if head.startswith(magic):
@@ -200,8 +204,14 @@ def _examine_safetensors(ledger: Ledger, where: str, stream: BinaryIO, size: int
         raise Unexamined("truncated", f"a header of {length:,} bytes in a file of {size:,}")
     if length > MAX_HEADER:
         raise Unexamined("too-large", f"a header of {length:,} bytes")
+    ledger.headers += length
+    if ledger.headers > MAX_HEADERS:
+        raise Unexamined("too-large", f"with it, more than {MAX_HEADERS:,} bytes of headers")
     stream.seek(8)
     header = stream.read(length)
+    ledger.tensors += header.count(b'"data_offsets"')
+    if ledger.tensors > MAX_TENSORS:
+        raise Unexamined("too-large", f"with it, more than {MAX_TENSORS:,} tensors")
     try:
         tensors, offsets = parse_header(where, header, size - 8 - length)
     except ValueError as error:
@@ -380,6 +390,8 @@ def _examine_json(ledger: Ledger, where: str, name: str, data: bytes) -> tuple[s
             )
         return result
 
+    if (size := data.count(b"{") * OBJECT + data.count(b"[") * ARRAY) > MAX_OBJECTS:
+        raise Unexamined("too-large", f"its objects would take up to {size:,} bytes of memory")
     try:
         with uncollected():
             value = json.loads(data, object_pairs_hook=pairs)

@@ -152,6 +152,8 @@ class Ledger:
     facts: dict[str, Any] = field(default_factory=dict)
     unpacked: int = 0  # bytes taken out of archives so far
     members: int = 0  # files examined inside archives
+    headers: int = 0  # bytes of safetensors headers
+    tensors: int = 0  # that those describe
     opcodes: int = 0  # of pickles
     code: int = 0  # characters of code that were parsed
     _known: set[tuple[str, str | None, str]] = field(default_factory=set)

@@ -19,13 +19,14 @@ from local_hub import Hub, use
 from markupsafe import escape
 from repositories import CASES, Call, base, build, edit_json, set_template
 from runs import CONFIG
+from safetensors.torch import save_file
 
 import audit
 from formats import record
 from formats.checkpoint import open_checkpoint
 from formats.gguf import writer
 from formats.gguf.reader import GGUF
-from inspection import auditing, croissant, manifest, templates, weights
+from inspection import auditing, contents, croissant, manifest, templates, weights
 from inspection.findings import FINDINGS, Ledger
 from inspection.tree import local_tree
 from model import Config
@@ -581,6 +582,50 @@ def test_nothing_is_run(tiny_checkpoint, tmp_path):
     ledger = auditing.Audit(local_tree(path)).ledger
     assert ledger.status == 1 and not mark.exists()
     assert {"pickle-import", "remote-code", "yaml-tag", "template-attribute"} <= {one.id for one in ledger.findings}
+
+
+def test_files_of_a_few_bytes_and_beginnings_of_every_format(tmp_path):
+    """What a format's first bytes promise need not follow: each such file ends in a format or in a reason."""
+    beginnings = [
+        *contents.MAGIC,
+        *contents.UNKNOWN_PACKERS,
+        b"GGUF\3\0\0\0",
+        b"PK\3\4",
+        b"\x93NUMPY\1\0",
+        b"\x80\4",
+        b"MZ",
+    ]
+    beginnings += [
+        b"\x78\x9c\x01",
+        b"RIFF0000WEBP",
+        b"0000ftyp",
+        b"\x89HDF\r\n\x1a\n",
+        b"\2\0\0\0\0\0\0\0{}",
+        b"\xff\xfea",
+    ]
+    texts = {bytes([first]) for first in range(256)} | {bytes([first, 0x78]) for first in range(256)}
+    texts |= {text[:end] for text in beginnings for end in range(len(text) + 1)}
+    for suffix in (".bin", ".json", ".safetensors", ".gguf", ".py"):
+        for number, text in enumerate(sorted(texts)):
+            file = tmp_path / f"{number}{suffix}"
+            file.write_bytes(text)
+            (entry,) = local_tree(file).entries
+            found = contents.examine(Ledger(), entry)
+            assert found.examined or found.note, (text, suffix)
+            file.unlink()
+
+
+def test_more_objects_and_tensors_than_memory_holds_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(contents, "MAX_OBJECTS", 10_000)
+    monkeypatch.setattr(contents, "MAX_TENSORS", 50)
+    (tmp_path / "many.json").write_text(json.dumps([{} for _ in range(50)]))
+    (tmp_path / "few.json").write_text(json.dumps(["text"] * 50))
+    for name, tensors in (("a", 30), ("b", 30), ("c", 10)):
+        save_file({f"{name}{at}": torch.ones(1) for at in range(tensors)}, tmp_path / f"{name}.safetensors")
+    files = {file.path: file for file in auditing.Audit(local_tree(tmp_path)).ledger.files}
+    examined = {path for path, file in files.items() if file.examined}
+    assert examined == {"few.json", "a.safetensors"}
+    assert "bytes of memory" in files["many.json"].note and "more than 50 tensors" in files["b.safetensors"].note
 
 
 def test_bombs_stay_within_time_and_memory(tiny_checkpoint, tmp_path):
