@@ -84,7 +84,12 @@ def read(ledger: Ledger, files: Files) -> dict[str, Any]:
     if content is None and files.gguf:
         return {"front": _gguf_front(files.gguf.metadata), "text": "", "name": None}
     if content is None:
-        ledger.find("card-missing", None, "there is no README.md")
+        file = next((file for file in ledger.files if file.path == name), None)
+        if file and file.bytes > MAX_CARD:
+            file.examined, file.note = False, f"{file.bytes:,} bytes; of a card at most {MAX_CARD:,} are read"
+            ledger.find("too-large", name, file.note)
+        else:
+            ledger.find("card-missing", None, "there is no README.md")
         return {"front": {}, "text": "", "name": None}
     match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", content, re.DOTALL)
     front: Any = {}

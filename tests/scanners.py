@@ -34,7 +34,8 @@ fault where a tool never promised to look: picklescan and modelscan look for pic
 container, transformers loads. `audit.py` found {found} of {count} under the name in the second column and accused
 {accused} of the twins.
 
-Made by `tests/scanners.py` with picklescan {picklescan}, modelscan {modelscan}, transformers {transformers} (never with
+Made by the commands in the head of `tests/scanners.py`
+with picklescan {picklescan}, modelscan {modelscan}, transformers {transformers} (never with
 trust_remote_code) and safetensors {safetensors}. Found, or refused to load, of {count}: {totals}.
 
 | bad repository | audit.py | picklescan | modelscan | transformers | safetensors |

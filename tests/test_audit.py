@@ -628,6 +628,13 @@ def test_more_objects_and_tensors_than_memory_holds_are_left_out(tmp_path, monke
     assert "bytes of memory" in files["many.json"].note and "more than 50 tensors" in files["b.safetensors"].note
 
 
+def test_a_card_that_is_too_large_is_not_called_missing(run, repository):
+    (repository / "README.md").write_text("---\nlicense: mit\n---\n" + "text " * 1_000_000)
+    status, out, _ = run(repository, "--json")
+    found = json.loads(out)
+    assert status == 2 and "card-missing" not in ids(found) and "too-large" in ids(found)
+
+
 def test_bombs_stay_within_time_and_memory(tiny_checkpoint, tmp_path):
     """All at once, in a process of its own whose memory is bounded."""
     path = base(tmp_path / "repository", tiny_checkpoint)
