@@ -17,8 +17,8 @@ FINDINGS = {
     "name-deceptive": ("medium", "a file name holds invisible or reordering characters"),
     "format-disguised": ("high", "the content is of another kind than the name says, and a loader may run it"),
     "native-code": ("high", "machine code or bytecode"),
-    "json-duplicate-key": ("medium", "a JSON key stands twice: two readers may see two values"),
-    "json-invalid": ("medium", "a file that must be JSON is not"),
+    "json-duplicate-key": ("medium", "a JSON key occurs twice, so two readers may see two values"),
+    "json-invalid": ("medium", "a file that must be JSON cannot be parsed"),
     "yaml-tag": ("high", "a YAML tag that makes a Python object when it is loaded unsafely"),
     "archive": ("info", "an archive; its members are examined like files"),
     "archive-path": ("high", "an archive member's name leads out of the folder that it is unpacked into"),
@@ -52,19 +52,19 @@ FINDINGS = {
     "template-hidden-unicode": ("high", "the chat template holds invisible or reordering characters"),
     "template-homoglyph": ("medium", "the chat template mixes alphabets within one word"),
     "template-url": ("medium", "the chat template writes a web address into the prompt"),
-    "template-date": ("medium", "what the chat template writes is decided by the date"),
+    "template-date": ("medium", "the chat template writes something else on some dates"),
     "template-date-printed": ("info", "the chat template writes today's date into the prompt"),
     "template-trigger": ("medium", "words of the user change what the chat template writes around them"),
     "template-switch": ("info", "markup or a command in the user's text changes what the chat template writes"),
     "template-conflict": ("medium", "two chat templates of the repository differ"),
     "template-differs": ("medium", "the chat template is not that of the base model"),
-    "template-official": ("info", "the chat template is an official one, to the byte"),
-    "template-unofficial": ("info", "the chat template is none of the official ones of this family"),
+    "template-official": ("info", "the chat template equals an official one byte for byte"),
+    "template-unofficial": ("info", "the chat template is not one of the family's official ones"),
     # weights
     "weights-malformed": ("high", "the container breaks its format"),
     "weights-overlap": ("high", "two tensors share bytes"),
     "weights-gap": ("high", "bytes inside the container belong to no tensor"),
-    "weights-duplicate-key": ("high", "a tensor's name stands twice"),
+    "weights-duplicate-key": ("high", "a tensor's name occurs twice"),
     "weights-trailing-bytes": ("high", "bytes follow the last tensor"),
     "weights-index": ("high", "the index and the shards disagree"),
     "weights-mismatch": ("high", "tensors and config.json disagree"),
@@ -92,16 +92,16 @@ FINDINGS = {
     "base-unstated": ("info", "the card names no base model"),
     "evals-unproven": ("info", "the card's results come without raw outputs"),
     # against a base or an earlier manifest
-    "base-differs": ("medium", "tensors are not those that the base gives"),
-    "base-metadata": ("low", "metadata are not those that the base gives"),
+    "base-differs": ("medium", "tensors differ from what the base gives"),
+    "base-metadata": ("low", "metadata differ from what the base gives"),
     "changed": ("high", "a file is not what the manifest says"),
     "added": ("medium", "a file is not in the manifest"),
     "removed": ("medium", "a file of the manifest is gone"),
-    "lineage-broken": ("medium", "what the record says of the source or the result is not so"),
+    "lineage-broken": ("medium", "the source or the result is not what the record says"),
     # what could not be examined
     "pointer-file": ("low", "a pointer to a file that was not downloaded"),
     "truncated": ("low", "the file ends too early"),
-    "unknown-format": ("low", "no format that is known here"),
+    "unknown-format": ("low", "a format that is not known here"),
     "unreadable": ("low", "the file cannot be read"),
     "encrypted": ("low", "encrypted"),
     "too-large": ("low", "larger than is examined"),
@@ -179,6 +179,6 @@ class Ledger:
         return 2 if any(self.unexamined()) else 0
 
     def sorted(self) -> list[dict[str, Any]]:
-        """The findings, the gravest first."""
+        """The findings, the most severe first."""
         order = sorted(self.findings, key=lambda one: (SEVERITIES.index(one.severity), one.id, one.file or ""))
         return [asdict(finding) for finding in order]

@@ -197,7 +197,7 @@ def _agent(missing: list[str], manifest: dict[str, Any]) -> Answer:
 
 
 def _change(manifest: dict[str, Any], ledger: Ledger) -> Answer:
-    """The gravest thing first."""
+    """The most severe problem first."""
     found = {finding.id for finding in ledger.findings}
     formats = manifest["weight_formats"]
     rules = (

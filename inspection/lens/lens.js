@@ -23,8 +23,9 @@ const put = (id, ...children) => $(id).replaceChildren(...children);
 const visible = (text) => (text === "" ? "∅" : text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ | $/g, "␣"));
 const hidden = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
 const clean = (text) => text.replace(hidden, (c) => "\\u{" + c.codePointAt(0).toString(16) + "}");
-const number = (value, places = 2) => (value === null || value === undefined ? "–" : value.toFixed(places));
-const percent = (value) => (value === null || value === undefined ? "–" : (100 * value).toFixed(value < 0.0995 ? 2 : 1) + " %");
+const number = (value, places = 2) => (value === null || value === undefined ? "–" : value.toFixed(places).replace(/^-(0\.0*)$/, "$1"));
+const percent = (value) => (value === null || value === undefined ? "–"
+  : value > 0 && value < 5e-5 ? "< 0.01 %" : (100 * value).toFixed(value < 0.0995 ? 2 : 1) + " %");
 const level = (share) => "h" + Math.min(9, Math.max(0, Math.round(share * 9)));
 const token = (at) => L.tokens[at];
 
@@ -198,7 +199,7 @@ function drawAttention() {
       cells.push(s("rect", { class: "cell" + (chosen ? " picked" : ""), x: head * size, y: layer * size, width: size - 1, height: size - 1, opacity: Math.max(0.06, most[1]) },
         s("title", {}, `layer ${layer + 1}, head ${head}: ${percent(most[1])} on “${visible(clean(token(most[0]).text))}”`)));
     }
-  const grid = s("svg", { viewBox: `0 0 ${heads * size} ${layers * size}`, width: heads * size, role: "img", "aria-label": "heads: how much each looks at its favourite token" }, ...cells);
+  const grid = s("svg", { viewBox: `0 0 ${heads * size} ${layers * size}`, width: heads * size, role: "img", "aria-label": "heads: the largest attention weight of each" }, ...cells);
   grid.addEventListener("click", (event) => {
     const box = grid.getBoundingClientRect();
     state.head = Math.min(heads - 1, Math.floor(((event.clientX - box.left) / box.width) * heads));
