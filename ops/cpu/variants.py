@@ -10,6 +10,7 @@ again, `default` measures nothing, `2/1024` reads two rows side by side and 1,02
 """
 
 import ctypes
+import itertools
 import json
 import mmap
 import os
@@ -39,6 +40,8 @@ PAIRS_WORTH = 1.15  # float32 products are more exact
 HUGE_PAGES_WORTH = 1.1  # times as fast as pages of 4 KB, for weights to move there (ops/memory.py)
 COLUMNS, WINDOW, TURNS, MANY = 1024, 16 << 20, 3, 256
 FEW_BYTES = 1 << 18  # of weights that many tokens meet, in the cache
+READERS = ((1, 0), (1, 2048), (1, 4096), (2, 2048), (4, -1))
+READ_BYTES = 256 << 20  # far above the caches of all but the largest servers, small enough for a laptop
 HUGE = 2 << 20  # bytes of a huge page on x86-64 and aarch64
 
 
@@ -56,11 +59,18 @@ def apply(loaded: ctypes.CDLL, path: Path, linear: type[ctypes.Structure]) -> di
     if chosen is None:
         chosen = measure(loaded, linear)
         write_text(kept, json.dumps(chosen, indent=1) + "\n")
-    if loaded.choose_pairs(chosen["pairs"]):
+    if not choose(loaded, chosen, linear):
         raise ValueError(f"NANOQWEN_STEP_VARIANT={asked}: this processor has no products of bfloat16 pairs")
+    return chosen
+
+
+def choose(loaded: ctypes.CDLL, chosen: dict[str, Any], linear: type[ctypes.Structure]) -> bool:
+    """False where this processor has no products of bfloat16 pairs, which are chosen."""
+    if loaded.choose_pairs(chosen["pairs"]):
+        return False
     for name, (together, ahead) in chosen["tuning"].items():
         loaded.choose_tuning(loaded.form_of_linear(_linear(linear, name)), together, ahead)
-    return chosen
+    return True
 
 
 def by_hand(asked: str) -> dict[str, Any] | None:
@@ -175,3 +185,24 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 
         "huge_page_gain": round(gain, 3),
         "bytes_per_second": best,  # one thread
     }
+
+
+def read_rate(loaded: ctypes.CDLL, linear: type[ctypes.Structure], threads: int, seconds: float) -> float:
+    """Bytes per second of the fastest reader that there is: row products, in any variant, of memory in huge pages.
+
+    It changes what was chosen: `choose` again afterwards.
+    """
+    memory, x = fill(READ_BYTES, huge=True), torch.randn(COLUMNS)
+    y, best, end = torch.empty(READ_BYTES // COLUMNS), 0.0, time.perf_counter() + seconds
+    turns = itertools.cycle(itertools.product(("float32", "bfloat16", "int8"), READERS))
+    scale = torch.full((len(y),), 0.01, dtype=torch.bfloat16)
+    for count, (kind, tuning) in enumerate(turns):
+        rows = READ_BYTES * 8 // (KINDS[kind][0] * COLUMNS)
+        layer = _linear(linear, kind, memory.data_ptr(), scale.data_ptr(), rows)
+        loaded.choose_tuning(loaded.form_of_linear(layer), *tuning)
+        start = time.perf_counter()
+        loaded.product(layer, x.data_ptr(), 1, y.data_ptr(), threads)
+        now = time.perf_counter()
+        best = max(best, READ_BYTES / (now - start))
+        if now > end and count >= 3 * len(READERS):
+            return best
