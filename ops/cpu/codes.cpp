@@ -1,5 +1,16 @@
 // Products of whole numbers of 8 or 4 bits with a scale for a group of columns or for a row (see products.h).
+#include <array>
+#include <utility>
+
 #include "tiles.h"
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define LANES_OF_INTEGERS 16
+#elif defined(__AVX2__)
+#define LANES_OF_INTEGERS 8
+#else
+#define LANES_OF_INTEGERS 0  // codes meet activations in float32
+#endif
 
 namespace {
 
@@ -31,143 +42,204 @@ inline Vector lane_scales(const bfloat16* scale, int64_t column, int columns, co
     return (Vector)(high | high >> 32);
 }
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-// Codes of 8 or 4 bits. Activations are whole numbers of 16 bits times a scale for each chunk, cut into a high and a low
-// byte: exact to 1/32,000 of the chunk's largest number, which is finer than bfloat16. A chunk is what meets 64 bytes of
-// weights, or 128 bytes where the only scale is that of the row (GROUPED false).
+#if LANES_OF_INTEGERS
+// Activations are whole numbers of 16 bits times a scale for each token: exact to 1/32,000 of the token's largest
+// number, which is finer than bfloat16. What meets a vector of weights is a chunk. The sums of a chunk, and of up to
+// SEGMENT columns where the only scale is that of the row, are whole numbers too, and exact.
+constexpr int64_t SEGMENT = 2048;  // columns; more could leave 32 bits
+
+// The products of 4 codes (unsigned bytes) with 4 activations to each lane, in two vectors `a` and `b`.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)  // their high bytes, and their low ones
+struct Sum {
+    Integers above = {}, below;
+    explicit Sum(Integers start) : below(start) {}
+    static Integers dot(Integers sum, Unsigned codes, Integers x) {
+#if defined(__AVX512VNNI__)
+        return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x);
+#else
+        return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)x);
+#endif
+    }
+    void add(Unsigned codes, Integers a, Integers b) { above = dot(above, codes, a), below = dot(below, codes, b); }
+    Vector value() const { return __builtin_convertvector((above << 8) + below, Vector); }
+};
+inline void place(char* a, char* b, int i, int x) {  // the i-th activation of a vector
+    const int high = (x + 128) >> 8;
+    ((int8_t*)a)[i] = high, ((int8_t*)b)[i] = x - 256 * high;
+}
+#else  // of the even columns, and of the odd ones, in 16 bits
+struct Sum {
+    Integers sum;
+    explicit Sum(Integers start) : sum(start) {}
+    static Integers dot(Unsigned codes, Integers x) {
+#if defined(__AVX512BW__)
+        return (Integers)_mm512_madd_epi16((__m512i)codes, (__m512i)x);
+#else
+        return (Integers)_mm256_madd_epi16((__m256i)codes, (__m256i)x);
+#endif
+    }
+    void add(Unsigned codes, Integers a, Integers b) {
+        sum += dot(codes & 0x00ff00ff, a) + dot(codes >> 8 & 0x00ff00ff, b);
+    }
+    Vector value() const { return __builtin_convertvector(sum, Vector); }
+};
+inline void place(char* a, char* b, int i, int x) { ((int16_t*)(i % 2 ? b : a))[i / 2] = x; }
+#endif
+
 template <int BITS, bool GROUPED>
 struct Codes {
-    static constexpr int ROWS = 4, TOKENS = 4;
-    static constexpr int64_t LINES = GROUPED || BITS == 4 ? 1 : 2, LINE = 512 / BITS, COLUMNS = LINES * LINE;
+    static constexpr int ROWS = LANES == 16 ? 4 : 2, TOKENS = GROUPED ? (LANES == 16 ? 4 : 2) : (LANES == 16 ? 3 : 2);
+    static constexpr int64_t BYTES = 4 * LANES, COLUMNS = BYTES * 8 / BITS, PARTS = COLUMNS / BYTES;
+    static constexpr int64_t TOGETHER = GROUPED ? 1 : SEGMENT / COLUMNS;  // chunks that share a sum
 
-    // Of n activations: [n] high bytes, [n] low bytes, for 4 bits those of the 64 even columns, then of the odd ones;
-    // [chunks, 16] what the codes have too much; [chunks] scales. Each array is a stream of its own.
+    // Of n activations [chunks, PARTS] vectors `a`, then `b`; for 4 bits those of the even columns, then of the odd
+    // ones. Then [sums, LANES] what the codes have too much, and the scale. Each array is a stream of its own.
     struct Places {
-        int64_t low, start, scale, end;
+        int64_t chunks, b, start, scale, end;
         explicit Places(int64_t n)
-            : low(rounded_up(n, COLUMNS)), start(2 * low), scale(start + low / COLUMNS * 64),
-              end(rounded_up(scale + low / COLUMNS * 4, 64)) {}
-    };
+            : chunks((n + COLUMNS - 1) / COLUMNS), b(chunks * COLUMNS), start(2 * b),
+              scale(start + (chunks + TOGETHER - 1) / TOGETHER * BYTES), end(scale + 64) {}
+    } places;
 
-    // What is the same for all rows of a matrix: how the scales of 64 bytes of weights spread over the lanes, up to 8
-    // numbers that lie side by side (`step`; 0 where they do not), and where the activations lie.
-    __m512i where;
-    __mmask8 which;
-    int64_t step, low, starts, scales_at;
+    // How the scales of a chunk spread over the lanes: up to 8 numbers that lie side by side (`step`; 0 where they do
+    // not), of which each lane takes one into its upper half.
+    alignas(64) uint8_t spread[BYTES];
+    int64_t step = 0;
 
-    explicit Codes(const Rows& w) {
-        const Places places(w.columns);
-        low = places.low, starts = places.start, scales_at = places.scale;
+    explicit Codes(const Rows& w) : places(w.columns) {
         if (!GROUPED) return;
         const int64_t group_size = w.columns / w.groups;
-        step = COLUMNS % group_size || COLUMNS / group_size > 8 ? 0 : COLUMNS / group_size;
-        alignas(64) uint8_t spread[64];
-        for (int i = 0; i < 64; i++) spread[i] = i % 4 < 2 ? 128 : 2 * (i / 4 * step / 16) + i % 4 - 2;
-        where = _mm512_load_si512(spread), which = (1 << step) - 1;
+        step = COLUMNS % group_size ? 0 : COLUMNS / group_size;
+        if (step > 8 || (step & (step - 1))) step = 0;
+        for (int i = 0; i < BYTES; i++) spread[i] = i % 4 < 2 ? 128 : 2 * (i / 4 * step / LANES) + i % 4 - 2;
     }
 
     static int64_t bytes(int64_t n) { return Places(n).end; }
     static void prepare(const float* x, int64_t n, char* out) {
         const Places places(n);
-        for (int64_t at = 0; at < places.low / COLUMNS; at++) {
-            alignas(64) float padded[COLUMNS] = {};
-            std::memcpy(padded, x + at * COLUMNS, std::min(COLUMNS, n - at * COLUMNS) * sizeof(float));
-            char *high = out + at * COLUMNS, *low = high + places.low;
-            prepare(padded, high, low, out + places.start + 64 * at, (float*)(out + places.scale) + at);
+        Vector most = {};
+        for (int64_t i = 0; i < n; i += LANES) {
+            Vector some = i + LANES <= n ? load(x + i) : load_some(x + i, n - i);
+            some = some < 0 ? -some : some;
+            most = some > most ? some : most;
+        }
+        float largest = 0;
+        for (int lane = 0; lane < LANES; lane++) largest = std::max(largest, most[lane]);
+        const float scale = largest / 32639, inverse = scale > 0 ? 1 / scale : 0;  // 127 · 256 + 127
+        std::memset(out, 0, places.end);
+        std::memcpy(out + places.scale, &scale, sizeof scale);
+        for (int64_t at = 0; at < places.chunks; at++) {
+            const int64_t count = std::min(COLUMNS, n - at * COLUMNS);
+            int32_t* start = (int32_t*)(out + places.start) + at / TOGETHER * LANES;
+            int32_t whole[COLUMNS] = {};
+            int64_t i = 0;
+            for (; i + LANES <= count; i += LANES) {
+                Vector rounded = load(x + at * COLUMNS + i) * inverse + ROUND;
+                Integers numbers = (Integers)rounded - (Integers)(Vector{} + ROUND);
+                std::memcpy(whole + i, &numbers, sizeof numbers);
+            }
+            for (; i < count; i++) whole[i] = int(std::nearbyint(x[at * COLUMNS + i] * inverse));
+            for (i = 0; i < COLUMNS; i++) {
+                const int64_t part = i % PARTS, byte = i / PARTS;
+                char* a = out + (at * PARTS + part) * BYTES;
+                place(a, a + places.b, byte, whole[i]);
+                start[byte / 4] -= whole[i] << (BITS - 1);
+            }
         }
     }
-    static void prepare(const float* x, char* high, char* low, char* start, float* scale) {
-        const __m512i ones = _mm512_set1_epi8(1);
-        __m512 largest = _mm512_setzero_ps();
-        for (int i = 0; i < COLUMNS; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_load_ps(x + i)));
-        *scale = _mm512_reduce_max_ps(largest) / 32639;  // 127 · 256 + 127
-        const __m512 inverse = _mm512_set1_ps(*scale > 0 ? 1 / *scale : 0);
-        for (int i = 0; i < COLUMNS; i += 16) {
-            __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(x + i), inverse));
-            __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
-            put(high, i, upper), put(low, i, whole);  // the low byte is what the high one leaves
-        }
-        __m512i above = _mm512_setzero_si512(), below = above;
-        for (int64_t i = 0; i < COLUMNS; i += 64) {
-            above = _mm512_dpbusd_epi32(above, ones, _mm512_load_si512(high + i));
-            below = _mm512_dpbusd_epi32(below, ones, _mm512_load_si512(low + i));
-        }
-        __m512i total = _mm512_add_epi32(_mm512_slli_epi32(above, 8), below);
-        _mm512_store_si512(start, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(total, BITS - 1)));
+
+    // Vector `part` of a chunk's codes, one to a byte.
+    template <class Whole>
+    __attribute__((always_inline)) static void unpack(const char* row, int64_t begin, int64_t row_bytes, Whole whole, Unsigned* codes) {
+        Unsigned bytes = {};
+        if constexpr (whole)
+            bytes = read<Unsigned>(row + begin);
+        else
+            std::memcpy(&bytes, row + begin, std::min(BYTES, row_bytes - begin));
+        if constexpr (BITS == 8)
+            codes[0] = bytes;
+        else
+            codes[0] = bytes & 0x0f0f0f0f, codes[1] = bytes >> 4 & 0x0f0f0f0f;
     }
-    // The lowest bytes of 16 numbers to their places.
-    static void put(char* to, int column, __m512i numbers) {
-        if constexpr (BITS == 8) {
-            _mm_storeu_si128((__m128i*)(to + column), _mm512_cvtepi32_epi8(numbers));
-        } else {
-            _mm_storel_epi64((__m128i*)(to + column / 2), _mm512_cvtepi64_epi8(numbers));
-            _mm_storel_epi64((__m128i*)(to + 64 + column / 2), _mm512_cvtepi64_epi8(_mm512_srli_epi64(numbers, 32)));
-        }
+    template <class Inside>
+    __attribute__((always_inline)) Vector scales_of(const Rows& w, int r, int64_t at, Inside inside) const {
+        const bfloat16* scale = w.scale + r * w.groups;
+        if (!inside && (!step || at * step + step > w.groups)) return lane_scales(scale, at * COLUMNS, COLUMNS / LANES, w);
+        __m128i numbers;
+        const bfloat16* from = scale + at * step;
+        if constexpr (inside)
+            numbers = _mm_loadu_si128((const __m128i*)from);
+        else  // no more than there are: a power of two, and 8 would be inside
+            numbers = _mm_cvtsi64_si128(step == 1 ? from->bits : step == 2 ? read<uint32_t>(from) : read<uint64_t>(from));
+#if LANES_OF_INTEGERS == 16
+        return (Vector)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(numbers), _mm512_load_si512(spread));
+#else
+        return (Vector)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(numbers), _mm256_load_si256((__m256i*)spread));
+#endif
     }
 
     template <int R, int N>
     __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, int64_t ahead,
                                                  Vector total[N][R]) const {
-        constexpr int PARTS = COLUMNS / 64;  // of a chunk: vectors of activations
-        const __m512i nibbles = _mm512_set1_epi8(15);
-        if (GROUPED && N == 1 && ahead)
-            for (int64_t i = 0; i < R * w.groups; i += 32) __builtin_prefetch(w.scale + i + SCALES_AHEAD);
-
-        auto meet = [&](int64_t at, auto whole, auto inside) __attribute__((always_inline)) {
-            __m512i codes[R][PARTS];
-            __m512 scales[R];
+        const int64_t row_bytes = (w.columns * BITS + 7) / 8, whole = w.columns / COLUMNS, other_half = places.b;
+        auto codes_of = [&](int64_t at, auto is_whole, Unsigned(*codes)[PARTS]) __attribute__((always_inline)) {
             for (int r = 0; r < R; r++) {
-                for (int line = 0; line < LINES; line++) {
-                    const int64_t begin = (at * LINES + line) * 64;
-                    const char* row = w.weight + r * w.row_bytes + begin;
-                    if (ahead) __builtin_prefetch(row + ahead);
-                    __m512i bytes;
-                    if constexpr (whole)
-                        bytes = _mm512_loadu_si512(row);
-                    else {
-                        const int64_t rest = std::clamp((w.columns * BITS + 7) / 8 - begin, int64_t(0), int64_t(64));
-                        bytes = _mm512_maskz_loadu_epi8(rest == 64 ? ~0ull : (1ull << rest) - 1, row);
-                    }
-                    if constexpr (BITS == 8)
-                        codes[r][line] = bytes;
-                    else
-                        codes[r][0] = _mm512_and_si512(bytes, nibbles),
-                        codes[r][1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibbles);
-                }
-                if constexpr (GROUPED) {
-                    const bfloat16* scale = w.scale + r * w.groups;
-                    if (inside || (step && (whole || at * step + step <= w.groups))) {
-                        const bfloat16* from = scale + at * step;
-                        __m128i numbers = inside ? _mm_loadu_si128((const __m128i*)from) : _mm_maskz_loadu_epi16(which, from);
-                        scales[r] = (__m512)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(numbers), where);
-                    } else {
-                        scales[r] = (__m512)lane_scales(scale, at * COLUMNS, COLUMNS / 16, w);
-                    }
-                }
-            }
-            for (int k = 0; k < N; k++) {
-                const char *high = x[k] + at * COLUMNS, *rest = high + low;
-                const __m512 scale = _mm512_set1_ps(((const float*)(x[k] + scales_at))[at]);
-                const __m512i start = _mm512_load_si512(x[k] + starts + 64 * at);
-                for (int r = 0; r < R; r++) {
-                    __m512i above = _mm512_setzero_si512(), below = start;
-                    for (int part = 0; part < PARTS; part++) {
-                        above = _mm512_dpbusd_epi32(above, codes[r][part], _mm512_load_si512(high + 64 * part));
-                        below = _mm512_dpbusd_epi32(below, codes[r][part], _mm512_load_si512(rest + 64 * part));
-                    }
-                    __m512 product = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(above, 8), below));
-                    if constexpr (GROUPED) product = _mm512_mul_ps(product, scales[r]);
-                    total[k][r] = (Vector)_mm512_fmadd_ps(product, scale, (__m512)total[k][r]);
-                }
+                const char* row = w.weight + r * w.row_bytes;
+                if (ahead && at * BYTES % 64 == 0) __builtin_prefetch(row + at * BYTES + ahead);
+                unpack(row, at * BYTES, row_bytes, is_whole, codes[r]);
             }
         };
-        const int64_t whole = w.columns / COLUMNS;
-        int64_t at = 0;
-        // As long as 8 scales, 16 bytes, lie within the row: one load that spreads them, without a mask.
-        if (GROUPED && step)
-            for (; at < whole && at * step + 8 <= w.groups; at++) meet(at, std::true_type(), std::true_type());
-        for (; at < whole; at++) meet(at, std::true_type(), std::false_type());
-        if (whole * COLUMNS < w.columns) meet(whole, std::false_type(), std::false_type());
+        auto from = [](const char* p) __attribute__((always_inline)) { return read<Integers>(p); };
+        if constexpr (GROUPED) {
+            if (N == 1 && ahead)
+                for (int64_t i = 0; i < R * w.groups; i += 32) __builtin_prefetch(w.scale + i + SCALES_AHEAD);
+            auto meet = [&](int64_t at, auto is_whole, auto inside) __attribute__((always_inline)) {
+                Unsigned codes[R][PARTS];
+                Vector scales[R];
+                codes_of(at, is_whole, codes);
+                for (int r = 0; r < R; r++) scales[r] = scales_of(w, r, at, inside);
+                for (int k = 0; k < N; k++) {
+                    const char* a = x[k] + at * COLUMNS;
+                    const Integers start = from(x[k] + places.start + at * BYTES);
+                    for (int r = 0; r < R; r++) {
+                        Sum sum(start);
+                        for (int part = 0; part < PARTS; part++)
+                            sum.add(codes[r][part], from(a + part * BYTES), from(a + other_half + part * BYTES));
+                        total[k][r] = fma(sum.value(), scales[r], total[k][r]);
+                    }
+                }
+            };
+            int64_t at = 0;
+            // As long as 8 scales, 16 bytes, lie within the row: one load that spreads them.
+            if (step)
+                for (; at < whole && at * step + 8 <= w.groups; at++) meet(at, std::true_type(), std::true_type());
+            for (; at < whole; at++) meet(at, std::true_type(), std::false_type());
+            if (whole * COLUMNS < w.columns) meet(whole, std::false_type(), std::false_type());
+        } else {
+            for (int64_t first = 0; first < places.chunks; first += TOGETHER) {
+                std::array<Sum, N * R> sums = [&]<size_t... I>(std::index_sequence<I...>) {
+                    return std::array<Sum, N * R>{Sum(from(x[I / R] + places.start + first / TOGETHER * BYTES))...};
+                }(std::make_index_sequence<N * R>());
+                auto meet = [&](int64_t at, auto is_whole) __attribute__((always_inline)) {
+                    Unsigned codes[R][PARTS];
+                    codes_of(at, is_whole, codes);
+                    for (int k = 0; k < N; k++) {
+                        const char* a = x[k] + at * COLUMNS;
+                        const Integers one = from(a), other = from(a + other_half);
+                        for (int r = 0; r < R; r++) sums[k * R + r].add(codes[r][0], one, other);
+                    }
+                };
+                const int64_t last = std::min(first + TOGETHER, places.chunks);
+                for (int64_t at = first; at < std::min(last, whole); at++) meet(at, std::true_type());
+                if (whole < last) meet(whole, std::false_type());
+                for (int k = 0; k < N; k++)
+                    for (int r = 0; r < R; r++) total[k][r] += sums[k * R + r].value();
+            }
+        }
+        for (int k = 0; k < N; k++) {
+            const float scale = read<float>(x[k] + places.scale);
+            for (int r = 0; r < R; r++) total[k][r] *= scale;
+        }
     }
     static float finish(const Rows& w, int r, float y) { return GROUPED ? y : y * to_float(w.scale[r * w.groups]); }
 };
