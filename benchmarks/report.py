@@ -22,7 +22,7 @@ OTHERS = {
 }
 HEADINGS = {**SECONDS, **RATES, **OTHERS}
 SCALES = {"bytes_per_token": 1e-6, "weight_bandwidth": 1e-9, "peak_bytes": 1e-6, "share": 100}
-SAME_SIZE = {"q8_0": ("int8", "int8-32"), "q4_0": ("int4",)}  # which precisions of ours a peer's is compared with
+SAME_SIZE = {"q8_0": ("q8_0", "int8", "int8-32"), "q4_0": ("q4_0", "int4")}  # ours that a peer's is compared with
 # Colour, marker, and on which side of it the label is, so that neighbouring labels do not overlap.
 LOOKS = {
     "nanoqwen": ("C0", "o", {"xytext": (7, -3), "ha": "left"}),

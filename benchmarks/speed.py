@@ -57,6 +57,8 @@ class Row(NamedTuple):
 
 
 ROWS = [Row("nanoqwen", precision) for precision in ("f32", "bf16", "int8", "int8-32", "int4")]
+GGUF_ROWS = ("q8_0", "q4_0", "q4_k_m")  # also this project's: the very file that llama.cpp runs
+ROWS += [Row("nanoqwen", precision) for precision in GGUF_ROWS]
 ROWS += [Row("transformers", precision) for precision in ("f32", "bf16")]
 ROWS += [Row("llama.cpp", precision) for precision in ("f32", "bf16", "q8_0", "q4_0", "q4_k_m")]
 ROWS += [Row("nanoqwen", precision, "cuda") for precision in ("bf16", "int8", "int4")]
@@ -229,7 +231,7 @@ def write_random_model(path: str) -> None:
 
 def convert(model: Path, row: Row, directory: Path) -> Path:
     """The checkpoint that a row runs on: the model itself, or what convert.py makes of it in `directory`."""
-    gguf = row.engine == "llama.cpp"
+    gguf = row.engine == "llama.cpp" or row.precision in GGUF_ROWS
     if not gguf and row.precision in BYTES:
         return model
     path = directory / (f"{row.precision}.gguf" if gguf else row.precision)

@@ -13,6 +13,7 @@ import io
 import mmap
 import struct
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
@@ -102,6 +103,24 @@ class Head:
         except UnicodeDecodeError:
             self.fail(f"{what} is not UTF-8")
 
+    def strings(self, count: int, key: str) -> list[str]:
+        """An array of strings. A vocabulary has 300,000: hence a loop without calls; `string` names what is wrong."""
+        data, position, result = self.data, self.position, []
+        read_length = struct.Struct("<Q").unpack_from
+        while len(result) < count:
+            start = position + 8
+            end = start + read_length(data, position)[0] if start <= self.size else self.size + 1
+            try:
+                if end > self.size:
+                    raise UnicodeError
+                result.append(data[start:end].decode("utf-8"))
+            except UnicodeError:
+                self.position = position
+                return [*result, self.string(key)]  # which fails
+            position = end
+        self.position = position
+        return result
+
     def value(self, kind: int, key: str, nesting: int = 0) -> Any:
         if kind in types.LETTERS:
             if kind == 7 and self.position < self.size and self.data[self.position] > 1:
@@ -122,6 +141,8 @@ class Head:
         if letter and kind != 7:
             start = self.take(count * least_size, key)
             return np.frombuffer(self.data, np.dtype(letter).newbyteorder("<"), count, start).tolist()
+        if kind == types.STRING:
+            return self.strings(count, key)
         return [self.value(kind, key, nesting + 1) for _ in range(count)]
 
     def read_metadata(self, count: int) -> dict[str, Any]:
@@ -196,10 +217,26 @@ def parse(path: str | Path, stream: BinaryIO, size: int) -> Head:
     return Head(path, data)
 
 
+# The header that was parsed last, for whoever opens the same file next: a chat is opened just before its model. It
+# holds no mapping, so that two models of a file do not share memory.
+_last: dict[tuple, Head] = {}
+
+
 def _head(path: Path) -> Head:
-    if not path.stat().st_size:
+    status = path.stat()
+    if not status.st_size:
         raise ValueError(f"{path}: the file is empty (download or convert it again)")
-    return Head(path, map_file(path))
+    key = (str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    data, known = map_file(path), _last.pop(key, None)
+    if known is not None:
+        known.data = data
+        return known
+    head = Head(path, data)
+    kept = copy(head)
+    kept.data, kept.metadata = b"", dict(head.metadata)
+    _last.clear()
+    _last[key] = kept
+    return head
 
 
 def _open_parts(path: Path) -> list[Head]:

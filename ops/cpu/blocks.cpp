@@ -3,7 +3,7 @@
 // Weights become whole numbers of 16 bits, a chunk of 256 columns at a time, and meet activations that are whole numbers
 // of 16 bits too, with a scale for each chunk. A product is then vpdpwssd or vpmaddwd, and exact. The K-types put the
 // scale of a group, itself a whole number, into the weights, so that 256 products need one conversion to float; the
-// other types need one for each block of 32. What is rounded is the activations, to 1/65,534 of the chunk's largest
+// other types need one for two blocks of 32. What is rounded is the activations, to 1/65,534 of the chunk's largest
 // number, where llama.cpp rounds them to 1/254.
 //
 // A few tokens unpack a chunk when they meet it, many unpack some rows once: the same numbers in the same order.
@@ -51,51 +51,43 @@ inline Integers add_products(Integers sum, Words a, Words b) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 256 weights of a row: weight · scale + minimum, the latter two those of the group of 32; the K-types have one scale.
 
+// Where there is a scale for each group, the halves of a vector belong to two of them, so that 64 products need one
+// conversion: `place` is where a column is, for weights and activations.
 struct Chunk {
     Words weight[CHUNK / WORDS];
     alignas(64) float scale[16], minimum[16];  // the second half of both is 0
 };
+constexpr int place(bool one, int column) {
+    const int group = column / GROUP, i = column % GROUP;
+    return one ? column : group / 2 * 64 + i / LANES * WORDS + group % 2 * LANES + i % LANES;
+}
 static_assert(sizeof(Chunk) <= CHUNK * sizeof(float));  // as scratch_size expects
 
-// A type of BLOCK weights in BYTES. ONE: a chunk has one scale. `unpack` reads the blocks that begin at p.
-//
-// Those of 32 weights: values<I>(p) are the WORDS from the I-th on.
-template <class Type, int BYTES_, bool MINIMA_>
-struct Simple {
-    static constexpr int64_t BLOCK = 32, BYTES = BYTES_;
-    static constexpr bool ONE = false, MINIMA = MINIMA_;
-
-    __attribute__((always_inline)) static void unpack(const char* p, int64_t blocks, Chunk& to) {
-        if (blocks < GROUPS) to = {};
-        each<GROUPS>([&](auto i) __attribute__((always_inline)) {
-            if (i >= blocks) return;
-            const char* block = p + i * BYTES;
-            to.scale[i] = half_at(block);
-            if (MINIMA) to.minimum[i] = half_at(block + 2);
-            each<GROUP / WORDS>([&](auto part) __attribute__((always_inline)) {
-                to.weight[i * (GROUP / WORDS) + part] = Type::template values<part * WORDS>(block);
-            });
-        });
-    }
-};
-
-// The lower four bits of 16 bytes, then the upper ones: the WORDS from the I-th on.
-template <int I>
-inline Words nibbles(const char* p) {
+// LANES bytes from a, then as many from b.
+template <class Bytes>
+inline Words widened(const char* a, const char* b) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-    const __m128i bytes = read<__m128i>(p);
-    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(bytes), _mm_srli_epi16(bytes, 4), 1);
-    return (Words)_mm512_cvtepu8_epi16(_mm256_and_si256(both, _mm256_set1_epi8(15)));
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(read<__m128i>(a)), read<__m128i>(b), 1);
+    return __builtin_convertvector((Bytes)both, Words);
 #else
-    const Words bytes = widened(p + I % 16);
-    return I < 16 ? bytes & 15 : bytes >> 4;
+    char both[WORDS];
+    std::memcpy(both, a, LANES), std::memcpy(both + LANES, b, LANES);
+    return __builtin_convertvector(read<Bytes>(both), Words);
 #endif
 }
 
-// 16 where the I-th and following bits are set.
+// Of two blocks with 16 bytes of codes the columns from the I-th on: lower four bits first, then the upper ones.
 template <int I>
-inline Words fifth_bits(const char* p) {
-    const uint32_t bits = read<uint32_t>(p) >> I;
+inline Words nibbles(const char* a, const char* b) {
+    const Words bytes = widened<Codes8>(a + I % 16, b + I % 16);
+    return I < 16 ? bytes & 15 : bytes >> 4;
+}
+
+// 16 where a fifth bit is set.
+template <int I>
+inline Words fifth_bits(const char* a, const char* b) {
+    constexpr uint32_t SOME = (1ull << LANES) - 1;
+    const uint32_t bits = (read<uint32_t>(a) >> I & SOME) | (read<uint32_t>(b) >> I & SOME) << LANES;
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
     return (Words)_mm512_maskz_set1_epi16(bits, 16);
 #else
@@ -105,25 +97,56 @@ inline Words fifth_bits(const char* p) {
 #endif
 }
 
+// A type of BLOCK weights in BYTES. ONE: a chunk has one scale. `unpack` reads the blocks that begin at p.
+//
+// Those of 32 weights: values<I>(a, b) are LANES numbers of block a from the I-th on, then those of b.
+template <class Type, int BYTES_, bool MINIMA_>
+struct Simple {
+    static constexpr int64_t BLOCK = 32, BYTES = BYTES_;
+    static constexpr bool ONE = false, MINIMA = MINIMA_;
+
+    __attribute__((always_inline)) static void unpack(const char* p, int64_t blocks, Chunk& to) {
+        alignas(64) char last[GROUPS * BYTES_];
+        if (blocks < GROUPS) {
+            std::memset(last, 0, sizeof last);
+            p = (const char*)std::memcpy(last, p, blocks * BYTES);
+        }
+        each<GROUPS>([&](auto i) __attribute__((always_inline)) {
+            to.scale[i] = half_at(p + i * BYTES);
+            if (MINIMA) to.minimum[i] = half_at(p + i * BYTES + 2);
+        });
+        each<GROUPS / 2>([&](auto pair) __attribute__((always_inline)) {
+            const char *a = p + 2 * pair * BYTES, *b = a + BYTES;
+            each<GROUP / LANES>([&](auto i) __attribute__((always_inline)) {
+                to.weight[pair * (GROUP / LANES) + i] = Type::template values<i * LANES>(a, b);
+            });
+        });
+    }
+};
+
 struct Q8_0Blocks : Simple<Q8_0Blocks, 34, false> {
     template <int I>
-    static Words values(const char* p) { return __builtin_convertvector(read<Signed8>(p + 2 + I), Words); }
+    static Words values(const char* a, const char* b) { return widened<Signed8>(a + 2 + I, b + 2 + I); }
 };
 struct Q4_0Blocks : Simple<Q4_0Blocks, 18, false> {
     template <int I>
-    static Words values(const char* p) { return nibbles<I>(p + 2) - 8; }
+    static Words values(const char* a, const char* b) { return nibbles<I>(a + 2, b + 2) - 8; }
 };
 struct Q4_1Blocks : Simple<Q4_1Blocks, 20, true> {
     template <int I>
-    static Words values(const char* p) { return nibbles<I>(p + 4); }
+    static Words values(const char* a, const char* b) { return nibbles<I>(a + 4, b + 4); }
 };
 struct Q5_0Blocks : Simple<Q5_0Blocks, 22, false> {
     template <int I>
-    static Words values(const char* p) { return (nibbles<I>(p + 6) | fifth_bits<I>(p + 2)) - 16; }
+    static Words values(const char* a, const char* b) {
+        return (nibbles<I>(a + 6, b + 6) | fifth_bits<I>(a + 2, b + 2)) - 16;
+    }
 };
 struct Q5_1Blocks : Simple<Q5_1Blocks, 24, true> {
     template <int I>
-    static Words values(const char* p) { return nibbles<I>(p + 8) | fifth_bits<I>(p + 4); }
+    static Words values(const char* a, const char* b) {
+        return nibbles<I>(a + 8, b + 8) | fifth_bits<I>(a + 4, b + 4);
+    }
 };
 
 // Eight groups of 32, each with a scale and a minimum of 6 bits.
@@ -206,9 +229,9 @@ int64_t chunks(int64_t n) { return (n + CHUNK - 1) / CHUNK; }
 
 // Activations as whole numbers. Of n: [chunks, 256] numbers, filled up with zeros; [chunks, 16] sums of 32 of them, as
 // floats; [chunks] scales. Each array is a stream of its own.
+template <bool ONE>
 struct Wholes {
     static constexpr float MOST = 32767;  // 16 products with the largest weight of Q6_K, 32 · 128, are below 2^31
-    static constexpr int TOKENS = 4;
 
     static int64_t sums_at(int64_t n) { return chunks(n) * CHUNK * 2; }
     static int64_t scales_at(int64_t n) { return sums_at(n) + chunks(n) * 64; }
@@ -237,7 +260,7 @@ struct Wholes {
                     const Integers q = (Integers)rounded - (Integers)(Vector{} + ROUND);
                     typedef int16_t Narrow __attribute__((vector_size(2 * LANES)));
                     const Narrow narrow = __builtin_convertvector(q, Narrow);
-                    std::memcpy(whole + i, &narrow, sizeof narrow);
+                    std::memcpy(whole + place(ONE, i), &narrow, sizeof narrow);
                     total += q;
                 }
                 int32_t sum = 0;
@@ -248,11 +271,22 @@ struct Wholes {
         }
     }
 
+    // The first of two numbers in the lower half of the lanes, the second in the upper one.
+    static Vector halves(const float* two) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+        return (Vector)_mm512_mask_broadcastss_ps(_mm512_set1_ps(two[0]), 0xff00, _mm_load_ss(two + 1));
+#else
+        Vector lanes;
+        for (int lane = 0; lane < LANES; lane++) lanes[lane] = two[lane >= LANES / 2];
+        return lanes;
+#endif
+    }
+
     // What R rows and N tokens add to their accumulators in chunk `at`.
-    template <bool ONE, bool MINIMA, int R, int N>
+    template <bool MINIMA, int R, int N>
     __attribute__((always_inline)) static void meet(const Chunk* const* w, const char* const* x, int64_t at, int64_t n,
                                                     Vector total[N][R]) {
-        constexpr int RUN = (ONE ? std::min(CHUNK, 16 * LANES) : GROUP) / WORDS;  // whose products fit, or share a scale
+        constexpr int RUN = (ONE ? std::min(CHUNK, 16 * LANES) : 64) / WORDS;  // whose products fit, or share two scales
         Vector products[N][R] = {};
         each<CHUNK / WORDS / RUN>([&](auto run) __attribute__((always_inline)) {
             Integers whole[N][R] = {};
@@ -262,14 +296,13 @@ struct Wholes {
                     for (int r = 0; r < R; r++) whole[k][r] = add_products(whole[k][r], w[r]->weight[run * RUN + i], some);
                 }
             });
-            for (int k = 0; k < N; k++)
-                for (int r = 0; r < R; r++) {
+            for (int r = 0; r < R; r++) {
+                const Vector scales = ONE ? Vector{} : halves(w[r]->scale + 2 * run);
+                for (int k = 0; k < N; k++) {
                     const Vector numbers = __builtin_convertvector(whole[k][r], Vector);
-                    if constexpr (ONE)
-                        products[k][r] += numbers;
-                    else
-                        products[k][r] = fma(numbers, Vector{} + w[r]->scale[run * RUN * WORDS / GROUP], products[k][r]);
+                    products[k][r] = ONE ? run ? products[k][r] + numbers : numbers : fma(numbers, scales, products[k][r]);
                 }
+            }
         });
         for (int k = 0; k < N; k++) {
             const Vector scale = Vector{} + ((const float*)(x[k] + scales_at(n)))[at];
@@ -286,16 +319,16 @@ struct Wholes {
 
 // Chunks that were unpacked before, some rows of them.
 template <bool ONE, bool MINIMA>
-struct Unpacked : Wholes {
+struct Unpacked : Wholes<ONE> {
     explicit Unpacked(const Rows&) {}
-    static constexpr int ROWS = LANES == 16 ? 4 : 2;
+    static constexpr int ROWS = LANES == 16 ? 4 : 2, TOKENS = 4;
 
     template <int R, int N>
     __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, int64_t, Vector total[N][R]) const {
         for (int64_t at = 0; at < chunks(w.columns); at++) {
             const Chunk* here[R];
             for (int r = 0; r < R; r++) here[r] = (const Chunk*)(w.weight + r * w.row_bytes) + at;
-            meet<ONE, MINIMA, R, N>(here, x, at, w.columns, total);
+            Wholes<ONE>::template meet<MINIMA, R, N>(here, x, at, w.columns, total);
         }
     }
     static float finish(const Rows&, int, float y) { return y; }
@@ -303,9 +336,9 @@ struct Unpacked : Wholes {
 
 // Blocks where they lie.
 template <class Type>
-struct InPlace : Wholes {
+struct InPlace : Wholes<Type::ONE> {
     explicit InPlace(const Rows&) {}
-    static constexpr int ROWS = 1;
+    static constexpr int ROWS = 1, TOKENS = 4;
     static constexpr int64_t BYTES = CHUNK / Type::BLOCK * Type::BYTES;  // of a chunk
 
     __attribute__((always_inline)) static void unpack(const char* row, int64_t columns, int64_t at, Chunk& to) {
@@ -322,7 +355,7 @@ struct InPlace : Wholes {
             if (LANES < 16 || Type::MINIMA) std::fill(chunk.minimum + GROUPS, chunk.minimum + 16, 0.f);
             unpack(w.weight, w.columns, at, chunk);
             const Chunk* here[R] = {&chunk};
-            meet<Type::ONE, Type::MINIMA, R, N>(here, x, at, w.columns, total);
+            Wholes<Type::ONE>::template meet<Type::MINIMA, R, N>(here, x, at, w.columns, total);
         }
     }
     static float finish(const Rows&, int, float y) { return y; }
@@ -344,7 +377,7 @@ struct InPlace : Wholes {
         for (int64_t i = 0; i < columns; i++) {
             const int64_t j = i % CHUNK, group = j / GROUP;
             if (j == 0) unpack(row, columns, i / CHUNK, chunk);
-            out[i] = ((const int16_t*)chunk.weight)[j] * chunk.scale[Type::ONE ? 0 : group] +
+            out[i] = ((const int16_t*)chunk.weight)[place(Type::ONE, j)] * chunk.scale[Type::ONE ? 0 : group] +
                      (Type::MINIMA ? chunk.minimum[group] : 0.f);
         }
     }
@@ -352,7 +385,7 @@ struct InPlace : Wholes {
 
 template <class Type>
 constexpr Products blocks_of() {
-    return {Wholes::bytes, Wholes::prepare, InPlace<Type>::multiply_all, InPlace<Type>::numbers};
+    return {Wholes<Type::ONE>::bytes, Wholes<Type::ONE>::prepare, InPlace<Type>::multiply_all, InPlace<Type>::numbers};
 }
 
 }  // namespace

@@ -114,7 +114,7 @@ inline Form form_of(const Linear& w) {
 // The form of the activations that some weights meet: several kinds take those of the first of them.
 inline Form activations_of(const Linear& w) {
     const Form form = form_of(w);
-    return form == FLOAT16 ? FLOAT32 : form > Q8_0 ? Q8_0 : form;
+    return form == FLOAT16 ? FLOAT32 : form >= Q4_K ? Q4_K : form >= Q8_0 ? Q8_0 : form;
 }
 
 // Vectors of activations in the forms that the weights want.

@@ -39,10 +39,12 @@ struct BlockType {
     int64_t form, block, size;
     std::vector<int64_t> scales;  // where in a block its float16 are
 };
-const BlockType BLOCK_TYPES[] = {
-    {FLOAT16, 1, 2, {0}},  {Q8_0, 32, 34, {0}},        {Q4_0, 32, 18, {0}},       {Q4_1, 32, 20, {0, 2}},    {Q5_0, 32, 22, {0}},
-    {Q5_1, 32, 24, {0, 2}}, {Q4_K, 256, 144, {0, 2}}, {Q5_K, 256, 176, {0, 2}}, {Q6_K, 256, 210, {208}}};
-const BlockType& block_type(int64_t form) { return *std::find_if(BLOCK_TYPES, BLOCK_TYPES + 8, [&](auto& t) { return t.form == form; }); }
+const BlockType BLOCK_TYPES[] = {{FLOAT16, 1, 2, {0}},     {Q8_0, 32, 34, {0}},      {Q4_0, 32, 18, {0}},
+                                 {Q4_1, 32, 20, {0, 2}},   {Q5_0, 32, 22, {0}},      {Q5_1, 32, 24, {0, 2}},
+                                 {Q4_K, 256, 144, {0, 2}}, {Q5_K, 256, 176, {0, 2}}, {Q6_K, 256, 210, {208}}};
+const BlockType& block_type(int64_t form) {
+    return *std::find_if(std::begin(BLOCK_TYPES), std::end(BLOCK_TYPES), [&](auto& type) { return type.form == form; });
+}
 
 template <class T>
 Linear linear(int64_t rows, int64_t columns, Kind kind, bool has_bias) {
