@@ -94,7 +94,7 @@ def main() -> None:
         console.notice(f"serve.py: {where} serves {name}: {describe(model)}; {options.max_batch} replies side by side")
 
     guarded = is_loopback(options.host) and options.api_key is None
-    run(create_app(service, options.api_key, LOOPBACK if guarded else None), listening, ready)
+    run(create_app(service, options.api_key, LOOPBACK | {options.host} if guarded else None), listening, ready)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def figures(server: Server) -> dict[str, float]:
 def soak(options: Any) -> None:
     """Prints what the clients did and what is left of it; ValueError where anything is lost or kept."""
     model = str(options.model or BUNDLED_MODEL)
-    command = [sys.executable, str(ROOT / "serve.py"), "--model", model, "--port", "{port}", "--memory", "256"]
+    command = [sys.executable, str(ROOT / "serve.py"), "--model", model, "--port", "{port}", "--memory", "32"]
     seconds = options.soak * 60
     with Server(command, "/health") as server:
         load = Load(server.port, seconds)

@@ -156,7 +156,7 @@ class Gate:
         if self.hosts is not None and hostname(host) not in self.hosts:
             raise ApiError(403, "this server is only asked as localhost; start it with --host to change that")
         origin = request.headers.get("origin")
-        if origin not in (None, "null") and origin.partition("://")[2] != host:
+        if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(403, "a page of another origin asks; this server answers only its own")
         if self.key is not None and request.url.path not in OPEN:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")

@@ -90,6 +90,8 @@ def _render(service: Service, given: Any, thinking: bool = True) -> list[int]:
         raise refused("add_generation_prompt", "false is only honoured beside continue_final_message")
     if given.messages is None:
         raise refused("messages", "is missing")
+    for message in given.messages:
+        service.check_text(message.get("content"), "messages")
     begun = bool(given.continue_final_message)
     try:
         return service.chat.render(given.messages, thinking, given.tools, continue_final_message=begun, literal=True)
@@ -166,6 +168,7 @@ def _encode(service: Service, prompts: list[str | list[int]], param: str, specia
     """The ids of each prompt; `special`: with the tokens that the tokenizer puts around a text."""
     found, vocabulary = [], service.model.config.vocab_size
     for prompt in prompts:
+        service.check_text(prompt, param)
         ids = prompt if isinstance(prompt, list) else service.chat.encode(prompt, special)
         if not ids:
             raise refused(param, "is empty; give at least one token")

@@ -82,7 +82,7 @@ def table(fields: dict[str, Reader]) -> Reader:
         found = SimpleNamespace(**dict.fromkeys(fields))
         for name, given in value.items():
             if name not in fields:
-                raise refused(name, f"there is no such field{did_you_mean(name, fields)}")
+                raise refused(name[:64], f"there is no such field{did_you_mean(name[:64], fields)}")
             if given is not None:
                 setattr(found, name, _value(name, given, fields[name]))
         return found

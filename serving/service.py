@@ -125,10 +125,15 @@ class Service:
 
     # ---- replies ----
 
-    def check_length(self, ids: list[int], param: str) -> None:
+    def check_length(self, ids: list[int], param: str, least: str = "") -> None:
         if len(ids) > self.context:
-            message = f"{param}: {len(ids):,} tokens, but the context holds {self.context:,}; shorten it"
+            message = f"{param}: {least}{len(ids):,} tokens, but the context holds {self.context:,}; shorten it"
             raise ApiError(400, message, param, "context_length_exceeded")
+
+    def check_text(self, text: Any, param: str) -> None:
+        """Refuses a text that is far too long by its beginning, before all of it is tokenized."""
+        if isinstance(text, str) and len(text) > 32 * self.context:
+            self.check_length(self.chat.encode(text[: 16 * self.context])[:-16], param, "more than ")
 
     def exchange(self, prompts: list[list[int]], asked: Asked, n: int, constraints: Callable[[], Constraint | None]):
         """The replies to these prompts, `n` of each, in the API's order. ApiError 429 where the queue is full."""

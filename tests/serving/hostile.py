@@ -117,7 +117,7 @@ def ask_all(url: str, count: int, seed: int = 0) -> Counter:
     import httpx
 
     found: Counter = Counter()
-    with httpx.Client(base_url=url, timeout=30) as client:
+    with httpx.Client(base_url=url, timeout=300) as client:
         for path, body, headers in requests(count, seed):
             start = time.perf_counter()
             reply = client.post(path, content=body, headers=headers)
