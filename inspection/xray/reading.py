@@ -10,11 +10,14 @@ can't be read is handed on as `Unreadable` and the reading continues, a file tha
 No row may be larger than ROW_BYTES, so that memory stays bounded.
 """
 
+import codecs
 import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,6 +192,9 @@ def _parquet_batches(part: Part, first: int, left: int | None) -> Iterator[Batch
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: can't be read as Parquet ({' '.join(str(error).split())})") from None
     with file:
+        names = Counter(file.schema_arrow.names)
+        if twice := next((name for name, count in names.items() if count > 1), None):
+            raise ValueError(f"{path}: two columns are called {_short(twice)}; rename one of them")
         size, readable = _parquet_batch_rows(path, file.metadata), False
         waiting = list(_neighbours([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)], size))
         while waiting:
@@ -347,7 +353,11 @@ OVERSIZED = "is larger than"
 
 def _open(path: Path) -> io.BufferedReader:
     packed = PACKED.get(path.suffix.lower())
-    return io.BufferedReader(pa.input_stream(str(path), compression=packed), 1 << 20)
+    file = io.BufferedReader(pa.input_stream(str(path), compression=packed), 1 << 20)
+    with suppress(pa.ArrowException, OSError):  # damaged: whoever reads says so
+        if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"{path}: is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
+    return file
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, bool]]:

@@ -121,13 +121,28 @@ class Scan:
             self.types.setdefault(column.name, set()).add(type_name(column.type))
         for name in item.table.column_names:
             self.nulls[name] += item.table[name].null_count
-        self.sql.register("batch", found.table)
+        try:
+            self.sql.register("batch", found.table)
+        except duckdb.Error:
+            found = found._replace(table=self._known(found.table))
+            self.sql.register("batch", found.table)
         try:
             self._insert(found)
             self._remember(found.table["_prompt"])
         finally:
             self.sql.unregister("batch")
         self._look(item, found.texts)
+
+    def _known(self, table: pa.Table) -> pa.Table:
+        """The same, columns of types that duckdb does not have as text."""
+        for place, name in enumerate(table.column_names):
+            try:
+                self.sql.register("column", table.select([place]))
+                self.sql.unregister("column")
+            except duckdb.Error:
+                values = (None if value is None else str(value) for value in table[name].to_pylist())
+                table = table.set_column(place, name, pa.chunked_array([pa.array(values, pa.string())]))
+        return table
 
     def _begin(self, first: Prepared) -> None:
         self.shape = first.shape

@@ -207,6 +207,28 @@ def test_texts_of_other_writers(look, tmp_path, kind):
     assert {column["type"] for column in found["columns"]} == {"string"}
 
 
+def test_columns_of_types_that_duckdb_does_not_have(look, tmp_path):
+    columns = {"text": [sentence(i) for i in range(3)], "half": pa.array([1.5, None, 2], pa.float16())}
+    pq.write_table(pa.table(columns | {"months": pa.array([1, 2, None], pa.float16())}), tmp_path / "rows.parquet")
+    found = look(tmp_path / "rows.parquet", keep_rows=True)
+    assert findings(found) == {} and [column["nulls"] for column in found["columns"]] == [0, 1, 1]
+    _, rows = query(look.last.scan, "SELECT half, months FROM data")
+    assert list(rows) == [("1.5", "1.0"), (None, "2.0"), ("2.0", None)]
+
+
+def test_two_columns_of_one_name_are_one_line(look, tmp_path):
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["text", "text"]), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="two columns are called 'text'; rename one of them"):
+        look(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.txt", "rows.json"])
+def test_utf_16_is_one_line(look, tmp_path, name):
+    (tmp_path / name).write_bytes('{"text": "a b"}\n'.encode("utf-16"))
+    with pytest.raises(ValueError, match="is UTF-16; convert it to UTF-8"):
+        look(tmp_path / name)
+
+
 def test_a_tree_whose_roots_name_no_parent(look, monkeypatch):
     from inspection.xray import reading
 
