@@ -61,7 +61,7 @@ class Train:
         "auto", "triton: fused operations; auto: on CUDA without compile", ("auto", "torch", "triton"), may_change=True
     )
     checkpoint_activations: bool = key(
-        False, "recompute each block in the backward pass: less memory, a third slower", may_change=True
+        False, "compute each block again in the backward pass: less memory, slower", may_change=True
     )
     parallel: str = key(
         "none",
