@@ -14,7 +14,9 @@ import console
 from benchmarks.common import ROOT, cache_directory, run_script
 from formats.source import BUNDLED_MODEL, resolve
 
+CACHE = "float32, keys and values in 8 bits (--kv int8)"
 SCHEMES = {
+    CACHE: (),
     "bf16": ("--to", "bf16"),
     "int8": ("--to", "int8"),
     "int8, groups of 32": ("--to", "int8", "--group-size", "32"),
@@ -50,6 +52,11 @@ def main(arguments: list[str]) -> None:
         for name in options.schemes:
             flags = SCHEMES[name]
             path = Path(folder) / ("model.gguf" if "gguf" in flags else "model")
-            run_script(ROOT / "convert.py", *flags, "--model", str(model), "--out", str(path), "--force")
-            error, divergence, same = compare(logits(Qwen3.from_pretrained(path), texts), exact)
+            if name == CACHE:
+                tried = Qwen3.from_pretrained(model, dtype=torch.float32)
+                tried.cache_dtype = torch.int8
+            else:
+                run_script(ROOT / "convert.py", *flags, "--model", str(model), "--out", str(path), "--force")
+                tried = Qwen3.from_pretrained(path)
+            error, divergence, same = compare(logits(tried, texts), exact)
             print(f"| {name} | {100 * error:.3f} | {divergence:.2e} | {100 * same:.2f} |", flush=True)

@@ -73,6 +73,7 @@ class Job:
     prefill: int  # tokens
     tokens: int  # decoded in each measurement
     deep: int = 0  # positions before the deep decode, 0 for none
+    kv: str = "auto"  # int8: keys and values in 8 bits
     batches: list[int] = field(default_factory=list)
     model: str = ""
     precision: str = ""
@@ -105,6 +106,7 @@ class Nanoqwen:
         dtype = {"f32": torch.float32, "bf16": torch.bfloat16}.get(self.job.precision)  # else as it was converted
         self.model = load(open_checkpoint(Path(self.job.model)), self.job.device, dtype)
         use_kernels(self.model, "auto", "bench.py")
+        self.model.cache_dtype = torch.int8 if self.job.kv == "int8" else None
 
     def new_cache(self, rows: int, positions: int) -> Any:
         from generate import new_cache
@@ -288,12 +290,14 @@ def parse_arguments(arguments: list[str]) -> Any:
     add("--rows", nargs="+", metavar="ROW", help="such as nanoqwen/bf16 or '*/bf16' (default: all that can run)")
     add("--repeats", type=int, default=3, metavar="N", help="rounds over all rows (default: 3)")
     add("--threads", type=int, metavar="N", help="default: PyTorch's choice, one for each core")
-    add("--deep", action="store_true", help="also decode behind 4096 positions (slow)")
+    add("--deep", type=int, nargs="?", const=4096, metavar="N", help="also decode behind N positions (4096; slow)")
+    add("--kv", choices=("auto", "int8"), default="auto", help="keys and values in 8 bits; llama.cpp's as q8_0")
     add("--batch", action="store_true", help="also decode 4 and 16 sequences at once")
     add("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="where the report goes (runs/bench)")
     add("--measure", metavar="JSON", help=argparse.SUPPRESS)  # one run of a row, in a child process
     options = parser.parse_args(arguments)
-    for name, value, most in (("--repeats", options.repeats, 1000), ("--threads", options.threads, os.cpu_count())):
+    ranges = (("--repeats", 1000), ("--threads", os.cpu_count()), ("--deep", 1 << 20))
+    for name, value, most in ((name, getattr(options, name[2:]), most) for name, most in ranges):
         if value is not None and not 1 <= value <= most:
             raise ValueError(f"{name} {value}: give a number from 1 to {most}")
     return options
@@ -351,7 +355,8 @@ def main(arguments: list[str]) -> None:
         facts = worker.submit(model_facts, str(model)).result()
         room, threads = facts["context"] // 2, facts.pop("threads")
         job = Job(threads=options.threads or threads, prefill=min(512, room), tokens=min(32, max(1, room // 4)))
-        job.deep, job.batches = min(4096, room) if options.deep else 0, list(BATCHES) if options.batch else []
+        job.deep, job.batches = min(options.deep or 0, room), list(BATCHES) if options.batch else []
+        job.kv = options.kv
         console.notice("measuring the machine")
         machine = worker.submit(describe_machine, job.threads).result()
         rows, absent = choose_rows(options.rows, cuda=bool(machine["gpu"]))

@@ -37,7 +37,8 @@ def measure(job: Job) -> dict[str, float]:
     measured["decode"] = speed(job, "-p", 0, "-n", job.tokens, "-d", SHORT)["avg_ts"]
     measured["peak_bytes"] = console.peak_bytes(resource.getrusage(resource.RUSAGE_CHILDREN))
     if job.deep:
-        measured["decode_deep"] = speed(job, "-p", 0, "-n", job.tokens, "-d", job.deep)["avg_ts"]
+        cache = ("-ctk", "q8_0", "-ctv", "q8_0") if job.kv == "int8" else ()
+        measured["decode_deep"] = speed(job, "-p", 0, "-n", job.tokens, "-d", job.deep, "-fa", 1, *cache)["avg_ts"]
     return measured | {"bytes_per_weight": prefill["model_size"] / prefill["model_n_params"]}
 
 

@@ -19,6 +19,14 @@ def test_equal_logits_have_no_error_and_known_ones_a_known_divergence():
     assert divergence == pytest.approx((0.5 * (0.5 / p).log()).sum().item() / 2)
 
 
+def test_a_cache_of_8_bits_errs_a_little(one_thread):
+    texts = conversations(Chat.from_pretrained(BUNDLED_MODEL), 2)
+    model = Qwen3.from_pretrained(BUNDLED_MODEL, dtype=torch.float32)
+    exact = logits(model, texts)
+    model.cache_dtype = torch.int8
+    assert 0 < compare(logits(model, texts), exact)[0] < 0.03
+
+
 def test_fewer_bits_err_more(one_thread):
     texts = conversations(Chat.from_pretrained(BUNDLED_MODEL), 4)
     exact = logits(Qwen3.from_pretrained(BUNDLED_MODEL, dtype=torch.float32), texts)
