@@ -23,6 +23,11 @@ if TYPE_CHECKING:  # at run time only where something is drawn
     from rich.console import Console
     from rich.progress import Progress
 
+# Before PyTorch is imported: how often its waiting threads look before they sleep. libgomp's own bound is milliseconds,
+# in which a thread keeps the core that another program, or the thread it waits for, needs.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 T = TypeVar("T")
 
 

@@ -145,3 +145,14 @@ def test_a_missing_package_is_one_line_with_the_command(monkeypatch, capsys):
 
     with pytest.raises(ModuleNotFoundError):
         console.run(defect)
+
+
+@pytest.mark.parametrize(
+    "given, expected", [({}, "2000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(given, expected):
+    code = "import sys, console, os; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command, here = [sys.executable, "-c", code], Path(__file__).parent.parent
+    result = subprocess.run(command, cwd=here, env=clean | given, check=True, capture_output=True, text=True)
+    assert result.stdout.split() == [expected, "False"]

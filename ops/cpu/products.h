@@ -9,8 +9,8 @@
 //     float32              as they are                                               fma                   floats.cpp
 //     bfloat16             as they are, even and odd columns apart                   fma                   floats.cpp
 //     bfloat16             rounded to bfloat16                                       vdpbf16ps             floats.cpp
-//     8 or 4 bits          whole numbers of 16 bits, a scale for a chunk             vpdpbusd (VNNI)       codes.cpp
-//     8 or 4 bits          as they are, or arranged for 4 bits                       fma, without VNNI     codes.cpp
+//     8 or 4 bits          whole numbers of 16 bits, a scale for each token          vpdpbusd, vpmaddwd    codes.cpp
+//     8 or 4 bits          as they are, or arranged for 4 bits                       fma, without AVX2     codes.cpp
 //     blocks of a GGUF     whole numbers of 16 bits, a scale for a chunk             vpdpwssd, vpmaddwd    blocks.cpp
 //
 // Codes are packed as in formats/compressed_tensors.py: one (the number + 128) to a byte, or two (the number + 8), the
