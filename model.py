@@ -424,11 +424,6 @@ class KVCache:
         assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
         self.lengths = list(lengths)
 
-    def keep(self, rows: list[int]) -> None:
-        """Keeps only these rows of the batch, in this order."""
-        self._replace(lambda tensor: tensor[rows])
-        self.lengths = [self.lengths[row] for row in rows]
-
     def row(self, row: int) -> "KVCache":
         """One row as a cache: a view of these keys and values with a length of its own."""
         view = copy(self)

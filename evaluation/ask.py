@@ -11,7 +11,7 @@ from chat import Chat
 from evaluation.folder import OUTPUT, Folder
 from evaluation.tasks import Question
 from inference.decode import PromptTooLong, ThinkingBudget, check_prompt
-from inference.engine import generate_batch
+from inference.engine import Engine, generate_batch
 from inference.likelihood import Scorer
 from inference.sampling import SamplingParams
 from inference.session import Listener
@@ -37,6 +37,7 @@ class Asker:
         batch: int = 16,
     ):
         self.model, self.chat, self.params, self.batch = model, chat, params, batch
+        self.engine = Engine(model, batch)
         self.thinking, self.thinking_budget, self.seed, self.samples = thinking, thinking_budget, seed, samples
         self.system = [{"role": "system", "content": system}] if system is not None else []
         self._likelihood: Scorer | None = None
@@ -106,6 +107,7 @@ class Asker:
             [replace(one, stop=()) for one in params],
             intervene=budgets,
             until=[until(row) for row in range(len(asked))],
+            engine=self.engine,
         )
         share = (time.perf_counter() - start) / len(asked)
         for listener, one in zip(listeners, params, strict=True):

@@ -19,7 +19,7 @@ from evaluation.results import score
 from evaluation.run import Evaluated
 from formats.files import write_text
 from formats.record import commit
-from inference.engine import generate_batch
+from inference.engine import Engine, generate_batch
 from inference.likelihood import Scorer
 from inference.params import SamplingParams
 from inference.session import Listener
@@ -107,21 +107,17 @@ def language_model(evaluated: Evaluated, batch: int = 16, thinking: bool = True)
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
             asked = [self._asked(*request.args) for request in requests]
-            order = sorted(range(len(asked)), key=lambda i: len(asked[i][0]))
-            found: dict[int, str] = {}
-            for start in range(0, len(order), batch):
-                chosen = order[start : start + batch]
-                listeners = [Listener(chat, asked[i][0], asked[i][1].stop, raw=True) for i in chosen]
-                generate_batch(
-                    model,
-                    [asked[i][0] for i in chosen],
-                    [SamplingParams(**{**vars(asked[i][1]), "stop": ()}) for i in chosen],
-                    until=[listener.heard for listener in listeners],
-                )
-                for i, listener in zip(chosen, listeners, strict=True):
-                    listener.finish()
-                    found[i] = listener.answer.answer
-            return [found[i] for i in range(len(asked))]
+            listeners = [Listener(chat, ids, params.stop, raw=True) for ids, params in asked]
+            generate_batch(
+                model,
+                [ids for ids, _ in asked],
+                [SamplingParams(**{**vars(params), "stop": ()}) for _, params in asked],
+                until=[listener.heard for listener in listeners],
+                engine=Engine(model, batch),
+            )
+            for listener in listeners:
+                listener.finish()
+            return [listener.answer.answer for listener in listeners]
 
         def _asked(self, context: str, settings: dict[str, Any]) -> tuple[list[int], SamplingParams]:
             until = settings.get("until") or []

@@ -140,11 +140,18 @@ class Reply:
 
     def choose(self, logits: Tensor) -> list[tuple[int, Tensor | None]]:
         """The token drawn from logits [V] and, without logits, the ids that `intervene` inserts after it."""
+        return self.accept(self.draw(logits), logits)
+
+    def draw(self, logits: Tensor) -> int:
+        """The first half of `choose`, which several replies can do at once in threads: mask and sample."""
         scores = logits if self.mask is None else self.mask(self.tokens, logits)
         try:
-            token = sample(scores, self.params, self.generator, self.said)
+            return sample(scores, self.params, self.generator, self.said)
         except NotFinite as error:
             raise ValueError(damage(self.model) or str(error)) from None
+
+    def accept(self, token: int, logits: Tensor) -> list[tuple[int, Tensor | None]]:
+        """The second half: what follows from the token."""
         self.tokens.append(token)
         over = token in self.ends
         forced = [] if over or self.intervene is None else self.intervene(self.tokens)

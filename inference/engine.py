@@ -21,7 +21,9 @@ An engine belongs to one thread. Nothing in it is locked.
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,10 @@ class Running:
     reply: Reply
     on_tokens: OnTokens | None
     cache: Any = None  # None: not begun
+    prompt: np.ndarray = field(init=False)  # int64 [tokens], as comparisons want it
+
+    def __post_init__(self):
+        self.prompt = np.array(self.reply.ids, np.int64)
 
     @property
     def pending(self) -> int:
@@ -65,7 +71,7 @@ class Running:
 
     def text(self) -> np.ndarray:
         """Prompt and reply, int64 [positions]."""
-        return np.array([*self.reply.ids, *self.reply.tokens], np.int64)
+        return np.concatenate((self.prompt, np.array(self.reply.tokens, np.int64)))
 
 
 @dataclass(eq=False)
@@ -103,6 +109,7 @@ class Engine:
         self.running: list[Running] = []  # in the order in which they came
         self.kept: list[Kept] = []  # the least recently used first
         self.seconds_per_token = 0.0  # of a prompt, as last measured
+        self.threads: ThreadPoolExecutor | None = None
 
     # ---- requests ----
 
@@ -153,11 +160,12 @@ class Engine:
         found = self.store.forward(list(parts.values()))
         if tokens >= 2 * PIECE[0]:  # fewer take as long as reading the weights does
             self.seconds_per_token = (time.perf_counter() - start) / tokens
-        failed = []
-        for one, logits in zip(parts, found, strict=True):
-            if logits is not None and one in self.running:  # else a callback has cancelled it
+        chosen = [(one, logits) for one, logits in zip(parts, found, strict=True) if logits is not None]
+        drawn, failed = self._draw(chosen), []
+        for (one, logits), draw in zip(chosen, drawn, strict=True):
+            if one in self.running:  # else a callback has cancelled it
                 try:
-                    self._choose(one, logits)
+                    self._accept(one, draw, logits)
                 except BaseException as error:  # the other replies get their tokens first
                     self.cancel(one.reply)
                     failed.append(error)
@@ -243,9 +251,17 @@ class Engine:
 
     # ---- one reply ----
 
-    def _choose(self, one: Running, logits: Tensor) -> None:
+    def _draw(self, chosen: list[tuple[Running, Tensor]]) -> list[Callable[[], int]]:
+        """Draws a token for each reply, in threads, for the model has to wait for it; → what gives it, or raises."""
+        if len(chosen) == 1 or torch.get_num_threads() == 1:
+            return [partial(one.reply.draw, logits) for one, logits in chosen]
+        if self.threads is None:
+            self.threads = ThreadPoolExecutor(torch.get_num_threads(), "draw")
+        return [self.threads.submit(one.reply.draw, logits).result for one, logits in chosen]
+
+    def _accept(self, one: Running, draw: Callable[[], int], logits: Tensor) -> None:
         try:
-            news = one.reply.choose(logits)
+            news = one.reply.accept(draw(), logits)
         except Exception as error:  # of this reply alone: its logits are not finite, its grammar is at an end
             one.reply.error, one.reply.ended, news = error, True, []
         if one.reply.ended:
@@ -295,12 +311,12 @@ def generate_batch(
     chat: Chat | None = None,
     intervene: Sequence[Intervene | None] | None = None,
     until: Sequence[Until | None] | None = None,
-    max_batch: int | None = None,
+    engine: Engine | None = None,
 ) -> list[list[int]]:
     """Replies to many prompts at once, of any lengths; each reply is the one that `generate` gives alone.
 
-    `chat` is for stop strings; `intervene` and `until` hold what `Reply` takes, one for each prompt. At most
-    `max_batch` run at once (None: all).
+    `chat` is for stop strings; `intervene` and `until` hold what `Reply` takes, one for each prompt. `engine`: one of
+    this model with unchanged weights, which says how many run at once and has caches of calls before (None: all run).
     """
     if isinstance(prompts, Tensor | str):
         raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of prompts, each a list of ids")
@@ -310,10 +326,14 @@ def generate_batch(
     nobody = [None] * len(prompts)
     given = zip(prompts, each, intervene or nobody, until or nobody, strict=True)
     replies = [Reply(model, ids, p, chat, put_in, end) for ids, p, put_in, end in given]
-    engine = Engine(model, max_batch or len(replies))
-    for reply in replies:
-        engine.add(reply)
-    engine.run()
+    engine = engine or Engine(model, len(replies))
+    try:
+        for reply in replies:
+            engine.add(reply)
+        engine.run()
+    finally:
+        for reply in replies:
+            engine.cancel(reply)
     for reply in replies:
         if reply.error is not None:
             raise reply.error

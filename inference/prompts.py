@@ -15,10 +15,10 @@ from pathlib import Path
 
 from data.conversations import Conversation, prompt
 from inference.decode import ThinkingBudget, check_prompt
-from inference.engine import generate_batch
+from inference.engine import Engine, generate_batch
 from inference.session import Answer, Listener, Session
 
-WINDOW = 4  # batches that are read ahead and sorted by length, so that rows of a batch are about as long
+WINDOW = 4  # batches that are read ahead: a prompt joins as soon as a reply ends
 
 
 def read_prompts(path: Path) -> Iterator[Conversation]:
@@ -50,7 +50,7 @@ def answer_prompts(session: Session, path: Path, batch_size: int) -> Iterator[An
     The session gives the model and the settings; nothing is remembered from one prompt to the next. At most `WINDOW`
     batches of the file are in memory.
     """
-    prompts = read_prompts(path)
+    prompts, engine = read_prompts(path), Engine(session.model, batch_size)
     while True:
         window, broken = [], None
         try:
@@ -59,11 +59,8 @@ def answer_prompts(session: Session, path: Path, batch_size: int) -> Iterator[An
         except ValueError as error:
             broken = error
         waiting = [i for i, ids in enumerate(window) if not isinstance(ids, Answer)]
-        waiting.sort(key=lambda i: len(window[i]))
-        for start in range(0, len(waiting), batch_size):
-            chosen = waiting[start : start + batch_size]
-            for i, answer in zip(chosen, _answers(session, [window[i] for i in chosen]), strict=True):
-                window[i] = answer
+        for i, answer in zip(waiting, _answers(session, [window[i] for i in waiting], engine), strict=True):
+            window[i] = answer
         yield from window
         if broken is not None:
             raise broken
@@ -90,7 +87,7 @@ def _prompt(session: Session, asked: Conversation) -> list[int] | Answer:
     return ids
 
 
-def _answers(session: Session, prompts: list[list[int]]) -> list[Answer]:
+def _answers(session: Session, prompts: list[list[int]], engine: Engine) -> list[Answer]:
     chat, params, tokens = session.chat, session.params, session.thinking_budget
     listeners = [Listener(chat, ids, params.stop, session.raw, session.loop_stop) for ids in prompts]
     generate_batch(
@@ -99,9 +96,10 @@ def _answers(session: Session, prompts: list[list[int]]) -> list[Answer]:
         replace(params, stop=()),  # the listeners look for them themselves
         intervene=[ThinkingBudget(chat, ids, tokens) if tokens else None for ids in prompts],
         until=[listener.heard for listener in listeners],
+        engine=engine,
     )
     for listener in listeners:
         listener.complete(session.model, params)
         listener.finish()
-        listener.answer.stats = {"seed": params.seed, "batch_size": len(prompts)}
+        listener.answer.stats = {"seed": params.seed, "batch_size": engine.max_batch}
     return [listener.answer for listener in listeners]

@@ -23,7 +23,7 @@ from data.shard_format import END_OF_TEXT
 from data.sources import ALL, Item, Pair, Question, Row, fingerprint, row_of
 from formats.files import atomic_file
 from inference.decode import end_tokens
-from inference.engine import generate_batch
+from inference.engine import Engine, generate_batch
 from inference.params import SamplingParams
 from inference.replies import parse
 from model import Qwen3
@@ -226,8 +226,7 @@ class RewardStage(Stage):
         digests = (hashlib.blake2b(name, digest_size=8).digest() for name in names)
         limits = {"temperature": grpo.temperature, "max_new_tokens": grpo.max_new_tokens}
         params = [SamplingParams(**limits, seed=int.from_bytes(digest) >> 1) for digest in digests]
-        chunks = [slice(start, start + grpo.rollout_batch) for start in range(0, len(prompts), grpo.rollout_batch)]
-        return [reply for rows in chunks for reply in generate_batch(self.model, prompts[rows], params[rows])]
+        return generate_batch(self.model, prompts, params, engine=Engine(self.model, grpo.rollout_batch))
 
     def _rewards(self, asked: list[Question], written: list[list[int]]) -> Tensor:
         """float64 [replies]: in float32 the mean of equal rewards need not be one of them."""

@@ -201,3 +201,12 @@ def test_a_batch_of_prompts_raises_what_one_of_them_cannot_do():
     model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="non-finite"):
         generate_batch(model, [[5], [6]], SamplingParams(max_new_tokens=3))
+
+
+def test_tokens_drawn_in_threads_are_the_same():
+    model, params = small_model("bfloat16"), SamplingParams(temperature=1, seed=2, max_new_tokens=9)
+    expected = [list(generate(model, ids, params)) for ids in prompts(8)]
+    torch.set_num_threads(2)  # the fixture sets them back
+    engine = Engine(model, 8)
+    assert generate_batch(model, prompts(8), params, engine=engine) == expected and engine.threads is not None
+    assert generate_batch(model, prompts(8), params, engine=engine) == expected and len(engine.kept) > 2
