@@ -54,7 +54,7 @@ def test_it_serves_and_sigterm_lets_replies_end():
         url = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
         assert "serves models/tiny: 479,264 parameters" in line
         headers, got = {"Authorization": "Bearer k"}, {}
-        body = {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 400, "seed": 1}
+        body = {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 80, "seed": 1}
         body |= {"temperature": 1.0, "logit_bias": {"734": -100, "732": -100}, "stream": True}
 
         def read():
