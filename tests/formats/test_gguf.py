@@ -18,7 +18,7 @@ from test_chat import TEXTS, write_checkpoint
 from tokenizers import Tokenizer
 
 from formats.checkpoint import open_checkpoint
-from formats.gguf import writer
+from formats.gguf import reader, writer
 from formats.gguf.reader import GGUF
 from formats.gguf.types import dequantize, quantize
 from formats.gguf.writer import TYPES, plan, write_gguf, write_qwen3c
@@ -702,3 +702,13 @@ def test_damaged_files_are_read_or_refused(small_file, tmp_path_factory, data):
     for name, (dtype, shape) in found.tensors.items():
         values = found.read(name)
         assert (values.dtype, tuple(values.shape)) == (dtype, shape)
+
+
+def test_a_header_is_parsed_once_for_two_openings_that_share_no_memory(small_file, monkeypatch):
+    parsed = []
+    monkeypatch.setattr(reader, "_last", {})
+    monkeypatch.setattr(reader.Head, "read_alignment", lambda head: parsed.append(head.path) or 32)
+    first, second = GGUF(small_file), GGUF(small_file)
+    assert len(parsed) == 1 and first.metadata == second.metadata
+    a, b = (checkpoint.read("model.norm.weight") for checkpoint in (first, second))
+    assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
