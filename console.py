@@ -122,9 +122,9 @@ def byte_progress() -> "Progress":
 
 
 @contextmanager
-def task_progress(what: str, total: int | None, done: int = 0) -> Iterator[Callable[..., None]]:
+def task_progress(what: str, total: int | None, done: int = 0, closing: bool = False) -> Iterator[Callable[..., None]]:
     """Yields update(done, said=""), `said` standing behind the bar: a bar with the time that remains in a terminal,
-    else a line every 15 seconds, and one at the end where something is said. `total` is None where nobody knows it."""
+    else a line every 15 seconds, and with `closing` one at the end. `total` is None where nobody knows it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -136,7 +136,7 @@ def task_progress(what: str, total: int | None, done: int = 0) -> Iterator[Calla
         def update(done: int, said: str = "") -> None:
             nonlocal last
             progress.update(task, completed=done, description=f"{what}  {said}".strip())
-            if progress.disable and (time.monotonic() - last > 15 or (said and done == total)):
+            if progress.disable and (time.monotonic() - last > 15 or (closing and done == total)):
                 last = time.monotonic()
                 notice(f"{what}: {done:,}{of_all}  {said}".strip())
 

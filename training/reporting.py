@@ -59,7 +59,10 @@ def reports(run: Run, settings: Settings, is_first: bool) -> Iterator[Callable[[
         yield lambda record: None
         return
     steps = settings.train.steps
-    with console.task_progress("step", steps, run.step) as update, weights_and_biases(run, settings) as also:
+    with (
+        console.task_progress("step", steps, run.step, closing=True) as update,
+        weights_and_biases(run, settings) as also,
+    ):
         validation_loss = None
 
         def log(record: dict[str, Any]) -> None:
