@@ -94,7 +94,7 @@ def test_its_first_output_is_what_make_run_prints():
     assert next(block.text for block in blocks("README.md") if not block.language) == result.stdout
 
 
-SUBJECTS = "speed|train|tokens|convert|quality|sampling|lens|xray|tokenize|inspect|download"
+SUBJECTS = "speed|train|tokens|convert|quality|sampling|lens|serve|start|xray|tokenize|inspect|download"
 SUBJECTS += "|run|rescore|compare|report|perplexity|export|tasks"
 PROGRAM = rf"python ([\w/]+\.py(?: (?:{SUBJECTS})\b)?)"
 TEXTS = {page: (ROOT / page).read_text().replace("\\\n", " ") for page in [*PAGES, *OTHERS]}
