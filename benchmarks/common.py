@@ -66,9 +66,13 @@ def cache_directory() -> Path:
 
 def describe_machine(threads: int = 0) -> dict[str, Any]:
     """The machine, and with `threads` its measured limits."""
+    from ops.cpu import variants
+    from ops.cpu.library import Chosen, library
     from ops.limits import describe, limits
 
-    found = {**describe(), "load_average": os.getloadavg()[0]}
+    library()
+    products = variants.describe(Chosen.variant) if Chosen.variant else None
+    found = {**describe(), "load_average": os.getloadavg()[0], "row_products": products}
     return found | {"limits": limits(threads)} if threads else found
 
 

@@ -106,7 +106,8 @@ def hardware(machine: Report) -> str:
         f"{machine['cpu']} ({machine['instructions']}, {machine['cores']} cores), {machine['memory'] / 2**30:.0f} GiB"
     )
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
-    return f"{words}{gpu}, {machine['system']}, load average {machine['load_average']:.1f} before the start"
+    products = f"; row products: {machine['row_products']}" if machine.get("row_products") else ""
+    return f"{words}{gpu}, {machine['system']}, load average {machine['load_average']:.1f} before the start{products}"
 
 
 def markdown(report: Report) -> str:
