@@ -650,6 +650,7 @@ class Qwen3(nn.Module):
         super().__init__()
         self.config = config
         self.generation_config: dict[str, Any] = {}  # the checkpoint's recommended sampling and its end tokens
+        self.path: Path | None = None  # of the checkpoint that it was loaded from
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -787,7 +788,7 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None, check_value
         _place(model, name, loaded)
     refuse(checkpoint, defects)
     model.model.rope_frequencies = model.model.rope_frequencies.to(device)
-    model.generation_config = checkpoint.generation_config
+    model.generation_config, model.path = checkpoint.generation_config, checkpoint.path
     return model.eval()
 
 

@@ -171,10 +171,11 @@ class Reply:
 def damage(model: Qwen3, most: int = 6) -> str | None:
     """Which of a model's weights are NaN or infinite, in one line."""
     names = [name for name, tensor in model.state_dict().items() if not all_finite(tensor)]
+    if not names:
+        return None
+    place = f"{model.path}: " if model.path is not None else ""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (
-        f"weights that are non-finite: {', '.join(names[:most])}{more}; download or save them again" if names else None
-    )
+    return f"{place}weights that are non-finite: {', '.join(names[:most])}{more}; download or save them again"
 
 
 @torch.inference_mode()

@@ -146,6 +146,12 @@ class Engine:
         while self.step():
             pass
 
+    def close(self) -> None:
+        """Ends the threads that draw tokens; without it they end with the engine."""
+        if self.threads is not None:
+            self.threads.shutdown()
+            self.threads = None
+
     # ---- one pass ----
 
     @torch.inference_mode()

@@ -65,6 +65,7 @@ class Worker:
                 self._fail(error)
             self._flush()
         self._flush()
+        self.engine.close()
 
     def _obey(self, wait: bool) -> None:
         try:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 import console
 import convert
 import generate
+from ops.cpu.library import library
 
 ROOT = Path(__file__).resolve().parent.parent
 ADDRESS_SPACE = 6 << 30  # bytes that a process of its own may map: PyTorch alone takes most of a gigabyte
@@ -81,6 +82,12 @@ def files_below(path: Path) -> set[str]:
     return {str(file.relative_to(path)) for file in path.rglob("*")}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled():
+    """The C++ step, so that no case's line follows the notice that it is being compiled."""
+    library()
+
+
 @pytest.fixture(autouse=True)
 def no_hang():
     """A case that hangs in this process fails instead (on a clock that only a hang reaches)."""
@@ -111,8 +118,7 @@ def end_in_one_line(case, checkpoint: Path, monkeypatch, capsys) -> None:
     line = run_here(["--model", checkpoint, "--raw", "hi"], monkeypatch, capsys)
     assert time.process_time() - started < 5
     assert_words(line, words)
-    # NaN is found by the first logits, after the checkpoint's place is known no more.
-    assert str(checkpoint) in line or "generation_config.json: " in line or "weights that are non-finite" in line
+    assert str(checkpoint) in line or "generation_config.json: " in line
     assert files_below(checkpoint.parent) == before
 
 
@@ -902,7 +908,7 @@ def test_damaged_gguf(name, good_gguf, tmp_path, monkeypatch, capsys):
     file.write_bytes(change(good_gguf))
     line = run_here(["--model", file, "hi"], monkeypatch, capsys)
     assert_words(line, words)
-    assert str(file) in line or "weights that are non-finite" in line
+    assert str(file) in line
 
 
 # ---- a conversion of bad input writes nothing ----

@@ -4,6 +4,7 @@ Each body is a valid one with something wrong in it, or no JSON at all. Whatever
 client can act on, in OpenAI's form, within a second; and the server is as it was before.
 """
 
+import argparse
 import copy
 import json
 import random
@@ -132,6 +133,10 @@ def ask_all(url: str, count: int, seed: int = 0) -> Counter:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Malformed requests to a server of the bundled model.")
+    parser.add_argument("count", type=int, help="how many")
+    parser.add_argument("seed", type=int, nargs="?", default=0)
+    options = parser.parse_args()
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
     from conftest import Running, wait_until_idle
 
@@ -141,5 +146,5 @@ if __name__ == "__main__":
 
     service = Service("models/tiny", Qwen3.from_pretrained("models/tiny"), Chat.from_pretrained("models/tiny"), {})
     with Running(service) as running:
-        print(dict(ask_all(running.url, int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)))
+        print(dict(ask_all(running.url, options.count, options.seed)))
         wait_until_idle(service)
