@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,8 +34,10 @@ from chat import Chat
 from inference.caches import Pages, Part, Rows, position_bytes
 from inference.decode import Intervene, PromptTooLong, Reply, Until
 from inference.params import SamplingParams
+from inference.speculate import common_prefix
 from model import Qwen3
 from ops.cpu import step as cpu_step
+from ops.memory import available_memory
 
 PAUSE = 0.25  # seconds that pieces of prompts may add to a pass while replies are running; else four times as long
 PIECE = (16, 512)  # tokens of prompts in one pass, whatever that takes: at least, at most
@@ -291,22 +292,11 @@ class Engine:
             self.kept.append(Kept(text, kept))
 
 
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many ids two sequences share from their beginning on."""
-    most = min(len(a), len(b))
-    differ = np.flatnonzero(a[:most] != b[:most])
-    return int(differ[0]) if len(differ) else most
-
-
 def free_bytes(model: Qwen3) -> int:
     """Memory that is free on the model's device; 8 GB where nobody says."""
     if model.device.type == "cuda":
         return torch.cuda.mem_get_info(model.device)[0]
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text("ascii").splitlines())
-        return 1024 * int(fields["MemAvailable"].split()[0])
-    except (OSError, KeyError, ValueError):
-        return 8 << 30
+    return available_memory() or 8 << 30
 
 
 def generate_batch(

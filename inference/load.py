@@ -112,13 +112,17 @@ def load_speculation(options: Namespace, chat: Chat, model: "Qwen3") -> "Specula
 
 def describe(model: "Qwen3") -> str:
     """`596,049,920 parameters, context 40,960 tokens, bfloat16 on cpu`: what the banner of a chat says of a model."""
-    bits = {getattr(m, "bits", None) for m in model.modules()} - {None}
-    kinds = {m.format.name: None for m in model.modules() if hasattr(m, "weight_blocks")}
-    precision = str(model.dtype).removeprefix("torch.")
-    precision = f"int{min(bits)} weights, {precision}" if bits else precision
-    precision = f"{', '.join(sorted(kinds))} weights, {precision}" if kinds else precision
+    packed, precision = packed_as(model), str(model.dtype).removeprefix("torch.")
+    precision = f"{packed} weights, {precision}" if packed else precision
     context = model.config.context_length
     return f"{parameters(model):,} parameters, context {context:,} tokens, {precision} on {model.device.type}"
+
+
+def packed_as(model: "Qwen3") -> str | None:
+    """`int8`, or the types of a GGUF's blocks, `Q4_K, Q6_K`; None where the weights are plain numbers."""
+    types = {m.format.name for m in model.modules() if hasattr(m, "weight_blocks")}
+    bits = {getattr(m, "bits", None) for m in model.modules()} - {None}
+    return ", ".join(sorted(types)) or (f"int{min(bits)}" if bits else None)
 
 
 def parameters(model: "Qwen3") -> int:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from inference.decode import end_tokens, forward, new_cache
@@ -109,9 +110,11 @@ class DraftModel:
         return guesses
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int] | np.ndarray, b: Sequence[int] | np.ndarray) -> int:
     """How many ids two sequences have in common from their beginning on."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    most = min(len(a), len(b))
+    differ = np.flatnonzero(np.asarray(a[:most]) != np.asarray(b[:most]))
+    return int(differ[0]) if len(differ) else most
 
 
 class Speculation:

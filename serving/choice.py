@@ -122,7 +122,7 @@ class Choice:
 
     def _finish(self, news: News) -> None:
         reply = self.reply
-        if getattr(reply, "error", None) is not None:
+        if reply.error is not None:
             news.error, news.finish = reply.error, "error"
             return
         self._show(self.stream.finish())
@@ -164,6 +164,6 @@ def named(chat: Chat, token: int) -> dict:
 
 def token_logprob(name: Callable[[int], dict], logits: Tensor, token: int, most: int) -> dict:
     """One entry of the API's `logprobs.content`, from logits [V]."""
-    own, top = top_logprobs(logits, token, min(most, len(logits)))
+    own, top = top_logprobs(logits, token, most)
     likeliest = [{**name(other), "logprob": max(value, NOT_CHOSEN)} for other, value in top]
     return {**name(token), "logprob": max(own, NOT_CHOSEN), "top_logprobs": likeliest}

@@ -13,7 +13,7 @@ from typing import Any
 from chat import Chat
 from inference.decode import add_end_token, end_tokens
 from inference.engine import Engine
-from inference.load import parameters
+from inference.load import packed_as, parameters
 from inference.params import SamplingParams, recommended
 from model import Qwen3
 from serving.choice import Asked, Choice, News
@@ -93,7 +93,6 @@ class Service:
         kinds = {"thinking": True, "answer": False}
         sampling = {kind: {name: getattr(self.defaults(on), name) for name in names} for kind, on in kinds.items()}
         weight = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-        bits = {getattr(module, "bits", None) for module in self.model.modules()} - {None}
         kind = str(self.model.dtype).removeprefix("torch.")
         return {
             "id": self.name,
@@ -102,7 +101,7 @@ class Service:
             "owned_by": "nanoqwen",
             "context_length": self.context,
             "max_model_len": self.context,
-            "precision": f"int{min(bits)}" if bits else weight.get(kind, kind),
+            "precision": packed_as(self.model) or weight.get(kind, kind),
             "parameters": parameters(self.model),
             "chat": bool(self.chat.templates),
             "thinking": self.thinking,

@@ -250,15 +250,9 @@ struct Codes;
 
 // Codes of 8 bits meet activations as they are.
 template <bool GROUPED>
-struct Codes<8, GROUPED> {
+struct Codes<8, GROUPED> : AsTheyAre {
     explicit Codes(const Rows&) {}
     static constexpr int ROWS = 2, TOKENS = 4;
-
-    static int64_t bytes(int64_t n) { return rounded_up(4 * n, 64); }
-    static void prepare(const float* x, int64_t n, char* out) { 
-        std::memcpy(out, x, 4 * n);
-        std::memset(out + 4 * n, 0, bytes(n) - 4 * n);
-    }
 
     template <int R, int N>
     __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, int64_t ahead,

@@ -14,18 +14,9 @@ void numbers_of(const char* row, int64_t columns, float* out) {
 
 constexpr int TILE_ROWS = LANES == 16 ? 4 : 2, TILE_TOKENS = LANES == 16 ? 6 : 4;  // what the registers hold
 
-// Vectors whose addresses differ by 4096 bytes share the sets of a cache: a line between them keeps them apart.
-constexpr int64_t LINE_BYTES = 64;
-
-struct Float32 {
+struct Float32 : AsTheyAre {
     explicit Float32(const Rows&) {}
     static constexpr int ROWS = TILE_ROWS, TOKENS = TILE_TOKENS;
-
-    static int64_t bytes(int64_t n) { return rounded_up(4 * n, 64) + LINE_BYTES; }
-    static void prepare(const float* x, int64_t n, char* out) {
-        std::memcpy(out, x, 4 * n);
-        std::memset(out + 4 * n, 0, bytes(n) - 4 * n);
-    }
 
     template <int R, int N>
     __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, int64_t ahead,

@@ -34,6 +34,18 @@ inline void tile(const Kind& kind, const Rows& w, const char* const* x, int64_t 
         for (int r = 0; r < R; r++) y[k * ROWS + r] = Kind::finish(w, r, y[k * ROWS + r]);
 }
 
+// Vectors whose addresses differ by 4096 bytes share the sets of a cache: a line between them keeps them apart.
+constexpr int64_t LINE_BYTES = 64;
+
+// Activations as they are, filled up with zeros.
+struct AsTheyAre {
+    static int64_t bytes(int64_t n) { return rounded_up(4 * n, 64) + LINE_BYTES; }
+    static void prepare(const float* x, int64_t n, char* out) {
+        std::memcpy(out, x, 4 * n);
+        std::memset(out + 4 * n, 0, bytes(n) - 4 * n);
+    }
+};
+
 // Calls work(i, count) for i = 0 .. n, MOST at a time, then four, two and one; count is a compile-time constant.
 template <int MOST, class Work>
 inline void in_tiles(int64_t n, Work work) {
