@@ -25,8 +25,9 @@ if TYPE_CHECKING:  # at run time only where something is drawn
 
 # Before PyTorch is imported: how often its waiting threads look before they sleep. libgomp's own bound is milliseconds,
 # in which a thread keeps the core that another program, or the thread it waits for, needs.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+OUR_SPIN_BOUND = not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+if OUR_SPIN_BOUND:
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 T = TypeVar("T")
 

@@ -39,6 +39,8 @@ def start_worker() -> ProcessPoolExecutor:
 def run_script(script: Path, *arguments: str) -> str:
     """What a Python script of this checkout prints; ValueError with its last line if it fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if PEERS in script.parents and console.OUR_SPIN_BOUND:  # a peer's threads wait as they do for its users
+        del environment["GOMP_SPINCOUNT"]
     command = [sys.executable, str(script), *arguments]
     result = subprocess.run(
         command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment
