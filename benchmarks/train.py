@@ -101,6 +101,7 @@ class Job:
     threads: int
     steps: int
     tokens: int  # in a step
+    compile: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +116,8 @@ class Nanoqwen:
         from training import schema
 
         out = Path(job.config).with_suffix(f".{os.getpid()}")
-        settings = schema.load(job.config, [f"train.dtype={DTYPES[job.precision]}", f"train.out={out}"])
+        changes = {"dtype": DTYPES[job.precision], "out": out, "compile": str(job.compile).lower()}
+        settings = schema.load(job.config, [f"train.{name}={value}" for name, value in changes.items()])
         self.trainer = Trainer(settings, resume=False)
 
     def step(self, number: int) -> float:
@@ -218,7 +220,7 @@ def run_all(rows: list[Row], options: Any, threads: int, facts: dict, rates: dic
         compared = index < len(rows) and row.precision == "f32" and row.shape == "gpt2"
         count = max(options.steps, AGREEMENT if compared else 0)
         config = str(folder / row.shape / "config.yaml")
-        job = Job(config, row.precision, threads, count, shape.batch * shape.sequence)
+        job = Job(config, row.precision, threads, count, shape.batch * shape.sequence, options.compile)
         try:
             printed = run_script(*SCRIPTS[row.engine], "--measure", json.dumps(asdict(job)))
             run = json.loads(printed.splitlines()[-1])
@@ -297,7 +299,8 @@ def notes_of(report: dict[str, Any]) -> list[str]:
     notes += [
         f"Median (minimum and maximum) of {settings['repeats']} alternated runs in processes of their own with "
         f"{settings['threads']} thread{'s' * (settings['threads'] > 1)}; a run's speed is that of its median step of "
-        f"{settings['steps']}, the first {WARM_UP} not counted. AdamW (fused) in every row."
+        f"{settings['steps']}, the first {WARM_UP} not counted. AdamW (fused) in every row"
+        f"{', and torch.compile' * settings['compile']}."
     ]
     notes += [
         f"Losses in float32, {found['shape']}: the first {found['steps']} steps of nanoqwen and transformers differ by "
@@ -328,6 +331,7 @@ def parse_arguments(arguments: list[str]) -> Any:
     add("--rows", nargs="+", metavar="ROW", help="such as gpt2/nanogpt/bf16 or 'qwen3/*' (default: all that can run)")
     add("--repeats", type=int, default=3, metavar="N", help="rounds over all rows (default: 3)")
     add("--steps", type=int, default=8, metavar="N", help="optimizer steps of a run (default: 8)")
+    add("--compile", action="store_true", help="torch.compile in every row, ours and theirs")
     add("--threads", type=int, metavar="N", help="default: one for each core")
     add("--out", type=Path, default=Path("runs/bench-train"), metavar="DIR", help="for the report (runs/bench-train)")
     add("--measure", metavar="JSON", help=argparse.SUPPRESS)  # one run of a row, in a child process
@@ -358,7 +362,8 @@ def main(arguments: list[str]) -> None:
         shapes = {name: SHAPES[name] for name in dict.fromkeys(row.shape for row in rows)}
         facts = {n: worker.submit(prepare, f"{folder}/{n}", s, threads).result() for n, s in shapes.items()}
         results = run_all(rows, options, threads, facts, rates, Path(folder))
-    settings = {"repeats": options.repeats, "threads": threads, "steps": options.steps}
+    names = ("repeats", "steps", "compile")
+    settings = {"threads": threads} | {name: getattr(options, name) for name in names}
     report = header(machine, "train", arguments) | {
         "settings": settings,
         "facts": facts,

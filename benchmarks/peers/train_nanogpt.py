@@ -67,6 +67,7 @@ class Published(nn.Module):
         super().__init__()
         spec = importlib.util.spec_from_file_location("nanogpt", Path(checkout) / "model.py")
         module = importlib.util.module_from_spec(spec)
+        sys.modules["nanogpt"] = module  # torch.compile imports it by name
         spec.loader.exec_module(module)
         sizes = {"vocab_size": vocabulary, "block_size": context, "n_embd": width, "n_layer": layers, "n_head": heads}
         self.model = module.GPT(module.GPTConfig(**sizes, dropout=0.0, bias=False))

@@ -72,6 +72,8 @@ class Measured:
     def __init__(self, job: Job, model: nn.Module):
         self.rows = PeerRows(job.config)
         settings = self.rows.settings.optimizer
+        if job.compile:
+            model.compile()
         self.loop = Loop(model, settings.lr, settings.betas, settings.weight_decay, job.precision)
 
     def step(self, number: int) -> float:

@@ -98,7 +98,7 @@ def test_what_a_report_says():
     assert ratio["summary"]["tokens_per_second"] == {"median": 2.0, "min": 1.5, "max": 8.0}
     assert bench_train.agreement(rows) == [{"shape": "gpt2", "steps": 2, "largest_difference": 0.0625}]
     report = {"rows": rows, "ratios": [ratio], "agreement": bench_train.agreement(rows), "absent": [], "facts": {}}
-    report["settings"] = {"repeats": 3, "threads": 1, "steps": 5}
+    report["settings"] = {"repeats": 3, "threads": 1, "steps": 5, "compile": False}
     speed, compared = bench_train.tables(report).values()
     assert [line[0] for line in speed[1:]] == [
         "nanoqwen f32, gpt2",
