@@ -66,6 +66,9 @@ class Audit:
             weights.gguf_config(tree.root) if files.gguf and tree.root and tree.root.is_file() else None
         )
         weights.examine_headers(ledger, config)
+        for name in files.names():
+            if name.endswith(".index.json") and (index := files.value(name)) is not None:
+                weights.examine_index(ledger, name, index, set(files.names()))
         consistency.examine_config(ledger, files)
         code.judge(ledger, tree.repo)
         consistency.examine_templates(ledger, files)
@@ -83,17 +86,18 @@ class Audit:
 
     def _measure(self, deep: bool) -> None:
         """Runs the model where that is safe, possible and cheap."""
-        ledger, tree = self.ledger, self.tree
+        ledger = self.ledger
         size = sum(file.bytes for file in ledger.files if file.format in ("safetensors", "gguf"))
-        if not ledger.facts.get("values_read") or tree.root is None:
+        path = ledger.facts.get("model_path")
+        if path is None or not ledger.facts.get("values_read"):
             return
-        if any(finding.severity == "high" for finding in ledger.findings):
+        if any(finding.severity == "high" or finding.id == "tokenizer-blowup" for finding in ledger.findings):
             ledger.facts["behaviour_how"] = "not run: what was found comes first"
         elif size > behaviour.MOST and not deep:
             ledger.facts["behaviour_how"] = "not run without --deep: the weights are large"
         else:
             try:
-                ledger.facts["behaviour"] = behaviour.measure(tree.root)
+                ledger.facts["behaviour"] = behaviour.measure(path)
                 ledger.facts["behaviour_how"] = "audit.py ran the model on this machine"
             except ValueError as error:
                 ledger.facts["behaviour_how"] = f"it could not be run ({str(error)[:120]})"

@@ -13,6 +13,7 @@ import torch
 
 import console
 from chat import Chat
+from inference.likelihood import Scorer
 from model import KVCache, Qwen3
 
 PROMPT = "The quick brown fox jumps over the lazy dog. One, two, three, four,"
@@ -70,15 +71,11 @@ def measure(path: Path) -> dict[str, Any]:
 
 def _bits(model: Qwen3, ids: list[int]) -> float:
     """The mean of -log2 p over the tokens of a text but the first, in chunks of the context."""
-    total, count = 0.0, 0
+    scorer, found = Scorer(model), []
     width = min(CONTEXT, model.config.max_position_embeddings)
     for start in range(0, len(ids) - 1, width):
-        piece = ids[start : start + width + 1]
-        if len(piece) > 1:
-            logits = model(torch.tensor([piece[:-1]]))[0].float()
-            total += torch.nn.functional.cross_entropy(logits, torch.tensor(piece[1:]), reduction="sum").item()
-            count += len(piece) - 1
-    return total / count / math.log(2)
+        found += scorer.logprobs(ids[start : start + 1], ids[start + 1 : start + width + 1])
+    return -sum(found) / len(found) / math.log(2)
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> float | None:

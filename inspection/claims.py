@@ -150,6 +150,21 @@ def examine(ledger: Ledger, files: Files) -> None:
         ledger.find("evals-unproven", name, f"{len(card['evals'])} results, none with raw outputs in the repository")
 
 
+LICENCE_FILE = re.compile(r"(UN)?LICEN[CS]E([-._][\w.-]{1,40})?|COPYING(\.\w{1,8})?", re.IGNORECASE)
+GNU = {
+    "gpl-3.0": "gnu general public license",
+    "agpl-3.0": "gnu affero general public license",
+    "lgpl-3.0": "gnu lesser general public license",
+}
+
+
+def licence_id(stated: str | None) -> str:
+    """The hub's id of a licence that is named in words: "Apache License 2.0" -> apache-2.0."""
+    plain = re.sub(r"\b(the|licen[cs]e|v(ersion)?)\b|(?<=[\s-])v(?=\d)", " ", (stated or "").lower())
+    joined = re.sub(r"[\s,_-]+", "-", plain).strip("-")
+    return joined if joined in LICENCES else next((id for id in LICENCES if id.removesuffix(".0") == joined), joined)
+
+
 def _as_text(value: Any) -> str | None:
     if isinstance(value, list):
         value = value[0] if value else None
@@ -219,11 +234,9 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 
 
 def _examine_license(ledger: Ledger, files: Files, card: dict[str, Any]) -> None:
-    stated = (card["license"] or "").lower()
-    file = next(
-        (name for name in files.names() if re.fullmatch(r"(LICEN[CS]E|COPYING)(\.txt|\.md)?", name, re.IGNORECASE)),
-        None,
-    )
+    stated = licence_id(card["license"])
+    names = (name for name in files.names() if LICENCE_FILE.fullmatch(name))
+    file = min(names, key=lambda name: (len(name), name), default=None)
     text = " ".join((files.text(file) or "").lower().split()) if file else ""
     card["license_file"], found = file, None
     if text:
@@ -233,12 +246,15 @@ def _examine_license(ledger: Ledger, files: Files, card: dict[str, Any]) -> None
             if words and all(word in text for word in words) and "rail" not in id
         ]
         found = max(fitting, key=lambda id: sum(map(len, LICENCES[id][1])), default=None)
+        if found in GNU:  # each names the others; its own name comes first
+            found = min((id for id in GNU if GNU[id] in text), key=lambda id: text.index(GNU[id]))
     card["license_of_file"] = found
     if not stated and not found:
         ledger.find("license-missing", card["name"], "neither the front matter nor a licence file names one")
     if stated in LICENCES and stated != "other" and text:
         words = LICENCES[stated][1]
-        if not all(word in text for word in words):
+        others = [licence_id(one) for one in _as_list(card["front"].get("license"))]
+        if found not in others and (not all(word in text for word in words) or found in (*GNU, "bsd-3-clause")):
             ledger.find(
                 "license-contradiction",
                 card["name"],
@@ -261,7 +277,10 @@ def _examine_parameters(ledger: Ledger, card: dict[str, Any]) -> None:
         "n_params",
     ):
         value = card["front"].get(key)
-        value = value.get("total") if isinstance(value, dict) else value
+        if isinstance(value, dict):  # as the hub's API has it
+            counts = value.get("parameters")
+            counts = [one for one in counts.values() if type(one) is int] if isinstance(counts, dict) else []
+            value = value.get("total") or sum(counts) or None
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             claims.append(str(value))
     claims += re.findall(

@@ -6,7 +6,6 @@ a built name, decoding), which are on the list too.
 """
 
 import ast
-import json
 import re
 from typing import Any
 
@@ -33,6 +32,7 @@ SHELL_DANGER = re.compile(
     r"|:\(\)\s*\{|\bmkfs\b|\bdd\b[^\n]{0,120}of=/dev/|python3?\s+-c\s+[\"'][^\n]{0,120}(exec|eval|urllib|socket)",
     re.IGNORECASE,
 )
+SCRIPT = re.compile(r"<script|\bon\w+\s*=|javascript:", re.IGNORECASE)  # in HTML and SVG
 SHELL_NAMES = (".sh", ".bash", ".zsh", ".bat", ".cmd", ".ps1", ".command")
 OTHER_NAMES = (
     *(
@@ -228,6 +228,10 @@ def examine_notebook(ledger: Ledger, where: str, notebook: dict[str, Any]) -> No
                 (shell if is_magic else lines).append(line.lstrip().lstrip("!%") if is_magic else line)
             if source.lstrip().startswith(("%%bash", "%%sh", "%%script")):
                 shell.append(source)
+    shown = [cell for cell in cells if isinstance(cell, dict)] if isinstance(cells, list) else []
+    shown = [cell["outputs"] if "outputs" in cell else cell.get("source") for cell in shown]
+    if "application/javascript" in str(shown)[:MAX_CODE] or SCRIPT.search("".join(_texts(shown))):
+        ledger.find("other-code", where, "what it shows holds a script")
     if not any(line.strip() for line in (*lines, *shell)):
         return
     ledger.find("notebook", where, f"{sum(bool(line.strip()) for line in lines)} lines of code")
@@ -265,29 +269,39 @@ def _judge_shell(ledger: Ledger, where: str, text: str) -> None:
 
 
 def references(config: Any) -> list[str]:
-    """The classes that auto_map and custom pipelines name: module.Class, or repository--module.Class."""
+    """The classes of the repository, or of another, that loading a configuration imports: module.Class, or
+    repository--module.Class. They stand in auto_map, wherever it is nested, and in the files of pipelines,
+    sentence-transformers (modules.json) and PEFT (auto_mapping)."""
     found: list[str] = []
-    if not isinstance(config, dict):
-        return found
-    pending = [config.get("auto_map"), *_implementations(config.get("custom_pipelines"))]
+    pending = [config]
     while pending:
         value = pending.pop()
-        if isinstance(value, str):
-            found.append(value)
+        if isinstance(value, list):
+            pending += value
         elif isinstance(value, dict):
-            pending.extend(value.values())
-        elif isinstance(value, list | tuple):
-            pending.extend(value)
-    for nested in config.values():
-        if isinstance(nested, dict) and "auto_map" in nested:
-            found += references(nested)
+            pending += value.values()
+            found += _texts(value.get("auto_map"))
+            if isinstance(pipelines := value.get("custom_pipelines"), dict):
+                found += _texts([one.get("impl") for one in pipelines.values() if isinstance(one, dict)])
+            if isinstance(mapping := value.get("auto_mapping"), dict):
+                library, name = (str(mapping.get(key)) for key in ("parent_library", "base_model_class"))
+                if library.partition(".")[0] not in (*LIBRARIES, "None"):
+                    found.append(f"{library}.{name}")
+    if isinstance(config, list):
+        types = [one.get("type") for one in config if isinstance(one, dict) and {"path", "type"} <= one.keys()]
+        found += [name for name in _texts(types) if name.partition(".")[0] not in LIBRARIES]
     return found
 
 
-def _implementations(pipelines: Any) -> list[Any]:
-    if not isinstance(pipelines, dict):
-        return []
-    return [entry.get("impl") for entry in pipelines.values() if isinstance(entry, dict)]
+LIBRARIES = ("transformers", "torch", "sentence_transformers", "diffusers", "timm", "peft")
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts inside lists and objects."""
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [text for part in parts for text in _texts(part)]
 
 
 def judge(ledger: Ledger, repo: str) -> None:
@@ -326,8 +340,7 @@ def judge(ledger: Ledger, repo: str) -> None:
     ledger.facts["remote_code"] = sorted(named)
 
 
-def config_references(ledger: Ledger, where: str, content: bytes) -> None:
+def config_references(ledger: Ledger, where: str, config: Any) -> None:
     """Notes the references of a JSON configuration, if it has any."""
-    if b"auto_map" in content or b"custom_pipelines" in content or b"\\u" in content:
-        for reference in references(json.loads(content)):
-            ledger.facts.setdefault("references", []).append((where, reference))
+    for reference in references(config):
+        ledger.facts.setdefault("references", []).append((where, reference))

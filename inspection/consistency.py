@@ -8,8 +8,9 @@ from typing import Any
 from formats.gguf.reader import Head
 from formats.template import TemplateSandbox
 from inspection import official, templates, weights
-from inspection.contents import MAX_TEXT
+from inspection.contents import MAX_JSON
 from inspection.findings import Ledger, Unexamined
+from inspection.tokenizer_trial import problem_of
 from inspection.tree import Tree
 from model import Config, check_end_tokens
 
@@ -38,7 +39,7 @@ class Files:
     def value(self, name: str) -> Any:
         """What a JSON file holds; None where there is none or it cannot be read."""
         try:
-            return json.loads(self.bytes(name, MAX_TEXT) or "null")
+            return json.loads(self.bytes(name, MAX_JSON) or "null")
         except (ValueError, RecursionError):
             return None
 
@@ -109,7 +110,11 @@ def special_texts(files: Files) -> dict[str, str]:
             for name, id in ids.items()
             if type(id) is int and 0 <= id < len(tokens) and isinstance(tokens[id], str)
         }
-    found = {name: value for name, value in files.tokenizer_config.items() if name.endswith("_token")}
+    return _token_texts(files.tokenizer_config)
+
+
+def _token_texts(fields: dict[str, Any]) -> dict[str, str]:
+    found = {name: value for name, value in fields.items() if name.endswith("_token")}
     texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in found.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
@@ -165,6 +170,8 @@ def examine_tokens(ledger: Ledger, files: Files) -> None:
         except ValueError as error:
             ledger.find("config-invalid", name, str(error))
     vocabulary = _vocabulary(ledger, files)
+    if files.tokenizer and (problem := problem_of(files.tokenizer, files.bytes("tokenizer.json", MAX_JSON))):
+        ledger.find("tokenizer-blowup", "tokenizer.json", problem)
     rows = ledger.facts.get("embedding_rows") or config.get("vocab_size")
     if vocabulary and type(rows) is int:
         ledger.facts["tokens"] = len(vocabulary)
@@ -191,6 +198,14 @@ def examine_tokens(ledger: Ledger, files: Files) -> None:
                     "tokenizer_config.json",
                     f"{key} {text[:40]!r} is no token of the tokenizer",
                 )
+        for key, text in _token_texts(files.json("special_tokens_map.json")).items():
+            if text not in vocabulary:
+                what = f"{key} {text[:40]!r} is no token of the tokenizer"
+                ledger.find("special-token-missing", "special_tokens_map.json", what)
+        for text, id in files.json("added_tokens.json").items():
+            if vocabulary.get(text) != id:
+                what = f"{text[:40]!r} is {str(id)[:12]} here, {vocabulary.get(text)} in tokenizer.json"
+                ledger.find("special-token-missing", "added_tokens.json", what)
         decoder = files.tokenizer_config.get("added_tokens_decoder")
         for id, token in decoder.items() if isinstance(decoder, dict) else ():
             content = token.get("content") if isinstance(token, dict) else None

@@ -237,7 +237,7 @@ def examine_npy(ledger: Ledger, where: str, stream: BinaryIO, size: int) -> tupl
     match = NPY_HEADER.fullmatch(header)
     if match is None:
         raise Unexamined("truncated", "not the header that numpy writes")
-    if "O" in match["type"]:
+    if re.search(r"(^|, )'[<>=|]?O\d*'", match["type"]):
         pickles.examine(ledger, where, io.BufferedReader(stream) if isinstance(stream, io.RawIOBase) else stream)
         return "npy of objects", "code"
     simple = re.fullmatch(r"'[<>|=]?([a-zA-Z?])(\d+)(\[\w+\])?'", match["type"])

@@ -17,15 +17,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-from formats.mistaken import POINTERS
+from formats.mistaken import PICKLE_SUFFIXES, POINTERS
 from formats.safetensors_read import parse_header
 from inspection import code, containers, pickles, remote_gguf
 from inspection.findings import File, Ledger, Unexamined
 from inspection.tree import Entry
 
-MAX_TEXT = 24 << 20  # bytes of a text or JSON file that is parsed
+MAX_TEXT = 24 << 20  # bytes of a text that is read whole
+MAX_JSON = 64 << 20  # of a JSON file: tokenizer.json has 33 MB in Gemma 3
 OBJECT, ARRAY = 300, 100  # bytes of memory that small ones of JSON take in Python
-MAX_OBJECTS = 400 << 20
+MAX_MEMORY = 500 << 20  # bytes that a parsed file may take, its text included
 MAX_HEADER = 32 << 20
 MAX_HEADERS = 64 << 20  # bytes of all safetensors headers together; Qwen3-235B's have 5 MB
 MAX_TENSORS = 300_000
@@ -114,6 +115,10 @@ def examine_stream(ledger: Ledger, where: str, stream: BinaryIO, size: int, dept
     stream.seek(0)
     name = where.rpartition("/")[2].lower()
     if size == 0:
+        if name.endswith((*MODEL_NAMES, *PICKLE_SUFFIXES)):
+            raise Unexamined("truncated", "empty, where its name promises weights")
+        if name.endswith((".json", ".ipynb")):
+            ledger.find("json-invalid", where, "empty")
         return "empty", "data"
     if head.startswith(POINTERS):
         raise Unexamined("pointer-file", "a pointer (Git LFS, Xet or git-annex); the file itself was not downloaded")
@@ -272,7 +277,8 @@ def _is_text(data: bytes) -> bool:
 
 
 def _examine_text(ledger: Ledger, where: str, name: str, stream: BinaryIO, size: int, head: bytes) -> tuple[str, str]:
-    if size <= MAX_TEXT:
+    is_json = name.endswith((".json", ".ipynb"))
+    if size <= (MAX_JSON if is_json else MAX_TEXT):
         data = stream.read(size)
         if pickles.is_text_pickle(data):
             pickles.examine(ledger, where, io.BufferedReader(io.BytesIO(data)))
@@ -282,12 +288,13 @@ def _examine_text(ledger: Ledger, where: str, name: str, stream: BinaryIO, size:
     else:
         if not _is_long_text(stream):
             raise Unexamined("unknown-format", "no format that is known here")
-        if name.endswith((".json", ".ipynb", ".py", ".jinja", *code.SHELL_NAMES)):
-            raise Unexamined("too-large", f"{size:,} bytes; of a file of this kind at most {MAX_TEXT:,} are read")
+        if is_json or name.endswith((".py", ".jinja", *code.SHELL_NAMES)):
+            most = MAX_JSON if is_json else MAX_TEXT
+            raise Unexamined("too-large", f"{size:,} bytes; of a file of this kind at most {most:,} are read")
         return "text", "data"
-    text = data.decode("utf-8", "replace").removeprefix("\ufeff")
-    if name.endswith(".ipynb") or text.lstrip()[:1] in ("{", "[") or name.endswith(".json"):
+    if is_json or data[:64].removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"["):
         return _examine_json(ledger, where, name, data)
+    text = data.decode("utf-8", "replace").removeprefix("\ufeff")
     first = text[:200].split("\n", 1)[0]
     if name.endswith(".py") or re.match(r"#!.*\bpython", first):
         code.examine_python(ledger, where, text)
@@ -303,7 +310,7 @@ def _examine_text(ledger: Ledger, where: str, name: str, stream: BinaryIO, size:
     if name.endswith((".svg", ".html", ".htm", ".xml")) or re.match(
         r"\s*(<\?xml|<!doctype html|<html|<svg)", text, re.IGNORECASE
     ):
-        if re.search(r"<script|\bon\w+\s*=|javascript:", text, re.IGNORECASE):
+        if code.SCRIPT.search(text):
             ledger.find("other-code", where, "a page or picture with a script")
             return "HTML or SVG with a script", "code"
         return "HTML or SVG", "data"
@@ -390,8 +397,10 @@ def _examine_json(ledger: Ledger, where: str, name: str, data: bytes) -> tuple[s
             )
         return result
 
-    if (size := data.count(b"{") * OBJECT + data.count(b"[") * ARRAY) > MAX_OBJECTS:
-        raise Unexamined("too-large", f"its objects would take up to {size:,} bytes of memory")
+    wide = 4 if re.search(rb"[\xf0-\xff]|\\u", data) else 2 if re.search(rb"[\xc4-\xef]", data) else 1
+    size = len(data) * (1 + 2 * wide) + data.count(b"{") * OBJECT + data.count(b"[") * ARRAY
+    if size > MAX_MEMORY:  # bytes, their text, its parts: Python gives each character the width of the widest
+        raise Unexamined("too-large", f"it would take up to {size:,} bytes of memory")
     try:
         with uncollected():
             value = json.loads(data, object_pairs_hook=pairs)
@@ -407,5 +416,22 @@ def _examine_json(ledger: Ledger, where: str, name: str, data: bytes) -> tuple[s
     if isinstance(value, dict) and (name.endswith(".ipynb") or ("cells" in value and "nbformat" in value)):
         code.examine_notebook(ledger, where, value)
         return "notebook", "code"
-    code.config_references(ledger, where, data)
+    if re.search(rb'auto_map|custom_pipelines|"type"|\\u', data):
+        code.config_references(ledger, where, value)
+    if b'"Lambda"' in data and _has_lambda(value):
+        ledger.find("native-code", where, "a Keras Lambda layer, whose bytecode runs when it is loaded")
     return "JSON", "data"
+
+
+def _has_lambda(value: Any) -> bool:
+    """Whether a Keras model's JSON holds a layer of marshalled bytecode."""
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            if value.get("class_name") == "Lambda" and "config" in value:
+                return True
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+    return False

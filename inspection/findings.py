@@ -81,6 +81,7 @@ FINDINGS = {
     "vocabulary-too-large": ("high", "a token's id has no row in the embedding"),
     "special-token-missing": ("medium", "a configured token does not exist in the tokenizer"),
     "end-token-mismatch": ("medium", "config, generation_config, tokenizer and template disagree on the end tokens"),
+    "tokenizer-blowup": ("medium", "a pattern or replacement of tokenizer.json takes time or memory without bound"),
     "tokenizer-invalid": ("medium", "tokenizer.json cannot be read"),
     # claims
     "card-missing": ("low", "no model card"),

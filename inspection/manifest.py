@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from formats.record import NAME, SCHEMA
-from inspection.claims import LICENCES
+from inspection.claims import LICENCES, licence_id
 from inspection.consistency import Files
 from inspection.findings import Ledger
 from inspection.tree import Tree
@@ -64,7 +64,7 @@ def build(tree: Tree, ledger: Ledger, files: Files) -> dict[str, Any]:
     )
     evidence.put(
         "license_allows",
-        LICENCES.get(str(evidence.values["license"]).lower(), (None,))[0],
+        LICENCES.get(licence_id(evidence.values["license"]), (None,))[0],
         CLAIMED,
         "the usual reading of that licence; no legal advice",
     )

@@ -8,6 +8,7 @@ off later has run until there: its imports count too.
 """
 
 import pickletools
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -66,6 +67,7 @@ HARMLESS = {
     "uuid": "UUID",
     "pathlib": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
     "argparse": "Namespace",
+    "joblib.numpy_pickle": "NumpyArrayWrapper",
 }
 HARMLESS = {(module, name) for module, names in HARMLESS.items() for name in names.split()}
 
@@ -80,6 +82,14 @@ DANGEROUS = _names(
     tarfile idlelib lib2to3 tkinter turtle nturl2path mimetypes cgitb crypt bz2 lzma gzip test numpy.testing torch.hub
     torch.jit torch.utils torch._dynamo torch._inductor torch.serialization torch.fx transformers.dynamic_module_utils
     """
+)
+
+ARRAYS = ("joblib.numpy_pickle", "NumpyArrayWrapper")  # joblib writes an array's bytes into the pickle, behind this one
+MAX_SEARCHED = 64 << 20
+# GLOBAL, and two short texts (each may be memoized) with STACK_GLOBAL
+IMPORT = re.compile(
+    rb"c([A-Za-z_][\w.]{0,100})\n([A-Za-z_][\w.]{0,100})\n"
+    rb"|\x8c[\x01-\x64]([A-Za-z_][\w.]{0,99})\x94?\x8c[\x01-\x64]([A-Za-z_][\w.]{0,99})\x94?\x93"
 )
 
 
@@ -254,6 +264,11 @@ def examine(ledger: Ledger, where: str, stream: BinaryIO, several: bool = False)
                 break
     except Unexamined as error:
         problem = error if count == 0 else None  # what follows the pickles of a legacy checkpoint are its numbers
+        if ARRAYS in harmless:
+            problem = Unexamined("truncated", "the numbers of an array stand inside it; what follows was only searched")
+            for found in _searched(stream.read(MAX_SEARCHED)):
+                if _is_dangerous(*found):
+                    _judge(ledger, where, found, harmless)
     is_accused = any(finding.file == where and finding.id != "pickle" for finding in ledger.findings)
     if not is_accused and (harmless or problem is None):
         names = ", ".join(sorted(f"{module}.{name}" for module, name in harmless)) or "nothing"
@@ -262,14 +277,24 @@ def examine(ledger: Ledger, where: str, stream: BinaryIO, several: bool = False)
         raise problem
 
 
+def _searched(data: bytes) -> Iterator[tuple[str, str]]:
+    """(module, name) of what looks like an import in bytes that can't be read opcode by opcode."""
+    for match in IMPORT.finditer(data):
+        module, name = (part.decode("utf-8", "replace") for part in match.groups() if part is not None)
+        yield module, name
+
+
+def _is_dangerous(module: str, name: str) -> bool:
+    parts = module.split(".")
+    dangerous = any(".".join(parts[:at]) in DANGEROUS for at in range(1, len(parts) + 1))
+    return dangerous or (parts[0] in ("numpy", "torch", "collections") and "." in name) or not module.strip()
+
+
 def _judge(ledger: Ledger, where: str, found: tuple[str, str] | None, harmless: set[tuple[str, str]]) -> None:
     if found is None:
         ledger.find("pickle-hidden-import", where, "imports a name that is computed while it is loaded")
     elif found in HARMLESS:
         harmless.add(found)
     else:
-        module, name = found
-        parts = module.split(".")
-        dangerous = any(".".join(parts[:at]) in DANGEROUS for at in range(1, len(parts) + 1))
-        dangerous = dangerous or (parts[0] in ("numpy", "torch", "collections") and "." in name) or not module.strip()
-        ledger.find("pickle-import" if dangerous else "pickle-unlisted", where, f"imports {module}.{name}"[:200])
+        id = "pickle-import" if _is_dangerous(*found) else "pickle-unlisted"
+        ledger.find(id, where, f"imports {'.'.join(found)}"[:200])

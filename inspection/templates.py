@@ -9,13 +9,14 @@ one, ordinary words may not.
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from formats.template import TemplateSandbox, template_environment
 from inspection import trials
+from inspection.constants import value_of
 from inspection.findings import Ledger
-from inspection.trials import FIXTURES, request
+from inspection.trials import FIXTURES, is_wordy, request
 
 
 def _names(text: str) -> frozenset[str]:
@@ -28,7 +29,7 @@ MAX_LOOP = 20_000  # rounds of loops over constants, nested ones multiplied
 MAX_REPEAT = 100_000  # characters or digits that a constant expression may make
 
 HIDDEN = re.compile(
-    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\u3164\ufeff\ufff9-\ufffb\U000e0000-\U000e0fff]"
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\u3164\ufeff\ufff9-\ufffb\U000e0000-\U000e0fff]"
 )
 GLOBALS = {
     "range",
@@ -57,6 +58,8 @@ INTERNALS = _names(
     """
 )
 
+ASKING = {"startswith", "endswith", "find", "rfind", "index", "count", "replace", "removeprefix", "removesuffix"}
+LENGTH = 3  # characters or words: less is a test of whether there is any
 UNRENDERED = {"template-blowup", "template-attribute", "template-include"}
 
 
@@ -119,7 +122,7 @@ class Reading:
 
     def examine(self) -> None:
         nodes = self.nodes
-        for node in self.tree.find_all((nodes.Getattr, nodes.Getitem, nodes.Filter, nodes.Const)):
+        for node in self.tree.find_all(nodes.Expr):
             self._examine_attribute(node)
         for node in self.tree.find_all(nodes.Call):
             self._examine_call(node)
@@ -128,22 +131,23 @@ class Reading:
         for node in self.tree.find_all((nodes.Mul, nodes.Pow, nodes.Filter)):
             self._examine_size(node)
         self._examine_loops(self.tree, 1)
-        for node in self.tree.find_all((nodes.TemplateData, nodes.Const)):
-            text = node.data if isinstance(node, nodes.TemplateData) else node.value
+        for node in self.tree.find_all((nodes.TemplateData, nodes.Expr)):
+            text = node.data if isinstance(node, nodes.TemplateData) else value_of(node)
             if isinstance(text, str):
                 if HIDDEN.search(text):
                     self.find("template-hidden-unicode", node, f"U+{ord(HIDDEN.search(text)[0]):04X} in a text")
                 if url := re.search(r"\b(?:https?|ftp|wss?)://[^\s\"'<>]+|\bwww\.\w+\.\w+", text):
                     self.find("template-url", node, f"writes {url[0][:100]}")
         self._examine_dates()
+        self._examine_words()
 
     def _examine_attribute(self, node: Any) -> None:
         nodes = self.nodes
         name = None
         if isinstance(node, nodes.Getattr):
             name = node.attr
-        elif isinstance(node, nodes.Getitem):
-            name = self._constant(node.arg)
+        elif isinstance(node, nodes.Getitem) and isinstance(value_of(node.arg), str):
+            name = value_of(node.arg)
         elif isinstance(node, nodes.Filter) and node.name in (
             "attr",
             "map",
@@ -153,29 +157,17 @@ class Reading:
             "groupby",
         ):
             values = [*node.args, *(pair.value for pair in node.kwargs)]
-            if node.name == "attr":
-                name = self._constant(values[0]) if values else None
-                if not isinstance(name, str):
-                    self.find("template-attribute", node, "reaches for an attribute of a computed name")
-                    return
-            else:
-                names = [self._constant(value) for value in values]
-                name = next((one for one in names if isinstance(one, str) and _is_internal(one)), None)
-        elif isinstance(node, nodes.Const) and isinstance(node.value, str) and re.search(r"__[a-z]+__", node.value):
-            name = re.search(r"__[a-z]+__", node.value)[0]
+            names = [value_of(value) for value in values]
+            name = next((one for one in names if isinstance(one, str) and _is_internal(one)), None)
+            named = names[:1] if node.name in ("attr", "selectattr", "rejectattr", "groupby") else []
+            named += [value_of(pair.value) for pair in node.kwargs if pair.key == "attribute"]
+            if not all(isinstance(one, str | int) for one in named) or (node.name == "attr" and not named):
+                self.find("template-attribute", node, "reaches for an attribute of a computed name")
+                return
+        elif (found := value_of(node)) and isinstance(found, str) and re.search(r"__[a-z]+__", found):
+            name = re.search(r"__[a-z]+__", found)[0]
         if isinstance(name, str) and _is_internal(name):
             self.find("template-attribute", node, f"reaches for {name[:60]}")
-
-    def _constant(self, node: Any) -> Any:
-        """A constant expression's value, if it is a small one."""
-        try:
-            if any(
-                isinstance(part, self.nodes.Mul | self.nodes.Pow) for part in [node, *node.find_all(self.nodes.Expr)]
-            ):
-                return None
-            return node.as_const()
-        except Exception:  # jinja2.nodes.Impossible, and whatever a constant's operation raises
-            return None
 
     def _examine_call(self, node: Any) -> None:
         nodes, called = self.nodes, node.node
@@ -185,13 +177,17 @@ class Reading:
         elif isinstance(called, nodes.Getattr):
             if called.attr not in METHODS | self.macros and not _is_internal(called.attr):
                 self.find("template-call", node, f"calls .{called.attr[:60]}()")
+            elif called.attr == "format":  # '{0.attribute}' and '{0[key]}' reach into their arguments
+                text = value_of(called.node)
+                if not isinstance(text, str) or re.search(r"\{[^{}]*[.\[]", text):
+                    self.find("template-attribute", node, "formats with a text that it computes, or that names fields")
         else:
             self.find("template-call", node, "calls what it computes")
 
     def _examine_size(self, node: Any) -> None:
         nodes = self.nodes
         if isinstance(node, nodes.Filter):
-            numbers = [self._constant(value) for value in (*node.args, *(pair.value for pair in node.kwargs))]
+            numbers = [value_of(value) for value in (*node.args, *(pair.value for pair in node.kwargs))]
             if node.name in ("center", "indent", "wordwrap") and any(
                 type(n) is int and n > MAX_REPEAT for n in numbers
             ):
@@ -199,7 +195,7 @@ class Reading:
                     "template-blowup", node, f"{node.name} of {max(n for n in numbers if type(n) is int):,} characters"
                 )
             return
-        left, right = self._constant(node.left), self._constant(node.right)
+        left, right = value_of(node.left), value_of(node.right)
         if isinstance(node, nodes.Pow):
             if type(right) is int and right > 64:
                 self.find("template-blowup", node, f"a power of {right:,}")
@@ -227,43 +223,117 @@ class Reading:
                 if isinstance(part, nodes.Filter)
             ):
                 self.find("template-blowup", node, "loops as often as a text says")
-            numbers = [self._constant(argument) for argument in node.args]
+            numbers = [value_of(argument) for argument in node.args]
             if numbers and all(type(number) is int for number in numbers):
                 try:
                     return len(range(*numbers))
                 except (ValueError, TypeError, OverflowError):
                     return MAX_LOOP + 1
-        value = self._constant(node)
+        value = value_of(node)
         return len(value) if isinstance(value, str | list | tuple) else 1
+
+    def _flow(self, is_source: Callable[[Any], bool], whole: bool = True) -> Callable[[Any], bool]:
+        """Whether an expression has a part that `is_source` names, or a value that was made of one, through variables
+        and the arguments of macros; with `whole`, also through loops and what macros write."""
+        nodes, keys = self.nodes, set()
+        macros = {macro.name: macro for macro in self.tree.find_all(nodes.Macro)}
+        assigned = list(self.tree.find_all((nodes.Assign, nodes.AssignBlock, *([nodes.For] if whole else []))))
+        calls = [
+            node
+            for node in self.tree.find_all(nodes.Call)
+            if isinstance(node.node, nodes.Name) and node.node.name in macros
+        ]
+
+        def has(node: Any) -> bool:
+            if isinstance(node, nodes.Test) and node.name in ("defined", "undefined", "none"):
+                return False
+            if is_source(node):
+                return True
+            if isinstance(node, nodes.Name | nodes.NSRef | nodes.Getattr) and _key(nodes, node) in keys:
+                return True
+            return any(map(has, node.iter_child_nodes()))
+
+        for _ in range(4):  # values of values of values
+            for node in assigned:
+                value = node.iter if isinstance(node, nodes.For) else getattr(node, "node", None)
+                if any(map(has, node.body if isinstance(node, nodes.AssignBlock) else [value])):
+                    keys |= {key for key in _targets(nodes, node.target) if key}
+            for node in calls:
+                given = zip(macros[node.node.name].args, node.args, strict=False)
+                keys |= {argument.name for argument, value in given if has(value)}
+                keys |= {pair.key for pair in node.kwargs if has(pair.value)}
+            if whole:
+                keys |= {name for name, macro in macros.items() if any(map(has, macro.body))}
+        return has
 
     def _examine_dates(self) -> None:
         """What is decided by today's date, and what only shows it."""
         nodes = self.nodes
-        dated = {"strftime_now"}
-
-        def is_dated(node: Any) -> bool:
-            if isinstance(node, nodes.Test) and node.name in ("defined", "undefined", "none"):
-                return False
-            if isinstance(node, nodes.Name | nodes.NSRef) and _key(nodes, node) in dated:
-                return True
-            if isinstance(node, nodes.Getattr) and _key(nodes, node) in dated:
-                return True
-            return any(is_dated(child) for child in node.iter_child_nodes())
-
-        for _ in range(4):  # values that are made of dated values
-            for node in self.tree.find_all((nodes.Assign, nodes.AssignBlock, nodes.For)):
-                value = (
-                    node.iter if isinstance(node, nodes.For) else node.node if isinstance(node, nodes.Assign) else None
-                )
-                parts = node.body if isinstance(node, nodes.AssignBlock) else [value]
-                if any(is_dated(part) for part in parts):
-                    dated |= {key for key in _targets(nodes, node.target) if key}
+        if not any(node.name == "strftime_now" for node in self.tree.find_all(nodes.Name)):
+            return
+        self.ledger.find("template-date-printed", self.where, "uses today's date")
+        is_dated = self._flow(lambda node: isinstance(node, nodes.Name) and node.name == "strftime_now")
         for node in self.tree.find_all((nodes.If, nodes.CondExpr)):
             # A date that somebody passes in, or today's where none was: only its presence is asked for.
             if is_dated(node.test) and not isinstance(node.test, nodes.Name | nodes.Not):
                 self.find("template-date", node, "decides by the date")
-        if any(node.name == "strftime_now" for node in self.tree.find_all(nodes.Name)):
-            self.ledger.find("template-date-printed", self.where, "uses today's date")
+        for node in self.tree.find_all((nodes.Compare, nodes.Mul, nodes.Getitem, nodes.Call, nodes.Filter)):
+            if isinstance(node, nodes.Compare):
+                decides = is_dated(node) and not all(value_of(one.expr) in (None, "", False) for one in node.ops)
+            elif isinstance(node, nodes.Getitem):
+                decides = not isinstance(node.arg, nodes.Slice) and is_dated(node.arg)
+            elif isinstance(node, nodes.Filter):
+                decides = node.name in ("select", "reject", "selectattr", "rejectattr") and is_dated(node)
+            elif isinstance(node, nodes.Call):
+                is_get = isinstance(node.node, nodes.Getattr) and node.node.attr == "get"
+                decides = is_get and any(map(is_dated, node.args))
+            else:
+                decides = is_dated(node)
+            if decides:
+                self.find("template-date", node, "decides by the date")
+
+    def _examine_words(self) -> None:
+        """Conditions on words of what somebody says, or on its length, whatever they would change."""
+        nodes = self.nodes
+        fields = {_field(nodes, node) for node in self.tree.find_all((nodes.Getattr, nodes.Getitem))}
+        is_said = self._flow(lambda node: _field(nodes, node) in ("content", "text"), whole=False)
+
+        def says(node: Any) -> bool:
+            """Whether it is what somebody says, or a part or another form of it; not another field of the message."""
+            while isinstance(node, nodes.Filter | nodes.Call) or (
+                isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
+            ):
+                node = (
+                    node.node.node
+                    if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr)
+                    else node.node
+                )
+            return node is not None and (_field(nodes, node) in (None, "content", "text")) and is_said(node)
+
+        for node in self.tree.find_all((nodes.Compare, nodes.Call)):
+            if isinstance(node, nodes.Compare):
+                sides = [node.expr, *(one.expr for one in node.ops)]
+            elif isinstance(node.node, nodes.Getattr) and node.node.attr in ASKING:
+                sides = [node.node.node, *node.args]
+            else:
+                continue
+            if not any(map(says, sides)):
+                continue
+            values = [value_of(side) for side in sides]
+            if any(type(value) is int and value >= LENGTH for value in values):
+                self.find("template-trigger", node, "decides by the length of what is said")
+            words = [text for value in values for text in (value if isinstance(value, list) else [value])]
+            for text in (text for text in words if isinstance(text, str) and is_wordy(text) and text not in fields):
+                is_mode = re.search(r"\b(thinking|reasoning)\b", text)  # "detailed thinking on", in a system message
+                what = f"looks for {text[:80]!r} in what is said"
+                self.find("template-switch" if is_mode else "template-trigger", node, what)
+
+
+def _field(nodes: Any, node: Any) -> Any:
+    """The name that an expression takes a field by."""
+    if isinstance(node, nodes.Getattr):
+        return node.attr
+    return value_of(node.arg) if isinstance(node, nodes.Getitem) else None
 
 
 def _key(nodes: Any, node: Any) -> str | None:

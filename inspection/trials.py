@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from formats.template import TemplateSandbox
+from inspection.constants import value_of
 from inspection.findings import Ledger
 
 SLOW = 2.0  # seconds of four short renderings, above which hundreds more are left out
@@ -57,13 +58,11 @@ def _candidates(tree: Any) -> list[str]:
     from jinja2 import nodes
 
     found = {}
-    for node in tree.find_all((nodes.Const, nodes.Concat, nodes.Add)):
-        try:
-            value = node.value if isinstance(node, nodes.Const) else node.as_const()
-        except Exception:  # what is no constant
-            continue
-        if isinstance(value, str) and 2 <= len(value.strip()) <= 200:
-            found[value.strip()] = None
+    for node in tree.find_all(nodes.Expr):
+        value = value_of(node)
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and 2 <= len(text.strip()) <= 200:
+                found[text.strip()] = None
     return list(found)[:200]
 
 
@@ -89,7 +88,7 @@ def try_words(
     forms = ("Please tell me about {} now.", "{}", "{} and more", "more and {}")
     began = time.monotonic()
     plain = [render(form.format(NEUTRAL)) for form in forms]
-    if time.monotonic() - began > SLOW:
+    if any(plain) and time.monotonic() - began > SLOW:
         ledger.find("template-unrendered", where, "it is slow: its words were not tried")
         return
     failures = 0
@@ -99,9 +98,9 @@ def try_words(
             after = render(form.format(text)) if before is not None and failures < 4 else None
             if after is None or after.replace(text, NEUTRAL) == before.replace(text, NEUTRAL):
                 continue
-            (words if _is_wordy(text) else switches).append(text)
+            (words if is_wordy(text) else switches).append(text)
             break
-    all_words = " ".join(text for text in _candidates(tree) if _is_wordy(text))
+    all_words = " ".join(text for text in _candidates(tree) if is_wordy(text))
     for more in ({}, {"tools": [TOOL]}, {"messages": FIXTURES["history"]["messages"]}) if all_words else ():
         before, after = (render(text, more) for text in (NEUTRAL, all_words))
         if (
@@ -121,6 +120,6 @@ def try_words(
         ledger.find("template-trigger", where, "a long message changes the prompt around it")
 
 
-def _is_wordy(text: str) -> bool:
+def is_wordy(text: str) -> bool:
     """Words as people write them, not markup or a command."""
-    return bool(re.search(r"[^\W\d_]{2,}|\d{3,}", text)) and not re.search(r"[<>\[\]{}|\n`#*]|^[/@]|^\W+$|[=:]$", text)
+    return bool(re.search(r"[^\W\d_]{2,}|\d{3,}", text)) and not re.search(r"[<>\[\]{}|\n`*]|^[/@]|^\W+$|=$", text)

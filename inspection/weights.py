@@ -8,7 +8,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ import model
 from formats.checkpoint import open_checkpoint
 from formats.dequantize import unpacked
 from formats.gguf.reader import GGUF
-from formats.safetensors_read import Checkpoint
-from formats.shards import INDEX, SINGLE, weight_files
+from formats.safetensors_read import Checkpoint, SafetensorsFile
+from formats.shards import INDEX, NOT_MODELS, SINGLE, weight_files
 from inspection.findings import Ledger
 from inspection.tree import Tree
 
@@ -54,11 +54,42 @@ def parameters_of_config(config: model.Config) -> tuple[int, int]:
     return total, active
 
 
+def examine_index(ledger: Ledger, where: str, index: Any, names: Collection[str]) -> None:
+    """An index of shards (*.index.json) against the files beside it, `names`, and the headers of those that were read.
+
+    Loaders choose by the names of files which of several sets of weights they open, so an index counts whether or not
+    a whole file lies beside it.
+    """
+    stated = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(stated, dict) or not all(isinstance(shard, str) for shard in stated.values()):
+        ledger.find("weights-index", where, "has no weight_map that names the shard of each tensor")
+        return
+    folder, shards = where.rpartition("/")[0], sorted(set(stated.values()))
+    path = {shard: f"{folder}/{shard}" if folder else shard for shard in shards}
+    if missing := [shard for shard in shards if path[shard] not in names]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        which = f"{', '.join(shard[:80] for shard in missing[:3])}{more}"
+        ledger.find("weights-index", where, f"names {which}, which {'is' if len(missing) == 1 else 'are'} not there")
+        return
+    headers = ledger.facts.get("safetensors", {})
+    if not shards or not all(path[shard] in headers for shard in shards):
+        return
+    actual = {name: shard for shard in shards for name in headers[path[shard]][0]}
+    wrong = [name for name in {**stated, **actual} if stated.get(name) != actual.get(name)]
+    if wrong:
+        places = f"tensor {wrong[0][:80]} is stated in {stated.get(wrong[0])} but is in {actual.get(wrong[0])}"
+        ledger.find("weights-index", where, f"{places} ({len(wrong):,} such tensors)")
+
+
 def examine_headers(ledger: Ledger, config: dict[str, Any] | None) -> None:
     """Parameters and dtypes from the containers' headers, and config.json held against them."""
     counts, dtypes, formats = Counter(), Counter(), []
     shapes: dict[str, tuple[int, ...]] = {}
-    found = {where: of for where, of in ledger.facts.get("safetensors", {}).items() if "/" not in where}
+    found = {
+        where: of
+        for where, of in ledger.facts.get("safetensors", {}).items()
+        if "/" not in where and where not in NOT_MODELS
+    }
     loaded = {
         where: of for where, of in found.items() if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", where)
     } or found
@@ -146,42 +177,84 @@ def open_weights(path: Path) -> Any:
 
 
 def examine_values(ledger: Ledger, tree: Tree, progress: Callable[[int], None] = lambda size: None) -> None:
-    """Reads every tensor of a local checkpoint once: its hash, and values that no trained model has."""
-    if tree.root is None or any(file.format in ("safetensors", "gguf") and not file.examined for file in ledger.files):
+    """Reads every tensor on this machine once: its hash, and values that no trained model has."""
+    if tree.root is None or any(finding.id in UNREADABLE for finding in ledger.findings):
         return
-    path = tree.root
-    where = path.name if path.is_file() else None
-    if not path.is_file() and not _holds_a_model(tree):
-        return
-    if any(finding.id in UNREADABLE for finding in ledger.findings):
-        return
-    try:
-        checkpoint = GGUF(path) if path.is_file() else Checkpoint(path)  # as stored, under the names that are stored
-    except (ValueError, OSError) as error:
-        message = str(error).partition(": ")[2]
-        if "is stated in" in message or ("shard" in message and "index" in str(error)):
-            ledger.find("weights-index", "model.safetensors.index.json", message)
-        else:
-            ledger.facts["values_problem"] = message
-        return
-    _check_names(ledger, path, checkpoint.config)
-    places = {
-        name: file for file, (of, _) in ledger.facts.get("safetensors", {}).items() if "/" not in file for name in of
-    }
-    seen: dict[str, str] = {}
+    config = _open_model(ledger, tree)
     tensors: list[dict[str, Any]] = []
-    norms: dict[str, dict[str, float]] = {}
-    for name, info in checkpoint.tensors.items():
-        values = checkpoint.read(name)
-        file = places.get(name, path.name)
+    models: dict[str, _Values] = {}  # the shards of one model together
+    try:
+        for file, container in _containers(ledger, tree):
+            of = models.setdefault(re.sub(r"-\d{5}-of-\d{5}\b", "", file), _Values())
+            tensors += _examine_container(ledger, file, container, of, progress)
+    except (ValueError, OSError) as error:
+        ledger.facts["values_problem"] = str(error).partition(": ")[2]
+        return
+    for of in models.values():
+        _check_norms(ledger, of.norms)
+        head, embedding = of.digests.get(model.HEAD), of.digests.get(model.EMBEDDING)
+        if config.get("tie_word_embeddings") and head and embedding and head != embedding:
+            what = f"{model.HEAD} is not the embedding, though config.json ties them"
+            ledger.find("weights-head-differs", None, what)
+    ledger.facts["tensors"] = tensors
+    ledger.facts["values_read"] = bool(tensors) and "values_problem" not in ledger.facts
+
+
+def _open_model(ledger: Ledger, tree: Tree) -> dict[str, Any]:
+    """Opens the repository as the one model that it is, if it is one; `facts["model_path"]` is then what runs. Returns
+    its configuration, {} where there is none."""
+    path, ggufs = tree.root, [where for where in ledger.facts.get("gguf", {}) if tree.get(where)]
+    if path.is_dir() and not _holds_a_model(tree):
+        if len(ggufs) != 1 or ledger.facts.get("safetensors"):
+            return {}
+        path = tree.get(ggufs[0]).local
+    try:
+        config = (GGUF(path) if path.is_file() else Checkpoint(path)).config
+    except (ValueError, OSError) as error:
+        ledger.facts["values_problem"] = str(error).partition(": ")[2]
+        return {}
+    _check_names(ledger, path, config)
+    ledger.facts["model_path"] = path
+    return config
+
+
+class _Values:
+    """What is remembered of one model's tensors."""
+
+    def __init__(self):
+        self.digests: dict[str, str] = {}  # name -> SHA-256
+        self.names: dict[str, str] = {}  # SHA-256 -> the first tensor that has it
+        self.norms: dict[str, dict[str, tuple[float, str]]] = {}  # kind -> {name: (largest value, file)}
+
+
+def _containers(ledger: Ledger, tree: Tree) -> Iterator[tuple[str, Any]]:
+    """(path, container) of each file of weights on this machine, whether or not it belongs to the model: adapters,
+    copies in another precision, the parts of a pipeline. All tensors are as stored, under their stored names."""
+    for where in ledger.facts.get("safetensors", {}):
+        if (entry := tree.get(where)) and entry.local:
+            yield where, SafetensorsFile(entry.local)
+    for where in ledger.facts.get("gguf", {}):
+        part = re.search(r"-(\d{5})-of-\d{5}\.gguf$", where)
+        if (entry := tree.get(where)) and entry.local and (part is None or int(part[1]) == 1):
+            yield where, GGUF(entry.local)
+
+
+def _examine_container(
+    ledger: Ledger, file: str, container: Any, of: _Values, progress: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    """Every tensor of one file: the entries of the manifest."""
+    tensors: list[dict[str, Any]] = []
+    for name, info in container.tensors.items():
+        values = container.read(name)
         digest = hashlib.sha256(memoryview(values.contiguous().reshape(-1).view(torch.uint8).numpy())).hexdigest()
         _check_values(ledger, file, name, values)
         if "norm" in name and values.dim() == 1 and values.numel():
             kind = re.sub(r"\d+", "N", name)
-            norms.setdefault(kind, {})[name] = values.float().abs().max().item()
-        if values.numel() >= SMALL and digest in seen and not _may_be_double(name, seen[digest], values):
-            ledger.find("weights-duplicated", file, f"{name} holds the values of {seen[digest]}")
-        seen.setdefault(digest, name)
+            of.norms.setdefault(kind, {})[name] = (values.float().abs().max().item(), file)
+        first = of.names.setdefault(digest, name)
+        if values.numel() >= SMALL and first != name and not _may_be_double(name, first, values):
+            ledger.find("weights-duplicated", file, f"{name} holds the values of {first}")
+        of.digests[name] = digest
         tensors.append(
             {
                 "name": name,
@@ -193,17 +266,8 @@ def examine_values(ledger: Ledger, tree: Tree, progress: Callable[[int], None] =
         )
         progress(values.numel() * values.element_size())
         del values
-        checkpoint.release(name)
-    _check_norms(ledger, where, norms)
-    ledger.facts["tensors"] = tensors
-    ledger.facts["values_read"] = True
-    config = checkpoint.config
-    if config.get("tie_word_embeddings") and model.HEAD in checkpoint.tensors:
-        digests = {entry["name"]: entry["sha256"] for entry in tensors}
-        if digests[model.HEAD] != digests.get(model.EMBEDDING):
-            ledger.find(
-                "weights-head-differs", where, f"{model.HEAD} is not the embedding, though config.json ties them"
-            )
+        container.release(name)
+    return tensors
 
 
 def _may_be_double(name: str, other: str, values: torch.Tensor) -> bool:
@@ -258,17 +322,18 @@ def _check_values(ledger: Ledger, file: str, name: str, values: torch.Tensor) ->
             )
 
 
-def _check_norms(ledger: Ledger, where: str | None, norms: dict[str, dict[str, float]]) -> None:
+def _check_norms(ledger: Ledger, norms: dict[str, dict[str, tuple[float, str]]]) -> None:
     """The largest weight of each norm, against a bound and against the same norm of the other layers."""
-    ledger.facts["norms"] = {kind: [min(of.values()), max(of.values())] for kind, of in norms.items()}
-    for of in norms.values():
-        middle = sorted(of.values())[len(of) // 2]
-        for name, largest in of.items():
+    for kind, of in norms.items():
+        sizes = sorted(largest for largest, _ in of.values())
+        ledger.facts.setdefault("norms", {})[kind] = [sizes[0], sizes[-1]]
+        middle = sizes[len(sizes) // 2]
+        for name, (largest, file) in of.items():
             if math.isfinite(largest) and (
                 largest > NORM_RANGE or (len(of) > 2 and largest > NORM_OUTLIER * middle > 0)
             ):
                 ledger.find(
-                    "weights-norm-range", where, f"{name} reaches {largest:.3g}; the median of its kind is {middle:.3g}"
+                    "weights-norm-range", file, f"{name} reaches {largest:.3g}; the median of its kind is {middle:.3g}"
                 )
 
 

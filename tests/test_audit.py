@@ -616,7 +616,7 @@ def test_files_of_a_few_bytes_and_beginnings_of_every_format(tmp_path):
 
 
 def test_more_objects_and_tensors_than_memory_holds_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(contents, "MAX_OBJECTS", 10_000)
+    monkeypatch.setattr(contents, "MAX_MEMORY", 10_000)
     monkeypatch.setattr(contents, "MAX_TENSORS", 50)
     (tmp_path / "many.json").write_text(json.dumps([{} for _ in range(50)]))
     (tmp_path / "few.json").write_text(json.dumps(["text"] * 50))
@@ -626,6 +626,43 @@ def test_more_objects_and_tensors_than_memory_holds_are_left_out(tmp_path, monke
     examined = {path for path, file in files.items() if file.examined}
     assert examined == {"few.json", "a.safetensors"}
     assert "bytes of memory" in files["many.json"].note and "more than 50 tensors" in files["b.safetensors"].note
+
+
+def test_a_large_tokenizer_is_read_and_one_that_memory_does_not_hold_is_left_out(tmp_path):
+    """33 MB, as Gemma 3's, and characters that are four bytes wide in memory."""
+    text = json.dumps({"model": {"vocab": {"word": 0, "\u00e9": 1}}, "note": "x" * (33 << 20)}, ensure_ascii=False)
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 2}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "word", "pad_token": "nothing"}))
+    (tmp_path / "wide.json").write_text(json.dumps(["\U0001f600" + "x" * (60 << 20)], ensure_ascii=False))
+    ledger = auditing.Audit(local_tree(tmp_path)).ledger
+    assert ledger.facts["tokens"] == 2
+    assert [one.what for one in ledger.accusations()] == ["pad_token 'nothing' is no token of the tokenizer"]
+    assert [file.path for file in ledger.unexamined()] == ["wide.json"]
+
+
+def test_a_script_in_what_a_notebook_shows(tmp_path):
+    for name, html in (("bad", "<img src=x onerror=alert(1)>"), ("good", "<img src=x>")):
+        output = {"output_type": "display_data", "data": {"text/html": [html]}, "metadata": {}}
+        cells = [{"cell_type": "code", "source": ["1\n"], "metadata": {}, "outputs": [output], "execution_count": 1}]
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps({"cells": cells, "nbformat": 4, "nbformat_minor": 5}))
+    found = auditing.Audit(local_tree(tmp_path)).ledger.findings
+    assert [one.file for one in found if one.id == "other-code"] == ["bad.ipynb"]
+
+
+def test_constants_of_a_template_are_bounded():
+    from inspection.constants import value_of
+
+    parse = templates.template_environment().parse
+
+    def value(text):
+        return value_of(parse("{{ " + text + " }}").body[0].nodes[0])
+
+    assert value("'a' ~ ['b', 'c']|join('-') + 'D'|lower") == "ab-cd" and value("'%s!' % 'x'") == "x!"
+    assert value("'abc'[::-1]") == "cba" and value("2 * 3 ** 2") == 18 and value("'{}'.format('y')") == "y"
+    for text in ("'a' * 10 ** 10", "9 ** 9 ** 9", "'%999999999d' % 1", "'aa'|replace('a', 'a' * 4000)", "x ~ 'a'"):
+        assert value(text) is None
+    assert value("'a'|center(1000000000)") is None and value("1 // 0") is None
 
 
 def test_a_card_that_is_too_large_is_not_called_missing(run, repository):

@@ -3,34 +3,31 @@
 import math
 from collections.abc import Callable
 
-import torch
-
 from data.sources import IGNORED
+from inference.likelihood import Scorer
 from inspection.xray.masks import Mask
 from model import Qwen3
 
 
 def bits_under(model: Qwen3, sequence: int) -> Callable[[Mask], float | None]:
-    """A mask's bits a learnt token, over those of its rows that fit; None where nothing is learnt."""
-    device = next(model.parameters()).device
-    vocabulary = model.config.vocab_size
+    """A mask's bits per learnt token, over those of its rows that fit; None where nothing is learnt."""
+    scorer, vocabulary = Scorer(model), model.config.vocab_size
 
-    @torch.inference_mode()
     def measure(mask: Mask) -> float | None:
-        total, count = 0.0, 0
+        found: list[float] = []
         for row in mask.rows:
-            targets = torch.as_tensor(list(map(int, row.targets)))
-            learnt = targets != IGNORED
-            if not 0 < row.length <= sequence or not learnt.any():
+            targets = list(map(int, row.targets))
+            learnt = [place for place, target in enumerate(targets) if target != IGNORED]
+            if not learnt or row.length > sequence:
                 continue
-            ids = torch.as_tensor(list(map(int, row.ids)))
-            if max(int(ids.max()), int(targets.max())) >= vocabulary:
+            first, last = learnt[0], learnt[-1]
+            ids = [*map(int, row.ids[: last + 1]), targets[last]]
+            if max(ids) >= vocabulary:
                 raise ValueError(
                     "--model: its vocabulary is smaller than the tokenizer's ids; give its own --tokenizer"
                 )
-            logits = model(ids[None].to(device))[0].float().log_softmax(-1)
-            total -= float(logits[learnt].gather(1, targets[learnt][:, None].to(device)).sum())
-            count += int(learnt.sum())
-        return total / count / math.log(2) if count else None
+            values = scorer.logprobs(ids[: first + 1], ids[first + 1 :])
+            found += [values[place - first] for place in learnt]
+        return -sum(found) / len(found) / math.log(2) if found else None
 
     return measure
