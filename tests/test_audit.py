@@ -634,7 +634,7 @@ def test_a_large_tokenizer_is_read_and_one_that_memory_does_not_hold_is_left_out
     (tmp_path / "tokenizer.json").write_text(text)
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 2}))
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "word", "pad_token": "nothing"}))
-    (tmp_path / "wide.json").write_text(json.dumps(["\U0001f600" + "x" * (60 << 20)], ensure_ascii=False))
+    (tmp_path / "wide.json").write_bytes(b'["\xf0\x9f\x98\x80' + b"x" * (60 << 20) + b'"]')
     ledger = auditing.Audit(local_tree(tmp_path)).ledger
     assert ledger.facts["tokens"] == 2
     assert [one.what for one in ledger.accusations()] == ["pad_token 'nothing' is no token of the tokenizer"]
