@@ -7,8 +7,9 @@ prompt of its own, and read the reply as a stream. From the arrival of the token
     first token     seconds from a request to its first token: the median, and the largest
     between         milliseconds from one token to the next of the same reply: 99 % are at most this
 
-Beside one client stands generate.py, which is asked for as many tokens. `--soak MINUTES` is another question, whether
-the server lasts: benchmarks/soak.py.
+One client is also compared with generate.py's loop in a process beside the server: both get the same prompts, one after
+the other, and of each pair of replies the quotient counts. `--soak MINUTES` is another question, whether the server
+lasts: benchmarks/soak.py.
 """
 
 import http.client
@@ -21,8 +22,10 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import console
@@ -65,15 +68,19 @@ def ask(port: int, body: dict) -> Reply:
     return Reply(sent, arrivals, tokens)
 
 
+def request(seed: str, prompt: int, tokens: int) -> dict:
+    rng = random.Random(seed)
+    body = {"prompt": [rng.randrange(10, 700) for _ in range(prompt)], "max_tokens": tokens, "temperature": 0}
+    return body | {"stream": True, "stream_options": {"include_usage": True}}
+
+
 def at_once(port: int, clients: int, prompt: int, tokens: int, seed: object) -> list[Reply]:
     """One reply for each of so many clients, all asked at the same moment."""
     replies: list[Reply | Exception] = []
     barrier = threading.Barrier(clients)
 
     def client(number: int) -> None:
-        rng = random.Random(f"{seed} {number}")
-        body = {"prompt": [rng.randrange(10, 700) for _ in range(prompt)], "max_tokens": tokens, "temperature": 0}
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body = request(f"{seed} {number}", prompt, tokens)
         barrier.wait()
         try:
             replies.append(ask(port, body))
@@ -128,25 +135,56 @@ def theirs(program: str, gguf: Path, threads: int, most: int, positions: int) ->
     return [program, "--model", str(gguf), "--host", "127.0.0.1", "--port", "{port}", *flags, "--no-webui"]
 
 
-def generate(model: Path, precision: str, prompt: int, tokens: int) -> float:
-    """Tokens a second of generate.py behind the first, without guesses, which the server does not make."""
-    flags = ["--quantize", "int8"] if precision == "int8" else ["--dtype", "bfloat16"]
-    flags += [
-        "--raw",
-        "--temperature",
-        "0",
-        "--max-new-tokens",
-        str(tokens),
-        "--prompt-lookup",
-        "0",
-        "--json",
-        "--stats",
-    ]
-    command = [sys.executable, str(ROOT / "generate.py"), "--model", str(model), *flags, "a b " * (prompt // 2)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    if result.returncode:
-        raise ValueError((result.stderr.strip().splitlines() or ["generate.py failed"])[-1])
-    return json.loads(result.stdout)["stats"]["decode_tokens_per_second"]
+# In a worker process that has torch and stays: generate.py's loop.
+
+
+LOADED: dict[str, Any] = {}
+
+
+def load_model(path: str, precision: str) -> None:
+    import torch
+
+    from formats.checkpoint import open_checkpoint
+    from model import load
+    from ops.devices import use_kernels
+    from ops.quant import quantize_
+
+    model = load(open_checkpoint(Path(path)), "cpu", torch.bfloat16)
+    if precision == "int8":
+        quantize_(model, "int8")
+    use_kernels(model, "auto", "bench.py")
+    LOADED["model"] = model
+
+
+def reply(ids: list[int], tokens: int) -> Reply:
+    from generate import SamplingParams, generate
+
+    sent, arrivals = time.perf_counter(), []
+    for _ in generate(LOADED["model"], ids, SamplingParams(temperature=0, max_new_tokens=tokens)):
+        arrivals.append(time.perf_counter())
+    return Reply(sent, arrivals, len(arrivals))
+
+
+# In the process that measures.
+
+
+def ask_worker(worker: ProcessPoolExecutor, body: dict) -> Reply:
+    return worker.submit(reply, body["prompt"], body["max_tokens"]).result()
+
+
+def beside_generate(port: int, worker: ProcessPoolExecutor, options: Any, turn: int) -> list[dict[str, float]]:
+    """Pairs of single replies to the same prompts: the server's tokens a second behind the first as a quotient of
+    those of generate.py's loop, and how many seconds later its first token comes."""
+    found = []
+    for number in range(options.pairs + 1):
+        body = request(f"pair {turn} {number}", options.prompt, options.tokens)
+        programs = {"server": partial(ask, port, body), "loop": partial(ask_worker, worker, body)}
+        order = sorted(programs, reverse=number % 2 == 1)
+        each = {name: figures([programs[name]()]) for name in order}
+        quotient = each["server"]["decode"] / each["loop"]["decode"]
+        later = each["server"]["first_token"] - each["loop"]["first_token"]
+        found.append({"decode": quotient, "first_token": later})
+    return found[1:]  # nobody's first reply
 
 
 def with_words(model: Path, directory: Path) -> Path:
@@ -176,10 +214,11 @@ def parse_arguments(arguments: list[str]) -> Any:
     add("--prompt", type=int, default=64, metavar="N", help="tokens of a prompt (default: 64)")
     add("--tokens", type=int, default=48, metavar="N", help="tokens of a reply (default: 48)")
     add("--repeats", type=int, default=2, metavar="N", help="turns of each server (default: 2)")
+    add("--pairs", type=int, default=10, metavar="N", help="single replies beside generate.py's, a turn (default: 10)")
     add("--soak", type=float, metavar="MINUTES", help="instead: 32 clients for so long, and what is left of it")
     add("--out", type=Path, default=Path("runs/bench-serve"), metavar="DIR", help="where the report goes")
     options = parser.parse_args(arguments)
-    for name in ("prompt", "tokens", "repeats"):
+    for name in ("prompt", "tokens", "repeats", "pairs"):
         if not 1 <= getattr(options, name) <= 4096:
             raise ValueError(f"--{name} {getattr(options, name)}: give a number from 1 to 4096")
     if not all(1 <= clients <= 256 for clients in options.clients):
@@ -189,7 +228,7 @@ def parse_arguments(arguments: list[str]) -> Any:
     return options
 
 
-def measure(options: Any, model: Path, threads: int) -> list[dict]:
+def measure(options: Any, model: Path, threads: int, worker: ProcessPoolExecutor) -> list[dict]:
     """A row for each turn of each server: program, precision, and the figures under the number of clients."""
     program, most, rows = llama_program("llama-server"), max(options.clients), []
     if program is None:
@@ -197,6 +236,7 @@ def measure(options: Any, model: Path, threads: int) -> list[dict]:
     with tempfile.TemporaryDirectory(dir=cache_directory(), prefix="converted-") as directory:
         model = with_words(model, Path(directory) / "model")
         for precision in options.precision:
+            worker.submit(load_model, str(model), precision).result()
             servers = [("nanoqwen", precision, ours(model, precision, threads, most), "/health")]
             if program is not None:
                 gguf = convert(model, Row("llama.cpp", PAIRS[precision]), Path(directory))
@@ -215,8 +255,8 @@ def measure(options: Any, model: Path, threads: int) -> list[dict]:
                                 for again in range(ROUNDS if clients == 1 else 1)
                             ]
                             row["clients"][str(clients)] = {name: median(one[name] for one in each) for name in each[0]}
-                    if name == "nanoqwen":
-                        row["generate"] = generate(model, precision, options.prompt, options.tokens)
+                        if name == "nanoqwen" and 1 in options.clients:
+                            row["beside_generate"] = beside_generate(server.port, worker, options, turn)
                     rows.append(row)
                     said = ", ".join(f"{n}: {f['tokens_per_second']:.1f}" for n, f in row["clients"].items())
                     console.notice(f"{name}/{kind}, turn {turn + 1}: tokens/s with clients {said}")
@@ -246,7 +286,8 @@ def tables(rows: list[dict], clients: list[int]) -> dict[str, list[list[str]]]:
             )
         head = ["server", "tokens/s", "of one reply", "first token, s", "the last one's, s", "between, p99, ms"]
         found[f"{number} client{'s' * (number != '1')}"] = [head, *body]
-    quotients = [["precision", *(f"{number} clients" for number in clients), "one client / generate.py"]]
+    quotients = [["precision", *(f"{number} clients" for number in clients)]]
+    alone = [["precision", "pairs", "tokens/s behind the first", "quarter to three quarters", "first token, ms later"]]
     for precision, other in PAIRS.items():
         mine = [row for row in rows if row["program"] == "nanoqwen" and row["precision"] == precision]
         peer = [row for row in rows if row["program"] == "llama-server" and row["precision"] == other]
@@ -259,9 +300,15 @@ def tables(rows: list[dict], clients: list[int]) -> dict[str, list[list[str]]]:
                     for a, b in pairs
                 ]
                 line.append(f"{median(each):.2f}" if each else "not measured")
-            one = [row["clients"]["1"]["decode"] / row["generate"] for row in mine if "1" in row["clients"]]
-            quotients.append([*line, f"{median(one):.3f}" if one else "not measured"])
-    found["Tokens/s of ours to llama-server's, and of one client to generate.py"] = quotients
+            quotients.append(line)
+        pairs = [pair for row in mine for pair in row.get("beside_generate", ())]
+        if len(pairs) > 1:
+            decode = [pair["decode"] for pair in pairs]
+            low, middle, high = quantiles(decode, n=4, method="inclusive")
+            later = 1000 * median(pair["first_token"] for pair in pairs)
+            alone.append([precision, str(len(pairs)), f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{later:.1f}"])
+    found["Tokens/s of ours to llama-server's"] = quotients
+    found["One client beside generate.py's loop: quotients of single replies to the same prompts"] = alone
     return found
 
 
@@ -278,7 +325,7 @@ def main(arguments: list[str]) -> None:
         facts = worker.submit(model_facts, str(model)).result()
         threads = int(os.environ.get("OMP_NUM_THREADS") or facts["threads"])
         machine = worker.submit(describe_machine, threads).result()
-    rows = measure(options, model, threads)
+        rows = measure(options, model, threads, worker)
     program = llama_program("llama-server")
     report = header(machine, "serve", arguments) | {"model": {"name": name, **facts}, "rows": rows}
     if program:

@@ -1,12 +1,13 @@
 """Where an engine keeps keys and values: one cache for each running reply, and those of finished ones while they fit.
 
-The engine (inference/engine.py) needs six things of a store, whatever a cache is made of:
+The engine (inference/engine.py) needs seven things of a store, whatever a cache is made of:
 
     begin(source, shared)   an empty cache, or one that holds the first `shared` positions of another
     end(cache)              its memory is free
     keep(cache)             what stays of a cache whose reply is over, for later prompts that begin with the same ids
     make_room(lengths)      False where memory does not suffice for each cache to become so long
     forward(parts)          computes the next ids of some caches, together
+    used(caches)            the bytes that these caches take; of None, those that all do
     cuts                    whether a cache can begin with a part of another one, of any length. Keys and values can. A
                             recurrent state cannot: it is copied whole or not at all, so a store of such states has
                             `cuts = False`, and its engine only continues what is a prefix of the new prompt as a whole
@@ -101,6 +102,11 @@ class Rows:
             return True
         return self._resize(self.rows, len(self.rows), longest) or self._resize(running, len(running), longest)
 
+    def used(self, caches: Sequence[Row] | None = None) -> int:
+        running = sum(row.length for row in self.rows if row is not None)
+        positions = self.kept_positions + running if caches is None else sum(cache.length for cache in caches)
+        return positions * self.position_bytes
+
     @torch.inference_mode()
     def forward(self, parts: Sequence[Part]) -> list[Tensor | None]:
         """For each part the logits [V] behind its last id, on the CPU, where they are wanted.
@@ -185,7 +191,8 @@ class Pages:
 
     def __init__(self, model: Qwen3, cache_bytes: int):
         self.model = model
-        self.most = max(1, cache_bytes // (cpu_step.BLOCK * position_bytes(model)))
+        self.page_bytes = cpu_step.BLOCK * position_bytes(model)
+        self.most = max(1, cache_bytes // self.page_bytes)
         self.free: list[Tensor] = []
         self.owners: Counter[int] = Counter()  # by address: how many caches a page is part of
 
@@ -220,6 +227,10 @@ class Pages:
             for _ in range(count):
                 self._append(cache)
         return True
+
+    def used(self, caches: Sequence[Paged] | None = None) -> int:
+        pages = self.owners if caches is None else {page.data_ptr() for cache in caches for page in cache.pages}
+        return len(pages) * self.page_bytes
 
     def forward(self, parts: Sequence[Part]) -> list[Tensor | None]:
         caches, ids, wanted = zip(*parts, strict=True)

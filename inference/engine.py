@@ -7,7 +7,7 @@
 A reply joins and leaves between two passes, so that a short one never waits for a long one. Each reply is the one that
 `generate` gives alone: on a CPU served by ops/cpu/step.py to the bit, whatever else is running.
 
-A prompt is computed in pieces while others are running, so that their next token is late by a bounded time: `PAUSE`.
+A prompt is computed in pieces while others are running, so that their next token is late by a bounded time (`Pace`).
 Caches of finished replies are kept while memory lasts; the least recently used goes first. A request starts from the
 longest beginning that it shares with any cache, kept or running; while another one computes a prompt that begins in the
 same way, it waits for it.
@@ -39,7 +39,7 @@ from model import Qwen3
 from ops.cpu import step as cpu_step
 from ops.memory import available_memory
 
-PAUSE = 0.25  # seconds that pieces of prompts may add to a pass while replies are running; else four times as long
+PAUSE = 0.1  # seconds that pieces of prompts may add to a pass while replies are running; else four times as long
 PIECE = (16, 512)  # tokens of prompts in one pass, whatever that takes: at least, at most
 WORTH_WAITING = 32  # tokens that another request is about to compute anyway
 MEMORY_SHARE = 0.25  # of the free memory that caches may take where no limit is given
@@ -73,6 +73,31 @@ class Running:
     def text(self) -> np.ndarray:
         """Prompt and reply, int64 [positions]."""
         return np.concatenate((self.prompt, np.array(self.reply.tokens, np.int64)))
+
+
+class Pace:
+    """How many tokens of prompts fit into `PAUSE`, by what the passes before took."""
+
+    def __init__(self):
+        self.token_pass = 0.0  # seconds of the latest pass that only had a token for each reply
+        self.per_token = 0.0  # seconds that a token of a prompt adds to a pass
+
+    def piece(self, decoding: bool) -> int:
+        """Tokens of prompts in the next pass; `decoding`: replies are running, and wait for it."""
+        least, most = PIECE
+        if not self.per_token:
+            return least if decoding else most // 4
+        fits = int((PAUSE if decoding else 4 * PAUSE) / self.per_token)
+        return max(least, min(most, fits // least * least))
+
+    def measured(self, seconds: float, replies: int, tokens: int) -> None:
+        """A pass with the next token of so many replies, and so many tokens of prompts."""
+        if not tokens:
+            self.token_pass = seconds
+        elif tokens >= PIECE[0] and (not replies or self.token_pass):
+            # The replies' tokens are not what the prompts cost, but a pass that was slow by chance isn't free either.
+            added = max(seconds - self.token_pass, seconds / 4) if replies else seconds
+            self.per_token = added / tokens
 
 
 @dataclass(eq=False)
@@ -109,7 +134,7 @@ class Engine:
         self.waiting: deque[Running] = deque()
         self.running: list[Running] = []  # in the order in which they came
         self.kept: list[Kept] = []  # the least recently used first
-        self.seconds_per_token = 0.0  # of a prompt, as last measured
+        self.pace = Pace()
         self.threads: ThreadPoolExecutor | None = None
 
     # ---- requests ----
@@ -153,6 +178,11 @@ class Engine:
             self.threads.shutdown()
             self.threads = None
 
+    def cache_bytes(self) -> dict[str, int]:
+        """Memory of keys and values: what finished replies have left behind, and what only running ones use."""
+        kept = self.store.used([held.cache for held in self.kept])
+        return {"kept": kept, "running": self.store.used() - kept}
+
     # ---- one pass ----
 
     @torch.inference_mode()
@@ -162,11 +192,10 @@ class Engine:
             self.running.append(self.waiting.popleft())
         if not self.running:
             return False
-        parts = self._parts()
-        start, tokens = time.perf_counter(), sum(len(part.ids) for part in parts.values())
-        found = self.store.forward(list(parts.values()))
-        if tokens >= 2 * PIECE[0]:  # fewer take as long as reading the weights does
-            self.seconds_per_token = (time.perf_counter() - start) / tokens
+        parts, replies = self._parts()
+        start, pieces = time.perf_counter(), list(parts.values())
+        found = self.store.forward(pieces)
+        self.pace.measured(time.perf_counter() - start, replies, sum(len(part.ids) for part in pieces[replies:]))
         chosen = [(one, logits) for one, logits in zip(parts, found, strict=True) if logits is not None]
         drawn, failed = self._draw(chosen), []
         for (one, logits), draw in zip(chosen, drawn, strict=True):
@@ -180,30 +209,26 @@ class Engine:
             raise failed[0]
         return bool(self.running or self.waiting)
 
-    def _parts(self) -> dict[Running, Part]:
-        """What is computed now: the next ids of each reply that goes on, then of prompts as many as may be."""
+    def _parts(self) -> tuple[dict[Running, Part], int]:
+        """What is computed now: the next ids of each reply that goes on, then of prompts as many as may be.
+
+        -> each request with its part, and how many of them, the first ones, are replies that go on.
+        """
         while True:
             begun = [one for one in self.running if self._begin(one)]
             decoding = [one for one in begun if one.reply.tokens and one.pending <= PIECE[0]]
             counts = {one: one.pending for one in decoding}
-            left = self._budget(bool(decoding))
+            left = self.pace.piece(bool(decoding))
             for one in begun:
                 if one not in counts and left > 0:
                     counts[one] = min(one.pending, left)
                     left -= counts[one]
             if counts and self._make_room({one.cache: one.cache.length + n for one, n in counts.items()}):
-                return {one: self._part(one, count) for one, count in counts.items()}
+                return {one: self._part(one, count) for one, count in counts.items()}, len(decoding)
 
     @staticmethod
     def _part(one: Running, count: int) -> Part:
         return Part(one.cache, one.ids(one.cache.length, count), count == one.pending)
-
-    def _budget(self, decoding: bool) -> int:
-        """Tokens of prompts in the next pass."""
-        least, most = PIECE
-        if not self.seconds_per_token:
-            return least if decoding else most // 4
-        return max(least, min(most, int((PAUSE if decoding else 4 * PAUSE) / self.seconds_per_token)))
 
     def _make_room(self, lengths: dict[Any, int]) -> bool:
         """False: something had to go, and what is computed next is another question."""

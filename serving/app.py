@@ -6,8 +6,10 @@ Nothing of a request is logged but its endpoint, status, sizes and times.
 import asyncio
 import hmac
 import json
+import math
 import time
 import traceback
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -21,6 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from console import notice
+from formats.messages import short
 from serving.endpoints import POSTS, tokenizer_info
 from serving.errors import ApiError
 from serving.page import render
@@ -104,7 +107,7 @@ async def defect(request: Request, error: Exception) -> Response:
 
 async def http_error(request: Request, error: HTTPException) -> Response:
     """Starlette's own: no such path, no such method."""
-    what = {404: f"there is nothing at {request.url.path!r:.80}", 405: f"{request.method} is not for this path"}
+    what = {404: f"there is nothing at {request.scope['path']!r:.80}", 405: f"{request.method} is not for this path"}
     return failure(ApiError(error.status_code, what.get(error.status_code, error.detail), **(error.headers or {})))
 
 
@@ -152,13 +155,13 @@ class Gate:
             notice(f"{path} {status}, {taken:,} bytes in, {sent:,} out, {seconds:.3f} s")
 
     def check(self, request: Request) -> None:
-        host = request.headers.get("host", "")
-        if self.hosts is not None and hostname(host) not in self.hosts:
+        host = request.headers.get("host")  # HTTP/1.0 may leave it out; every browser sends it
+        if self.hosts is not None and host is not None and hostname(host) not in self.hosts:
             raise ApiError(403, "this server is only asked as localhost; start it with --host to change that")
         origin = request.headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
             raise ApiError(403, "a page of another origin asks; this server answers only its own")
-        if self.key is not None and request.url.path not in OPEN:
+        if self.key is not None and request.scope["path"] not in OPEN:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             right = hmac.compare_digest(given.strip().encode(), self.key) and scheme.lower() == "bearer"
             if not right:
@@ -220,12 +223,29 @@ def parse(request: Request, body: bytes) -> Any:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "the Content-Type has to be application/json")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(415, "the body has to be sent as it is, without a Content-Encoding")
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        hooks = {"object_pairs_hook": _object, "parse_float": _finite, "parse_constant": _no_constant}
+        return json.loads(body.decode("utf-8"), **hooks)
     except UnicodeDecodeError:
         raise ApiError(400, "the body is not UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{short(name)} is there twice in one object")
+    return found
+
+
+def _finite(number: str) -> float:
+    if math.isinf(value := float(number)):
+        raise ValueError(f"{number:.40} is too large for a number")
+    return value
 
 
 def _no_constant(name: str) -> None:

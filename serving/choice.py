@@ -16,6 +16,7 @@ from inference.decode import Reply, ThinkingBudget
 from inference.params import SamplingParams
 from inference.sampling import top_logprobs
 from model import Qwen3
+from serving.errors import refused
 from serving.grammar import Constraint
 from serving.tool_calls import Call, CallParser
 
@@ -86,7 +87,11 @@ class Choice:
             logits = logits.float().clone()
             added = logits[ids] + bias.to(logits.device)
             logits[ids] = torch.where(bias.to(logits.device) <= -100, -torch.inf, added)
-        return logits if self.constraint is None else self.constraint.mask(tokens, logits)
+        if self.constraint is not None:
+            logits = self.constraint.mask(tokens, logits)
+        if self.asked.bias and logits.max() == -torch.inf:
+            raise refused("logit_bias", "rules out every token that could come next")
+        return logits
 
     def intervene(self, tokens: list[int]) -> list[int]:
         """The end of a thinking that took too long, else the line break that a grammar wants behind the thinking."""

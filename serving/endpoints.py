@@ -57,6 +57,7 @@ async def chat_completions(service: Service, body: Any) -> Answer:
         bias=given.logit_bias or {},
     )
     constraints = await _constraints(service, given, ids, thinking)
+    service.check_count(given.n or 1, "n")
     exchange = service.exchange([ids], asked, given.n or 1, constraints)
     choices = [ChatChoice(choice.index, bool(given.logprobs)) for choice in exchange.choices]
     return await _answer(exchange, choices, Head("chat.completion", service.name), given)
@@ -140,6 +141,7 @@ async def completions(service: Service, body: Any) -> Answer:
         raise refused("prompt", "is missing")
     if given.stream_options is not None and not given.stream:
         raise refused("stream_options", "needs stream: true")
+    service.check_count(len(given.prompt) * (given.n or 1), "prompt" if len(given.prompt) > 1 else "n")
     prompts = await _aside(_encode, service, given.prompt, "prompt")
     most = 16 if given.max_tokens is None else given.max_tokens  # OpenAI's default
     if most == 0 and not given.echo:
@@ -156,11 +158,9 @@ async def completions(service: Service, body: Any) -> Answer:
         for choice in exchange.choices
     ]
     if most == 0:
+        exchange.choices.clear()  # nothing is generated: the echo is all
         for choice in choices:
             choice.finish = "length"
-        return Head("text_completion", service.name)(
-            [choice.whole() for choice in choices], usage=usage(exchange.prompts, [])
-        )
     return await _answer(exchange, choices, Head("text_completion", service.name), given)
 
 

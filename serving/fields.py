@@ -18,6 +18,7 @@ Reader = Callable[[Any], Any]
 """Gives the value as it is used, or raises ValueError that says what is wrong with it."""
 
 MOST_CHOICES, MOST_STOPS, STOP_CHARACTERS, MOST_BIASES, MOST_LOGPROBS = 128, 16, 256, 1024, 20
+MOST_PROMPTS = 2048  # of one request, as OpenAI's
 SIGNED_64 = 1 << 63
 FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
@@ -159,10 +160,12 @@ def tool_choice(value):
     """-> "none", "auto", "required" or {"name"} of the one function that has to be called."""
     if isinstance(value, dict):
         function = value.get("function")
+        known = value.get("type") == "function" and set(value) == {"type", "function"}
         if (
-            value.get("type") != "function"
+            not known
             or not isinstance(function, dict)
-            or not isinstance(function.get("name"), str)
+            or set(function) != {"name"}
+            or not isinstance(function["name"], str)
         ):
             raise ValueError(f"{short(value)} is not {{type: function, function: {{name}}}}")
         return {"name": function["name"]}
@@ -173,16 +176,21 @@ def tool_choice(value):
 
 def response_format(value):
     """-> the JSON schema that the answer has to follow, None for plain text."""
+    kinds = {"text": {"type"}, "json_object": {"type"}, "json_schema": {"type", "json_schema"}}
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return {"type": "object"}
-    if kind != "json_schema":
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"{short(value)} has none of the types text, json_object and json_schema")
+    if extra := set(value) - kinds[kind]:
+        raise ValueError(f"{short(min(extra))}: there is no such field beside the type {kind}")
+    if kind != "json_schema":
+        return {"type": "object"} if kind == "json_object" else None
     given = value.get("json_schema")
     if not isinstance(given, dict) or not isinstance(given.get("schema"), dict):
         raise ValueError("json_schema has no schema: give {type, json_schema: {name, schema}}")
+    if extra := set(given) - {"name", "description", "schema", "strict"}:
+        raise ValueError(f"json_schema.{short(min(extra))}: there is no such field")
+    if not isinstance(given.get("strict"), bool | None):
+        raise ValueError(f"json_schema.strict: {short(given['strict'])} is neither true nor false")
     return given["schema"]
 
 
@@ -223,6 +231,8 @@ def prompt(value):
     )
     if not prompts or not all(isinstance(one, str) or (isinstance(one, list) and _ids(one)) for one in prompts):
         raise ValueError(f"{short(value)} is not a text, token ids, or a list of them")
+    if len(prompts) > MOST_PROMPTS:
+        raise ValueError(f"{len(prompts):,} of them, but at most {MOST_PROMPTS:,} are taken at once; send fewer")
     return prompts
 
 

@@ -20,6 +20,7 @@ class Metrics:
         self.requests = make(Counter, "requests", "Requests by endpoint and status", ("endpoint", "status"))
         self.queue = make(Gauge, "queue", "Replies that wait for their first token")
         self.batch = make(Gauge, "batch", "Replies that are running")
+        self.cache = make(Gauge, "cache_bytes", "Memory of keys and values", ("of",))
         self.prompt_tokens = make(Counter, "prompt_tokens", "Tokens of prompts, cached ones too")
         self.cached_tokens = make(Counter, "cached_tokens", "Tokens of prompts that came from a kept cache")
         self.tokens = make(Counter, "generated_tokens", "Tokens of replies")

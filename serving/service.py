@@ -65,6 +65,8 @@ class Service:
         self.worker.start()
         self.metrics.batch.set_function(lambda: min(self.accepted, self.max_batch))
         self.metrics.queue.set_function(lambda: max(0, self.accepted - self.max_batch))
+        for of in ("kept", "running"):
+            self.metrics.cache.labels(of).set_function(lambda of=of: self.engine.cache_bytes()[of])
 
     def stop(self) -> None:
         if self.worker is not None:
@@ -134,14 +136,17 @@ class Service:
         if isinstance(text, str) and len(text) > 32 * self.context:
             self.check_length(self.chat.encode(text[: 16 * self.context])[:-16], param, "more than ")
 
+    def check_count(self, replies: int, param: str) -> None:
+        most = max(self.queue, self.max_batch)
+        if replies > most:
+            raise refused(param, f"{replies:,} replies in one request, but at most {most:,} are taken; send fewer")
+
     def exchange(self, prompts: list[list[int]], asked: Asked, n: int, constraints: Callable[[], Constraint | None]):
         """The replies to these prompts, `n` of each, in the API's order. ApiError 429 where the queue is full."""
         wanted = n * len(prompts)
         if asked.bias and max(asked.bias) >= self.model.config.vocab_size:
             raise refused("logit_bias", f"token {max(asked.bias)} is not in the vocabulary")
         waiting = max(0, self.accepted - self.max_batch)
-        if wanted > self.queue and wanted > self.max_batch:
-            raise ApiError(400, f"{wanted:,} replies in one request, but at most {self.queue:,} are; send fewer", "n")
         if waiting + wanted > self.queue + max(0, self.max_batch - self.accepted):
             seconds = math.ceil(self.reply_seconds * (1 + waiting / self.max_batch))
             message = f"{self.accepted:,} replies are waiting or running, as many as this server takes; try again"
@@ -224,6 +229,8 @@ class Exchange:
             if self.behind:
                 raise ApiError(408, "the stream was read too slowly")
             news = self._news.popleft()
+            if isinstance(news.error, ApiError):
+                raise news.error
             if news.error is not None:
                 raise ApiError(500, f"the reply could not be computed: {news.error}") from news.error
             ended += news.finish is not None

@@ -161,7 +161,7 @@ class TextChoice:
 
     def first(self) -> dict | None:
         """The echo."""
-        return self._choice("".join(self.texts), self.head, None) if self.texts else None
+        return self._choice("".join(self.texts), self.head, self.finish) if self.texts or self.finish else None
 
     def _choice(self, text: str, logprobs: list[dict], finish: str | None) -> dict:
         told = self._logprobs(logprobs) if self.wants_logprobs else None

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from inference.decode import PromptTooLong, Reply, generate
-from inference.engine import Engine, generate_batch
+from inference.engine import Engine, Pace, generate_batch
 from inference.params import SamplingParams
 from model import Config, Qwen3
 from ops.quant import quantize_
@@ -123,13 +123,28 @@ def test_running_replies_get_a_token_with_every_pass_while_a_long_prompt_is_read
     short = Reply(model, [5, 6], SamplingParams(seed=0, max_new_tokens=100))
     engine.add(short, lambda *_: heard.append("short"))
     engine.step()
-    engine.seconds_per_token = 1.0  # a slow machine: the shortest pieces
+    engine.pace.measured = lambda *_: None
+    engine.pace.per_token = 1.0  # a slow machine: the shortest pieces
     engine.add(Reply(model, [7] * 300, SamplingParams(seed=0, max_new_tokens=1)), lambda *_: heard.append("long"))
     while "long" not in heard:
         before = len(heard)
         assert engine.step() and "short" in heard[before:]
-        engine.seconds_per_token = 1.0
     assert len(heard) == 1 + 300 // 16 + 2
+
+
+def test_a_piece_of_a_prompt_is_as_long_as_the_time_allows():
+    pace = Pace()
+    assert (pace.piece(True), pace.piece(False)) == (16, 128)  # nothing is known yet
+    pace.measured(0.25, 0, 128)
+    pace.measured(0.06, 4, 0)
+    pace.measured(0.06 + 48 * 0.002, 4, 48)  # a token of a prompt adds 2 ms to what the replies take
+    assert pace.per_token == pytest.approx(0.002) and pace.piece(True) == 48 and pace.piece(False) == 192
+    pace.measured(0.05, 4, 48)  # by chance quicker than without a piece
+    assert 0 < pace.per_token < 0.001
+    pace.measured(60, 4, 48)  # the machine was suspended
+    assert (pace.piece(True), pace.piece(False)) == (16, 16)
+    pace.measured(0.06 + 16 * 0.002, 4, 16)
+    assert pace.piece(True) == 48
 
 
 def test_a_mask_rules_tokens_out_and_sees_the_reply():

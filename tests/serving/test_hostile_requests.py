@@ -5,12 +5,12 @@ import socket
 import threading
 import time
 
-import hostile
 import httpx
 import openai
 import pytest
 from conftest import wait_until_idle
 
+from benchmarks import hostile
 from serving import app, run, service
 
 ENDLESS = {
@@ -22,7 +22,7 @@ ENDLESS = {
 
 
 def test_malformed_bodies_are_answered(running, capfd):
-    found = hostile.ask_all(running.url, 400)
+    found = hostile.ask_all(running.port, 400)
     assert found[400] > 200 and found[200] > 5 and set(found) <= hostile.ANSWERS
     wait_until_idle(running.service)
     told = capfd.readouterr().err
