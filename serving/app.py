@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from console import notice
 from formats.messages import short
 from serving.endpoints import POSTS, tokenizer_info
-from serving.errors import ApiError
+from serving.errors import ApiError, refused
 from serving.page import render
 from serving.service import Service
 from serving.wire import dumps, event
@@ -227,11 +227,22 @@ def parse(request: Request, body: bytes) -> Any:
         raise ApiError(415, "the body has to be sent as it is, without a Content-Encoding")
     try:
         hooks = {"object_pairs_hook": _object, "parse_float": _finite, "parse_constant": _no_constant}
-        return json.loads(body.decode("utf-8"), **hooks)
+        found = json.loads(body.decode("utf-8"), **hooks)
+        if rb"\ud" in body.lower() and isinstance(found, dict):
+            _check_characters(found)
+        return found
     except UnicodeDecodeError:
         raise ApiError(400, "the body is not UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from None
+
+
+def _check_characters(fields: dict) -> None:
+    for name, given in fields.items():
+        try:
+            json.dumps([name, given], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise refused(name[:64], "holds half a surrogate pair, which is no character; remove it") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict:

@@ -21,6 +21,9 @@ from serving.tool_calls import BEGIN, END
 # One way to write JSON, json.dumps': where white space is free, a small model goes on in it for ever.
 COMPACT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 
+# No other thread of Python runs while a grammar is read, which takes a tenth of a second for so many characters.
+MOST_CHARACTERS = 100_000
+
 
 class Grammars:
     """Grammars over the tokens of one checkpoint. `ends` are the ids that end a reply."""
@@ -45,12 +48,16 @@ class Grammars:
         return any("<function=" in template for template in self.chat.templates.values())
 
     def matcher(self, grammar: str) -> LLMatcher:
-        """Raises ValueError for a schema that can't be followed exactly."""
-        tokenizer = self.prepare()
-        failed, found = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
-        if not failed and not found:
-            return LLMatcher(tokenizer, grammar, log_level=0)
-        raise ValueError(f"can't be followed ({' '.join(' '.join(found).split())[:300]})")
+        """Raises ValueError for a schema that can't be followed exactly, or is too large."""
+        if len(grammar) > MOST_CHARACTERS:
+            raise ValueError(
+                f"{len(grammar):,} characters, but at most {MOST_CHARACTERS:,} are read; shorten the schema"
+            )
+        found = LLMatcher(self.prepare(), grammar, log_level=0)
+        wrong = [found.get_error()] if found.is_error() else found.get_grammar_warnings()
+        if wrong:
+            raise ValueError(f"can't be followed ({' '.join(' '.join(wrong).split())[:300]})")
+        return found
 
     def answer(self, schema: dict, tools: Sequence[dict] = (), parallel: bool = True) -> str:
         """JSON of this schema; or, where tools are offered, calls."""

@@ -12,6 +12,8 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from console import notice
+from serving.errors import ApiError
+from serving.wire import dumps
 
 HEADER_SECONDS = 30.0  # for the head of a request to arrive, from the connection or the answer before it
 LAST_SECONDS = 10  # that running replies have after SIGTERM
@@ -39,6 +41,14 @@ class Protocol(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._wait()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP gets an error in the API's form."""
+        if self.cycle is None or not self.cycle.response_started:
+            body = dumps(ApiError(400, "this is no HTTP request that the server can read").body()).encode()
+            head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.close()
 
     def _wait(self) -> None:
         self._stop_waiting()

@@ -261,6 +261,10 @@ def test_response_format_is_followed(chat, refused):
     assert reply.choices[0].message.content.startswith("{")
     assert chat(response_format={"type": "text"}).choices[0].message.content == ANSWER
     refused("response_format", response_format={"type": "xml"})
+    refused("response_format", response_format={"type": "json_object", "schema": {}})
+    refused("response_format", response_format={"type": "json_schema", "json_schema": {"schema": {}, "kind": "x"}})
+    large = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [f"w{i}" for i in range(20_000)]}}}
+    assert "at most" in refused("response_format", response_format=large)
     bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "not": {"type": "null"}}}}
     assert "not" in refused("response_format", response_format=bad)
 
@@ -306,6 +310,8 @@ def test_wrong_tools_are_refused(refused):
     refused("tool_choice", tools=[ADD], tool_choice={"type": "function", "function": {"name": "sub"}})
     refused("tool_choice", tool_choice="required")
     refused("tool_choice", tools=[ADD], tool_choice="any")
+    named = {"type": "function", "function": {"name": "add"}}
+    refused("tool_choice", tools=[ADD], tool_choice={**named, "mode": "x"})
 
 
 @pytest.mark.parametrize(
@@ -384,6 +390,9 @@ def test_completions_echo_with_probabilities(client, tiny):
     assert found.text_offset[:3] == [0, len(found.tokens[0]), len(found.tokens[0]) + len(found.tokens[1])]
     scored = client.completions.create(model=NAME, prompt=ids, max_tokens=0, echo=True, logprobs=1)
     assert len(scored.choices[0].logprobs.tokens) == len(ids) and scored.usage.completion_tokens == 0
+    (only,) = client.completions.create(model=NAME, prompt=ids, max_tokens=0, echo=True, logprobs=1, stream=True)
+    assert only.choices[0].finish_reason == "length" and only.choices[0].text == scored.choices[0].text
+    assert only.choices[0].logprobs == scored.choices[0].logprobs
     plain = client.completions.create(model=NAME, prompt="ab", max_tokens=3, echo=True)
     assert plain.choices[0].text.startswith("ab") and plain.choices[0].logprobs is None
 

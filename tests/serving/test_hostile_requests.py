@@ -177,6 +177,58 @@ def test_a_body_above_the_limit_is_a_413(running):
         sender.join(20)
 
 
+EVERY_TOKEN = b",".join(b'"%d": -100' % token for token in range(758))
+
+
+@pytest.mark.parametrize(
+    "body, told, param",
+    [
+        (b'{"prompt": "x", "max_tokens": 1, "prompt": "y"}', "'prompt' is there twice", None),
+        (b'{"prompt": "x", "logit_bias": {"5": 1, "5": 2}}', "'5' is there twice", None),
+        (b'{"prompt": "x", "temperature": NaN}', "NaN", None),
+        (b'{"prompt": "x", "top_p": -Infinity}', "-Infinity", None),
+        (b'{"prompt": "x", "temperature": 1e999}', "1e999", None),
+        (b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", "digits", None),
+        (b'{"prompt": "x", "seed": 9223372036854775808}', "seed", "seed"),
+        (b'{"prompt": "\\ud83d"}', "surrogate", "prompt"),
+        (b'{"prompt": "x", "stop": ["\\uDC00"]}', "surrogate", "stop"),
+        (b'{"prompt": "x", "\\ud800": 1}', "surrogate", "\ud800"),
+        (b'{"prompt": [' + b'"a",' * 3000 + b'"b"]}', "at most 2,048", "prompt"),
+        (b'{"prompt": [' + b'"a",' * 300 + b'"b"]}', "at most 256", "prompt"),
+        (b'{"prompt": "x", "n": 9, "logit_bias": {%s}}' % EVERY_TOKEN, "every token", "logit_bias"),
+    ],
+)
+def test_json_that_means_two_things_or_nothing_is_a_400(http, body, told, param):
+    reply = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert reply.status_code == 400 and told in reply.json()["error"]["message"], reply.text
+    assert reply.json()["error"]["param"] == param
+    emoji = b'{"prompt": "\\ud83d\\ude42", "max_tokens": 1}'
+    assert http.post("/v1/completions", content=emoji, headers={"content-type": "application/json"}).status_code == 200
+
+
+def test_other_ways_to_say_http(running, serving):
+    """HTTP/1.0 without a Host, a body in chunks, HEAD; and what is answered to no HTTP at all."""
+    body = b'{"prompt": "What is", "max_tokens": 1}'
+    kind = b"Content-Type: application/json\r\n"
+    old = b"POST /v1/completions HTTP/1.0\r\n" + kind + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    begin = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + kind
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    chunked = begin + b"Transfer-Encoding: chunked\r\n\r\n" + chunks
+    gzip = begin + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    bad = begin + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"
+    asked = {old: 200, chunked: 200, gzip: 415, bad: 400, b"\x16\x03\x01\r\n\r\n": 400}
+    asked[b"HEAD / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"] = 200
+    for raw, status in asked.items():
+        with connect(running) as connection:
+            connection.sendall(raw)
+            told, _, rest = read_all(connection).partition(b"\r\n\r\n")
+        assert told.startswith(b"HTTP/1.1 %d " % status), (raw, told)
+        assert raw.startswith(b"HEAD") or json.loads(rest), (raw, rest)
+    with serving(guard={"key": "k", "hosts": None}) as guarded, connect(guarded) as connection:
+        connection.sendall(b"GET /nothing HTTP/1.1\r\nHost: [\r\nConnection: close\r\nAuthorization: Bearer k\r\n\r\n")
+        assert read_all(connection).startswith(b"HTTP/1.1 404 ")
+
+
 def test_a_wrong_key_is_a_401(serving):
     with serving(guard={"key": "secret", "hosts": None}) as running:
         for path in ("/v1/models", "/metrics", "/tokenizer_info", "/nothing"):
