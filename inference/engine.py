@@ -39,8 +39,10 @@ from model import Qwen3
 from ops.cpu import step as cpu_step
 from ops.memory import available_memory
 
-PAUSE = 0.1  # seconds that pieces of prompts may add to a pass while replies are running; else four times as long
+PAUSE = 0.12  # seconds that pieces of prompts may add to a pass while replies are running; else four times as long
 PIECE = (16, 512)  # tokens of prompts in one pass, whatever that takes: at least, at most
+FORGET = 0.95  # what a pass still counts when the next one is measured
+SPREAD = 16.0  # variance of the number of tokens from which a line can be fitted
 WORTH_WAITING = 32  # tokens that another request is about to compute anyway
 MEMORY_SHARE = 0.25  # of the free memory that caches may take where no limit is given
 
@@ -76,28 +78,36 @@ class Running:
 
 
 class Pace:
-    """How many tokens of prompts fit into `PAUSE`, by what the passes before took."""
+    """How many tokens of prompts fit into `PAUSE`, by what the passes before took.
+
+    A pass takes about as long as reading the weights, and a little more for each token in it: a line, fitted by least
+    squares, in which a pass counts less with each that follows.
+    """
 
     def __init__(self):
-        self.token_pass = 0.0  # seconds of the latest pass that only had a token for each reply
-        self.per_token = 0.0  # seconds that a token of a prompt adds to a pass
+        self.per_token = 0.0  # seconds that one more token adds to a pass
+        self._sums = np.zeros(5)  # of 1, tokens, seconds, tokens^2, tokens * seconds
 
     def piece(self, decoding: bool) -> int:
         """Tokens of prompts in the next pass; `decoding`: replies are running, and wait for it."""
         least, most = PIECE
         if not self.per_token:
             return least if decoding else most // 4
-        fits = int((PAUSE if decoding else 4 * PAUSE) / self.per_token)
+        fits = int((PAUSE if decoding else 4 * PAUSE) / self.per_token + 1e-6)
         return max(least, min(most, fits // least * least))
 
-    def measured(self, seconds: float, replies: int, tokens: int) -> None:
-        """A pass with the next token of so many replies, and so many tokens of prompts."""
-        if not tokens:
-            self.token_pass = seconds
-        elif tokens >= PIECE[0] and (not replies or self.token_pass):
-            # The replies' tokens are not what the prompts cost, but a pass that was slow by chance isn't free either.
-            added = max(seconds - self.token_pass, seconds / 4) if replies else seconds
-            self.per_token = added / tokens
+    def measured(self, tokens: int, seconds: float) -> None:
+        """A pass over so many tokens."""
+        if self.per_token:  # one that stood still because the machine did says little about the next one
+            seconds = min(seconds, 4 * (self._sums[2] / self._sums[0] + self.per_token * tokens))
+        self._sums = FORGET * self._sums + (1, tokens, seconds, tokens**2, tokens * seconds)
+        count, x, y, xx, xy = self._sums
+        variance = xx / count - (x / count) ** 2
+        if variance >= SPREAD:
+            slope = (xy / count - x * y / count**2) / variance
+            self.per_token = min(max(slope, y / x / 16), y / x)
+        elif not self.per_token:
+            self.per_token = y / x
 
 
 @dataclass(eq=False)
@@ -192,10 +202,10 @@ class Engine:
             self.running.append(self.waiting.popleft())
         if not self.running:
             return False
-        parts, replies = self._parts()
-        start, pieces = time.perf_counter(), list(parts.values())
-        found = self.store.forward(pieces)
-        self.pace.measured(time.perf_counter() - start, replies, sum(len(part.ids) for part in pieces[replies:]))
+        parts = self._parts()
+        start = time.perf_counter()
+        found = self.store.forward(list(parts.values()))
+        self.pace.measured(sum(len(part.ids) for part in parts.values()), time.perf_counter() - start)
         chosen = [(one, logits) for one, logits in zip(parts, found, strict=True) if logits is not None]
         drawn, failed = self._draw(chosen), []
         for (one, logits), draw in zip(chosen, drawn, strict=True):
@@ -209,11 +219,8 @@ class Engine:
             raise failed[0]
         return bool(self.running or self.waiting)
 
-    def _parts(self) -> tuple[dict[Running, Part], int]:
-        """What is computed now: the next ids of each reply that goes on, then of prompts as many as may be.
-
-        -> each request with its part, and how many of them, the first ones, are replies that go on.
-        """
+    def _parts(self) -> dict[Running, Part]:
+        """What is computed now: the next ids of each reply that goes on, then of prompts as many as may be."""
         while True:
             begun = [one for one in self.running if self._begin(one)]
             decoding = [one for one in begun if one.reply.tokens and one.pending <= PIECE[0]]
@@ -224,7 +231,7 @@ class Engine:
                     counts[one] = min(one.pending, left)
                     left -= counts[one]
             if counts and self._make_room({one.cache: one.cache.length + n for one, n in counts.items()}):
-                return {one: self._part(one, count) for one, count in counts.items()}, len(decoding)
+                return {one: self._part(one, count) for one, count in counts.items()}
 
     @staticmethod
     def _part(one: Running, count: int) -> Part:

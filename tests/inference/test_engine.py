@@ -133,18 +133,28 @@ def test_running_replies_get_a_token_with_every_pass_while_a_long_prompt_is_read
 
 
 def test_a_piece_of_a_prompt_is_as_long_as_the_time_allows():
+    def seconds(tokens):
+        return 0.05 + 0.002 * tokens  # to read the weights, and for each token
+
     pace = Pace()
     assert (pace.piece(True), pace.piece(False)) == (16, 128)  # nothing is known yet
-    pace.measured(0.25, 0, 128)
-    pace.measured(0.06, 4, 0)
-    pace.measured(0.06 + 48 * 0.002, 4, 48)  # a token of a prompt adds 2 ms to what the replies take
-    assert pace.per_token == pytest.approx(0.002) and pace.piece(True) == 48 and pace.piece(False) == 192
-    pace.measured(0.05, 4, 48)  # by chance quicker than without a piece
-    assert 0 < pace.per_token < 0.001
-    pace.measured(60, 4, 48)  # the machine was suspended
-    assert (pace.piece(True), pace.piece(False)) == (16, 16)
-    pace.measured(0.06 + 16 * 0.002, 4, 16)
+    pace.measured(128, seconds(128))
+    assert pace.piece(True) <= 48  # all of the time may be that of the tokens
+    for replies in (1, 1, 2, 8):
+        pace.measured(replies, seconds(replies))
+    assert pace.per_token == pytest.approx(0.002) and (pace.piece(True), pace.piece(False)) == (48, 240)
+    for _ in range(200):
+        pace.measured(8, seconds(8))  # tells nothing about prompts
+    assert (pace.piece(True), pace.piece(False)) == (48, 240)
+    pace.measured(8 + 48, 120)  # the machine was suspended
+    for _ in range(60):
+        pace.measured(8 + pace.piece(True), seconds(8 + pace.piece(True)))
+        pace.measured(8, seconds(8))
     assert pace.piece(True) == 48
+    for _ in range(60):  # it has become ten times as slow
+        pace.measured(8 + pace.piece(True), 10 * seconds(8 + pace.piece(True)))
+        pace.measured(8, 10 * seconds(8))
+    assert pace.piece(True) == 16
 
 
 def test_a_mask_rules_tokens_out_and_sees_the_reply():
