@@ -1,15 +1,16 @@
 """From how few tokens a model learns, by train.py and by the usual loop, with Muon and with AdamW:
 
     python bench.py tokens --corpus TEXT... --tokenizer SRC
+    python bench.py tokens --small --tune ...            about 25 minutes on two cores
 
 Four sides: this project's trainer and transformers' Qwen3 in a plain loop (benchmarks/peers/train_transformers.py),
 each with both optimizers, so that the effects of the trainer and of Muon can be separated. All have the same
-model, rows, batch, validation rows and schedule; weights and order of the rows by seed. The texts are tokenised, the
-last tenth of each for validation; the report names them by their SHA-256.
+model, rows, batch, steps, validation rows and schedule; weights and order of the rows by seed. The texts are tokenised,
+the last tenth of each for validation; the report names them by their SHA-256.
 
 The loss that all seeds of transformers with AdamW reach at the end is the mark, and a run's figure is how many tokens
-it had seen when its validation loss first was as low. `--tune` first tries the grids below on other seeds and takes the
-best of each.
+it had seen when its validation loss first was as low. `--tune` first tries the grids below on another seed and takes
+the best of each.
 
 Every run leaves a record in OUT/runs, named after its settings, and is not done again: a command that was interrupted
 continues with what is missing. Runs have one thread each; --jobs of them run at once.
@@ -37,8 +38,7 @@ from data.shard_format import Shard, write_shard
 from data.texts import load_tokenizer, vocabulary_of
 from formats.files import sha256, write_text
 
-BATCH, SEQUENCE, STEPS = 16, 128, 128  # of the peer
-VALIDATE_EVERY, VALIDATION_ROWS = 4, 32
+VALIDATE_EVERY = 4  # steps
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -48,6 +48,26 @@ SIZES = {
     "head_dim": 32,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
+}
+SMALL = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
+
+
+class Form(NamedTuple):
+    batch: int
+    sequence: int
+    steps: int
+    validation_rows: int
+    sizes: dict[str, Any]
+    muon: dict[str, list]
+    """What `--tune` tries."""
+    adamw: dict[str, list]
+
+
+LRS = [0.01, 0.02]
+ADAMW = {"lr": [0.002, 0.004, 0.008], "betas": [[0.9, 0.95], [0.9, 0.99]]}
+FORMS = {
+    "full": Form(16, 128, 128, 32, SIZES, {"lr": LRS, "embedding_lr": LRS}, ADAMW),
+    "small": Form(8, 128, 64, 16, SIZES | SMALL, {"lr": LRS}, ADAMW | {"betas": ADAMW["betas"][1:]}),
 }
 SCHEDULE = {"name": "wsd", "warmup": 0.05, "decay": 0.95, "final": 0.0}  # up, then down in a line to nothing
 TUNING_SEED = 1000
@@ -61,7 +81,6 @@ class Lesson:
 
     config: str  # of train.py: the model, the rows and the schedule
     seed: int
-    steps: int
     optimizer: str  # adamw, or muon for the hidden matrices beside it
     lr: float
     embedding_lr: float
@@ -79,12 +98,12 @@ class Side(NamedTuple):
 # --- the texts ---
 
 
-def prepare(corpus: list[Path], tokenizer: Path, out: Path) -> Path:
+def prepare(corpus: list[Path], tokenizer: Path, out: Path, form: Form) -> Path:
     """Shards of the texts, one of validation rows spread evenly over the last tenths, and the config of train.py."""
     vocabulary = vocabulary_of(load_tokenizer(tokenizer))
     tokenizer = tokenizer if tokenizer.is_dir() else tokenizer.parent
     contents = "".join(sha256(path) for path in [tokenizer / "tokenizer.json", *corpus])
-    name = hashlib.sha256(contents.encode()).hexdigest()[:12]
+    name = hashlib.sha256(f"{contents}{form.sequence} {form.validation_rows}".encode()).hexdigest()[:12]
     folder = out / f"texts-{name}"
     for index, path in enumerate(corpus):
         if not (folder / str(index)).exists():
@@ -93,20 +112,21 @@ def prepare(corpus: list[Path], tokenizer: Path, out: Path) -> Path:
     if not (folder / "validation.bin").exists():
         held_out = [Shard(path) for path in sorted(folder.glob("*/val_*.bin"))]
         rows = [
-            shard.read(start, SEQUENCE, vocabulary)
+            shard.read(start, form.sequence, vocabulary)
             for shard in held_out
-            for start in range(0, len(shard) - SEQUENCE, SEQUENCE)
+            for start in range(0, len(shard) - form.sequence, form.sequence)
         ]
-        if len(rows) <= VALIDATION_ROWS:
-            raise ValueError(f"--corpus: a tenth of it has {len(rows)} rows of {SEQUENCE} tokens; give more text")
-        chosen = [rows[i * len(rows) // (VALIDATION_ROWS + 1)] for i in range(VALIDATION_ROWS + 1)]
+        if len(rows) <= form.validation_rows:
+            raise ValueError(f"--corpus: a tenth of it has {len(rows)} rows of {form.sequence} tokens; give more text")
+        number = form.validation_rows + 1
+        chosen = [rows[i * len(rows) // number] for i in range(number)]
         write_shard(folder / "validation.bin", list(itertools.chain.from_iterable(chosen)), vocabulary)
-    train = {"out": "unused", "steps": STEPS, "save_every": STEPS, "threads": 1, "device": "cpu"}
-    train |= {"dtype": DTYPES["bf16"], "batch": BATCH, "sequence": SEQUENCE, "validate_every": VALIDATE_EVERY}
+    train = {"out": "unused", "steps": form.steps, "save_every": form.steps, "threads": 1, "device": "cpu"}
+    train |= {"dtype": DTYPES["bf16"], "batch": form.batch, "sequence": form.sequence, "validate_every": VALIDATE_EVERY}
     config = {
         "stage": "pretrain",
-        "train": {**train, "validate_batches": VALIDATION_ROWS // BATCH},
-        "model": {"config": {"vocab_size": vocabulary, **SIZES}, "tokenizer": str(tokenizer)},
+        "train": {**train, "validate_batches": form.validation_rows // form.batch},
+        "model": {"config": {"vocab_size": vocabulary, **form.sizes}, "tokenizer": str(tokenizer)},
         "data": {
             "source": "shards",
             "train": str(folder / "*" / "train_*.bin"),
@@ -136,30 +156,28 @@ def ours(config: Path, seed: int, settings: dict[str, Any], out: Path) -> Curve:
 
 def peers(config: Path, seed: int, settings: dict[str, Any], out: Path) -> Curve:
     """A whole run of the peer, from the beginning."""
-    lesson = Lesson(str(config), seed, **{"steps": STEPS} | settings)
+    lesson = Lesson(str(config), seed, **settings)
     return json.loads(run_script(*SCRIPTS["transformers"], "--learn", json.dumps(asdict(lesson))).splitlines()[-1])
 
 
-MUON, ADAMW = {"lr": [0.01, 0.02], "embedding_lr": [0.01, 0.02]}, {"lr": [0.002, 0.004, 0.008]}
 PEERS_ADAMW = {"optimizer": "adamw", "lr": 0.004, "embedding_lr": 0.004, "betas": [0.9, 0.99], "weight_decay": 0.1}
 OURS_ADAMW = {"name": "adamw", "lr": 0.004, "embedding_lr": 0.004, "betas": [0.9, 0.99], "weight_decay": 0.1}
-BETAS = [[0.9, 0.95], [0.9, 0.99]]
 
 
 def of_optimizer(settings: dict[str, Any]) -> dict[str, Any]:
     return {f"optimizer.{name}": value for name, value in settings.items()}
 
 
-SIDES = {
-    "nanoqwen, Muon": Side(
-        ours, {"train.steps": 80} | of_optimizer({"name": "muon", "lr": 0.01, "embedding_lr": 0.02}), of_optimizer(MUON)
-    ),
-    "nanoqwen, AdamW": Side(ours, of_optimizer(OURS_ADAMW), of_optimizer(ADAMW | {"betas": BETAS})),
-    "transformers, Muon": Side(
-        peers, PEERS_ADAMW | {"optimizer": "muon", "lr": 0.01, "embedding_lr": 0.02, "steps": 80}, MUON
-    ),
-    "transformers, AdamW": Side(peers, PEERS_ADAMW, ADAMW | {"betas": BETAS}),
-}
+def sides_of(form: Form) -> dict[str, Side]:
+    muon = {"lr": 0.01, "embedding_lr": 0.02}
+    return {
+        "nanoqwen, Muon": Side(ours, of_optimizer(OURS_ADAMW | {"name": "muon"} | muon), of_optimizer(form.muon)),
+        "nanoqwen, AdamW": Side(ours, of_optimizer(OURS_ADAMW), of_optimizer(form.adamw)),
+        "transformers, Muon": Side(peers, PEERS_ADAMW | {"optimizer": "muon"} | muon, form.muon),
+        "transformers, AdamW": Side(peers, PEERS_ADAMW, form.adamw),
+    }
+
+
 MARK = "transformers, AdamW"  # whose loss at the end is the mark
 
 
@@ -214,6 +232,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json or its folder")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each side (default: 3)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at once, a thread each (default: 2)")
+    small = "a smaller model on fewer tokens: about 25 minutes on two cores, with --tune"
+    parser.add_argument("--small", action="store_true", help=small)
     parser.add_argument("--tune", action="store_true", help="try the grids of both sides first (long)")
     parser.add_argument("--mark", type=float, metavar="LOSS", help="default: what all seeds of the peer reach")
     parser.add_argument("--out", type=Path, default=Path("runs/bench-train"), metavar="DIR", help="for report and runs")
@@ -227,20 +247,22 @@ def main(arguments: list[str]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     with start_worker() as worker:
         machine = worker.submit(describe_machine, 1).result()
-    config, out = prepare(options.corpus, options.tokenizer, options.out), options.out
-    settings = {name: side.settings for name, side in SIDES.items()}
+    form, out = FORMS["small" if options.small else "full"], options.out
+    config, sides = prepare(options.corpus, options.tokenizer, out, form), sides_of(form)
+    settings = {name: side.settings for name, side in sides.items()}
     with ThreadPoolExecutor(options.jobs) as pool:
         if options.tune:
-            settings = {name: tuned(name, side, config, out, pool) for name, side in SIDES.items()}
+            settings = {name: tuned(name, side, config, out, pool) for name, side in sides.items()}
         under_way = {
             name: [
                 pool.submit(recorded, name, side, config, seed, settings[name], out) for seed in range(options.seeds)
             ]
-            for name, side in SIDES.items()
+            for name, side in sides.items()
         }
         curves = {name: [future.result() for future in futures] for name, futures in under_way.items()}
     mark = options.mark or max(curve[-1][1] for curve in curves[MARK])
     report = header(machine, "tokens", arguments) | {"mark": mark, "settings": settings, "curves": curves}
+    report["form"] = form._asdict()
     report["texts"] = {path.name: sha256(path) for path in options.corpus}
     report["tokens"] = {name: [reached(curve, mark) for curve in found] for name, found in curves.items()}
     finish(report, out / "tokens", "Tokens to a validation loss", tables(report), notes_of(report))
@@ -264,6 +286,12 @@ def notes_of(report: dict[str, Any]) -> list[str]:
         if name != MARK and None not in tokens + theirs:
             notes.append(f"{name} / {MARK}: {number(statistics.mean(tokens) / statistics.mean(theirs))} of the tokens.")
     notes += [f"{name}: SHA-256 {digest}." for name, digest in report["texts"].items()]
-    notes.append(f"Schedule of all: {json.dumps(SCHEDULE)}.")
+    form = Form(**report["form"])
+    tokens = form.batch * form.sequence
+    notes.append(f"Schedule of all, over {form.steps} steps: {json.dumps(SCHEDULE)}.")
     notes += [f"Settings of {name}: {json.dumps(settings)}." for name, settings in report["settings"].items()]
-    return [*notes, f"{BATCH} x {SEQUENCE} tokens a step; the model: {json.dumps(SIZES)}."]
+    notes.append(
+        f"{form.batch} x {form.sequence} tokens a step, {form.steps * tokens:,} in all, validation on "
+        f"{form.validation_rows} rows every {VALIDATE_EVERY} steps; the model: {json.dumps(form.sizes)}."
+    )
+    return notes

@@ -101,12 +101,12 @@ def learn(lesson: Lesson) -> list[tuple[int, float]]:
         lesson.precision,
         muon=lesson.lr if lesson.optimizer == "muon" else 0.0,
     )
-    tokens, found = 0, []
-    for number in range(1, lesson.steps + 1):
+    tokens, found, steps = 0, [], settings.train.steps
+    for number in range(1, steps + 1):
         ids, targets = rows.training(number)
-        loop.step(ids, targets, learning_rate_factor(number, lesson.steps, settings.schedule))
+        loop.step(ids, targets, learning_rate_factor(number, steps, settings.schedule))
         tokens += ids.numel()
-        if number % settings.train.validate_every == 0 or number == lesson.steps:
+        if number % settings.train.validate_every == 0 or number == steps:
             with torch.no_grad():
                 losses = [loop.loss(*batch).item() for batch in rows.validation()]
             found.append((tokens, sum(losses) / len(losses)))

@@ -124,26 +124,27 @@ def test_tokens_on_a_text(tmp_path):
     text.write_text("the quick brown fox jumps over the lazy dog and runs away again " * 400)
     out = tmp_path / "out"
     code = "import sys, console; from benchmarks import tokens as b; "
-    code += "b.BATCH, b.SEQUENCE, b.STEPS, b.VALIDATION_ROWS = 4, 16, 8, 4; "
-    code += f"b.SIZES |= {TINY}; b.SIDES['nanoqwen, Muon'].settings['train.steps'] = 6; "
-    code += "b.SIDES['transformers, Muon'].settings['steps'] = 6; console.run(lambda: b.main(sys.argv[1:]))"
+    code += f"b.FORMS['small'] = b.Form(4, 16, 8, 4, b.SIZES | {TINY}, b.BETAS); "
+    code += "console.run(lambda: b.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--corpus", str(text), "--tokenizer", str(ROOT / "models" / "tiny")]
-    command += ["--seeds", "1", "--out", str(out)]
+    command += ["--small", "--seeds", "1", "--out", str(out)]
     result = subprocess.run(command, check=False, cwd=ROOT, env={**os.environ}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     report = json.loads((out / "tokens.json").read_text())
     ends = {name: [curve[-1][0] for curve in curves] for name, curves in report["curves"].items()}
-    steps = {"nanoqwen, Muon": 6, "nanoqwen, AdamW": 8, "transformers, Muon": 6, "transformers, AdamW": 8}
-    assert ends == {name: [count * 64] for name, count in steps.items()}
+    assert ends == {f"{engine}, {name}": [512] for engine in ("nanoqwen", "transformers") for name in ("Muon", "AdamW")}
     assert report["mark"] == max(curve[-1][1] for curve in report["curves"][bench_tokens.MARK])
     assert None not in report["tokens"][bench_tokens.MARK]
     said = (out / "tokens.md").read_text()
     assert f"is a validation loss of {report['mark']:.4f}" in said
+    assert "4 x 16 tokens a step, 512 in all" in said and "over 8 steps" in said
     assert f"words.txt: SHA-256 {hashlib.sha256(text.read_bytes()).hexdigest()}." in said
 
     (config,) = out.glob("texts-*/config.yaml")
     name = "nanoqwen, Muon"
-    side = bench_tokens.SIDES[name]._replace(run=lambda *arguments: pytest.fail("this run is on record"))
+    side = bench_tokens.sides_of(bench_tokens.FORMS["small"])[name]._replace(
+        run=lambda *arguments: pytest.fail("this run is on record")
+    )
     settings, curves = report["settings"][name], report["curves"][name]
     assert bench_tokens.recorded(name, side, config, 0, settings, out) == curves[0]
     with pytest.raises(pytest.fail.Exception):
