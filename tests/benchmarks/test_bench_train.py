@@ -124,7 +124,7 @@ def test_tokens_on_a_text(tmp_path):
     text.write_text("the quick brown fox jumps over the lazy dog and runs away again " * 400)
     out = tmp_path / "out"
     code = "import sys, console; from benchmarks import tokens as b; "
-    code += f"b.FORMS['small'] = b.Form(4, 16, 8, 4, b.SIZES | {TINY}, b.BETAS); "
+    code += f"b.FORMS['small'] = b.Form(4, 16, 8, 4, b.SIZES | {TINY}, {{}}, {{}}); "
     code += "console.run(lambda: b.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--corpus", str(text), "--tokenizer", str(ROOT / "models" / "tiny")]
     command += ["--small", "--seeds", "1", "--out", str(out)]
@@ -142,9 +142,7 @@ def test_tokens_on_a_text(tmp_path):
 
     (config,) = out.glob("texts-*/config.yaml")
     name = "nanoqwen, Muon"
-    side = bench_tokens.sides_of(bench_tokens.FORMS["small"])[name]._replace(
-        run=lambda *arguments: pytest.fail("this run is on record")
-    )
+    side = bench_tokens.Side(lambda *arguments: pytest.fail("this run is on record"), {}, {})
     settings, curves = report["settings"][name], report["curves"][name]
     assert bench_tokens.recorded(name, side, config, 0, settings, out) == curves[0]
     with pytest.raises(pytest.fail.Exception):
