@@ -568,6 +568,15 @@ class Decoder(nn.Module):
         frequencies, self.rope_factor = rope_frequencies(config)
         self.register_buffer("rope_frequencies", frequencies, persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
+        """`.to(dtype)` and the like leave the frequencies in float32: rounded to bfloat16, position 1,000 would be
+        rotated by whole turns too many."""
+        exact = self.rope_frequencies
+        super()._apply(fn, recurse)
+        if self.rope_frequencies.dtype != exact.dtype:
+            self.rope_frequencies = exact.to(self.rope_frequencies.device)
+        return self
+
     def forward(self, ids: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         """`mask` (bool [B, 1, T, T], without a cache) replaces the causal one: documents packed into one row."""
         x = self.embed_tokens(ids)

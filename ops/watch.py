@@ -1,18 +1,23 @@
 """Whether a model is still what a fast path was built from: the token step in C++, a recorded CUDA graph.
 
 A fast path reads weights by address, and goes around `forward`. So it serves modules of exactly the known classes, and
-asks before each pass whether anything is different that PyTorch can see: modules, hooks, overridden methods, the
-attributes that the arithmetic reads, and of each tensor the address, shape, strides, dtype and device. What PyTorch
-can't see is a write into memory through `.data`, NumPy or a pointer. Weights are read in place, so that is safe
-too, except for what was *copied* (a quantised output head): after such a write call `invalidate(model)`.
+asks before each pass whether anything is different that PyTorch can see: modules, hooks, modes, overridden methods and
+functions, the attributes that the arithmetic reads, and of each tensor the address, shape, strides, dtype and device.
+What PyTorch can't see is a write into memory through `.data`, NumPy or a pointer. Weights are read in place, so that is
+safe too, except for what was *copied* (a quantised output head): after such a write call `invalidate(model)`.
 """
 
 import sys
 import weakref
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from ops.blocks import BlockEmbedding, BlockLinear
 from ops.quant import QuantizedLinear
@@ -34,6 +39,7 @@ ATTRIBUTES = {
 }
 STORED = (QuantizedLinear, BlockLinear, BlockEmbedding)
 TORCH = (nn.Linear, nn.Embedding, nn.Identity, nn.ModuleList)
+FUNCTIONS = ("attention", "rotate")  # of model.py, which the layers call by name
 OWN = {"kernels", "_compiled_call_impl"}  # class attributes that an instance may set: they compute the same
 
 _changes: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -62,6 +68,7 @@ class Watch:
         owned = [(owner._modules, name) for owner in model.modules() for name in owner._modules]
         self.containers = [(owner, name, owner[name]) for owner, name in owned if owner[name]._modules]
         self.places = owned
+        self.code = [(place, name, place.get(name)) for place, name in _code(model)]
         self.attributes = [
             (owner, name, attribute)
             for owner, name in owned
@@ -73,7 +80,9 @@ class Watch:
     def is_current(self) -> bool:
         """Asked before each pass: 0.3 ms for 28 layers."""
         model = self.model()
-        return model is not None and _changes.get(model, 0) == self.changes and self._look() == self.seen
+        if model is None or _changes.get(model, 0) != self.changes:
+            return False
+        return all(place.get(name) is known for place, name, known in self.code) and self._look() == self.seen
 
     def _look(self) -> tuple | None:
         """None where something is hooked or gone."""
@@ -103,11 +112,25 @@ def is_hooked(modules: list[nn.Module]) -> bool:
     """Whether something is called before or after one of the modules, or watches every operation."""
     everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
     watched = torch._C._len_torch_dispatch_stack()  # a TorchDispatchMode: profilers, counters of operations
+    if torch._C._len_torch_function_stack():  # a TorchFunctionMode; torch.set_default_device is one that only adds
+        watched += any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
     return bool(everywhere or watched or any(m._forward_hooks or m._forward_pre_hooks for m in modules))
+
+
+def _code(model: nn.Module) -> Iterator[tuple[Any, str]]:
+    """Where each function stands that a fast path takes the place of: (namespace, name)."""
+    source = sys.modules[type(model).__module__]
+    yield from ((vars(source), name) for name in FUNCTIONS)
+    for kind in dict.fromkeys(map(type, model.modules())):
+        for base in kind.__mro__[: kind.__mro__.index(nn.Module)] if issubclass(kind, nn.Module) else ():
+            yield from ((vars(base), name) for name, value in vars(base).items() if isinstance(value, FunctionType))
 
 
 def _reason(model: nn.Module, allowed: str) -> str | None:
     source = sys.modules[type(model).__module__]
+    for name in FUNCTIONS:
+        if getattr(getattr(source, name, None), "__module__", None) != source.__name__:
+            return f"{source.__name__}.{name} was replaced"
     known = {getattr(source, name, None) for name in ATTRIBUTES} | {*STORED, *TORCH}
     written = {source.__name__, *(kind.__module__ for kind in (*STORED, *TORCH))}
     for path, module in model.named_modules():
@@ -116,6 +139,10 @@ def _reason(model: nn.Module, allowed: str) -> str | None:
             return f"{name} is a {kind.__module__}.{kind.__qualname__}"
         if kind is not nn.ModuleList and kind.forward.__module__ not in written:
             return f"{kind.__name__}.forward was replaced"
+        functions = [(key, value) for key, value in vars(kind).items() if isinstance(value, FunctionType)]
+        for key, value in functions if kind.__module__ == source.__name__ else ():
+            if value.__code__.co_filename != source.__file__:
+                return f"{kind.__name__}.{key} was replaced"
         for key, value in module.__dict__.items():
             if key in OWN or not hasattr(kind, key) or getattr(value, "__module__", None) == allowed:
                 continue

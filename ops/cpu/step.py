@@ -92,10 +92,8 @@ class Bound:
             struct.norm_topk_prob = mlp.norm_topk_prob
         self.routing = (struct.num_experts, struct.num_experts_per_tok, bool(struct.norm_topk_prob))
         self.eps = struct.rms_norm_eps = decoder.norm.eps
-        frequencies = self._keep(decoder.rope_frequencies.to("cpu", torch.float32).contiguous())
-        if frequencies.shape != (config.head_dim // 2,):
-            raise NotServed(f"rotary frequencies {list(frequencies.shape)}")
-        struct.rope_frequencies, struct.rope_factor = frequencies.data_ptr(), decoder.rope_factor
+        struct.rope_frequencies = self._address(decoder.rope_frequencies, config.head_dim // 2, dtype=torch.float32)
+        struct.rope_factor = decoder.rope_factor
         struct.embed_tokens = self._linear(embedding, V, C)
         self.bytes, self.places = 0, []  # a token reads one row of it
         layers = [self._block(block, index, config, C) for index, block in enumerate(decoder.layers)]
@@ -227,8 +225,8 @@ class Bound:
         K, D = self.cache_shape
         if eight_bits:  # the codes, then their scales
             part = K * BLOCK * (D + SCALE_DTYPE.itemsize)
-            return torch.empty(self.struct.num_hidden_layers, 2, part, dtype=torch.uint8)
-        return torch.empty(self.struct.num_hidden_layers, 2, K * BLOCK * D, dtype=self.dtype)
+            return torch.empty(self.struct.num_hidden_layers, 2, part, dtype=torch.uint8, device="cpu")
+        return torch.empty(self.struct.num_hidden_layers, 2, K * BLOCK * D, dtype=self.dtype, device="cpu")
 
     def spans(
         self,
@@ -271,7 +269,7 @@ class Bound:
         for each row as many as said.
         """
         B, tokens = len(counts), len(ids)
-        logits = torch.empty(sum(outputs), self.struct.lm_head.rows, dtype=self.dtype)
+        logits = torch.empty(sum(outputs), self.struct.lm_head.rows, dtype=self.dtype, device="cpu")
         blocks = list(map(np.ascontiguousarray, blocks))
         first, starts = (np.concatenate(([0], np.cumsum(numbers))) for numbers in (blocks_each, counts))
         strides, lengths, outputs = np.full(B, stride), np.array(lengths), np.array(outputs)

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+import model as qwen3
 from model import Config, KVCache, Linear, Qwen3
 from ops.cpu import library as built
 from ops.cpu import step as ops_step
@@ -395,6 +397,82 @@ def test_what_is_no_plain_model_any_more_is_computed_as_pytorch_computes_it(chan
     assert plain is None or change is transpose_data or error(plain, expected) > 1e-3
     served = change is another_eps
     assert is_served(model) == served and (ops_step.why(model) is None) == served
+
+
+def patched_mlp(self, x):
+    return 2 * self.down_proj(self.up_proj(x))
+
+
+def unrotated(x, cos, sin):
+    return x
+
+
+def doubled_queries(self, q, k, shared):
+    return 2 * q.transpose(1, 2), k.transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "function"),
+    [
+        (qwen3.MLP, "forward", patched_mlp),
+        (qwen3.Attention, "norm_rotate", doubled_queries),
+        (qwen3, "rotate", unrotated),
+        (qwen3, "attention", lambda q, k, v, mask, causal: q),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_a_class_or_a_function_of_the_model_that_is_replaced_is_called(
+    owner, name, function, before, in_pytorch, monkeypatch
+):
+    model, ids = random_model(), torch.tensor([[3, 5]])
+    plain = model(ids, KVCache(model.config)) if before else None
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, function)
+        expected = in_pytorch(model, ids, KVCache(model.config))
+        assert torch.equal(model(ids, KVCache(model.config)), expected)
+        assert plain is None or error(plain, expected) > 1e-3
+        assert "replaced" in ops_step.why(model) and ops_step.spans(model, [[3]], [0], [[]], [1]) is None
+    assert is_served(model) and ops_step.why(model) is None
+
+
+class Watching(TorchFunctionMode):
+    seen = 0
+
+    def __torch_function__(self, function, kinds, arguments=(), named=None):
+        self.seen += function is torch.nn.functional.scaled_dot_product_attention
+        return function(*arguments, **named or {})
+
+
+def test_a_mode_sees_every_operation_and_the_default_device_changes_none():
+    """torch.set_default_device("meta") once ended the process; it is a mode too, but one that only makes tensors."""
+    model, ids = random_model(), torch.tensor([[3, 5]])
+    expected = model(ids, KVCache(model.config))
+    cache, page = KVCache(model.config), [ops_step.new_page(model)]
+    with Watching() as mode:
+        model(ids, KVCache(model.config))
+    assert mode.seen == 3
+    with torch.device("meta"):
+        assert torch.equal(model(ids, cache), expected) and ops_step.why(model) is None
+        assert torch.equal(ops_step.spans(model, [[3, 5]], [0], [page], [2]), expected[0])
+        assert ops_step.new_page(model).is_cpu
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_another_dtype_leaves_the_rotary_frequencies_exact(dtype, in_pytorch):
+    model = random_model()
+    exact = model.model.rope_frequencies.clone()
+    assert torch.equal(model.to(dtype).model.rope_frequencies, exact)
+    assert torch.equal(model.float().model.rope_frequencies, exact)
+    assert model.to("meta").model.rope_frequencies.is_meta
+    model = random_model()
+    before = model(torch.tensor([[3, 5]]), KVCache(model.config))
+    model.model.rope_frequencies = model.model.rope_frequencies.double()  # by hand: not copied, so never a stale copy
+    model.model.rope_frequencies.mul_(3)
+    expected = in_pytorch(model, torch.tensor([[3, 5]]), KVCache(model.config))
+    assert (
+        torch.equal(model(torch.tensor([[3, 5]]), KVCache(model.config)), expected) and error(before, expected) > 0.01
+    )
 
 
 def test_experts_cut_short_and_layers_taken_out_never_end_the_process(in_pytorch):
