@@ -36,7 +36,7 @@ from formats.gguf.reader import GGUF
 from formats.safetensors_write import SafetensorsWriter, Shard, plan_shards
 from formats.threads import map_in_threads
 from model import EMBEDDING, HEAD, refuse, skeleton
-from ops.encode import Cast, Errors, Quantize, lossless
+from ops.encode import Cast, Errors, Quantize, gguf_packer, lossless
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PENDING = 2  # pieces that may wait for the writing thread
@@ -223,7 +223,7 @@ def write_gguf(source: Source, planned: list[Any], path: Path, name: str, option
         if options.reader:
             writer.write_qwen3c(Checked(source), path, on_tensor)
         else:
-            found = writer.write_gguf(Checked(source), path, options.type, on_tensor, errors=True)
+            found = writer.write_gguf(Checked(source), path, options.type, on_tensor, gguf_packer(planned))
     written, origins = GGUF(path), {tensor.name: tensor.sources for tensor in planned}
     for tensor, (format, shape, start, size) in written.stored.items():
         official_names = origins.get(tensor, [HEAD])  # qwen3.c needs the head of a tied model too

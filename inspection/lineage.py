@@ -19,6 +19,7 @@ from formats.json_file import read_json
 from inspection import requantize, weights
 from inspection.findings import Ledger
 from inspection.manifest import CLAIMED, NAME, SCHEMA, VERIFIED
+from ops.encode import gguf_packer
 
 TYPES = {number: type for type, number in names.FILE_TYPES.items()}
 
@@ -82,7 +83,7 @@ def compare_gguf(ledger: Ledger, path: Path, base: Path) -> list[str]:
         if name not in planned:
             ledger.find("base-differs", where, f"tensor {name} is not in the base")
     with _Compare(file) as compare:
-        writer.write_to(compare, checkpoint, type, compare.on_tensor)
+        writer.write_to(compare, checkpoint, type, compare.on_tensor, gguf_packer(planned.values()))
     for name, (count, first) in compare.different.items():
         ledger.find(
             "base-differs",

@@ -1,13 +1,18 @@
-"""How a tensor is converted: to another dtype, or to int8 or int4; and the error that this makes."""
+"""How a tensor is converted: to another dtype, to int8 or int4, to a GGUF's blocks; and the error that this makes."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from formats.compressed_tensors import dequantize, pack, packed_columns
+from formats.gguf import types
+from formats.gguf.writer import Pack, Planned
 from formats.tensors import TensorInfo
 from ops import quant
+from ops.cpu.library import library
+from ops.cpu.step import FORMS
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -119,3 +124,23 @@ def lossless(checkpoint: Any) -> Cast:
 
 def _fits(values: torch.Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(values.to(dtype).to(values.dtype), values)
+
+
+def gguf_packer(planned: Iterable[Planned]) -> Pack:
+    """What makes the bytes of these tensors: pack.cpp where there are blocks and a compiler, else PyTorch."""
+    if not any(tensor.format.pack for tensor in planned) or (loaded := library()) is None:
+        return types.pack
+
+    def pack_blocks(values: torch.Tensor, format: types.Format) -> types.Packed:
+        if not format.pack:
+            return types.pack(values, format)
+        values = values.contiguous()
+        data = torch.empty(format.bytes(values.shape), dtype=torch.uint8)
+        error = torch.zeros(2, dtype=torch.float64)
+        function = getattr(loaded, f"pack_{str(values.dtype).removeprefix('torch.')}")
+        count = values.numel() // format.block
+        if not function(FORMS[format.name], values.data_ptr(), count, data.data_ptr(), error.data_ptr()):
+            raise ValueError("a value is not finite or too large for the float16 scale of a block")
+        return types.Packed(data, *error.tolist())
+
+    return pack_blocks

@@ -6,7 +6,7 @@ eight or sixteen groups, whose scales are themselves quantised, into a block of 
 of ggml/src/ggml-common.h, and the quantisers give, byte for byte, what `quantize_row_*_ref` of ggml/src/ggml-quants.c
 give (there, as here, without an importance matrix). That only holds because this file rounds where the C code rounds:
 every product and sum is a float32 of its own, never fused, and sums run from the first value to the last
-(`ordered_sum`).
+(`ordered_sum`). convert.py uses ops/cpu/pack.cpp, which does the same, and this file where there is no C++ compiler.
 
 Inside, a tile of blocks is transposed so that the values of a group run along dimension 0 and the groups along the last
 one: each step is then one operation over long vectors.
@@ -48,6 +48,11 @@ def nibbles(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return data & 15, data >> 4
 
 
+def nearest(values: torch.Tensor) -> torch.Tensor:
+    """The nearest whole numbers (int32), ties to even; beyond 2^22 what nearest_int of ggml-quants.c makes of them."""
+    return (values + 1.5 * 2**23).view(torch.int32).bitwise_and_(0x7FFFFF).sub_(0x400000)
+
+
 def inverse(values: torch.Tensor) -> torch.Tensor:
     """1/value, and 0 for 0."""
     return torch.where(values == 0, 0.0, 1 / values)
@@ -64,8 +69,8 @@ def square_root(values: torch.Tensor) -> torch.Tensor:
 
 
 def of_largest_magnitude(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """The value (with its sign) of the largest magnitude, the first of equal ones."""
-    return x.gather(dim, x.abs().argmax(dim, keepdim=True)).squeeze(dim)
+    """The value (with its sign) of the largest magnitude, the first of equal ones; 0 for -0."""
+    return x.gather(dim, x.abs().argmax(dim, keepdim=True)).squeeze(dim).add_(0)
 
 
 # ---- 32 values and one scale: Q8_0, Q4_0, Q5_0; with an offset: Q4_1, Q5_1 -------------------------------------------
@@ -110,9 +115,9 @@ def pack_symmetric(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def pack_offset(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Q4_1, Q5_1: d, m (float16), [fifth bits,] q: x = d q + m."""
-    low, high = x.aminmax(dim=-1)
+    low, high = x.gather(-1, x.argmin(-1, keepdim=True)).squeeze(-1), x.amax(-1)  # of 0 and -0, the first
     top = (1 << bits) - 1
-    d = (high - low) / top
+    d = ((high - low) / top).add_(0)  # never -0
     q = ((x - low[:, None]) * inverse(d)[:, None]).add_(0.5).to(torch.uint8).clamp_(max=top)
     return torch.cat((half(d), half(low), *([pack_fifth_bits(q)] if bits == 5 else []), pack_nibbles(q)), -1)
 
@@ -150,7 +155,7 @@ def fit_scale_and_minimum(x: torch.Tensor, top: int, first: float, steps: int) -
     sum_w, sum_x = ordered_sum(torch.stack((weights, weights * x), 1))
 
     def round_to_grid(start: torch.Tensor, inverse_step: torch.Tensor) -> None:
-        torch.sub(x, start, out=q).mul_(inverse_step).round_().clamp_(0, top)
+        q.copy_(nearest(torch.sub(x, start, out=q).mul_(inverse_step)).clamp_(0, top))
 
     def squared_error(scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
         torch.mul(q, scale, out=error).add_(minimum).sub_(x)
@@ -221,7 +226,7 @@ def pack_k_offset(x: torch.Tensor, bits: int) -> torch.Tensor:
     # The 6-bit scales have moved the grid: round once more. Where the scale has become 0, the search's q stay.
     step = d.to(torch.float16).float() * scales
     offset = dmin.to(torch.float16).float() * minima
-    q = torch.where(step == 0, searched, ((x + offset) / step).round_().clamp_(0, top)).to(torch.uint8)
+    q = torch.where(step == 0, searched, nearest((x + offset) / step).clamp_(0, top)).to(torch.uint8)
     pairs = q.view(32, 4, 2, blocks)
     packed = [half(d), half(dmin), pack_scales(scales, minima)]
     if bits == 5:  # bit g of byte i: the fifth bit of value i of group g
@@ -237,7 +242,7 @@ def six_bits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[8, blocks] -> (d [blocks], q uint8 [8, blocks]) with values near d q, q <= 63."""
     largest = values.amax(0).clamp_(min=0).add_(0)  # which makes 0 of -0
     factor = torch.where(largest > 0, ratio(63, largest), 0.0)
-    return largest / 63, (values * factor).round_().to(torch.int32).to(torch.uint8).clamp_(max=63)
+    return largest / 63, nearest(values * factor).to(torch.uint8).clamp_(max=63)
 
 
 def unpack_k_offset(data: torch.Tensor, bits: int) -> torch.Tensor:
@@ -266,7 +271,7 @@ def fit_scale(x: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
     products = torch.empty(len(x), 2, x.shape[1])
 
     def round_to_grid(inverse_step: torch.Tensor) -> None:
-        torch.mul(x, inverse_step, out=q).round_().clamp_(-top, top - 1)
+        q.copy_(nearest(torch.mul(x, inverse_step, out=q)).clamp_(-top, top - 1))
 
     def sums(inverse_step: torch.Tensor) -> torch.Tensor:
         round_to_grid(inverse_step)
@@ -304,9 +309,9 @@ def pack_q6_k(x: torch.Tensor) -> torch.Tensor:
     zero = largest.abs() < SMALLEST
     factor = torch.where(zero, 0.0, ratio(-128, largest))
     d = inverse(factor)
-    scales = (scales * factor).round_().clamp_(max=127)
+    scales = nearest(scales * factor).clamp_(max=127)
     step = d.to(torch.float16).float() * scales
-    q = torch.where(step == 0, searched, (x / step).round_().clamp_(-32, 31).add_(32)).to(torch.uint8)
+    q = torch.where(step == 0, searched, nearest(x / step).clamp_(-32, 31).add_(32)).to(torch.uint8)
     q = q.masked_fill_(zero, 0).permute(2, 1, 0).reshape(blocks, 2, 4, 32)
     low, high = q & 15, q >> 4
     low = low[:, :, :2] | low[:, :, 2:] << 4

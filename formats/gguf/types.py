@@ -7,6 +7,7 @@ package can dequantise (IQ1_S to IQ4_XS, TQ1_0, MXFP4, …) is read by that pack
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,6 +94,23 @@ def quantize(values: torch.Tensor, format: Format) -> torch.Tensor:
     for start in range(0, len(blocks), rows):
         out[start : start + rows] = format.pack(blocks[start : start + rows].float())
     return out.view(-1)
+
+
+class Packed(NamedTuple):
+    """Values in a format: their bytes (uint8, flat), and the largest and the sum of |stored - value|."""
+
+    data: torch.Tensor
+    largest: float
+    total: float
+
+
+def pack(values: torch.Tensor, format: Format) -> Packed:
+    """`quantize`, and the error that it makes."""
+    data = quantize(values, format)
+    if format.dtype in (values.dtype, torch.float32):
+        return Packed(data, 0.0, 0.0)
+    error = dequantize(data, format, values.shape).sub_(values).abs_()
+    return Packed(data, error.max().item(), error.sum(dtype=torch.float64).item())
 
 
 @lru_cache(maxsize=64)

@@ -6,8 +6,9 @@
 
 `checkpoint` is what `open_checkpoint` returns. `path` is written directly: the caller gives a temporary name and
 renames. Tensors pass through one at a time and in pieces, so memory does not grow with the model.
-`on_tensor(name, bytes)` is called as bytes reach the file, some MB at a time; with `errors=True` the call returns, for
-each tensor, (largest, mean) of the absolute error of its stored values.
+`on_tensor(name, bytes)` is called as bytes reach the file, some MB at a time; the call returns, for each tensor,
+(largest, mean) of the absolute error of its stored values. `pack` makes the bytes: the one of formats/gguf/types.py, or
+what does the same faster (ops/encode.py).
 
 convert_hf_to_gguf.py writes f32, f16, bf16 and q8_0; llama-quantize makes the others out of its bf16 or f32 file, with
 the tensors and two keys in another order. Both orders are kept here: the files can be compared with cmp.
@@ -34,6 +35,7 @@ CONVERTED = ("f32", "f16", "bf16", "q8_0")  # written by the converter, all othe
 DEFAULT_FORMAT = {"q4_k_s": "Q4_K", "q4_k_m": "Q4_K", "q5_k_m": "Q5_K"}  # the others are named like their format
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are not whole blocks of 256
 OnTensor = Callable[[str, int], None]
+Pack = Callable[[torch.Tensor, types.Format], types.Packed]
 
 
 @dataclass
@@ -161,23 +163,23 @@ def _more_bits(layer: int, layers: int) -> bool:
 
 
 def write_gguf(
-    checkpoint: Any, path: Path, type: str, on_tensor: OnTensor | None = None, *, errors: bool = False
+    checkpoint: Any, path: Path, type: str, on_tensor: OnTensor | None = None, pack: Pack = types.pack
 ) -> dict[str, tuple[float, float]]:
-    """Writes `checkpoint` to `path`. Returns name -> (largest, mean) absolute error where `errors` asks for it.
+    """Writes `checkpoint` to `path`. Returns name -> (largest, mean) absolute error.
 
     Raises ValueError where the checkpoint has something that GGUF or the type cannot hold.
     """
     with path.open("wb") as file:
-        return write_to(file, checkpoint, type, on_tensor, errors)
+        return write_to(file, checkpoint, type, on_tensor, pack)
 
 
 def write_to(
-    file: BinaryIO, checkpoint: Any, type: str, on_tensor: OnTensor | None = None, errors: bool = False
+    file: BinaryIO, checkpoint: Any, type: str, on_tensor: OnTensor | None = None, pack: Pack = types.pack
 ) -> dict[str, tuple[float, float]]:
     """`write_gguf` into anything that has `write` and `tell`."""
     tensors = plan(checkpoint, type)
     file.write(_head(pairs(checkpoint, type, tensors), tensors))
-    return _write_data(file, checkpoint, tensors, on_tensor, errors)
+    return _write_data(file, checkpoint, tensors, on_tensor, pack)
 
 
 def pairs(checkpoint: Any, type: str, tensors: list[Planned]) -> metadata.Pairs:
@@ -219,30 +221,26 @@ def _pieces(checkpoint: Any, tensors: list[Planned]) -> Iterator[tuple[Planned, 
 
 
 def _write_data(
-    file: BinaryIO, checkpoint: Any, tensors: list[Planned], on_tensor: OnTensor | None, errors: bool
+    file: BinaryIO, checkpoint: Any, tensors: list[Planned], on_tensor: OnTensor | None, pack: Pack
 ) -> dict[str, tuple[float, float]]:
-    def pack(piece: tuple[Planned, str, torch.Tensor]) -> tuple[Planned, torch.Tensor, float, float]:
+    def packed(piece: tuple[Planned, str, torch.Tensor]) -> tuple[Planned, types.Packed]:
         tensor, source, values = piece
         try:
-            data = types.quantize(values, tensor.format)
+            return tensor, pack(values, tensor.format)
         except ValueError as error:
             raise ValueError(f"{checkpoint.path}: {source} cannot be {tensor.format.name}: {error}") from None
-        if not errors or tensor.format.dtype in (values.dtype, torch.float32):
-            return tensor, data, 0.0, 0.0
-        error = types.dequantize(data, tensor.format, values.shape).sub_(values).abs_()
-        return tensor, data, error.max().item(), error.sum(dtype=torch.float64).item()
 
     largest, total = Counter(), Counter()
     current = None
-    for tensor, data, piece_largest, piece_total in map_in_threads(pack, _pieces(checkpoint, tensors)):
+    for tensor, piece in map_in_threads(packed, _pieces(checkpoint, tensors)):
         if tensor is not current:
             _pad(file)
             current = tensor
-        file.write(data.numpy())
-        largest[tensor.name] = max(largest[tensor.name], piece_largest)
-        total[tensor.name] += piece_total
+        file.write(piece.data.numpy())
+        largest[tensor.name] = max(largest[tensor.name], piece.largest)
+        total[tensor.name] += piece.total
         if on_tensor:
-            on_tensor(tensor.name, len(data))
+            on_tensor(tensor.name, len(piece.data))
     _pad(file)
     return {tensor.name: (largest[tensor.name], total[tensor.name] / math.prod(tensor.shape)) for tensor in tensors}
 
@@ -290,7 +288,7 @@ def write_qwen3c(checkpoint: Any, path: Path, on_tensor: OnTensor | None = None)
     texts = _qwen3c_texts(checkpoint.path, pairs, tensors)
     with path.open("wb") as file:
         file.write(_head(_filled(checkpoint.path, pairs, tensors), tensors))
-        _write_data(file, checkpoint, tensors, on_tensor, errors=False)
+        _write_data(file, checkpoint, tensors, on_tensor, types.pack)
     for name, text in texts.items():
         path.with_name(name).write_text(text, encoding="utf-8")
 

@@ -26,7 +26,7 @@ from ops.compiler import find_compiler
 from ops.cpu import variants
 
 DIRECTORY = Path(__file__).parent
-NAMES = ("step.cpp", "blocks.cpp", "codes.cpp", "floats.cpp", "choice.cpp")  # slowest first
+NAMES = ("step.cpp", "pack.cpp", "blocks.cpp", "codes.cpp", "floats.cpp", "choice.cpp")  # slowest first
 SOURCES = tuple(DIRECTORY / name for name in NAMES)
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 FLAGS += ("-fvisibility-inlines-hidden", "-fno-semantic-interposition", "-Wno-psabi")
@@ -120,7 +120,7 @@ def library() -> ctypes.CDLL | None:
             loaded = load(build(directory))
     except (OSError, RuntimeError, ValueError) as error:
         Unavailable.reason = str(error)
-        notice(f"no C++ token step, so decoding runs in PyTorch and is slower: {error}")
+        notice(f"no compiled C++, so PyTorch computes instead and is slower: {error}")
         return None
     Chosen.variant = variants.apply(loaded, path, Linear)
     return loaded
@@ -133,6 +133,7 @@ def load(path: Path) -> ctypes.CDLL:
         expected = layout()
         found = list((c_int64 * (len(expected) + 1)).in_dll(loaded, "layout"))
         functions = [getattr(loaded, kind + name) for name in DTYPES.values() for kind in ("step_", "quantize_")]
+        packers = [getattr(loaded, f"pack_{name}") for name in (*DTYPES.values(), "float16")]
     except (ValueError, AttributeError) as error:
         raise OSError(f"{path}: {error}") from None
     if found != [*expected, -1]:
@@ -140,6 +141,8 @@ def load(path: Path) -> ctypes.CDLL:
     for function, kinds in zip(functions, 2 * ((Qwen3, KVCache, Tokens), (Linear,)), strict=True):
         first = () if len(kinds) > 1 else (c_void_p,)
         function.argtypes, function.restype = (*first, *map(POINTER, kinds), c_int), c_int
+    for function in packers:
+        function.argtypes, function.restype = (c_int, c_void_p, c_int64, c_void_p, c_void_p), c_int
     return loaded
 
 
@@ -165,7 +168,7 @@ def build(directory: Path) -> Path:
         except ValueError as error:
             notice(f"{error}; compiling it again")
         path.unlink()
-    notice("compiling the token step for this machine, once")
+    notice("compiling C++ for this machine, once")
     with atomic_file(path) as temporary:  # each process has its own; of several at once the last one stays
         _compile(compiler, temporary)
         with temporary.open("r+b") as file:

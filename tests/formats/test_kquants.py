@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from formats.gguf import kquants, types
-from formats.gguf.types import FORMATS, dequantize, quantize
+from formats.gguf.types import FORMATS, Packed, dequantize, quantize
+from formats.gguf.writer import Pack, Planned
 from formats.threads import map_in_threads
+from ops.encode import gguf_packer
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden/kquants.json").read_text())
 PACKED = [format.name for format in FORMATS.values() if format.pack]
@@ -46,16 +48,29 @@ def test_sizes_are_the_packages(name):
     assert gguf.GGML_QUANT_SIZES[codec(name)] == (format.block, format.size)
 
 
+@pytest.fixture(params=["PyTorch", "C++"])
+def pack(request) -> Pack:
+    """Each of the two that make a tensor's bytes."""
+    return types.pack if request.param == "PyTorch" else compiled()
+
+
+def compiled() -> Pack:
+    made = gguf_packer([Planned("a", [], (256,), FORMATS["Q4_K"])])
+    if made is types.pack:
+        pytest.skip("there is no C++ compiler here")
+    return made
+
+
 @pytest.mark.parametrize("name", PACKED)
-def test_bytes_are_llama_cpps_for_weights(name):
-    data = quantize(torch.from_numpy(ordinary(1 << 18)), FORMATS[name]).numpy().tobytes()
+def test_bytes_are_llama_cpps_for_weights(pack, name):
+    data = pack(torch.from_numpy(ordinary(1 << 18)), FORMATS[name]).data.numpy().tobytes()
     assert hashlib.sha256(data).hexdigest() == GOLDEN[name]["ordinary"]
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_bytes_are_llama_cpps_for_blocks_unlike_weights(name):
-    data = quantize(torch.from_numpy(special()), FORMATS[name]).view(12, -1)
-    expected = torch.frombuffer(bytearray(base64.b64decode(GOLDEN[name]["special"])), dtype=torch.uint8).view(12, -1)
+def test_bytes_are_llama_cpps_for_blocks_unlike_weights(pack, name):
+    data = pack(torch.from_numpy(special()), FORMATS[name]).data.view(15, -1)
+    expected = torch.frombuffer(bytearray(base64.b64decode(GOLDEN[name]["special"])), dtype=torch.uint8).view(15, -1)
     wrong = (data != expected).any(1).nonzero().flatten().tolist()
     assert not wrong, f"blocks {wrong} of golden/make_kquants.py differ"
 
@@ -87,9 +102,9 @@ def test_values_are_the_packages(name):
 
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_values_are_taken_exactly(name, dtype):
+def test_half_precision_values_are_taken_exactly(pack, name, dtype):
     values = torch.from_numpy(ordinary(2048)).to(dtype)
-    assert torch.equal(quantize(values, FORMATS[name]), quantize(values.float(), FORMATS[name]))
+    assert torch.equal(pack(values, FORMATS[name]).data, pack(values.float(), FORMATS[name]).data)
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -104,11 +119,11 @@ def test_error_is_within_the_format(name):
 
 @pytest.mark.parametrize("name", PACKED)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -3e38])
-def test_values_that_no_scale_can_hold_are_refused(name, value):
+def test_values_that_no_scale_can_hold_are_refused(pack, name, value):
     values = torch.from_numpy(ordinary(1024))
     values[300] = value
     with pytest.raises(ValueError, match="not finite or too large"):
-        quantize(values, FORMATS[name])
+        pack(values, FORMATS[name])
 
 
 @pytest.mark.parametrize("tile", [256, 512, 1 << 15])
@@ -120,14 +135,46 @@ def test_tiles_do_not_matter(name, tile, monkeypatch):
     assert torch.equal(quantize(values, FORMATS[name]), expected)
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 4, 7, 33])
+@pytest.mark.parametrize("name", PACKED)
+def test_compiled_blocks_do_not_depend_on_their_neighbours(name, blocks):
+    """Several blocks are packed side by side; the last ones stand beside zeros, and nothing behind them is written."""
+    pack, format = compiled(), FORMATS[name]
+    values = torch.from_numpy(ordinary(40 * format.block))
+    whole = pack(values, format).data
+    padded = torch.cat((values[: blocks * format.block], torch.full((format.block,), torch.nan)))
+    assert torch.equal(pack(padded[: -format.block], format).data, whole[: blocks * format.size])
+
+
+def same(one: Packed, other: Packed) -> bool:
+    equal = torch.equal(one.data, other.data) and one.largest == other.largest
+    return equal and one.total == pytest.approx(other.total, rel=1e-5, abs=1e-35)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_the_error_is_that_of_the_stored_values(pack, name):
+    values = torch.from_numpy(np.concatenate((special(), ordinary(256))))
+    found = pack(values, FORMATS[name])
+    error = (dequantize(found.data, FORMATS[name], values.shape) - values).abs()
+    assert found.largest == error.max() and found.total == pytest.approx(error.sum().item(), rel=1e-5)
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(PACKED), st.lists(st.floats(-60000, 60000, width=32), min_size=256, max_size=256))
-def test_any_finite_block_survives(name, block):
+@given(
+    st.sampled_from(PACKED),
+    st.lists(st.floats(-60000, 60000, width=32), min_size=256, max_size=256),
+    st.sampled_from([1.0, 2.0**-20, 2.0**-60, 2.0**-126, 2.0**-140]),
+)
+def test_any_finite_block_survives_and_both_give_the_same_bytes(name, block, factor):
     """Whatever the 256 values are, they come back finite and not further off than the block is wide."""
-    values = torch.tensor(block)
-    found = dequantize(quantize(values, FORMATS[name]), FORMATS[name], values.shape)
+    values = torch.tensor(block) * factor
+    packed, format = types.pack(values, FORMATS[name]), FORMATS[name]
+    found = dequantize(packed.data, format, values.shape)
     assert found.isfinite().all()
-    assert (found - values).abs().max() <= max(values.max(), values.new_zeros(())) - min(values.min(), 0) + 1e-30
+    width = max(values.max(), values.new_zeros(())) - min(values.min(), 0)
+    assert (found - values).abs().max() <= width + 1e-30
+    assert packed.largest <= width + 1e-30
+    assert same(compiled()(values, format), packed)
 
 
 def test_sums_run_from_first_to_last():

@@ -24,7 +24,7 @@ def ordinary(count: int, seed: int = 1) -> np.ndarray:
 
 
 def special() -> np.ndarray:
-    """12 blocks of 256 values that are unlike a weight matrix, each for a branch of a quantiser."""
+    """15 blocks of 256 values that are unlike a weight matrix, each for a branch of a quantiser."""
     base = ordinary(256)
     sign = np.where(np.arange(256) % 2, -1, 1)
     group = np.arange(256) // 32
@@ -41,6 +41,9 @@ def special() -> np.ndarray:
         np.abs(base) + 0.01,
         -np.abs(base) - 0.01,
         base * (1.0 + group * 4),
+        base * 2.0**-128,  # steps whose reciprocal is infinite in float32
+        np.full(256, -0.0),
+        np.where(group % 2, 0.0, base) * sign,  # groups of 0 and -0
     ]
     return np.concatenate(blocks).astype(np.float32)
 
