@@ -28,7 +28,12 @@ inline Vector absolute(Vector x) { return (Vector)((Integers)x & 0x7fffffff); }
 inline Vector ratio(float number, Vector x) { return filled(number) / x; }
 inline Vector inverse(Vector x) { return x == 0.f ? Vector{} : ratio(1, x); }
 inline Vector to_vector(Integers q) { return __builtin_convertvector(q, Vector); }
-inline Integers truncated(Vector x) { return __builtin_convertvector(x, Integers); }
+
+// Towards zero. What does not fit, as times the infinite reciprocal of a subnormal step, is what x86 makes of it.
+inline Integers truncated(Vector x) {
+    const Integers fits = absolute(x) < 0x1p31f;
+    return fits ? __builtin_convertvector(x, Integers) : Integers{} + INT32_MIN;
+}
 inline Integers clamped(Integers q, int low, int high) {
     q = q < low ? Integers{} + low : q;
     return q > high ? Integers{} + high : q;

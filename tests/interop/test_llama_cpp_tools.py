@@ -20,7 +20,8 @@ import torch
 from golden.make_kquants import golden
 
 from formats.checkpoint import open_checkpoint
-from formats.gguf.writer import CONVERTED, TYPES, write_gguf
+from formats.gguf.writer import CONVERTED, TYPES, plan, write_gguf
+from ops.encode import gguf_packer
 
 ASSETS = Path(os.environ.get("NANOQWEN_ASSETS", ""))
 TOOLS = Path(os.environ.get("NANOQWEN_LLAMA_CPP", ""))
@@ -113,7 +114,8 @@ def test_the_whole_file_is_equal(model, converted, type, tmp_path):
     else:
         theirs = tmp_path / "theirs.gguf"
         run(tool("build/bin/llama-quantize", "bin/llama-quantize"), converted["f32"], theirs, type, 2)
-    write_gguf(open_checkpoint(model), tmp_path / "ours.gguf", type)
+    checkpoint = open_checkpoint(model)
+    write_gguf(checkpoint, tmp_path / "ours.gguf", type, pack=gguf_packer(plan(checkpoint, type)))
     assert first_difference(tmp_path / "ours.gguf", theirs) is None
 
 
