@@ -2,8 +2,23 @@
 #include "products.h"
 #include "threads.h"
 
+#if defined(__AMX_INT8__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+// Linux gives a process the tile registers when it asks for them.
+static bool has_amx() {
+    constexpr int REQUEST = 0x1023, TILES = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
+    return granted;
+}
+#else
+static bool has_amx() { return false; }
+#endif
+
 Choice choice = [] {
     Choice before_measuring = {};
+    before_measuring.amx = has_amx();
     for (auto& tuning : before_measuring.tuning) tuning = {1, 4096};
     return before_measuring;
 }();
@@ -15,6 +30,11 @@ extern const int form_count = FORMS;
 int choose_pairs(int pairs) {
     if (pairs && !has_pairs) return 1;
     choice.pairs = pairs;
+    return 0;
+}
+int choose_amx(int amx) {  // likewise
+    if (amx && !has_amx()) return 1;
+    choice.amx = amx;
     return 0;
 }
 void choose_tuning(int form, int together, int ahead) { choice.tuning[form] = {together, ahead}; }

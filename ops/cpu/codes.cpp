@@ -1,8 +1,12 @@
 // Products of whole numbers of 8 or 4 bits with a scale for a group of columns or for a row (see products.h).
+//
+// Sums of whole numbers are exact, so instructions of any kind may form them in any order: those of a whole row, or of a
+// group of 32 columns. Only what follows them, in floating point, has an order: a vector's lanes are groups, and a lane's
+// total gets one group after another.
 #include <array>
 #include <utility>
 
-#include "tiles.h"
+#include "amx.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define LANES_OF_INTEGERS 16
@@ -10,6 +14,11 @@
 #define LANES_OF_INTEGERS 8
 #else
 #define LANES_OF_INTEGERS 0  // codes meet activations in float32
+#endif
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define VNNI 1
+#else
+#define VNNI 0
 #endif
 
 namespace {
@@ -44,79 +53,114 @@ inline Vector lane_scales(const bfloat16* scale, int64_t column, int columns, co
 
 #if LANES_OF_INTEGERS
 // Activations are whole numbers of 16 bits times a scale for each token: exact to 1/32,000 of the token's largest
-// number, which is finer than bfloat16. What meets a vector of weights is a chunk. The sums of a chunk, and of up to
-// SEGMENT columns where the only scale is that of the row, are whole numbers too, and exact.
-constexpr int64_t SEGMENT = 2048;  // columns; more could leave 32 bits
+// number, which is finer than bfloat16.
+constexpr int64_t BYTES = 4 * LANES;               // of a vector
+constexpr int64_t SEGMENT = VNNI ? 65536 : 2048;  // columns of a row whose sums fit 32 bits
 
-// The products of 4 codes (unsigned bytes) with 4 activations to each lane, in two vectors `a` and `b`.
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)  // their high bytes, and their low ones
-struct Sum {
-    Integers above = {}, below;
-    explicit Sum(Integers start) : below(start) {}
-    static Integers dot(Integers sum, Unsigned codes, Integers x) {
-#if defined(__AVX512VNNI__)
-        return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x);
-#else
-        return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)x);
-#endif
-    }
-    void add(Unsigned codes, Integers a, Integers b) { above = dot(above, codes, a), below = dot(below, codes, b); }
-    Vector value() const { return __builtin_convertvector((above << 8) + below, Vector); }
-};
-inline void place(char* a, char* b, int i, int x) {  // the i-th activation of a vector
-    const int high = (x + 128) >> 8;
-    ((int8_t*)a)[i] = high, ((int8_t*)b)[i] = x - 256 * high;
+inline Integers vector_at(const char* p) { return read<Integers>(p); }
+inline Unsigned some_bytes(const char* p, int64_t count) {
+    Unsigned bytes = {};
+    std::memcpy(&bytes, p, count);
+    return bytes;
 }
-#else  // of the even columns, and of the odd ones, in 16 bits
-struct Sum {
-    Integers sum;
-    explicit Sum(Integers start) : sum(start) {}
-    static Integers dot(Unsigned codes, Integers x) {
-#if defined(__AVX512BW__)
-        return (Integers)_mm512_madd_epi16((__m512i)codes, (__m512i)x);
+
+// Two products of 16 bits to each lane, added to `sum`.
+inline Integers dot_words(Integers sum, Integers a, Integers b) {
+#if defined(__AVX512VNNI__)
+    return (Integers)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif LANES_OF_INTEGERS == 16
+    return sum + (Integers)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+    return (Integers)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
 #else
-        return (Integers)_mm256_madd_epi16((__m256i)codes, (__m256i)x);
+    return sum + (Integers)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #endif
+}
+
+// Four products of codes (unsigned) with signed bytes to each lane, added to `sum`.
+inline Integers dot_bytes(Integers sum, Unsigned codes, Integers x) {
+#if defined(__AVX512VNNI__)
+    return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x);
+#elif defined(__AVXVNNI__)
+    return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)x);
+#elif LANES_OF_INTEGERS == 16  // 16 bits hold the sum of two where codes have 4
+    return dot_words(sum, (Integers)_mm512_maddubs_epi16((__m512i)codes, (__m512i)x), Integers{} + 0x00010001);
+#else
+    return dot_words(sum, (Integers)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x), Integers{} + 0x00010001);
+#endif
+}
+
+// Sums of codes with activations: those with their high bytes, and those with their low ones.
+struct ByBytes {
+    static constexpr int STARTS = 2;  // vectors
+    Integers above, below;
+    explicit ByBytes(const char* start) : above(vector_at(start)), below(vector_at(start + BYTES)) {}
+    void add(Unsigned codes, Integers a, Integers b) { above = dot_bytes(above, codes, a), below = dot_bytes(below, codes, b); }
+    Integers value() const { return (above << 8) + below; }
+    void put(char* start) const { std::memcpy(start, &above, BYTES), std::memcpy(start + BYTES, &below, BYTES); }
+
+    static void place(char* a, char* b, int i, int x) {  // the i-th activation of a vector
+        const int high = (x + 128) >> 8;
+        ((int8_t*)a)[i] = high, ((int8_t*)b)[i] = x - 256 * high;
     }
-    void add(Unsigned codes, Integers a, Integers b) {
-        sum += dot(codes & 0x00ff00ff, a) + dot(codes >> 8 & 0x00ff00ff, b);
+    // The sums of all lanes, as numbers.
+    template <int R, int N>
+    static void put_sums(const ByBytes (&sums)[N][R], float* y) {
+        Integers lanes[N][R];
+        alignas(64) int32_t above[N * ::ROWS], below[N * ::ROWS];
+        for (int k = 0; k < N; k++)
+            for (int r = 0; r < R; r++) lanes[k][r] = sums[k][r].above;
+        ::put_sums<R, N>(lanes, above);
+        for (int k = 0; k < N; k++)
+            for (int r = 0; r < R; r++) lanes[k][r] = sums[k][r].below;
+        ::put_sums<R, N>(lanes, below);
+        for (int k = 0; k < N; k++)
+            for (int r = 0; r < R; r++) y[k * ::ROWS + r] = float(above[k * ::ROWS + r]) * 256 + float(below[k * ::ROWS + r]);
     }
-    Vector value() const { return __builtin_convertvector(sum, Vector); }
 };
-inline void place(char* a, char* b, int i, int x) { ((int16_t*)(i % 2 ? b : a))[i / 2] = x; }
-#endif
 
-template <int BITS, bool GROUPED>
-struct Codes {
-    static constexpr int ROWS = LANES == 16 ? 4 : 2, TOKENS = GROUPED ? (LANES == 16 ? 4 : 2) : (LANES == 16 ? 3 : 2);
-    static constexpr int64_t BYTES = 4 * LANES, COLUMNS = BYTES * 8 / BITS, PARTS = COLUMNS / BYTES;
-    static constexpr int64_t TOGETHER = GROUPED ? 1 : SEGMENT / COLUMNS;  // chunks that share a sum
-
-    // Of n activations [chunks, PARTS] vectors `a`, then `b`; for 4 bits those of the even columns, then of the odd
-    // ones. Then [sums, LANES] what the codes have too much, and the scale. Each array is a stream of its own.
-    struct Places {
-        int64_t chunks, b, start, scale, end;
-        explicit Places(int64_t n)
-            : chunks((n + COLUMNS - 1) / COLUMNS), b(chunks * COLUMNS), start(2 * b),
-              scale(start + (chunks + TOGETHER - 1) / TOGETHER * BYTES), end(scale + 64) {}
-    } places;
-
-    // How the scales of a chunk spread over the lanes: up to 8 numbers that lie side by side (`step`; 0 where they do
-    // not), of which each lane takes one into its upper half.
-    alignas(64) uint8_t spread[BYTES];
-    int64_t step = 0;
-
-    explicit Codes(const Rows& w) : places(w.columns) {
-        if (!GROUPED) return;
-        const int64_t group_size = w.columns / w.groups;
-        step = COLUMNS % group_size ? 0 : COLUMNS / group_size;
-        if (step > 8 || (step & (step - 1))) step = 0;
-        for (int i = 0; i < BYTES; i++) spread[i] = i % 4 < 2 ? 128 : 2 * (i / 4 * step / LANES) + i % 4 - 2;
+// Without VNNI: activations of the even columns, and of the odd ones, in 16 bits.
+struct ByWords {
+    static constexpr int STARTS = 1;
+    Integers sum;
+    explicit ByWords(const char* start) : sum(vector_at(start)) {}
+    void add(Unsigned codes, Integers a, Integers b) {
+        sum = dot_words(sum, (Integers)(codes & 0x00ff00ff), a);
+        sum = dot_words(sum, (Integers)(codes >> 8 & 0x00ff00ff), b);
     }
+    Integers value() const { return sum; }
+    void put(char* start) const { std::memcpy(start, &sum, BYTES); }
 
-    static int64_t bytes(int64_t n) { return Places(n).end; }
+    static void place(char* a, char* b, int i, int x) { ((int16_t*)(i % 2 ? b : a))[i / 2] = x; }
+    template <int R, int N>
+    static void put_sums(const ByWords (&sums)[N][R], float* y) {
+        for (int k = 0; k < N; k++)
+            for (int r = 0; r < R; r++) {
+                int64_t total = 0;
+                for (int lane = 0; lane < LANES; lane++) total += sums[k][r].sum[lane];
+                y[k * ::ROWS + r] = float(total);
+            }
+    }
+};
+
+template <int BITS>
+using Sum = std::conditional_t<VNNI || BITS == 4, ByBytes, ByWords>;
+
+// The form of the activations. A chunk of them meets a vector of weights: [chunks, PARTS] vectors `a`, then `b`; for 4
+// bits those of the even columns, then of the odd ones. Then [sums] of TOGETHER chunks what the codes have too much, and
+// the scale. Each array is a stream of its own.
+template <int BITS, int64_t TOGETHER, int64_t BLOCK>
+struct Activations {
+    static constexpr int64_t COLUMNS = BYTES * 8 / BITS, PARTS = COLUMNS / BYTES, STARTS = Sum<BITS>::STARTS * BYTES;
+    int64_t chunks, b, start, scale, end;
+
+    explicit Activations(int64_t n)
+        : chunks(rounded_up(n, BLOCK * COLUMNS) / COLUMNS), b(chunks * COLUMNS), start(2 * b),
+          scale(start + (chunks + TOGETHER - 1) / TOGETHER * STARTS), end(scale + 64) {}
+
+    static int64_t bytes(int64_t n) { return Activations(n).end; }
     static void prepare(const float* x, int64_t n, char* out) {
-        const Places places(n);
+        const Activations places(n);
         Vector most = {};
         for (int64_t i = 0; i < n; i += LANES) {
             Vector some = i + LANES <= n ? load(x + i) : load_some(x + i, n - i);
@@ -128,9 +172,8 @@ struct Codes {
         const float scale = largest / 32639, inverse = scale > 0 ? 1 / scale : 0;  // 127 · 256 + 127
         std::memset(out, 0, places.end);
         std::memcpy(out + places.scale, &scale, sizeof scale);
-        for (int64_t at = 0; at < places.chunks; at++) {
+        for (int64_t at = 0; at * COLUMNS < n; at++) {
             const int64_t count = std::min(COLUMNS, n - at * COLUMNS);
-            int32_t* start = (int32_t*)(out + places.start) + at / TOGETHER * LANES;
             int32_t whole[COLUMNS] = {};
             int64_t i = 0;
             for (; i + LANES <= count; i += LANES) {
@@ -139,110 +182,364 @@ struct Codes {
                 std::memcpy(whole + i, &numbers, sizeof numbers);
             }
             for (; i < count; i++) whole[i] = int(std::nearbyint(x[at * COLUMNS + i] * inverse));
-            for (i = 0; i < COLUMNS; i++) {
-                const int64_t part = i % PARTS, byte = i / PARTS;
-                char* a = out + (at * PARTS + part) * BYTES;
-                place(a, a + places.b, byte, whole[i]);
-                start[byte / 4] -= whole[i] << (BITS - 1);
+            char* start = out + places.start + at / TOGETHER * STARTS;
+            Sum<BITS> surplus(start);
+            for (int part = 0; part < PARTS; part++) {
+                char *a = out + (at * PARTS + part) * BYTES, *b = a + places.b;
+                for (i = 0; i < BYTES; i++) Sum<BITS>::place(a, b, i, whole[i * PARTS + part]);
+                surplus.add(Unsigned{} + (BITS == 8 ? 0x80808080 : 0x08080808), vector_at(a), vector_at(b));
+            }
+            surplus.put(start);
+        }
+        for (int64_t i = places.start; i < places.scale; i += BYTES) {
+            const Integers negative = -vector_at(out + i);
+            std::memcpy(out + i, &negative, sizeof negative);
+        }
+    }
+};
+
+// Codes of 8 bits with a scale for each row.
+struct Bytes8 {
+    static constexpr int64_t TOGETHER = SEGMENT / BYTES;
+    typedef Activations<8, TOGETHER, 1> Form;
+    static constexpr int ROWS = LANES == 16 ? 4 : 2, TOKENS = LANES == 16 ? 3 : 2;
+    const Form places;
+    explicit Bytes8(const Rows& w) : places(w.columns) {}
+
+    template <int R, int N>
+    __attribute__((always_inline)) void tile(const Rows& w, const char* const* x, int64_t ahead, float* y) const {
+        const int64_t whole = w.columns / BYTES;
+        float total[N * ::ROWS] = {};
+        for (int64_t first = 0; first < places.chunks; first += TOGETHER) {
+            auto sums = [&]<size_t... I>(std::index_sequence<I...>) {
+                return std::array<Sum<8>, N * R>{Sum<8>(x[I / R] + places.start + first / TOGETHER * Form::STARTS)...};
+            }(std::make_index_sequence<N * R>());
+            auto meet = [&](int64_t at, auto codes_of) __attribute__((always_inline)) {
+                Unsigned codes[R];
+                for (int r = 0; r < R; r++) {
+                    const char* row = w.weight + r * w.row_bytes + at * BYTES;
+                    if (ahead && at * BYTES % 64 == 0) __builtin_prefetch(row + ahead);
+                    codes[r] = codes_of(row);
+                }
+                for (int k = 0; k < N; k++) {
+                    const Integers a = vector_at(x[k] + at * BYTES), b = vector_at(x[k] + places.b + at * BYTES);
+                    for (int r = 0; r < R; r++) sums[k * R + r].add(codes[r], a, b);
+                }
+            };
+            const int64_t last = std::min(first + TOGETHER, places.chunks);
+            for (int64_t at = first; at < std::min(last, whole); at++) meet(at, [](const char* p) { return read<Unsigned>(p); });
+            if (whole < last) meet(whole, [&](const char* p) { return some_bytes(p, w.columns - whole * BYTES); });
+            float some[N * ::ROWS];
+            Sum<8>::template put_sums<R, N>((const Sum<8>(&)[N][R])sums, some);
+            for (int k = 0; k < N; k++)
+                for (int r = 0; r < R; r++) total[k * ::ROWS + r] += some[k * ::ROWS + r];
+        }
+        for (int k = 0; k < N; k++)
+            for (int r = 0; r < R; r++)
+                y[k * ::ROWS + r] = total[k * ::ROWS + r] * read<float>(x[k] + places.scale) * to_float(w.scale[r]);
+    }
+
+    static void multiply_all(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch) {
+#if AMX
+        if (choice.amx && count >= AMX_FEWEST && w.columns <= SEGMENT) return in_tiles_of_amx(w, rows, x, count, y, (char*)scratch);
+#endif
+        ::multiply<Bytes8>(w, rows, x, count, y);
+    }
+
+#if AMX
+    static void in_tiles_of_amx(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, char* scratch) {
+        const Form places(w.columns);
+        const int64_t both = places.chunks * 2 * SUMS;  // bytes of 32 rows
+        for (int64_t at = 0; at < places.chunks; at++)
+            for (int half = 0; half < 2 && half * SIDE < rows; half++) {
+                Unsigned codes[16];
+                transposed(w, half * SIDE, rows, at * 64, w.columns, codes);
+                for (int i = 0; i < 16; i++) codes[i] ^= 0x80808080;
+                std::memcpy(scratch + (2 * at + half) * SUMS, codes, SUMS);
+            }
+        alignas(64) float row_scales[2 * SIDE] = {};
+        for (int64_t r = 0; r < rows; r++) row_scales[r] = to_float(w.scale[r]);
+        for (int64_t i = 0; i < count;) {
+            const int64_t tokens = std::min<int64_t>(count - i, SIDE);
+            const TileRegisters registers(tokens, 64);
+            for (; i + tokens <= count; i += tokens) {
+                const Spaced spaced(x + i, tokens, places.end, scratch + both);
+                alignas(64) Integers sums[4][SIDE];
+                zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+                for (int64_t at = 0; at < places.chunks; at++) {
+                    const char* weights = scratch + 2 * at * SUMS;
+                    load_tile<4>(spaced.first + at * 64, spaced.stride);
+                    load_tile<5>(spaced.first + places.b + at * 64, spaced.stride);
+                    load_tile<6>(weights, 64);
+                    multiply_tiles<0, 4, 6>(), multiply_tiles<1, 5, 6>();
+                    if (rows <= SIDE) continue;
+                    load_tile<7>(weights + SUMS, 64);
+                    multiply_tiles<2, 4, 7>(), multiply_tiles<3, 5, 7>();
+                }
+                store_tile<0>(sums[0]), store_tile<1>(sums[1]), store_tile<2>(sums[2]), store_tile<3>(sums[3]);
+                for (int64_t k = 0; k < tokens; k++)
+                    for (int half = 0; half < 2; half++) {
+                        const Vector above = __builtin_convertvector(sums[2 * half][k], Vector);
+                        const Vector below = __builtin_convertvector(sums[2 * half + 1][k], Vector);
+                        const Vector total = above * 256 + below;
+                        store(y + (i + k) * ::ROWS + half * SIDE,
+                              total * read<float>(x[i + k] + places.scale) * load(row_scales + half * SIDE));
+                    }
             }
         }
     }
+#endif
+};
+
+// Codes with a scale for each group of columns. In a block a vector's lanes get the sums of as many groups of 32.
+template <int BITS>
+struct Groups {
+    typedef Activations<BITS, 1, BITS == 4 ? 4 : 8> Form;
+    static constexpr int64_t COLUMNS = Form::COLUMNS, PARTS = Form::PARTS, STARTS = Form::STARTS;
+    static constexpr int ROWS = LANES == 16 ? 4 : 2, TOKENS = LANES == 16 ? 4 : 2;
+    static constexpr int64_t GROUP = 32, VECTORS = BITS == 4 ? 4 : 8;  // of codes, in a block
+    static constexpr int PER_VECTOR = LANES / VECTORS;                 // groups
+    static constexpr int64_t BLOCK_BYTES = VECTORS * BYTES, BLOCK_COLUMNS = VECTORS * COLUMNS;
+
+    // Which group of a block is in a lane: see `gathered`.
+    static constexpr int group_of(int lane) {
+        const int four = lane / 4;
+        return PER_VECTOR * (four / PER_VECTOR * 4 + lane % 4) + four % PER_VECTOR;
+    }
+
+    const Form places;
+    int64_t group_size, step;  // step: scales of a block, where a group is 32 columns or 2, 4, … times as many; else 0
+    // The scales of a block spread over the lanes: of numbers that lie side by side, each lane takes one as its upper half.
+    alignas(64) uint8_t spread[BYTES];
+
+    explicit Groups(const Rows& w) : places(w.columns), group_size(w.columns / w.groups), step(0) {
+        const int64_t repeats = group_size / GROUP;
+        if (group_size % GROUP || (LANES % repeats && repeats % LANES)) return;
+        step = std::max<int64_t>(1, LANES / repeats);
+        for (int lane = 0; lane < LANES; lane++) {
+            const int which = step == 1 ? 0 : group_of(lane) / repeats;
+            if (LANES == 16)
+                ((uint16_t*)spread)[2 * lane] = ((uint16_t*)spread)[2 * lane + 1] = which;
+            else
+                for (int i = 0; i < 4; i++) spread[4 * lane + i] = i < 2 ? 128 : 2 * which + i - 2;
+        }
+    }
+
+    // The scales of block `at` of a row; where not all of it is in the row, zeros take the place of some.
+    template <class Whole>
+    __attribute__((always_inline)) Vector scales_of(const bfloat16* scales, int64_t at, int64_t groups, Whole whole) const {
+        const int64_t first = step > 1 ? at * step : at * BLOCK_COLUMNS / group_size;
+        const bfloat16* from = scales + first;
+#if LANES_OF_INTEGERS == 16
+        __m256i numbers;
+        if constexpr (!whole)
+            numbers = _mm256_maskz_loadu_epi16((1 << std::min<int64_t>(groups - first, 16)) - 1, from);
+        else if (step == 16)
+            numbers = _mm256_loadu_si256((const __m256i*)from);
+        else
+            numbers = _mm256_maskz_loadu_epi16((1 << step) - 1, from);
+        return (Vector)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_load_si512(spread), _mm512_castsi256_si512(numbers));
+#else
+        uint16_t some[8] = {};
+        if constexpr (!whole)
+            from = (const bfloat16*)std::memcpy(some, from, 2 * std::min<int64_t>(groups - first, 8));
+        const __m128i numbers = !whole || step == 8 ? _mm_loadu_si128((const __m128i*)from)
+                                : _mm_cvtsi64_si128(step == 1   ? from->bits
+                                                    : step == 2 ? read<uint32_t>(from)
+                                                                : read<uint64_t>(from));
+        return (Vector)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(numbers), _mm256_load_si256((__m256i*)spread));
+#endif
+    }
 
     // Vector `part` of a chunk's codes, one to a byte.
-    template <class Whole>
-    __attribute__((always_inline)) static void unpack(const char* row, int64_t begin, int64_t row_bytes, Whole whole, Unsigned* codes) {
-        Unsigned bytes = {};
-        if constexpr (whole)
-            bytes = read<Unsigned>(row + begin);
-        else
-            std::memcpy(&bytes, row + begin, std::min(BYTES, row_bytes - begin));
+    __attribute__((always_inline)) static void unpack(Unsigned bytes, Unsigned (&codes)[PARTS]) {
         if constexpr (BITS == 8)
             codes[0] = bytes;
         else
             codes[0] = bytes & 0x0f0f0f0f, codes[1] = bytes >> 4 & 0x0f0f0f0f;
     }
-    template <class Inside>
-    __attribute__((always_inline)) Vector scales_of(const Rows& w, int r, int64_t at, Inside inside) const {
-        const bfloat16* scale = w.scale + r * w.groups;
-        if (!inside && (!step || at * step + step > w.groups)) return lane_scales(scale, at * COLUMNS, COLUMNS / LANES, w);
-        __m128i numbers;
-        const bfloat16* from = scale + at * step;
-        if constexpr (inside)
-            numbers = _mm_loadu_si128((const __m128i*)from);
-        else  // no more than there are: a power of two, and 8 would be inside
-            numbers = _mm_cvtsi64_si128(step == 1 ? from->bits : step == 2 ? read<uint32_t>(from) : read<uint64_t>(from));
+
+    // Sums of two neighbouring lanes: of each four, two of a, then two of b.
+    static Integers halves(const Sum<BITS>& a, const Sum<BITS>& b) {
+        if constexpr (BITS == 4) {  // 16 bits hold the sums of 8 products, and one instruction multiplies and adds
+            const Integers ones = Integers{} + 0x00010001;
 #if LANES_OF_INTEGERS == 16
-        return (Vector)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(numbers), _mm512_load_si512(spread));
+            const auto above = (Integers)_mm512_packs_epi32((__m512i)a.above, (__m512i)b.above);
+            const auto below = (Integers)_mm512_packs_epi32((__m512i)a.below, (__m512i)b.below);
 #else
-        return (Vector)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(numbers), _mm256_load_si256((__m256i*)spread));
+            const auto above = (Integers)_mm256_packs_epi32((__m256i)a.above, (__m256i)b.above);
+            const auto below = (Integers)_mm256_packs_epi32((__m256i)a.below, (__m256i)b.below);
 #endif
+            return dot_words(dot_words(Integers{}, above, ones << 8), below, ones);
+        } else {
+            return add_neighbours(a.value(), b.value());
+        }
+    }
+
+    // What block `at` of R rows adds to the totals of N tokens.
+    template <int R, int N>
+    __attribute__((always_inline)) void meet(const char* const (&codes)[R], const Vector (&scales)[R], const char* const* x,
+                                             int64_t at, Vector (*total)[R]) const {
+        Integers half[N][R], fours[2][N][R];
+#pragma GCC unroll 4
+        for (int pair = 0; pair < VECTORS / 2; pair++) {
+            Unsigned some[R][2][PARTS];
+            for (int r = 0; r < R; r++)
+                for (int i = 0; i < 2; i++) unpack(read<Unsigned>(codes[r] + (2 * pair + i) * BYTES), some[r][i]);
+#pragma GCC unroll 4
+            for (int k = 0; k < N; k++) {
+                auto sum_of = [&](int r, int i) __attribute__((always_inline)) {
+                    const int64_t chunk = at * VECTORS + 2 * pair + i;
+                    const char* a = x[k] + chunk * COLUMNS;
+                    Sum<BITS> sum(x[k] + places.start + chunk * STARTS);
+                    for (int part = 0; part < PARTS; part++)
+                        sum.add(some[r][i][part], vector_at(a + part * BYTES), vector_at(a + places.b + part * BYTES));
+                    return sum;
+                };
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) {
+                    const Integers both = halves(sum_of(r, 0), sum_of(r, 1));
+                    if (pair % 2)
+                        fours[pair / 2][k][r] = add_neighbours(half[k][r], both);
+                    else
+                        half[k][r] = both;
+                }
+            }
+        }
+        for (int k = 0; k < N; k++)
+            for (int r = 0; r < R; r++) {
+                const Integers whole = VECTORS == 4 ? fours[0][k][r] : add_fours(fours[0][k][r], fours[1][k][r]);
+                total[k][r] = fma(__builtin_convertvector(whole, Vector), scales[r], total[k][r]);
+            }
     }
 
     template <int R, int N>
-    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, int64_t ahead,
-                                                 Vector total[N][R]) const {
-        const int64_t row_bytes = (w.columns * BITS + 7) / 8, whole = w.columns / COLUMNS, other_half = places.b;
-        auto codes_of = [&](int64_t at, auto is_whole, Unsigned(*codes)[PARTS]) __attribute__((always_inline)) {
-            for (int r = 0; r < R; r++) {
-                const char* row = w.weight + r * w.row_bytes;
-                if (ahead && at * BYTES % 64 == 0) __builtin_prefetch(row + at * BYTES + ahead);
-                unpack(row, at * BYTES, row_bytes, is_whole, codes[r]);
+    __attribute__((always_inline)) void tile(const Rows& w, const char* const* x, int64_t ahead, float* y) const {
+        if (!step) return by_lanes<R, N>(w, x, ahead, y);
+        if (N == 1 && ahead)
+            for (int64_t i = 0; i < R * w.groups; i += 32) __builtin_prefetch(w.scale + i + SCALES_AHEAD);
+        const int64_t row_bytes = w.columns * BITS / 8, whole = w.columns / BLOCK_COLUMNS;
+        constexpr int SOME = N == 1 ? R : std::min(R, LANES / 8);  // rows that the registers hold
+        Vector total[N][R];
+        for (int first = 0; first < R; first += SOME) {
+            const Rows some = from_row(w, first);
+            const char* codes[SOME];
+            Vector scales[SOME], sums[N][SOME] = {};
+            for (int64_t at = 0; at < whole; at++) {
+                for (int r = 0; r < SOME; r++) {
+                    codes[r] = some.weight + r * w.row_bytes + at * BLOCK_BYTES;
+                    for (int64_t line = 0; ahead && line < BLOCK_BYTES; line += 64) __builtin_prefetch(codes[r] + line + ahead);
+                    scales[r] = scales_of(some.scale + r * w.groups, at, w.groups, std::true_type());
+                }
+                meet<SOME, N>(codes, scales, x, at, sums);
             }
-        };
-        auto from = [](const char* p) __attribute__((always_inline)) { return read<Integers>(p); };
-        if constexpr (GROUPED) {
-            if (N == 1 && ahead)
-                for (int64_t i = 0; i < R * w.groups; i += 32) __builtin_prefetch(w.scale + i + SCALES_AHEAD);
-            auto meet = [&](int64_t at, auto is_whole, auto inside) __attribute__((always_inline)) {
-                Unsigned codes[R][PARTS];
-                Vector scales[R];
-                codes_of(at, is_whole, codes);
-                for (int r = 0; r < R; r++) scales[r] = scales_of(w, r, at, inside);
+            if (whole * BLOCK_COLUMNS < w.columns) {
+                alignas(64) char rest[SOME][BLOCK_BYTES] = {};
+                for (int r = 0; r < SOME; r++) {
+                    codes[r] = rest[r];
+                    std::memcpy(rest[r], some.weight + r * w.row_bytes + whole * BLOCK_BYTES, row_bytes - whole * BLOCK_BYTES);
+                    scales[r] = scales_of(some.scale + r * w.groups, whole, w.groups, std::false_type());
+                }
+                meet<SOME, N>(codes, scales, x, whole, sums);
+            }
+            for (int k = 0; k < N; k++)
+                for (int r = 0; r < SOME; r++) total[k][first + r] = sums[k][r];
+        }
+        finish<R, N>(total, x, y);
+    }
+
+    template <int R, int N>
+    void finish(const Vector (&total)[N][R], const char* const* x, float* y) const {
+        put_sums<R, N>(total, y);
+        for (int k = 0; k < N; k++)
+            for (int r = 0; r < R; r++) y[k * ::ROWS + r] *= read<float>(x[k] + places.scale);
+    }
+
+    // Groups of other sizes: a lane is of one group only, and has its scale.
+    template <int R, int N>
+    void by_lanes(const Rows& w, const char* const* x, int64_t ahead, float* y) const {
+        Vector total[N][R] = {};
+        const int64_t row_bytes = w.columns * BITS / 8;
+        for (int64_t at = 0; at * COLUMNS < w.columns; at++)
+            for (int r = 0; r < R; r++) {
+                const char* row = w.weight + r * w.row_bytes + at * BYTES;
+                if (ahead) __builtin_prefetch(row + ahead);
+                const Vector scales = lane_scales(w.scale + r * w.groups, at * COLUMNS, COLUMNS / LANES, w);
+                Unsigned codes[PARTS];
+                unpack(at * BYTES + BYTES <= row_bytes ? read<Unsigned>(row) : some_bytes(row, row_bytes - at * BYTES), codes);
                 for (int k = 0; k < N; k++) {
                     const char* a = x[k] + at * COLUMNS;
-                    const Integers start = from(x[k] + places.start + at * BYTES);
-                    for (int r = 0; r < R; r++) {
-                        Sum sum(start);
-                        for (int part = 0; part < PARTS; part++)
-                            sum.add(codes[r][part], from(a + part * BYTES), from(a + other_half + part * BYTES));
-                        total[k][r] = fma(sum.value(), scales[r], total[k][r]);
-                    }
+                    Sum<BITS> sum(x[k] + places.start + at * STARTS);
+                    for (int part = 0; part < PARTS; part++)
+                        sum.add(codes[part], vector_at(a + part * BYTES), vector_at(a + places.b + part * BYTES));
+                    total[k][r] = fma(__builtin_convertvector(sum.value(), Vector), scales, total[k][r]);
                 }
-            };
-            int64_t at = 0;
-            // As long as 8 scales, 16 bytes, lie within the row: one load that spreads them.
-            if (step)
-                for (; at < whole && at * step + 8 <= w.groups; at++) meet(at, std::true_type(), std::true_type());
-            for (; at < whole; at++) meet(at, std::true_type(), std::false_type());
-            if (whole * COLUMNS < w.columns) meet(whole, std::false_type(), std::false_type());
-        } else {
-            for (int64_t first = 0; first < places.chunks; first += TOGETHER) {
-                std::array<Sum, N * R> sums = [&]<size_t... I>(std::index_sequence<I...>) {
-                    return std::array<Sum, N * R>{Sum(from(x[I / R] + places.start + first / TOGETHER * BYTES))...};
-                }(std::make_index_sequence<N * R>());
-                auto meet = [&](int64_t at, auto is_whole) __attribute__((always_inline)) {
-                    Unsigned codes[R][PARTS];
-                    codes_of(at, is_whole, codes);
-                    for (int k = 0; k < N; k++) {
-                        const char* a = x[k] + at * COLUMNS;
-                        const Integers one = from(a), other = from(a + other_half);
-                        for (int r = 0; r < R; r++) sums[k * R + r].add(codes[r][0], one, other);
-                    }
-                };
-                const int64_t last = std::min(first + TOGETHER, places.chunks);
-                for (int64_t at = first; at < std::min(last, whole); at++) meet(at, std::true_type());
-                if (whole < last) meet(whole, std::false_type());
-                for (int k = 0; k < N; k++)
-                    for (int r = 0; r < R; r++) total[k][r] += sums[k * R + r].value();
+            }
+        finish<R, N>(total, x, y);
+    }
+
+    static void multiply_all(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch) {
+#if AMX
+        if (choice.amx && count >= AMX_FEWEST && w.columns / w.groups % GROUP == 0 && Groups(w).step)
+            return in_tiles_of_amx(w, rows, x, count, y, (char*)scratch);
+#endif
+        ::multiply<Groups>(w, rows, x, count, y);
+    }
+
+#if AMX
+    static void in_tiles_of_amx(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, char* scratch) {
+        typedef int8_t Signed __attribute__((vector_size(64)));
+        const Form places(w.columns);
+        const int64_t groups = w.columns / GROUP, repeats = w.columns / w.groups / GROUP, row_bytes = w.columns * BITS / 8;
+        const int64_t codes_size = places.chunks * COLUMNS * SIDE, scales_size = rounded_up(w.groups, 32) * SIDE * 4;
+        const int64_t halves = rows > SIDE ? 2 : 1;
+        char *all_codes = scratch, *all_scales = all_codes + halves * codes_size, *copies = all_scales + halves * scales_size;
+        for (int64_t half = 0; half < halves; half++) {
+            Unsigned some[16];
+            auto* scales = (float*)(all_scales + half * scales_size);
+            const Rows of_scales = {(const char*)w.scale, nullptr, 2 * w.groups, 0, 0, {}};
+            for (int64_t at = 0; at < w.groups; at += 32) {
+                transposed(of_scales, half * SIDE, rows, 2 * at, 2 * w.groups, some);
+                for (int i = 0; i < 16; i++) {
+                    store(scales + (at + 2 * i) * SIDE, (Vector)(some[i] << 16));
+                    store(scales + (at + 2 * i + 1) * SIDE, (Vector)(some[i] & 0xffff0000));
+                }
+            }
+            for (int64_t at = 0; at * BYTES < row_bytes; at++) {
+                transposed(w, half * SIDE, rows, at * BYTES, row_bytes, some);
+                auto* to = (Signed*)(all_codes + half * codes_size) + at * 16 * PARTS;
+                for (int i = 0; i < 16; i++) {  // for 4 bits [group, even columns and odd ones, 16 rows · 16 columns]
+                    Unsigned codes[PARTS];
+                    unpack(some[i], codes);
+                    for (int part = 0; part < PARTS; part++)
+                        to[i / 4 * 4 * PARTS + part * 4 + i % 4] = (Signed)codes[part] - int8_t(1 << (BITS - 1));
+                }
             }
         }
-        for (int k = 0; k < N; k++) {
-            const float scale = read<float>(x[k] + places.scale);
-            for (int r = 0; r < R; r++) total[k][r] *= scale;
+        for (int64_t i = 0; i < count;) {
+            const int64_t tokens = std::min<int64_t>(count - i, SIDE);
+            const TileRegisters registers(tokens, GROUP / PARTS);
+            for (; i + tokens <= count; i += tokens) {
+                const Spaced spaced(x + i, tokens, places.end, copies);
+                for (int64_t half = 0; half < halves; half++) {
+                    const float* scales = (const float*)(all_scales + half * scales_size);
+                    auto at = [](int64_t g, int piece) { return BITS == 8 ? g * GROUP : g / 4 * COLUMNS + g % 4 * 16 + piece * BYTES; };
+                    auto with = [&](int64_t g, int, Integers sum, Vector total) {
+                        return fma(__builtin_convertvector(sum, Vector), load(scales + g / repeats * SIDE), total);
+                    };
+                    Vector total[SIDE];
+                    by_groups<GROUP / PARTS, PARTS>(spaced, places.b, all_codes + half * codes_size, groups, at, group_of, with, total);
+                    for (int64_t k = 0; k < tokens; k++)
+                        store(y + (i + k) * ::ROWS + half * SIDE, total[k] * read<float>(x[i + k] + places.scale));
+                }
+            }
         }
     }
-    static float finish(const Rows& w, int r, float y) { return GROUPED ? y : y * to_float(w.scale[r * w.groups]); }
+#endif
 };
+
+template <class Kind>
+constexpr Products codes_of() { return {Kind::Form::bytes, Kind::Form::prepare, Kind::multiply_all}; }
 
 #else
 template <int BITS, bool GROUPED>
@@ -321,10 +618,16 @@ struct Codes<4, GROUPED> {
     static float finish(const Rows&, int, float y) { return 16 * y; }
 };
 
+template <class Kind>
+constexpr Products codes_of() { return products_of<Kind>(); }
+typedef Codes<8, false> Bytes8;
+template <int BITS>
+using Groups = Codes<BITS, true>;
+
 #endif
 
 }  // namespace
 
-const Products byte_products = products_of<Codes<8, false>>();
-const Products grouped_byte_products = products_of<Codes<8, true>>();
-const Products nibble_products = products_of<Codes<4, true>>();
+const Products byte_products = codes_of<Bytes8>();
+const Products grouped_byte_products = codes_of<Groups<8>>();
+const Products nibble_products = codes_of<Groups<4>>();

@@ -1,15 +1,16 @@
 // Products of weights [rows, columns] with the activations of some tokens: one arithmetic for one token and for many.
 //
-// The lanes of a vector are columns, in every kind of weights: a row is read as one sequential stream, and an output is
-// the sum of one accumulator's lanes. How many rows and tokens are computed together, a tile, only changes how often a
-// number is loaded, never an instruction that an output depends on or their order. So a token's logits have the same
-// bits alone, as one of a few guesses, in a prompt and in any batch.
+// A row is read as one sequential stream, and an output is the sum of one accumulator's lanes. How many rows and tokens
+// are computed together, a tile, only changes how often a number is loaded, never the order of additions that round.
+// Sums of whole numbers don't: those of a row or of a group of columns may be formed by any instruction, AMX's for many
+// tokens. So a token's logits have the same bits alone, as one of a few guesses, in a prompt and in any batch.
 //
 //     weights              activations, prepared once for all rows                   instruction           file
 //     float32              as they are                                               fma                   floats.cpp
 //     bfloat16             as they are, even and odd columns apart                   fma                   floats.cpp
 //     bfloat16             rounded to bfloat16                                       vdpbf16ps             floats.cpp
 //     8 or 4 bits          whole numbers of 16 bits, a scale for each token          vpdpbusd, vpmaddwd    codes.cpp
+//       … many tokens      the same                                                  tdpbssd               amx.h
 //     8 or 4 bits          as they are, or arranged for 4 bits                       fma, without AVX2     codes.cpp
 //     blocks of a GGUF     whole numbers of 16 bits, a scale for a chunk             vpdpwssd, vpmaddwd    blocks.cpp
 //
@@ -84,7 +85,10 @@ struct Products {
 inline int64_t unpacked_size(int64_t columns) {
     return std::max(rounded_up(columns, 2 * LANES) + 16, (columns + 255) / 256 * 160);
 }
-inline int64_t scratch_size(int64_t columns) { return ROWS * unpacked_size(columns); }
+// Rows of those, or what AMX needs: rows, their scales and 16 tokens, in whole blocks of 16 groups.
+inline int64_t scratch_size(int64_t columns) {
+    return std::max(ROWS * unpacked_size(columns), 28 * rounded_up(columns, 512) + 2048);
+}
 
 enum Form { FLOAT32, BFLOAT16, BFLOAT16_PAIRS, BYTES, GROUPED_BYTES, NIBBLES,
             FLOAT16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, FORMS };
@@ -102,6 +106,7 @@ inline const Products* const PRODUCTS[FORMS] = {
 struct Choice {
     Tuning tuning[FORMS];
     bool pairs;  // bfloat16 weights meet activations as bfloat16
+    bool amx;    // many tokens meet weights in tiles of AMX: with the same bits, only faster
 };
 extern Choice choice;
 

@@ -7,31 +7,42 @@
 //     multiply(w, x, ahead, total)  the accumulators of R rows and N tokens
 //     finish(w, r, y)             what a whole row's sum still needs
 //
+// or, instead of the last two, with `tile`, which is what the function of this name does below.
+//
 // Prefetches go `ahead` bytes in front of each row where that is not 0.
 #pragma once
 #include "products.h"
 
-// y[N, R] of a [N, ROWS] array = the products of R rows with N tokens.
-template <class Kind, int R, int N>
-inline void tile(const Kind& kind, const Rows& w, const char* const* x, int64_t ahead, float* y) {
-    constexpr int PADDED = R == 4 ? (N + 3) / 4 * 4 : N;
-    Vector total[PADDED][R] = {};
-    kind.template multiply<R, N>(w, x, ahead, total);
+// y[N, R] of a [N, ROWS] array = the sums of the accumulators' lanes.
+template <int R, int N, class Lanes, class Number>
+inline void put_sums(const Lanes (&total)[N][R], Number* y) {
     if constexpr (R == 4 && N >= 2) {
-        for (int k = 0; k < PADDED; k += 4) {
-            Vector by_row[16];
-            float out[16];
+        for (int k = 0; k < N; k += 4) {
+            Lanes by_row[16] = {};
+            Number out[16];
             for (int r = 0; r < 4; r++)
-                for (int i = 0; i < 4; i++) by_row[4 * r + i] = total[k + i][r];
+                for (int i = 0; i < 4 && k + i < N; i++) by_row[4 * r + i] = total[k + i][r];
             sums(by_row, out);
-            for (int i = 0; i < 4 && k + i < N; i++) std::memcpy(y + (k + i) * ROWS, out + 4 * i, 4 * sizeof(float));
+            for (int i = 0; i < 4 && k + i < N; i++) std::memcpy(y + (k + i) * ROWS, out + 4 * i, 4 * sizeof(Number));
         }
     } else {
         for (int k = 0; k < N; k++)
             for (int r = 0; r < R; r++) y[k * ROWS + r] = sum(total[k][r]);
     }
-    for (int k = 0; k < N; k++)
-        for (int r = 0; r < R; r++) y[k * ROWS + r] = Kind::finish(w, r, y[k * ROWS + r]);
+}
+
+// y[N, R] of a [N, ROWS] array = the products of R rows with N tokens.
+template <class Kind, int R, int N>
+inline void tile(const Kind& kind, const Rows& w, const char* const* x, int64_t ahead, float* y) {
+    if constexpr (requires { kind.template tile<R, N>(w, x, ahead, y); }) {
+        kind.template tile<R, N>(w, x, ahead, y);
+    } else {
+        Vector total[N][R] = {};
+        kind.template multiply<R, N>(w, x, ahead, total);
+        put_sums<R, N>(total, y);
+        for (int k = 0; k < N; k++)
+            for (int r = 0; r < R; r++) y[k * ROWS + r] = Kind::finish(w, r, y[k * ROWS + r]);
+    }
 }
 
 // Vectors whose addresses differ by 4096 bytes share the sets of a cache: a line between them keeps them apart.

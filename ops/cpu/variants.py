@@ -6,7 +6,8 @@ not at all on another, but no bit of a result. Whether bfloat16 weights meet act
 
 What was chosen lies beside the compiled library as JSON. NANOQWEN_STEP_VARIANT sets it by hand: `measure` measures
 again, `default` measures nothing, `2/1024` reads two rows side by side and 1,024 bytes ahead in every kind, and
-`pairs` or `floats`, alone or behind a comma, says how bfloat16 weights are multiplied.
+`pairs` or `floats`, alone or behind a comma, says how bfloat16 weights are multiplied, and `vectors` behind all that
+leaves the tiles of AMX unused, which give the same bits faster where there are many tokens.
 """
 
 import ctypes
@@ -61,6 +62,8 @@ def apply(loaded: ctypes.CDLL, path: Path, linear: type[ctypes.Structure]) -> di
         write_text(kept, json.dumps(chosen, indent=1) + "\n")
     if not choose(loaded, chosen, linear):
         raise ValueError(f"NANOQWEN_STEP_VARIANT={asked}: this processor has no products of bfloat16 pairs")
+    vectors = asked.endswith("vectors")
+    chosen["amx"] = not loaded.choose_amx(not vectors) and not vectors
     return chosen
 
 
@@ -77,10 +80,10 @@ def by_hand(asked: str) -> dict[str, Any] | None:
     """What NANOQWEN_STEP_VARIANT says; None where something is to be measured or read."""
     if asked in ("", "measure"):
         return None
-    match = re.fullmatch(r"(default|[124]/(?:-1|\d{1,5}))?,?(pairs|floats)?", asked)
+    match = re.fullmatch(r"(default|[124]/(?:-1|\d{1,5}))?,?(pairs|floats)?,?(vectors)?", asked)
     if not match:
         raise ValueError(
-            f"NANOQWEN_STEP_VARIANT={asked}: give measure, default, pairs, floats, or rows/bytes ahead as in 2/1024"
+            f"NANOQWEN_STEP_VARIANT={asked}: give measure, default, pairs, floats, vectors or rows/bytes ahead: 2/1024"
         )
     tuning = list(map(int, match[1].split("/"))) if match[1] and match[1] != "default" else list(DEFAULT)
     return {"schema": SCHEMA, "pairs": match[2] == "pairs", "tuning": dict.fromkeys(KINDS, tuning), "by_hand": asked}
@@ -104,7 +107,7 @@ def describe(chosen: dict[str, Any]) -> str:
         fetched = "no prefetch" if not ahead else "next rows ahead" if ahead < 0 else f"{ahead:,} B ahead"
         words.setdefault(f"{together} row{'s' * (together > 1)}, {fetched}", []).append(name)
     said = "; ".join(f"{', '.join(names)}: {variant}" for variant, names in words.items())
-    return said + ("; bfloat16 as pairs" if chosen["pairs"] else "")
+    return said + ("; bfloat16 as pairs" if chosen["pairs"] else "") + ("; AMX" if chosen.get("amx") else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

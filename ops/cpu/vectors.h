@@ -132,28 +132,73 @@ inline float sum(Vector x) {
 #endif
 }
 
-// y[j, i] = the sum of x[i, j], for 4 x 4 vectors.
-inline void sums(const Vector x[16], float* y) {
+inline int32_t sum(Integers x) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    return _mm512_reduce_add_epi32((__m512i)x);
+#else
+    int32_t total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += x[lane];
+    return total;
+#endif
+}
+
+// y[j, i] = the sum of x[i, j], for 4 x 4 vectors of numbers or of whole numbers.
+template <class Lanes, class Number>
+inline void sums(const Lanes x[16], Number* y) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    auto add = [](__m512 a, __m512 b) { return (__m512)((Lanes)a + (Lanes)b); };
     __m512 quarters[4];
     for (int i = 0; i < 4; i++) {
         const __m512 *v = (const __m512*)x + 4 * i;
-        __m512 first = _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));
-        __m512 second = _mm512_add_ps(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
-        quarters[i] = _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88),
-                                    _mm512_shuffle_f32x4(first, second, 0xdd));
+        __m512 first = add(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));
+        __m512 second = add(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
+        quarters[i] = add(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xdd));
     }
     __m512 halves[2];
     for (int i = 0; i < 2; i++) {
         __m512d a = _mm512_castps_pd(quarters[2 * i]), b = _mm512_castps_pd(quarters[2 * i + 1]);
-        halves[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
-                                  _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+        halves[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
     }
-    _mm512_storeu_ps(y, _mm512_add_ps(_mm512_shuffle_ps(halves[0], halves[1], 0x88),
-                                      _mm512_shuffle_ps(halves[0], halves[1], 0xdd)));
+    const __m512 all = add(_mm512_shuffle_ps(halves[0], halves[1], 0x88), _mm512_shuffle_ps(halves[0], halves[1], 0xdd));
+    std::memcpy(y, &all, sizeof all);
 #else
     for (int i = 0; i < 4; i++)
         for (int j = 0; j < 4; j++) y[4 * j + i] = sum(x[4 * i + j]);
+#endif
+}
+
+// Of each four lanes: two sums of neighbours in a, then two in b.
+inline Integers add_neighbours(Integers a, Integers b) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __m512 even = _mm512_shuffle_ps((__m512)a, (__m512)b, 0x88), odd = _mm512_shuffle_ps((__m512)a, (__m512)b, 0xdd);
+    return (Integers)even + (Integers)odd;
+#elif defined(__AVX2__)
+    return (Integers)_mm256_hadd_epi32((__m256i)a, (__m256i)b);
+#else
+    Integers result;
+    for (int lane = 0; lane < LANES; lane++) {
+        const Integers& from = lane & 2 ? b : a;
+        const int first = lane / 4 * 4 + lane % 2 * 2;
+        result[lane] = from[first] + from[first + 1];
+    }
+    return result;
+#endif
+}
+
+// Lanes of four: sums of those that are neighbours in a, then of those in b.
+inline Integers add_fours(Integers a, Integers b) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __m512i even = _mm512_shuffle_i32x4((__m512i)a, (__m512i)b, 0x88), odd = _mm512_shuffle_i32x4((__m512i)a, (__m512i)b, 0xdd);
+    return (Integers)even + (Integers)odd;
+#else
+    constexpr int HALF = LANES / 2;
+    Integers result = {};
+    for (int lane = 0; lane < LANES && LANES >= 8; lane++) {
+        const Integers& from = lane < HALF ? a : b;
+        const int first = lane % HALF / 4 * 8 + lane % 4;
+        result[lane] = from[first] + from[first + 4];
+    }
+    return result;
 #endif
 }
 

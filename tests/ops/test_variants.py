@@ -105,6 +105,7 @@ def test_a_variant_that_there_is_none_of_is_a_mistake(asked):
 def test_a_variant_by_hand():
     assert variants.by_hand("2/1024,pairs")["tuning"]["int4"] == [2, 1024] and variants.by_hand("pairs")["pairs"]
     assert not variants.by_hand("default")["pairs"] and variants.by_hand("measure") is None
+    assert variants.by_hand("4/-1,pairs,vectors")["pairs"] and not variants.by_hand("vectors")["pairs"]
 
 
 def huge_bytes(address: int, size: int) -> int:

@@ -17,7 +17,7 @@ float normal() { return std::normal_distribution<float>()(generator); }
 uint64_t digest = 14695981039346656037u;
 
 void check(const char* name, int64_t bits, int64_t group, int64_t columns) {
-    const int64_t rows = 37, most = 19, groups = bits > 8 ? 0 : group ? columns / group : 1;
+    const int64_t rows = 37, most = 39, groups = bits > 8 ? 0 : group ? columns / group : 1;
     std::vector<char> weight(rows * columns * bits / 8);
     std::vector<bfloat16> scale(rows * std::max(groups, int64_t(1)));
     std::vector<double> numbers(rows * columns);
@@ -54,10 +54,11 @@ void check(const char* name, int64_t bits, int64_t group, int64_t columns) {
         for (int together : {1, 2, 4})
             for (int ahead : {0, -1, 1024}) {
                 choose_tuning(form_of(w), together, ahead);
-                for (int64_t count : {1, 2, 3, 4, 7, 17}) {
-                    product(&w, x.data(), count, some.data(), 1);
-                    same = same && !std::memcmp(some.data(), all.data(), count * rows * sizeof(float));
-                }
+                for (int amx = 0; amx < 2 && !choose_amx(amx); amx++)
+                    for (int64_t count : {1, 2, 3, 4, 7, 17, 39}) {
+                        product(&w, x.data(), count, some.data(), 1);
+                        same = same && !std::memcmp(some.data(), all.data(), count * rows * sizeof(float));
+                    }
             }
         const bool near = error < largest * (pairs ? 4e-3 : 1e-4);
         if (!near || !same) std::printf("FAILED: ");
@@ -73,6 +74,9 @@ int main() {
         check("float32", 32, 0, columns), check("bfloat16", 16, 0, columns), check("int8", 8, 0, columns);
         check("int8 in groups of 32", 8, 32, columns), check("int8 in groups of 4", 8, 4, columns);
         check("int4 in groups of 32", 4, 32, columns), check("int4 in groups of 8", 4, 8, columns);
+    }
+    for (int64_t group : {64, 128, 192, 256, 768}) {
+        check("int8 in large groups", 8, group, 2304 / group * group), check("int4 in large groups", 4, group, 2304 / group * group);
     }
     std::printf("lanes %d, digest %llx\n", LANES, (unsigned long long)digest);
 }

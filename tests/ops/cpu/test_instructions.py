@@ -26,6 +26,7 @@ MACHINES = {  # flags, and which of /proc/cpuinfo's flags a processor needs
     "AVX-512": (("-march=skylake-avx512",), {"avx512bw", "avx512vl"}),
     "AVX-512, VNNI": (("-march=icelake-client",), {"avx512_vnni", "avx512_vbmi2"}),
     "AVX-512, VNNI, BF16": (("-march=icelake-client", "-mavx512bf16"), {"avx512_vnni", "avx512_bf16"}),
+    "AMX": (("-march=sapphirerapids",), {"amx_int8", "amx_bf16"}),
 }
 
 

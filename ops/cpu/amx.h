@@ -1,0 +1,142 @@
+// Products of whole numbers by AMX, for many tokens at once.
+//
+// One instruction multiplies 16 tokens by 16 rows of up to 64 columns and adds to 16 x 16 sums. Sums of whole numbers are
+// exact, so they are those that vectors give one token, and what follows them, in floating point, is done in the same
+// order for both: no bit of a result depends on which of the two computed it.
+#pragma once
+#include "tiles.h"
+
+constexpr int SIDE = 16;          // tokens and rows of a tile
+constexpr int64_t SUMS = 1024;    // bytes of a tile of sums, int32 [tokens, rows]
+constexpr int64_t AMX_FEWEST = 16;  // tokens: fewer are as fast by vectors, as the weights need not be transposed for them
+
+#if defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define AMX 1
+
+// The tile registers of this thread: 0 to 3 sums [tokens, rows], 4 and 5 activations [tokens, bytes], 6 and 7 weights
+// [bytes / 4, rows, 4]. (GCC 12's own functions for these instructions don't say what they read and write.)
+struct TileRegisters {
+    TileRegisters(int64_t tokens, int64_t bytes) {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {64, 64, 64, 64, 0, 0, 64, 64};
+            uint8_t rows[16] = {};
+        } shapes;
+        shapes.row_bytes[4] = shapes.row_bytes[5] = bytes;
+        std::fill(shapes.rows, shapes.rows + 6, tokens);
+        shapes.rows[6] = shapes.rows[7] = bytes / 4;
+        asm volatile("ldtilecfg %0" ::"m"(shapes));
+    }
+    ~TileRegisters() { asm volatile("tilerelease"); }
+};
+template <int TO>
+inline void zero_tile() { asm volatile("tilezero %%tmm%c0" ::"i"(TO)); }
+template <int TO>
+inline void load_tile(const char* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TO) : "memory");
+}
+template <int FROM>
+inline void store_tile(void* to) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(int64_t(64)), "i"(FROM) : "memory");
+}
+template <int SUM, int ACTIVATIONS, int WEIGHTS>  // signed bytes
+inline void multiply_tiles() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(ACTIVATIONS), "i"(WEIGHTS));
+}
+
+// v[i][j] becomes v[j][i].
+inline void transpose(Unsigned v[16]) {
+    __m512i two[16], four[16];
+    auto at = [](Unsigned x) { return (__m512i)x; };
+    for (int i = 0; i < 16; i += 2) {
+        two[i] = _mm512_unpacklo_epi32(at(v[i]), at(v[i + 1]));
+        two[i + 1] = _mm512_unpackhi_epi32(at(v[i]), at(v[i + 1]));
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            four[i + 2 * j] = _mm512_unpacklo_epi64(two[i + j], two[i + j + 2]);
+            four[i + 2 * j + 1] = _mm512_unpackhi_epi64(two[i + j], two[i + j + 2]);
+        }
+    for (int j = 0; j < 4; j++) {
+        const __m512i a = _mm512_shuffle_i32x4(four[j], four[4 + j], 0x88), b = _mm512_shuffle_i32x4(four[j], four[4 + j], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0xdd);
+        v[j] = (Unsigned)_mm512_shuffle_i32x4(a, c, 0x88), v[8 + j] = (Unsigned)_mm512_shuffle_i32x4(a, c, 0xdd);
+        v[4 + j] = (Unsigned)_mm512_shuffle_i32x4(b, d, 0x88), v[12 + j] = (Unsigned)_mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+}
+
+// 64 bytes from `at` on of each of 16 rows, transposed to [16, rows, 4]; behind `end` zeros. A row that there isn't is the last.
+inline void transposed(const Rows& w, int64_t first, int64_t rows, int64_t at, int64_t end, Unsigned v[16]) {
+    for (int64_t r = 0; r < SIDE; r++) {
+        const char* from = w.weight + std::min(first + r, rows - 1) * w.row_bytes + at;
+        const __mmask64 inside = end - at >= 64 ? ~__mmask64(0) : (__mmask64(1) << (end - at)) - 1;
+        __builtin_prefetch(from + 256);
+        v[r] = (Unsigned)_mm512_maskz_loadu_epi8(inside, from);
+    }
+    transpose(v);
+}
+
+// The activations of some tokens at equal distances: where they are, or copied.
+struct Spaced {
+    const char* first;
+    int64_t stride;
+
+    Spaced(const char* const* x, int64_t count, int64_t bytes, char* copy) : first(x[0]), stride(count > 1 ? x[1] - x[0] : bytes) {
+        bool equal = true;
+        for (int64_t i = 2; i < count; i++) equal = equal && x[i] - x[i - 1] == stride;
+        if (equal) return;
+        for (int64_t i = 0; i < count; i++) std::memcpy(copy + i * bytes, x[i], bytes);
+        first = copy, stride = bytes;
+    }
+};
+
+// The products of up to 16 tokens with 16 rows whose scales are those of groups of columns: [16 tokens], lanes are rows.
+//
+//     weights [groups, PIECES, BYTES / 4, 16 rows, 4]; at(group, piece): where its BYTES activations begin in a token's
+//     high bytes; `low`: from these to the low bytes; group_of(lane): of a block of 16 groups, in vectors' own order
+//     meet(group, token, sum, total): `total` with the group's whole number in it
+//
+// The tiles' registers are those of TileRegisters(tokens, BYTES). While vectors take in one group's sums, the tiles are
+// at work on the next group.
+template <int64_t BYTES, int PIECES, class At, class GroupOf, class Meet>
+__attribute__((always_inline)) inline void by_groups(const Spaced& x, int64_t low, const char* weights, int64_t groups,
+                                                     At at, GroupOf group_of, Meet meet, Vector (&total)[SIDE]) {
+    alignas(64) Integers sums[2][2][SIDE];
+    Vector waiting[4][SIDE];  // for their neighbours: lanes are added up as in sum(Vector)
+    auto lane_of = [](int i) { return (i & 1) << 3 | (i & 2) << 1 | (i & 4) >> 1 | (i & 8) >> 3; };
+    int next_lane = 0;  // the lane_of … and the group that the tiles are at
+    int64_t next = group_of(0);
+    auto start = [&](auto turn) __attribute__((always_inline)) {
+        constexpr int ABOVE = 2 * turn, BELOW = ABOVE + 1;
+        for (; next >= groups; next = group_of(lane_of(next_lane)))
+            if (++next_lane == LANES) return;
+        zero_tile<ABOVE>(), zero_tile<BELOW>();
+        for (int piece = 0; piece < PIECES; piece++) {
+            load_tile<6>(weights + (next * PIECES + piece) * BYTES * SIDE, 64);
+            load_tile<4>(x.first + at(next, piece), x.stride), load_tile<5>(x.first + at(next, piece) + low, x.stride);
+            multiply_tiles<ABOVE, 4, 6>(), multiply_tiles<BELOW, 5, 6>();
+        }
+        store_tile<ABOVE>(sums[turn][0]), store_tile<BELOW>(sums[turn][1]);
+        next += LANES;
+    };
+    bool odd = false;
+    start(std::integral_constant<int, 0>());
+    for (int i = 0; i < LANES; i++) {
+        for (auto& some : total) some = Vector{};
+        auto take = [&](int64_t g, auto turn) __attribute__((always_inline)) {
+            if (next_lane < LANES) start(std::integral_constant<int, 1 - turn>());
+#pragma GCC unroll 16
+            for (int k = 0; k < SIDE; k++) total[k] = meet(g, k, (sums[turn][0][k] << 8) + sums[turn][1][k], total[k]);
+        };
+        for (int64_t g = group_of(lane_of(i)); g < groups; g += LANES, odd = !odd)
+            odd ? take(g, std::integral_constant<int, 1>()) : take(g, std::integral_constant<int, 0>());
+        int level = 0;
+        for (; i >> level & 1; level++)
+            for (int k = 0; k < SIDE; k++) total[k] = waiting[level][k] + total[k];
+        for (int k = 0; k < SIDE && i < LANES - 1; k++) waiting[level][k] = total[k];
+    }
+}
+#else
+#define AMX 0
+#endif
