@@ -36,9 +36,9 @@ def start_worker() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
-def run_script(script: Path, *arguments: str) -> str:
+def run_script(script: Path, *arguments: str, **environment: str) -> str:
     """What a Python script of this checkout prints; ValueError with its last line if it fails."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     if PEERS in script.parents and console.OUR_SPIN_BOUND:  # a peer's threads wait as they do for its users
         del environment["GOMP_SPINCOUNT"]
     command = [sys.executable, str(script), *arguments]

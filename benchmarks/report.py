@@ -11,9 +11,10 @@ from formats.files import atomic_file
 
 Report = dict[str, Any]
 
-SECONDS = {"load": "load, s", "first_token": "first token, s"}
+SECONDS = {"load": "load, s"}
 RATES = {"prefill": "prefill {prefill}", "decode": "decode after {after}", "decode_deep": "decode at depth {deep}"}
-RATES |= {"decode_batch_4": "decode, batch 4", "decode_batch_16": "decode, batch 16"}
+BATCHES = (4, 8, 16, 32)
+RATES |= {f"decode_batch_{rows}": f"decode, batch {rows}" for rows in BATCHES}
 OTHERS = {
     "bytes_per_token": "MB a token",
     "weight_bandwidth": "GB/s",
@@ -124,9 +125,10 @@ def markdown(report: Report) -> str:
     lines += [
         "",
         f"Median (minimum and maximum) of {settings['repeats']} alternated runs, each in a process of its own with "
-        f"{settings['threads']} thread{'s' * (settings['threads'] > 1)}.",
-        f"Tokens per second, {settings['tokens']} decoded; the first token counts from the start of the process; the "
-        "bandwidth is the better one of just before and just after each run.",
+        f"{settings['threads']} thread{'s' * (settings['threads'] > 1)}"
+        f"{'' if settings['isa'] == 'native' else ' and no other instructions than ' + settings['isa']}.",
+        f"Tokens per second, {settings['tokens']} decoded; the bandwidth is the better one of just before and just "
+        "after each run.",
         *(f"{reason}: {', '.join(rows)}." for reason, rows in report["absent"].items()),
     ]
     return "\n".join(lines) + "\n"

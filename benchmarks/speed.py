@@ -9,6 +9,7 @@ of every weight. This process itself stays small (no torch), because a child's p
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ from benchmarks.common import (
     run_script,
     start_worker,
 )
-from benchmarks.report import draw, markdown, number, ratios, show, summary, tables, title
+from benchmarks.report import BATCHES, draw, markdown, number, ratios, show, summary, tables, title
 from formats.files import atomic_directory, sha256, write_text
 from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, HubUnreachable, resolve
 
@@ -43,9 +44,13 @@ SCRIPTS = {
     "llama.cpp": (PEERS / "llama_row.py",),
 }
 QUESTION = [{"role": "user", "content": "Which is larger, 9.11 or 9.9?"}]
-SHORT, BATCHES = 32, (4, 16)
+SHORT = 32
 SETTLE = 40  # tokens, after which weights are in huge pages where those are faster (ops/cpu/step.py)
 BYTES = {"f32": 4, "bf16": 2}
+ISA = {  # what a child process is told, for PyTorch and its libraries too
+    "avx2": {"NANOQWEN_STEP": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "avx-vnni": {"NANOQWEN_STEP": "avx-vnni", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"},
+}
 
 
 class Row(NamedTuple):
@@ -76,10 +81,10 @@ class Job:
     deep: int = 0  # positions before the deep decode, 0 for none
     kv: str = "auto"  # int8: keys and values in 8 bits
     batches: list[int] = field(default_factory=list)
+    isa: str = "native"
     model: str = ""
     precision: str = ""
     device: str = "cpu"
-    started: float = 0.0  # time.time() just before the process began
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,7 +133,7 @@ class Nanoqwen:
 
 
 def measure(engine_class: type, job: Job) -> dict[str, float]:
-    """One run of a row. Speeds are tokens per second, `first_token` is seconds since the process began."""
+    """One run of a row. Speeds are tokens per second. (`bench.py start` measures the first token.)"""
     import torch
 
     torch.set_num_threads(job.threads)
@@ -138,7 +143,6 @@ def measure(engine_class: type, job: Job) -> dict[str, float]:
     run = {"load": time.perf_counter() - start}
     with torch.inference_mode():
         engine.next([engine.prompt], engine.new_cache(1, len(engine.prompt) + 1))
-        run["first_token"] = time.time() - job.started
         _prefill(engine, job.prefill)  # warms up
         run["prefill"] = job.prefill / _prefill(engine, job.prefill)
         _decode(engine, 1, SHORT, min(SETTLE, 4 * job.tokens))
@@ -191,7 +195,7 @@ def model_facts(path: str) -> dict[str, Any]:
     from formats.checkpoint import open_checkpoint
     from generate import weight_bytes_per_token
     from model import Config, Qwen3
-    from ops.cpu.step import library
+    from ops.cpu.library import library
 
     checkpoint = open_checkpoint(Path(path))
     config = Config.from_dict(checkpoint.config)
@@ -234,7 +238,7 @@ def write_random_model(path: str) -> None:
 
 
 def convert(model: Path, row: Row, directory: Path) -> Path:
-    """The checkpoint that a row runs on: the model itself, or what convert.py makes of it in `directory`."""
+    """The checkpoint that a row runs on: the model itself, or what convert.py made of it in `directory`, or makes."""
     gguf = row.engine == "llama.cpp" or row.precision in GGUF_ROWS
     if not gguf and row.precision in BYTES:
         return model
@@ -248,12 +252,21 @@ def convert(model: Path, row: Row, directory: Path) -> Path:
     return path
 
 
+def kept_directory(model: Path, directory: Path) -> Path:
+    """Where in `directory` the converted forms of a model are kept: another place for other files."""
+    files = sorted(model.iterdir()) if model.is_dir() else [model]
+    states = [(str(file.resolve()), (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
+    path = directory / hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def run_row(row: Row, model: Path, job: Job, weights: int, worker: ProcessPoolExecutor) -> dict[str, float]:
     """One run of a row, and the better read bandwidth of before and after. `weights`: how many a token reads."""
     job = replace(job, model=str(model.resolve()), precision=row.precision, device=row.device)
     before = worker.submit(bandwidth_now, row.device, job.threads).result()
-    job.started = time.time()
-    run = json.loads(run_script(*SCRIPTS[row.engine], "--measure", json.dumps(asdict(job))).splitlines()[-1])
+    output = run_script(*SCRIPTS[row.engine], "--measure", json.dumps(asdict(job)), **ISA.get(job.isa, {}))
+    run = json.loads(output.splitlines()[-1])
     if "bytes_per_token" not in run:  # a peer reads the same weights in a type of its own
         run["bytes_per_token"] = weights * run.pop("bytes_per_weight", BYTES.get(row.precision))
     run["read_bandwidth"] = max(before, worker.submit(bandwidth_now, row.device, job.threads).result())
@@ -262,16 +275,19 @@ def run_row(row: Row, model: Path, job: Job, weights: int, worker: ProcessPoolEx
     return run
 
 
-def run_all(model: Path, rows: list[Row], job: Job, repeats: int, weights: int, worker: Any) -> list[dict]:
+def run_all(
+    model: Path, rows: list[Row], job: Job, repeats: int, weights: int, worker: Any, converted: Path | None
+) -> list[dict]:
     """All rows, one round after another. A row that failed is not tried again."""
     results = [{**row._asdict(), "runs": [], "failed": None} for row in rows]
-    with tempfile.TemporaryDirectory(dir=cache_directory(), prefix="converted-") as directory:
+    with tempfile.TemporaryDirectory(dir=cache_directory(), prefix="converted-") as temporary:
+        directory = kept_directory(model, converted) if converted else Path(temporary)
         for index in range(repeats * len(rows)):
             row, result = rows[index % len(rows)], results[index % len(rows)]
             if result["failed"]:
                 continue
             try:
-                run = run_row(row, convert(model, row, Path(directory)), job, weights, worker)
+                run = run_row(row, convert(model, row, directory), job, weights, worker)
                 result["runs"].append(run)
                 said = f"prefill {number(run['prefill'])}, decode {number(run['decode'])} tokens/s"
                 said += f", {run['share']:.0%} of the bandwidth"
@@ -294,10 +310,26 @@ def parse_arguments(arguments: list[str]) -> Any:
     add("--threads", type=int, metavar="N", help="default: PyTorch's choice, one for each core")
     add("--deep", type=int, nargs="?", const=4096, metavar="N", help="also decode behind N positions (4096; slow)")
     add("--kv", choices=("auto", "int8"), default="auto", help="keys and values in 8 bits; llama.cpp's as q8_0")
-    add("--batch", action="store_true", help="also decode 4 and 16 sequences at once")
+    batches = ", ".join(map(str, BATCHES))
+    add(
+        "--batch",
+        type=int,
+        nargs="*",
+        choices=BATCHES,
+        metavar="N",
+        help=f"also decode N sequences at once ({batches})",
+    )
+    add("--isa", choices=("native", *ISA), default="native", help="instruction set; llama.cpp has to be built for it")
+    add(
+        "--converted",
+        type=Path,
+        metavar="DIR",
+        help="where converted models are kept for later runs (default: nowhere)",
+    )
     add("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="where the report goes (runs/bench)")
     add("--measure", metavar="JSON", help=argparse.SUPPRESS)  # one run of a row, in a child process
     options = parser.parse_args(arguments)
+    options.batch = options.batch if options.batch is None or options.batch else list(BATCHES)
     ranges = (("--repeats", 1000), ("--threads", os.cpu_count()), ("--deep", 1 << 20))
     for name, value, most in ((name, getattr(options, name[2:]), most) for name, most in ranges):
         if value is not None and not 1 <= value <= most:
@@ -357,12 +389,12 @@ def main(arguments: list[str]) -> None:
         facts = worker.submit(model_facts, str(model)).result()
         room, threads = facts["context"] // 2, facts.pop("threads")
         job = Job(threads=options.threads or threads, prefill=min(512, room), tokens=min(32, max(1, room // 4)))
-        job.deep, job.batches = min(options.deep or 0, room), list(BATCHES) if options.batch else []
-        job.kv = options.kv
+        job.deep, job.batches = min(options.deep or 0, room), options.batch or []
+        job.kv, job.isa = options.kv, options.isa
         console.notice("measuring the machine")
         machine = worker.submit(describe_machine, job.threads).result()
         rows, absent = choose_rows(options.rows, cuda=bool(machine["gpu"]))
-        results = run_all(model, rows, job, options.repeats, facts["active_parameters"], worker)
+        results = run_all(model, rows, job, options.repeats, facts["active_parameters"], worker, options.converted)
     report = header(machine, "speed", arguments) | {
         "model": {"name": name, **facts},
         "settings": {"repeats": options.repeats, "after": SHORT, **asdict(job)},

@@ -2,10 +2,12 @@
 
     generate.py's phases, as it measures them itself -> what is left of the time that a watch outside sees
     python -c "import torch"     what PyTorch costs whoever uses it
-    llama-completion             the same model as GGUF (bf16), if it is installed (NANOQWEN_LLAMA_CPP or PATH)
+    llama-completion             the same model as GGUF (bf16), if it is installed (NANOQWEN_LLAMA_CPP or PATH), with a
+                                 context of 512 positions and no warm-up: it would take memory for the whole context
 
-All take turns, after one run of each that reads the files into memory; each figure is the median of --repeats. A first
-token is there when its first byte comes out of the process.
+The goal is to need no longer than the last two together. All take turns, after one run of each that
+reads the files into memory; each figure is the median of --repeats. A first token is there when its first byte comes
+out of the process.
 """
 
 import json
@@ -54,7 +56,8 @@ def phases(model: Path) -> dict[str, float]:
 
 
 def llama_command(program: str, gguf: Path, threads: int | None) -> list[str]:
-    command = [program, "-m", str(gguf), "-p", PROMPT, "-n", "1", "--temp", "0", "-no-cnv", "--no-display-prompt"]
+    command = [program, "-m", str(gguf), "-p", PROMPT, "-n", "1", "--temp", "0", "-c", "512"]
+    command += ["--no-warmup", "-no-cnv", "--no-display-prompt"]
     return command + (["-t", str(threads)] if threads else [])
 
 
@@ -86,6 +89,9 @@ def main(arguments: list[str]) -> None:
     table["import torch, alone"] = 2 * [f"{statistics.median(torch[1:]):.3f}"]
     if program:
         table["llama-completion"] = [f"{statistics.median(llama[1:]):.3f}", ""]
+        goal = [a + b for a, b in zip(torch[1:], llama[1:], strict=True)]
+        shares = [run["all"] / most for run, most in zip(ours[1:], goal, strict=True)]
+        table["all / (llama-completion + import torch)"] = [f"{statistics.median(shares):.2f}", ""]
     for number, (phase, cells) in enumerate(table.items()):
         print(f"| {phase} | {' | '.join(cells)} |", flush=True)
         if number == 0:

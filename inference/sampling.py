@@ -5,14 +5,13 @@ a batch, with or without a cache. The order of the filters is that of transforme
 (https://arxiv.org/abs/1805.04833), top-p (https://arxiv.org/abs/1904.09751), min-p (https://arxiv.org/abs/2407.01082).
 
 All of it runs on the CPU, in NumPy, which is the faster library for one row of logits, and nothing sorts the
-vocabulary: top-k is a partition, and top-p sorts only the few tokens around its edge (`edge_of`).
+vocabulary: top-k is a partition, and of many tokens one is drawn before it is asked whether top-p keeps it.
 """
 
 import math
 import threading
 from array import array
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +19,7 @@ from torch import Tensor
 
 from inference.params import SamplingParams
 
-FEW = 2048  # probabilities that are sorted as they are
-TRIES = 4  # draws from all tokens, of which the dropped ones do not count
-STRIDE = 32  # every so many probabilities are looked at to guess where top-p ends
-MARGIN = 4.0  # standard deviations of that guess
+FEW = 2048  # probabilities that are sorted
 BLOCK = 512  # values that are summed in float32; the sums are added in float64
 
 
@@ -104,66 +100,23 @@ def total(values: np.ndarray) -> float:
     return float(block_sums(values).sum(dtype=np.float64)) if len(values) else 0.0
 
 
-class Edge(NamedTuple):
-    """What top-p or min-p drops: all weights below `least`, and of those equal to it the lower ids."""
+def drop(weights: np.ndarray, params: SamplingParams) -> None:
+    """Sets the weights [n] that top-p and min-p drop to 0; the largest has to be 1.
 
-    least: np.float32
-    dropped: int  # in all
-
-    def keeps(self, weights: np.ndarray, index: int) -> bool:
-        if weights[index] != self.least:
-            return bool(weights[index] > self.least)
-        return np.count_nonzero(weights[:index] == self.least) >= self._equal(weights)
-
-    def apply(self, weights: np.ndarray) -> None:
-        """Sets what is dropped to 0."""
-        equal = self._equal(weights)
-        weights *= weights >= self.least
-        if equal:
-            weights[np.flatnonzero(weights == self.least)[:equal]] = 0
-
-    def _equal(self, weights: np.ndarray) -> int:
-        """How many are dropped that are equal to the least."""
-        return self.dropped - np.count_nonzero(weights < self.least)
-
-
-def edge_of(weights: np.ndarray, sums: np.ndarray, top_p: float, ranked: np.ndarray) -> Edge:
-    """Where top-p ends among weights proportional to the probabilities, float32 [n]; `sums` are their block sums.
-
-    Walking up from the least likely token, those are dropped whose running sum is at most 1 - top_p of the whole. Only
-    the tokens around that edge are sorted, those between two ranks that a sample of the weights suggests. If the edge
-    proves to be elsewhere, all on that side are. `ranked` [n or more] is overwritten.
+    Walking up from the least likely token, of equal ones from the lower id, top-p drops those whose running sum is at
+    most 1 - top_p of the whole, but never the last one.
     """
-    count, ranked = len(weights), ranked[: len(weights)]
-    most = (1 - top_p) * float(sums.sum(dtype=np.float64))
-    low, high = edge_ranks(weights, most) if count > FEW else (0, count)
-    ranked[:] = weights
-    if high < count:
-        ranked.partition(high)
-    if low:
-        ranked[:high].partition(low)
-    below = total(ranked[:low])
-    if below > most:
-        low, high, below = 0, low, 0.0
-    elif high < count and below + total(ranked[low:high]) <= most:
-        high = count
-    near = ranked[low:high]
-    near.sort()
-    dropped = int(np.searchsorted(below + near.cumsum(dtype=np.float64), most, side="right"))
-    dropped = min(dropped, len(near) - 1)  # at least one is kept
-    return Edge(near[dropped], low + dropped)
-
-
-def edge_ranks(weights: np.ndarray, most: float) -> tuple[int, int]:
-    """Two ranks, counted from the smallest, between which the running sum of the weights probably reaches `most`."""
-    sample = np.sort(weights[::STRIDE])
-    running = sample.cumsum(dtype=np.float64) * STRIDE
-    place = int(np.searchsorted(running, most, side="right"))
-    below = sample[: place + 1]
-    error = MARGIN * math.sqrt(np.dot(below, below)) / max(float(running[min(place, len(sample) - 1)]) / STRIDE, 1e-30)
-    low, high = np.searchsorted(running, (most * (1 - min(error, 0.9)), most * (1 + error)), side="right")
-    last = (int(high) + 2) * STRIDE
-    return max(int(low) - 2, 0) * STRIDE, last if last < len(weights) - 2 * FEW else len(weights)
+    least = np.float32(params.min_p)
+    if params.top_p < 1:
+        ranked = np.sort(weights)
+        running = ranked.cumsum(dtype=np.float64)
+        dropped = int(np.searchsorted(running, (1 - params.top_p) * running[-1], side="right"))
+        edge = ranked[min(dropped, len(ranked) - 1)]
+        if edge >= least:
+            equal = np.flatnonzero(weights == edge)
+            weights[equal[: min(dropped, len(ranked) - 1) - np.count_nonzero(weights < edge)]] = 0
+            least = edge
+    weights *= weights >= least
 
 
 def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray]:
@@ -174,9 +127,8 @@ def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
     """
     scratch = Scratch(len(logits))
     scratch.row[:] = logits
-    ids, weights, _, edge = filtered(scratch, params)
-    if edge is not None:
-        edge.apply(weights)
+    ids, weights = candidates(scratch, params)
+    drop(weights, params)
     return ids, weights
 
 
@@ -184,7 +136,7 @@ class Scratch:
     """Memory for the passes over a row of logits, kept between tokens: float32 [V] each."""
 
     def __init__(self, size: int):
-        self.row, self.ranked = np.empty(size, np.float32), np.empty(size, np.float32)
+        self.row, self.other = np.empty(size, np.float32), np.empty(size, np.float32)
 
 
 _of_thread = threading.local()
@@ -199,13 +151,13 @@ def scratch_with(logits: Tensor) -> Scratch:
     return scratch
 
 
-def filtered(scratch: Scratch, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray, np.ndarray, Edge | None]:
-    """-> ids and weights of `distribution`, their block sums, and what is dropped of them. Overwrites the logits."""
-    scores, ids, edge = scratch.row, None, None
+def candidates(scratch: Scratch, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray]:
+    """The ids and weights of `distribution` before top-p and min-p, the largest being 1. Overwrites the logits."""
+    scores, ids = scratch.row, None
     if params.temperature == 0:
         best = scores.argmax()
         scaled(scores[best : best + 1], 1.0)  # is it finite?
-        return best[None], np.ones(1, np.float32), np.ones(1, np.float32), None
+        return best[None], np.ones(1, np.float32)
     scores = scaled(scores, params.temperature)
     if 0 < params.top_k < len(scores):
         smallest = np.partition(scores, -params.top_k)[-params.top_k]
@@ -217,14 +169,7 @@ def filtered(scratch: Scratch, params: SamplingParams) -> tuple[np.ndarray | Non
         if np.count_nonzero(likely) <= FEW:
             likely = np.flatnonzero(likely)
             scores, ids = scores[likely], likely if ids is None else ids[likely]
-    weights = np.exp(scores, out=scores)
-    sums = block_sums(weights)
-    if params.top_p < 1:
-        edge = edge_of(weights, sums, params.top_p, scratch.ranked)
-    least = np.float32(params.min_p)  # for the likeliest has weight 1
-    if params.min_p > 0 and (edge is None or least > edge.least):
-        edge = Edge(least, np.count_nonzero(weights < least))
-    return ids, weights, sums, edge
+    return ids, np.exp(scores, out=scores)
 
 
 def draw(weights: np.ndarray, sums: np.ndarray, generator: torch.Generator) -> int:
@@ -244,22 +189,48 @@ def draw(weights: np.ndarray, sums: np.ndarray, generator: torch.Generator) -> i
     return int(np.flatnonzero(weights[: (block + 1) * BLOCK])[-1])  # rounding put the number at the very end
 
 
+def draw_kept(weights: np.ndarray, params: SamplingParams, generator: torch.Generator, scratch: np.ndarray) -> int:
+    """An index drawn as from the weights that `drop` leaves, without finding out which those are.
+
+    Whether one token is kept is a sum over those that are less likely. One that is not is drawn again, without it and
+    all that are less likely, as in FlashInfer's sampling (https://flashinfer.ai/2025/03/10/sampling.html). Overwrites
+    the weights [n] and `scratch` [n].
+    """
+    sums = block_sums(weights)
+    whole = left = float(sums.sum(dtype=np.float64))
+    while True:
+        index = draw(weights, sums, generator)
+        weight = weights[index]
+        kept = weight >= np.float32(params.min_p)
+        if kept and params.top_p < 1:
+            # The sum of the smaller weights, of the equal ones up to this id, and of those that are gone.
+            equal = np.count_nonzero(weights[: index + 1] == weight) - np.count_nonzero(weights >= weight)
+            smaller = total(np.minimum(weights, weight, out=scratch)) + float(weight) * equal
+            kept = whole - left + smaller > (1 - params.top_p) * whole
+        if kept:
+            return index
+        before = weights[: index + 1]
+        before[before == weight] = 0
+        weights *= weights >= weight
+        sums = block_sums(weights)
+        left = float(sums.sum(dtype=np.float64))
+        if not left:  # at least one is kept, whatever the rounding
+            return index
+
+
 def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator, said: Said | None = None) -> int:
     """One token id from logits [V]; `said`: what came before, for the penalties."""
     scratch = scratch_with(logits)
     if said is not None:
         penalize(scratch.row, params, said)
-    ids, weights, sums, edge = filtered(scratch, params)
-    # To draw again is quicker than to drop what is unlikely, while most of the weight is kept.
-    for _ in range(TRIES if edge is not None and len(weights) > FEW else 0):
-        index = draw(weights, sums, generator)
-        if edge.keeps(weights, index):
-            break
+    ids, weights = candidates(scratch, params)
+    if len(weights) == 1:
+        index = 0
+    elif len(weights) > FEW:
+        index = draw_kept(weights, params, generator, scratch.other[: len(weights)])
     else:
-        if edge is not None:
-            edge.apply(weights)
-            sums = block_sums(weights)
-        index = 0 if len(weights) == 1 else draw(weights, sums, generator)
+        drop(weights, params)
+        index = draw(weights, block_sums(weights), generator)
     return index if ids is None else int(ids[index])
 
 
@@ -267,7 +238,7 @@ def top_logprobs(logits: Tensor, token: int, most: int) -> tuple[float, list[tup
     """-> (natural log probability of a token, the `most` likeliest ones with theirs, falling), from logits [V]."""
     scratch = scratch_with(logits)
     scores, largest = scratch.row, scratch.row.max()
-    exponentials = np.subtract(scores, largest, out=scratch.ranked)
+    exponentials = np.subtract(scores, largest, out=scratch.other)
     normaliser = float(largest) + math.log(total(np.exp(exponentials, out=exponentials)))
     most = min(most, len(scores))
     ids = np.flatnonzero(scores >= np.partition(scores, -most)[-most]) if most else np.empty(0, np.int64)

@@ -1,21 +1,29 @@
-"""bench.py's measurements of llama.cpp, by its own llama-bench; the first token is a whole run of llama-completion."""
+"""bench.py's measurements of llama.cpp, by its own llama-bench and llama-batched-bench."""
 
 import json
 import resource
+import signal
 import subprocess
 import sys
-import time
 from typing import Any
 
 import console
 from benchmarks.common import llama_program
-from benchmarks.speed import QUESTION, SHORT, Job
+from benchmarks.speed import SHORT, Job
+
+AS_THEY_ARE = {"llama-bench": ("--repack", "0"), "llama-batched-bench": ("--no-repack",)}
 
 
 def run(program: str, job: Job, *options: object) -> str:
+    """What the program prints. Where its repacked products are no instructions of this processor, without those."""
     flags = ["-m", job.model, "-t", str(job.threads), "-ngl", "0" if job.device == "cpu" else "99"]
     command = [llama_program(program), *flags, *map(str, options)]
-    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    for more in ((), AS_THEY_ARE[program]):
+        result = subprocess.run(
+            [*command, *more], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        if result.returncode not in (-signal.SIGILL, -signal.SIGSEGV):
+            break
     if result.returncode:
         lines = result.stderr.strip().splitlines() or ["no message"]
         sys.exit(f"{program} ended with status {result.returncode}: {lines[-1]}")
@@ -27,17 +35,19 @@ def speed(job: Job, *options: object) -> dict[str, Any]:
 
 
 def measure(job: Job) -> dict[str, float]:
-    measured = {}
-    if llama_program("llama-completion"):
-        start = time.perf_counter()
-        run("llama-completion", job, "-no-cnv", "--no-warmup", "-c", 512, "-n", 1, "-p", QUESTION[0]["content"])
-        measured["first_token"] = time.perf_counter() - start
     prefill = speed(job, "-p", job.prefill, "-n", 0)
-    measured["prefill"] = prefill["avg_ts"]
+    measured = {"prefill": prefill["avg_ts"]}
     measured["decode"] = speed(job, "-p", 0, "-n", job.tokens, "-d", SHORT)["avg_ts"]
     measured["peak_bytes"] = console.peak_bytes(resource.getrusage(resource.RUSAGE_CHILDREN))
+    cache = ("-ctk", "q8_0", "-ctv", "q8_0") if job.kv == "int8" else ()
+    if job.batches and llama_program("llama-batched-bench"):
+        sizes, room = ",".join(map(str, job.batches)), max(job.batches) * (SHORT + job.tokens)
+        options = ("-npp", SHORT, "-ntg", job.tokens, "-npl", sizes, "-c", room, "--output-format", "jsonl")
+        for line in run("llama-batched-bench", job, *options, *cache).splitlines():
+            if line.startswith("{"):
+                found = json.loads(line)
+                measured[f"decode_batch_{found['pl']}"] = found["speed_tg"]
     if job.deep:
-        cache = ("-ctk", "q8_0", "-ctv", "q8_0") if job.kv == "int8" else ()
         measured["decode_deep"] = speed(job, "-p", 0, "-n", job.tokens, "-d", job.deep, "-fa", 1, *cache)["avg_ts"]
     return measured | {"bytes_per_weight": prefill["model_size"] / prefill["model_n_params"]}
 

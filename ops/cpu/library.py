@@ -2,7 +2,8 @@
 
 The library is compiled once for this machine, in some seconds, into $XDG_CACHE_HOME/nanoqwen (~/.cache/nanoqwen) with
 $CXX or the first of c++, g++ and clang++. It is code, so it is loaded only where nobody else can have written it, and a
-damaged one is compiled again. Without a compiler one notice says so. NANOQWEN_STEP=off keeps to PyTorch.
+damaged one is compiled again. Without a compiler one notice says so. NANOQWEN_STEP=off keeps to PyTorch;
+NANOQWEN_STEP=avx2 or avx-vnni compiles for no more than that.
 """
 
 import ctypes
@@ -31,6 +32,7 @@ SOURCES = tuple(DIRECTORY / name for name in NAMES)
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 FLAGS += ("-fvisibility-inlines-hidden", "-fno-semantic-interposition", "-Wno-psabi")
 TUNED = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())  # the first that compiles
+ISA = {"avx2": ("-march=haswell", "-fopenmp"), "avx-vnni": ("-march=haswell", "-mavxvnni", "-fopenmp")}
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 BLOCK = 256  # positions of a cache that lie side by side
 
@@ -104,9 +106,10 @@ class Chosen:
 def library() -> ctypes.CDLL | None:
     """The compiled step.cpp; None, with one notice for the whole process, where it cannot be had.
 
-    Raises ValueError where NANOQWEN_STEP_VARIANT is wrong.
+    Raises ValueError where NANOQWEN_STEP or NANOQWEN_STEP_VARIANT is wrong.
     """
     Unavailable.reason = None
+    tuned()
     if os.environ.get("NANOQWEN_STEP") == "off":
         Unavailable.reason = "NANOQWEN_STEP=off"
         return None
@@ -146,6 +149,18 @@ def load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
+def tuned() -> tuple[tuple[str, ...], ...]:
+    """Flags for this machine's instructions, or for those that NANOQWEN_STEP names; the first that compile count."""
+    name = os.environ.get("NANOQWEN_STEP", "")
+    if name in ("", "off"):
+        return TUNED
+    if name not in ISA:
+        raise ValueError(f"NANOQWEN_STEP={name}: give off, {' or '.join(ISA)}, or leave it out")
+    if name.replace("-", "_") not in _processor().split():
+        raise ValueError(f"NANOQWEN_STEP={name}: this processor has no such instructions")
+    return (ISA[name],)
+
+
 def build(directory: Path) -> Path:
     """Compiles the token step into `directory` unless it is there. ValueError or OSError where that is not possible."""
     compiler = find_compiler()
@@ -153,7 +168,7 @@ def build(directory: Path) -> Path:
         raise ValueError("no C++ compiler is installed (c++, g++ or clang++)")
     version = Path(compiler).resolve().stat()
     code = [path.read_bytes() for path in (*SOURCES, *sorted(DIRECTORY.glob("*.h")))]
-    key = (code, FLAGS, TUNED, compiler, version.st_size, version.st_mtime_ns, _processor())
+    key = (code, FLAGS, tuned(), compiler, version.st_size, version.st_mtime_ns, _processor())
     path = directory / f"step-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     if hasattr(os, "getuid") and directory.stat().st_uid == os.getuid():
@@ -182,14 +197,14 @@ def _compile(compiler: str, library: Path) -> None:
     """Compiles the sources side by side and links them. ValueError where the compiler refuses."""
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
         objects = [Path(directory) / f"{source.stem}.o" for source in SOURCES]
-        for tuned in TUNED:
+        for flags in tuned():
             commands = [
-                [compiler, *FLAGS, *tuned, "-c", str(source), "-o", str(object_)]
+                [compiler, *FLAGS, *flags, "-c", str(source), "-o", str(object_)]
                 for source, object_ in zip(SOURCES, objects, strict=True)
             ]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 results = list(pool.map(_run, commands))
-            results.append(_run([compiler, "-shared", *tuned, *map(str, objects), "-o", str(library)]))
+            results.append(_run([compiler, "-shared", *flags, *map(str, objects), "-o", str(library)]))
             failed = [result.stderr for result in results if result.returncode]
             if not failed:
                 return
