@@ -45,7 +45,6 @@ SCRIPTS = {
 }
 QUESTION = [{"role": "user", "content": "Which is larger, 9.11 or 9.9?"}]
 SHORT = 32
-SETTLE = 40  # tokens, after which weights are in huge pages where those are faster (ops/cpu/step.py)
 BYTES = {"f32": 4, "bf16": 2}
 ISA = {  # what a child process is told, for PyTorch and its libraries too
     "avx2": {"NANOQWEN_STEP": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
@@ -96,9 +95,10 @@ class Nanoqwen:
 
     def __init__(self, job: Job):
         from chat import Chat
+        from inference.params import SamplingParams
         from ops.memory import release_freed_memory
 
-        self.job = job
+        self.job, self.greedy = job, SamplingParams(temperature=0)
         self.prompt = Chat.from_pretrained(job.model).render(QUESTION)
         release_freed_memory()
 
@@ -123,8 +123,16 @@ class Nanoqwen:
         """Appends ids (a list for each row) to the cache; the likeliest next token of each row."""
         import torch
 
+        from inference.sampling import sample
+
         logits = self.model(torch.tensor(ids, device=self.job.device), cache, last=True)
-        return logits.float().argmax(-1).tolist()  # of bfloat16 it takes three times as long
+        return [[sample(row[-1], self.greedy, None)] for row in logits]
+
+    def settle(self) -> None:
+        """What a long reply has behind it: its first some hundred tokens move the weights into huge pages."""
+        from ops.cpu.step import settle
+
+        settle(self.model)
 
     def sizes(self) -> dict[str, int]:
         from generate import weight_bytes_per_token
@@ -145,7 +153,7 @@ def measure(engine_class: type, job: Job) -> dict[str, float]:
         engine.next([engine.prompt], engine.new_cache(1, len(engine.prompt) + 1))
         _prefill(engine, job.prefill)  # warms up
         run["prefill"] = job.prefill / _prefill(engine, job.prefill)
-        _decode(engine, 1, SHORT, min(SETTLE, 4 * job.tokens))
+        engine.settle()
         run["decode"] = _decode(engine, 1, SHORT, job.tokens)
         run["peak_bytes"] = console.peak_bytes()
         run |= {f"decode_batch_{rows}": _decode(engine, rows, SHORT, job.tokens) for rows in job.batches}

@@ -60,10 +60,11 @@ class HugePages:
         self.moved = 0  # bytes
         for begin, end, _ in _mappings():
             first, last = -(-begin // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
+            before = len(self.left)  # of other mappings, which may lie side by side with this one
             for address, size in sorted(places):
                 low = max(first, address // HUGE_PAGE * HUGE_PAGE)
                 high = min(last, -(-(address + size) // HUGE_PAGE) * HUGE_PAGE)
-                if self.left and self.left[-1][1] >= low >= self.left[-1][0]:
+                if self.left[before:] and self.left[-1][1] >= low >= self.left[-1][0]:
                     self.left[-1] = (self.left[-1][0], max(high, self.left[-1][1]))
                 elif low < high:
                     self.left.append((low, high))
@@ -85,6 +86,16 @@ class HugePages:
                 break
             self.moved += piece
         return self.moved - before
+
+
+def ask_for_huge_pages(tensor: torch.Tensor) -> None:
+    """Lets a tensor that was not written to yet lie in huge pages, where the system has them."""
+    first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    size = (tensor.data_ptr() + tensor.nbytes - first) // HUGE_PAGE * HUGE_PAGE
+    if size > 0 and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError, AttributeError):
+            madvise = ctypes.CDLL(None, use_errno=True).madvise
+            madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
 
 
 def available_memory() -> int:

@@ -30,6 +30,9 @@ class Transformers:
         ids = torch.tensor(ids, device=self.job.device)
         return self.model(ids, past_key_values=cache, logits_to_keep=1).logits.float().argmax(-1).tolist()
 
+    def settle(self) -> None:
+        """Nothing changes between its tokens."""
+
     def sizes(self) -> dict[str, int]:
         return {}  # it reads the same weights, which bench.py counts
 

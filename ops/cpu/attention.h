@@ -5,10 +5,15 @@
 
 constexpr int64_t BLOCK = 256;  // positions
 
+// Lets memory come into the second-level cache.
+inline void fetch(const char* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 // out[g] += the values of `count` positions, weighted, for N queries. weights [N, BLOCK], values [count, D], out [N, D].
 template <class T, int N>
 inline void add_weighted(const float* weights, const T* values, int64_t count, int64_t D, float* out) {
-    constexpr int WIDTH = LANES == 16 ? 2 : 1;  // vectors at a time
+    constexpr int WIDTH = (LANES == 16 ? 16 : 8) / std::max(N, 2);  // vectors at a time, as many sums as there are registers for
     auto part = [&](int64_t d, auto width, auto load_values) __attribute__((always_inline)) {
         Vector total[N][width] = {};
         for (int64_t s = 0; s < count; s++) {
@@ -27,6 +32,7 @@ inline void add_weighted(const float* weights, const T* values, int64_t count, i
     auto all = [](const T* p) { return load(p); };
     int64_t d = 0;
     for (; d + WIDTH * LANES <= D; d += WIDTH * LANES) part(d, std::integral_constant<int, WIDTH>(), all);
+    for (; d + 2 * LANES <= D; d += 2 * LANES) part(d, std::integral_constant<int, 2>(), all);
     for (; d + LANES <= D; d += LANES) part(d, std::integral_constant<int, 1>(), all);
     if (d < D) part(d, std::integral_constant<int, 1>(), [&](const T* p) { return load_some(p, D - d); });
 }

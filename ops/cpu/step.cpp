@@ -357,8 +357,12 @@ class Step {
         const int64_t positions = std::min(BLOCK, last + 1 - start);
         const int64_t size = keys.scales ? 1 : sizeof(T), groups = keys.scales ? 1 : 0;
         const Linear matrix = {keys.numbers, nullptr, keys.scales, positions, D, D * size, 8 * size, groups, 0};
-        rows(matrix, 0, positions, queries, count, [](int64_t i) { return i; },
-             [&](int64_t g, int64_t s, const float* y, int64_t n) { std::copy(y, y + n, scores.at(g * BLOCK + s, n)); });
+        for (int64_t s = 0; s < positions; s += ROWS) {  // meanwhile the values come, which are needed then
+            const int64_t n = std::min(positions - s, ROWS);
+            fetch(values.numbers + s * D * size, n * D * size);
+            rows(matrix, s, s + n, queries, count, [](int64_t i) { return i; },
+                 [&](int64_t g, int64_t s, const float* y, int64_t n) { std::copy(y, y + n, scores.at(g * BLOCK + s, n)); });
+        }
         auto seen = [&](int64_t g) { return std::clamp(span.position[from + g / G] + 1 - start, int64_t(0), positions); };
         float* all = scores.at(0, count * BLOCK);
         if (values.scales)
@@ -403,6 +407,8 @@ class Step {
                 const int64_t index = after - sizes.partials.begin() - 1, i = work - sizes.partials[index];
                 const auto& piece = span.pieces[index];
                 const int64_t head = i / span.blocks(piece), block = i % span.blocks(piece), count = piece.count * G;
+                const int64_t positions = std::min(BLOCK, span.position[piece.from + piece.count - 1] + 1 - block * BLOCK);
+                fetch(block_of(keys, piece.row, head, block).numbers, positions * D * (keys.scales ? 1 : sizeof(T)));
                 for (int64_t n = piece.from; n < piece.from + piece.count; n++)
                     if (span.position[n] / BLOCK == block) remember(attn, n, head, keys, values);
                 for (int64_t g = 0; g < count; g++) query(attn, piece.from, head, g);
@@ -467,10 +473,6 @@ class Step {
         for (int64_t e = 0; e < experts; e++) forms[activations_of(block.experts[e].down_proj)] = true;
         auto& hidden = prepared(pairs, width, forms, [&](int64_t pair, float* out) {
             std::memcpy(out, shared.gate.at(pair * width, width), width * sizeof(float));
-            const float* up = shared.up.at(pair * width, width);
-            by_vectors(out, width, [&](int64_t i, Vector gate) {
-                return silu(gate) * (i + LANES <= width ? load(up + i) : load_some(up + i, width - i));
-            });
         });
         const int64_t piece = pairs > FEW ? ROWS : SIDE_BY_SIDE;
         sharing.share((C + piece - 1) / piece, piece * sizes.experts * block.experts[0].down_proj.row_bytes,
@@ -492,6 +494,13 @@ class Step {
         if (!count) return;
         rows(expert.gate_proj, begin, end, x, count, token, into(shared.gate));
         rows(expert.up_proj, begin, end, x, count, token, into(shared.up));
+        for (int64_t i = 0, n = end - begin; i < count; i++) {
+            const int64_t at = (first[e] + i) * width + begin;
+            const float* up = shared.up.at(at, n);
+            by_vectors(shared.gate.at(at, n), n, [&](int64_t j, Vector gate) {
+                return silu(gate) * (j + LANES <= n ? load(up + j) : load_some(up + j, n - j));
+            });
+        }
     }
 
     void down(const Linear& w, int64_t e, int64_t begin, int64_t end, const Inputs& hidden) {

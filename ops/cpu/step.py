@@ -9,6 +9,7 @@ A token's logits have the same bits whatever is computed beside it: alone, in a 
 
 import ctypes
 import os
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -36,13 +37,14 @@ from ops.cpu.library import (
     library,
 )
 from ops.head import copied_head, output_head
-from ops.memory import HUGE_PAGE, HugePages, release_file_pages
+from ops.memory import HUGE_PAGE, HugePages, ask_for_huge_pages, release_file_pages
 from ops.quant import SCALE_DTYPE, QuantizedLinear
 from ops.watch import Watch
 
 HEAD_SLICE = 1 << 14  # rows
 FEW = 16  # tokens of a pass that is limited by memory
-MOVE_AFTER, MOVE_TOKENS = 16, 20  # passes before weights move into huge pages, and how many share that work
+MOVE_AFTER = 16  # passes before weights move into huge pages
+MOVE_SHARE = 0.2  # of a pass's time, that each of the next ones spends on it
 FORMS = {"F32": 0, "BF16": 1, "F16": 6, "Q8_0": 7, "Q4_0": 8, "Q4_1": 9, "Q5_0": 10, "Q5_1": 11}  # in products.h
 FORMS |= {"Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
 BYTES_PER_THREAD = 1 << 20  # of weights: with less to read, a second thread costs more than it brings
@@ -62,6 +64,7 @@ class Bound:
         self.places: list[tuple[int, int]] = []  # of the large ones among them: address, bytes
         self.passes = 0  # of one token or a few
         self.huge: HugePages | None = None
+        self.credit, self.move_rate = 0.0, 0.0  # seconds that may be spent on moving; bytes a second, once known
         self.copy = None  # of the head
         self.struct, self.reason = None, self.watch.reason
         if self.reason is None:
@@ -277,20 +280,34 @@ class Bound:
         held.first, held.strides, held.lengths = _addresses(first, strides, lengths)
         given = Tokens(*_addresses(ids, starts, outputs), B, logits.data_ptr())
         threads = max(1, min(torch.get_num_threads(), tokens * self.bytes // BYTES_PER_THREAD))
+        start = time.perf_counter()
         if getattr(loaded, "step_" + DTYPES[self.dtype])(self.struct, held, given, threads):
             raise MemoryError(f"not enough memory for {tokens:,} tokens at {max(lengths):,} positions")
         if tokens <= FEW:
-            self._move_to_huge_pages()
+            self._move_to_huge_pages(time.perf_counter() - start)
         return logits
 
-    def _move_to_huge_pages(self) -> None:
-        """After some tokens of a reply, so that a short one does not pay for it, and each token moves a part."""
+    def _move_to_huge_pages(self, seconds: float) -> None:
+        """After some tokens of a reply, so that a short one does not pay for it, and for a share of each pass's time:
+        to get a page of 2 MB takes 0.2 ms or, of a virtual machine's host, 5."""
         self.passes += 1
-        if self.passes == MOVE_AFTER and wants_huge_pages():
+        if self.huge is None and self.passes == MOVE_AFTER and wants_huge_pages():
             self.huge = HugePages(self.places)
-        if self.huge is not None and self.huge.left:
-            pages = self.bytes // MOVE_TOKENS // HUGE_PAGE + 1
-            self.huge.move(pages * HUGE_PAGE)
+        if self.huge is None or not self.huge.left:
+            return
+        self.credit += MOVE_SHARE * seconds
+        pages = int(self.credit * self.move_rate / HUGE_PAGE) if self.move_rate else 1
+        if pages:
+            start = time.perf_counter()
+            moved = self.huge.move(pages * HUGE_PAGE)
+            took = time.perf_counter() - start
+            self.credit, self.move_rate = self.credit - took, moved / took
+
+    def settle(self) -> None:
+        """Moves at once what is still to be moved, for a measurement."""
+        if wants_huge_pages():
+            self.huge = self.huge or HugePages(self.places)
+            self.huge.move(self.bytes)
 
 
 def _addresses(*arrays: np.ndarray) -> list[int]:
@@ -305,6 +322,8 @@ def quantizer(loaded: ctypes.CDLL) -> Callable[[Tensor, Scheme], QuantizedLinear
         rows, columns = weight.shape
         layer = QuantizedLinear(columns, rows, scheme, device="cpu")
         packed, scale, bits = layer.weight_packed, layer.weight_scale, scheme.bits
+        if wants_huge_pages():
+            ask_for_huge_pages(packed)
         for start in range(0, rows, HEAD_SLICE):
             part = weight.detach()[start : start + HEAD_SLICE]
             some = Linear(rows=len(part), columns=columns, bits=bits, groups=scale.shape[1])
@@ -384,6 +403,12 @@ def variant(model: nn.Module) -> str | None:
     if bound.huge is not None and bound.huge.moved:
         said += f"; {bound.huge.moved / 1e6:,.0f} MB in huge pages"
     return said
+
+
+def settle(model: nn.Module) -> None:
+    """Brings a model's weights at once to where decoding moves them bit by bit, for a measurement."""
+    if (bound := serving(model)) is not None:
+        bound.settle()
 
 
 def why(model: nn.Module) -> str | None:

@@ -34,7 +34,7 @@ KINDS = {  # name: bits, columns of a group (0: no scales, None: one for each ro
     "int8 in groups": (8, 32),
     "int4": (4, 32),
 }
-CANDIDATES = ((1, 0), (1, 1024), (1, 2048), (1, 4096), (2, 0), (2, 2048), (4, 0), (4, -1))  # see Tuning
+CANDIDATES = ((1, 0), (1, 1024), (1, 2048), (1, 4096), (2, 0), (2, 2048), (2, 4096), (4, 0), (4, -1))  # see Tuning
 DEFAULT = (1, 2048)
 WORTH = 1.03  # a candidate has to be so much faster than the default
 PAIRS_WORTH = 1.15  # float32 products are more exact
@@ -162,10 +162,13 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 
                 times[candidate] = min(times[candidate], seconds(kind, candidate, cold(memory)))
         return times
 
-    small = min(fastest("int8", CANDIDATES).values())
+    def best_times() -> list[float]:
+        return [min(fastest(kind, CANDIDATES).values()) for kind in ("bfloat16", "int8")]
+
+    small = best_times()
     del memory
     memory = fill(size, huge=True)
-    gain = small / min(fastest("int8", CANDIDATES).values())
+    gain = max(before / after for before, after in zip(small, best_times(), strict=True))
     if gain < HUGE_PAGES_WORTH:  # weights stay in small pages
         del memory
         memory = fill(size, huge=False)

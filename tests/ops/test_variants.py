@@ -4,6 +4,7 @@ import ctypes
 import json
 import mmap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +146,42 @@ def test_memory_moves_into_huge_pages_where_it_lies(of_file, tmp_path):
     assert pages.move(HUGE_PAGE) == 0
 
 
+def test_memory_of_two_mappings_side_by_side_moves_as_well():
+    memory = mmap.mmap(-1, 9 * HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    numbers = torch.frombuffer(memory, dtype=torch.uint8)
+    first = -numbers.data_ptr() % HUGE_PAGE
+    memory.madvise(mmap.MADV_NOHUGEPAGE, first, 4 * HUGE_PAGE)
+    numbers.fill_(3)
+    pages = HugePages([(numbers.data_ptr(), numbers.nbytes)])
+    assert [high - low for low, high in pages.left] == 2 * [4 * HUGE_PAGE]
+    if pages.move(9 * HUGE_PAGE) == 0:
+        pytest.skip("the system has no huge pages for this")
+    assert pages.moved == 8 * HUGE_PAGE and not pages.left and (numbers == 3).all()
+
+
+@pytest.mark.parametrize("a_second", [HUGE_PAGE / 0.005, HUGE_PAGE / 0.0002])
+def test_a_pass_moves_no_more_than_its_share(a_second, monkeypatch):
+    clock, spent = [0.0], []
+
+    class Pages:
+        left = True
+
+        def move(self, size: int) -> int:
+            spent.append(size / a_second)
+            clock[0] += size / a_second
+            return size
+
+    bound = SimpleNamespace(passes=0, huge=None, credit=0.0, move_rate=0.0, places=[])
+    monkeypatch.setattr(ops_step.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(ops_step, "HugePages", lambda places: Pages())
+    monkeypatch.setattr(ops_step, "wants_huge_pages", lambda: True)
+    for _ in range(ops_step.MOVE_AFTER + 199):
+        before = sum(spent)
+        ops_step.Bound._move_to_huge_pages(bound, 0.010)
+        assert sum(spent) - before <= 0.005  # a page, or what was saved
+    assert 0.9 < sum(spent) / (200 * 0.010 * ops_step.MOVE_SHARE) < 1.1
+
+
 @pytest.mark.parametrize("scheme", [None, "int4"])
 def test_a_reply_is_the_same_bits_while_its_weights_move(scheme, loaded, monkeypatch, tmp_path):
     from model import Qwen3
@@ -164,5 +201,7 @@ def test_a_reply_is_the_same_bits_while_its_weights_move(scheme, loaded, monkeyp
         monkeypatch.setenv("NANOQWEN_HUGE_PAGES", "on")
         cache = KVCache(model.config, 1, 100, dtype=torch.bfloat16)
         assert torch.equal(torch.cat([model(ids[:, i : i + 1], cache) for i in range(100)], 1), expected)
-    bound = ops_step._bound[model]
+        bound = ops_step._bound[model]
+        ops_step.settle(model)
+        assert torch.equal(model(ids[:, :50], KVCache(model.config, 1, 50, dtype=torch.bfloat16)), expected[:, :50])
     assert not bound.huge.left and (not bound.huge.moved or "MB in huge pages" in ops_step.variant(model))
