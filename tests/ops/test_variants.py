@@ -153,10 +153,11 @@ def test_memory_of_two_mappings_side_by_side_moves_as_well():
     memory.madvise(mmap.MADV_NOHUGEPAGE, first, 4 * HUGE_PAGE)
     numbers.fill_(3)
     pages = HugePages([(numbers.data_ptr(), numbers.nbytes)])
-    assert [high - low for low, high in pages.left] == 2 * [4 * HUGE_PAGE]
+    (low, middle), (also_middle, high) = pages.left
+    assert middle == also_middle == numbers.data_ptr() + first + 4 * HUGE_PAGE
     if pages.move(9 * HUGE_PAGE) == 0:
         pytest.skip("the system has no huge pages for this")
-    assert pages.moved == 8 * HUGE_PAGE and not pages.left and (numbers == 3).all()
+    assert pages.moved == high - low and not pages.left and (numbers == 3).all()
 
 
 @pytest.mark.parametrize("a_second", [HUGE_PAGE / 0.005, HUGE_PAGE / 0.0002])
@@ -178,7 +179,7 @@ def test_a_pass_moves_no_more_than_its_share(a_second, monkeypatch):
     for _ in range(ops_step.MOVE_AFTER + 199):
         before = sum(spent)
         ops_step.Bound._move_to_huge_pages(bound, 0.010)
-        assert sum(spent) - before <= 0.005  # a page, or what was saved
+        assert sum(spent) - before < 0.0051  # a page, or what was saved
     assert 0.9 < sum(spent) / (200 * 0.010 * ops_step.MOVE_SHARE) < 1.1
 
 
