@@ -114,7 +114,7 @@ def _spoil(value: Any, rng: random.Random) -> None:
 def ask_all(port: int, count: int, seed: int = 0, most_seconds: float = 1.0) -> Counter:
     """How often each status came. AssertionError at the first answer that should not be."""
     found: Counter = Counter()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     try:
         for path, body, headers in requests(count, seed):
             start = time.perf_counter()

@@ -41,6 +41,7 @@ MALFORMED = 50  # bodies of one visit
 QUESTIONS = ("What is 12 + 30?", "What is 47 * 8?", "Tell me a story.", "Who are you?", "Which is larger, 9.11 or 9.9?")
 EVERY = 5.0  # seconds between two looks at the server
 FLAT = 0.05  # of the memory, and 8 MB
+PATIENCE = 600.0  # seconds; a machine that stood still may make every answer late
 STILL = 3.0  # seconds without a tick in which this process did not run
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: closing sends a reset, as a killed client's machine does
 KILLED = """\
@@ -109,7 +110,7 @@ class Load:
         return body
 
     def post(self, body: dict) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         return connection
 
@@ -172,14 +173,14 @@ class Load:
                 process.kill()
 
     def half(self, rng: random.Random) -> None:
-        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE) as connection:
             connection.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Le"[: rng.randrange(1, 66)]
             )
             time.sleep(rng.random() * 0.5)
 
     def malformed(self, rng: random.Random) -> None:
-        for status, count in ask_all(self.port, MALFORMED, rng.getrandbits(40), most_seconds=300).items():
+        for status, count in ask_all(self.port, MALFORMED, rng.getrandbits(40), most_seconds=PATIENCE).items():
             self.done[f"malformed, {status}"] += count
 
 
@@ -199,7 +200,7 @@ class Sample(NamedTuple):
 def look(server: Server, seconds: float) -> Sample:
     status = Path(f"/proc/{server.process.pid}/status").read_text("ascii")
     fields = dict(line.split(":", 1) for line in status.splitlines())
-    told = server.get("/metrics")[1].decode()
+    told = server.get("/metrics", PATIENCE)[1].decode()
     metrics = dict(line.rsplit(" ", 1) for line in told.splitlines() if not line.startswith("#"))
 
     def value(name: str) -> float:
