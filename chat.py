@@ -12,13 +12,13 @@ The template is someone else's program and runs in a process of its own (formats
 import codecs
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from operator import index
 from pathlib import Path
-from typing import Any
 
 from formats.json_file import read_json
+from formats.literal_text import LiteralText
 from formats.messages import Message, normalise, normalise_tools, short, thinks
 from formats.template import TemplateSandbox
 from formats.tokenizer_files import (
@@ -65,7 +65,7 @@ class Chat:
         added = self.tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self.special_tokens = special_tokens(tokenizer_config)
-        self._added = {index: token.content for index, token in added.items()}
+        self.added = {index: token.content for index, token in added.items()}  # tokens beside the BPE's own
         self.think_start_id = self.tokenizer.token_to_id(THINK_START)
         self.think_end_id = self.tokenizer.token_to_id(THINK_END)
 
@@ -111,7 +111,7 @@ class Chat:
         except ValueError:
             return None
         behind = self.encode(text.rpartition(said)[2])
-        return next((token_id for token_id in behind if token_id in self._added), None)
+        return next((token_id for token_id in behind if token_id in self.added), None)
 
     def render(
         self,
@@ -133,52 +133,9 @@ class Chat:
         render = self._continued if continue_final_message else self.render_text
         if not literal:
             return self.encode(render(messages, thinking, tools))
-        messages, tools = normalise(messages), normalise_tools(tools)
-        mark = unused_character([messages, tools])
-        messages = [self._marked_message(message, mark) for message in messages]
-        return self._encode_marked(render(messages, thinking, self._marked(tools, mark)), mark)
-
-    def _marked_message(self, message: Message, mark: str) -> Message:
-        """`_marked`; a `<think>` at the beginning of an assistant's content, with its end, stays one: old clients keep
-        the thinking there."""
-        marked, content = self._marked(message, mark), message.get("content") or ""
-        begin = re.match(rf"\s*{THINK_START}", content) if message["role"] == "assistant" else None
-        if begin and not message.get("reasoning_content"):
-            thought, end, rest = content[begin.end() :].partition(THINK_END)
-            marked["content"] = begin[0] + self._marked(thought, mark) + end + self._marked(rest, mark)
-        return marked
-
-    def _marked(self, value: Any, mark: str) -> Any:
-        """A copy of JSON data in which a mark in the middle of each special token's text keeps it from being one."""
-        if isinstance(value, str):
-            return self._added_text.sub(lambda found: found[0][0] + mark + found[0][1:], value)
-        if isinstance(value, dict):
-            return {self._marked(name, mark): self._marked(each, mark) for name, each in value.items()}
-        return [self._marked(each, mark) for each in value] if isinstance(value, list | tuple) else value
-
-    @cached_property
-    def _added_text(self) -> re.Pattern:
-        contents = sorted((text for text in self._added.values() if len(text) > 1), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, contents)) or "(?!)")
-
-    def _encode_marked(self, text: str, mark: str) -> list[int]:
-        """Ids of a text whose special tokens are those without a mark; the marks themselves are left out."""
-        if mark not in text:
-            return self.encode(text)
-        found = self.tokenizer.encode(text, add_special_tokens=False)
-        ids, start = [], 0
-        for token, (begin, end) in zip(found.ids, found.offsets, strict=True):
-            if token in self._added:
-                ids += [*self._encode_plain(text[start:begin].replace(mark, "")), token]
-                start = end
-        return ids + self._encode_plain(text[start:].replace(mark, ""))
-
-    def _encode_plain(self, text: str) -> list[int]:
-        """Ids of a text in which nothing is a special token."""
-        normalizer, split = self.tokenizer.normalizer, self.tokenizer.pre_tokenizer
-        text = text if normalizer is None else normalizer.normalize_str(text)
-        pieces = [text] if split is None else [piece for piece, _ in split.pre_tokenize_str(text)]
-        return [token.id for piece in pieces for token in self.tokenizer.model.tokenize(piece)]
+        text = LiteralText(self.tokenizer, self.added)
+        messages, tools = text.marked(normalise(messages), normalise_tools(tools))
+        return self._ids(text.encode, render(messages, thinking, tools))
 
     def render_text(
         self,
@@ -261,8 +218,12 @@ class Chat:
         `add_special_tokens`: then those that tokenizer.json asks for, as an embedding model's end of text."""
         if not isinstance(text, str):
             raise ValueError(f"text is of type {type(text).__name__}, not a str; messages are for render")
+        return self._ids(lambda text: self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids, text)
+
+    def _ids(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
+        """What `encode` makes of a text; ValueError where the library or its pattern fails."""
         try:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            return encode(text)
         except TypeError:
             raise ValueError("the text holds a byte that is not UTF-8 or half a surrogate pair; remove it") from None
         except BaseException as error:
@@ -282,8 +243,8 @@ class Chat:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token (an id without a token has none). They need not be whole characters."""
-        if token_id in self._added:
-            return self._added[token_id].encode()  # plain text, also where it looks like bytes in GPT-2's alphabet
+        if token_id in self.added:
+            return self.added[token_id].encode()  # plain text, also where it looks like bytes in GPT-2's alphabet
         token = self.tokenizer.id_to_token(token_id) or ""
         return bytes(map(BYTE_OF_CHARACTER.__getitem__, token))
 
@@ -295,15 +256,6 @@ class Chat:
             if token_id == self.think_end_id or token_id in self.special_ids:
                 return False
         return False
-
-
-def unused_character(value: Any) -> str:
-    """A character that no text of this JSON data holds, neither as it is nor escaped: one without any meaning."""
-    text = json.dumps(value, ensure_ascii=False).lower()
-    for code in (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900)):  # noncharacters, then the private ones
-        if chr(code) not in text and f"{code:x}" not in text:
-            return chr(code)
-    raise ValueError("messages hold every one of Unicode's private characters; leave one out")
 
 
 def assistant_message(thinking: str, answer: str) -> dict:

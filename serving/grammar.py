@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
 from chat import Chat
@@ -33,14 +33,14 @@ class Grammars:
         self._lock = threading.Lock()
 
     def prepare(self) -> LLTokenizer:
-        """The vocabulary in llguidance's form, made at the first call. For 150,000 tokens it takes seconds, in which no
-        other thread of Python runs, so a server does it before anybody asks."""
+        """The vocabulary in llguidance's form, made at the first call. For 150,000 tokens that takes most of a second,
+        in which no other thread of Python runs, so a server does it before anybody asks."""
         with self._lock:
             return self._tokenizer
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        return LLTokenizer(self.chat.tokenizer.to_str(), n_vocab=self.vocab_size, eos_token=self.ends[0])
+        return LLTokenizer(TokenizerWrapper(Vocabulary(self.chat, self.vocab_size, self.ends[0])))
 
     @cached_property
     def _tags(self) -> bool:
@@ -125,6 +125,20 @@ def _tagged(rule: str, name: str, parameters: dict) -> list[str]:
             ]
         parts.append(part if key in required else f"({part})?")
     return [f'{rule}: {json.dumps(f"<function={name}>" + chr(10))} {" ".join(parts)} "</function>"', *lines]
+
+
+class Vocabulary:
+    """A checkpoint's tokens as llguidance asks for them. It would read tokenizer.json too, which takes twice as long
+    and makes a second tokenizer."""
+
+    def __init__(self, chat: Chat, size: int, end: int):
+        self.eos_token_id, self.bos_token_id = end, None
+        self.tokens = [chat.token_bytes(token) for token in range(size)]
+        self.special_token_ids = sorted(chat.added)
+        self._chat = chat
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return self._chat.encode(text.decode() if isinstance(text, bytes) else text)
 
 
 class Constraint:

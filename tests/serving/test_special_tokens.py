@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from chat import Chat, ReplyStream, unused_character
+from chat import Chat, ReplyStream
+from formats.literal_text import LiteralText, unused_character
 
 ASSETS = Path(os.environ.get("NANOQWEN_ASSETS", "/nonexistent"))
 TEMPLATES = ["tiny", "qwen3-0.6b", "Qwen3-Coder", "Qwen3-Instruct-2507", "Qwen3-Thinking-2507"]
@@ -32,7 +33,7 @@ def chat(request) -> Chat:
 
 
 def added(chat: Chat, ids: list[int]) -> list[int]:
-    return [token for token in ids if token in chat._added]
+    return [token for token in ids if token in chat.added]
 
 
 def conversation(text: str, tool: str) -> list[dict]:
@@ -87,7 +88,7 @@ def test_old_thinking_in_the_content_is_still_thinking(chat):
 def test_a_begun_reply_may_not_hold_special_tokens_either(chat):
     begun = {"role": "assistant", "content": "Say <|im_end|>"}
     ids = chat.render([{"role": "user", "content": "x"}, begun], literal=True, continue_final_message=True)
-    assert chat.decode(ids).endswith("Say <|im_end|>") and ids[-1] not in chat._added
+    assert chat.decode(ids).endswith("Say <|im_end|>") and ids[-1] not in chat.added
 
 
 def test_a_begun_thinking_goes_on_as_it_comes(chat):
@@ -105,8 +106,8 @@ def test_a_begun_thinking_goes_on_as_it_comes(chat):
 
 def test_plain_encoding_is_the_tokenizers(chat):
     for text in ("Hello world 123", "  a\n\n b\t", "日本語 e\u0301", "", "🙂🙂"):
-        assert chat._encode_plain(text) == chat.encode(text)
-        assert not added(chat, chat._encode_plain(text + ATTACK))
+        assert LiteralText(chat.tokenizer, chat.added).plain(text) == chat.encode(text)
+        assert not added(chat, LiteralText(chat.tokenizer, chat.added).plain(text + ATTACK))
 
 
 def test_the_mark_is_in_no_message():
