@@ -18,10 +18,13 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import console
 from formats.source import BUNDLED_MODEL, DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from chat import Chat
 
 GENERATED_ROWS = 1000  # of an endless source
 
@@ -90,22 +93,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     ):
         if value is not None and not low <= value <= high:
             raise ValueError(f"{flag} {value}: give a number from {low:,} to {high:,}")
+    options.tokenizer_from = "--tokenizer"
     options.fail_on = [name for names in options.fail_on for name in names.split(",") if name]
     return options
 
 
-def tokenizer_source(options: argparse.Namespace) -> str:
-    """Whose tokenizer counts, where none is named: no download is started for it."""
-    if options.tokenizer or options.model:
-        return options.tokenizer or options.model
+def open_chat(options: argparse.Namespace) -> "Chat":
+    """The tokenizer that counts, and its template; where none is named, no download is started for it."""
+    from chat import Chat
     from formats import hub
+    from formats.source import resolve
 
+    if options.tokenizer or options.model:
+        place = options.tokenizer_from if options.tokenizer else "--model"
+        return Chat.from_pretrained(resolve(options.tokenizer or options.model, place, tokenizer_only=True))
     cached = hub.cached(DEFAULT_MODEL, None, tokenizer_only=True)
     if cached is None:
         console.notice(
             f"tokens are counted by the bundled model's tokenizer; --tokenizer {DEFAULT_MODEL} fetches Qwen3's"
         )
-    return str(cached or BUNDLED_MODEL)
+    return Chat.from_pretrained(cached or BUNDLED_MODEL)
 
 
 def settings_of(options: argparse.Namespace):
@@ -132,17 +139,17 @@ def settings_of(options: argparse.Namespace):
 
     run = schema.load(options.src)
     decide_source(run)
-    options.tokenizer = options.tokenizer or run.model.tokenizer
+    if options.tokenizer is None:
+        options.tokenizer, options.tokenizer_from = run.model.tokenizer, f"{options.src}: model.tokenizer"
     settings.batch, settings.sequence = row_limits(run)
     settings.parts, settings.seed, settings.turns = run.train.accumulate, run.train.seed, run.data.turns
     settings.stage, settings.pack, settings.thinking = run.stage, run.data.pack, run.grpo.thinking
     settings.limit, settings.subset = options.limit or run.data.limit, options.subset or run.data.subset
     if run.data.source == "corpus":
-        from chat import Chat
         from inspection.xray.generated import rows_of
         from training.sources import build_source
 
-        chat = Chat.from_pretrained(options.tokenizer)
+        chat = open_chat(options)
         settings.limit = options.limit or GENERATED_ROWS
         settings.generated = lambda limit: rows_of(build_source(run, chat), chat, limit)
         return options.src, settings
@@ -196,7 +203,6 @@ def main() -> None:
     options = parse()
     src, settings = settings_of(options)
 
-    from chat import Chat
     from inspection.xray import croissant, fix, reading, rubric
     from inspection.xray.examine import examine, query
 
@@ -210,7 +216,7 @@ def main() -> None:
         croissant.library()
         if not Path(src).exists():
             raise ValueError("--croissant is for local files; the hub has one of its own for each of its sets")
-    chat = Chat.from_pretrained(tokenizer_source(options))
+    chat = open_chat(options)
     if options.model is not None:
         from inspection.xray.bits import bits_under
         from model import Qwen3

@@ -5,6 +5,8 @@ The files are untrusted: what can't be read is refused with the file and the lin
 
 import itertools
 import json
+import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 from formats.download import reach
 
+MOST_OF_LINE = 64 << 20  # bytes of a line that tells what a file is
 Documents = Callable[[], Iterator[str]]
 Records = Iterator[tuple[str, Any]]
 """Where a record was found, for messages, and the record: `Unreadable` for a line that holds none."""
@@ -31,7 +34,7 @@ def read_documents(source: str, field: str, split: str, config: str | None) -> I
 def read_records(source: str, split: str, config: str | None, field: str | None = None) -> Records:
     """The records of one source; of a Parquet file only the column `field`, where that is given."""
     path = Path(source)
-    readers = {".jsonl": _json_lines, ".json": _json_list, ".parquet": partial(_parquet, field=field)}
+    readers = {".jsonl": _json, ".json": _json, ".parquet": partial(_parquet, field=field)}
     if path.is_file():
         if path.suffix not in readers:
             raise ValueError(f"{path}: the kinds of files are .txt, {', '.join(readers)}; rename it to what it is")
@@ -42,8 +45,8 @@ def read_records(source: str, split: str, config: str | None, field: str | None 
 
 
 def is_data_set(source: str) -> bool:
-    """Whether this looks like an id on the hub."""
-    return source.count("/") == 1 and not source.startswith((".", "/"))
+    """Whether this looks like an id on the hub: owner/name, or owner/name@revision."""
+    return source.partition("@")[0].count("/") == 1 and not source.startswith((".", "/"))
 
 
 def _filled(path: Path) -> Path:
@@ -70,11 +73,31 @@ def _json_lines(path: Path) -> Records:
                 yield f"{path}: line {number:,}", record
 
 
+def is_json_list(lines: Iterator[bytes], suffix: str) -> bool:
+    """Whether JSON is one list of records and not a record a line: the content tells, as files of both forms have the
+    name .json, and some lists .jsonl."""
+    filled = (line for line in (line.removeprefix(BOM_UTF8).strip() for line in lines) if line)
+    head = next(filled, b"")
+    try:
+        found = json.loads(head)
+    except (ValueError, RecursionError):  # it continues in the next line, or is damaged
+        return suffix == ".json" or re.match(rb"\[\s*(\{|$)", head) is not None
+    if isinstance(found, list):
+        return suffix == ".json" or isinstance(next(iter(found), None), dict)
+    return suffix == ".json" and next(filled, None) is None  # one object alone, which is refused as what it is
+
+
+def _json(path: Path) -> Records:
+    with path.open("rb") as file:
+        is_list = is_json_list(iter(partial(file.readline, MOST_OF_LINE), b""), path.suffix)
+    return _json_list(path) if is_list else _json_lines(path)
+
+
 def _json_list(path: Path) -> Records:
     try:
         records = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); one record a line is .jsonl") from None
+        raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(records, list):
         raise ValueError(f"{path}: a JSON {type(records).__name__} where a list of records is expected")
     for number, record in enumerate(records, 1):

@@ -128,6 +128,11 @@ def write_pieces(path: Path | str, pieces: Iterable[ArrayLike], vocabulary: int)
     return count
 
 
+def windows_of(tokens: int, length: int) -> int:
+    """How many rows of `length` + 1 tokens that overlap by one a shard has."""
+    return max(0, tokens - 1) // length
+
+
 class Windows:
     """All shards as rows of `length` + 1 tokens that overlap by one, in an order of its own for each epoch.
 
@@ -139,7 +144,7 @@ class Windows:
     def __init__(self, paths: list[Path], length: int, vocabulary: int, seed: int, shuffle: bool = True):
         self.shards = [Shard(path) for path in paths]
         self.length, self.vocabulary, self.seed, self.shuffle = length, vocabulary, seed, shuffle
-        self.rows = [max(0, len(shard) - 1) // length for shard in self.shards]
+        self.rows = [windows_of(len(shard), length) for shard in self.shards]
         self.ends = np.cumsum(self.rows)
         if not self.rows or self.ends[-1] == 0:
             names = ", ".join(str(path) for path in paths[:3])

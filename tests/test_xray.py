@@ -28,7 +28,8 @@ def run(monkeypatch, capsys):
     """run("rows.jsonl", "--json") -> exit status, standard output, standard error."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["xray.py", *map(str, arguments), "--tokenizer", TINY])
+        tokenizer = [] if "--tokenizer" in arguments else ["--tokenizer", TINY]
+        monkeypatch.setattr(sys, "argv", ["xray.py", *map(str, arguments), *tokenizer])
         status = 0
         try:
             xray.main()
@@ -80,6 +81,8 @@ def test_fail_on(run, rows, names, status):
         (["ROWS", "--sql", "DELETE FROM data"], "one SELECT"),
         (["ROWS", "--against", "nowhere.jsonl"], "neither a file"),
         (["ROWS", "--no-such-flag"], "no option --no-such-flag"),
+        (["ROWS", "--model", "nowhere/at/all"], "^--model nowhere"),
+        (["ROWS", "--tokenizer", "nowhere/at/all"], "^--tokenizer nowhere"),
     ],
 )
 def test_mistakes_are_one_line(run, rows, arguments, said):
@@ -138,6 +141,36 @@ def test_the_rows_of_a_training_run(run, rows, tmp_path):
     assert found["mask"]["truncated_rows"] == 30 - len(source.items) > 0
 
 
+def test_the_shards_of_a_training_run(run, tmp_path):
+    """A YAML over .bin files: the run's pattern, its tokenizer and the rows that it cuts the files into."""
+    import numpy as np
+
+    from chat import Chat
+    from data.shard_format import END_OF_TEXT, write_shard
+    from training import schema
+    from training.sources import build_source
+
+    chat = Chat.from_pretrained(TINY)
+    end, documents = chat.encode(END_OF_TEXT), [chat.encode(make("pretraining", i)["text"]) for i in range(9)]
+    tokens = np.array([token for document in documents for token in (*end, *document)])
+    write_shard(tmp_path / "part_0.bin", tokens[:200], 1024)  # a document goes on in the second file
+    write_shard(tmp_path / "part_1.bin", tokens[200:], 1024)
+    write_shard(tmp_path / "other.bin", tokens[:60], 1024)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"stage: pretrain\ntrain: {{out: {tmp_path}/run, steps: 1, save_every: 1, batch: 2, sequence: 48}}\n"
+        f"model: {{init: {TINY}, tokenizer: {TINY}}}\noptimizer: {{lr: 0.001}}\n"
+        f"data: {{source: shards, train: '{tmp_path}/part_*.bin'}}\n"
+    )
+    status, out, _ = run(config, "--json")
+    found = json.loads(out)
+    source = build_source(schema.load(config), chat)
+    assert (status, found["shape"], found["rows"], found["intended_use"]) == (0, "shards", 9, "Texts for pretraining.")
+    assert found["shards"]["tokens"] == source.tokens == len(tokens)
+    assert (found["shards"]["sequence"], found["shards"]["training_rows"]) == (48, len(source.train))
+    assert found["lengths"]["ids"]["tokens"]["total"] == sum(map(len, documents))
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo", "grpo"])
 def test_a_run_on_the_generated_corpus(run, stage):
     from chat import Chat
@@ -147,7 +180,14 @@ def test_a_run_on_the_generated_corpus(run, stage):
     path = ROOT / "configs" / f"tiny-{stage}.yaml"
     status, out, _ = run(path, "--json", "--limit", 64, "--near-rows", 0)
     found = json.loads(out)
-    shape = {"sft": "sft", "dpo": "preference"}.get(stage, "pretraining")
+    shape = {"sft": "sft", "dpo": "preference", "grpo": "eval"}.get(stage, "pretraining")
+    use, task = {
+        "pretrain": ("pretraining", "pretraining"),
+        "sft": ("supervised fine-tuning", "sft"),
+        "dpo": ("preferences", "dpo"),
+        "grpo": ("reinforcement learning", "grpo"),
+    }[stage]
+    assert use in found["intended_use"] and found["verdict"]["task"] == task
     assert (status, found["shape"], found["rows"], found["rows_read"]) == (0, shape, None, 64)
     assert not {finding["id"] for finding in found["findings"]} & {"zero_target", "missing_end", "special_tokens"}
     if stage == "sft":

@@ -24,20 +24,10 @@ from inspection.xray.prepare import prepared
 from inspection.xray.reading import Batch, Unreadable, kind_of
 from inspection.xray.scan import Options, Scan
 from inspection.xray.tokens import TokenCounter
-from inspection.xray.verdict import TASKS, verdict
+from inspection.xray.verdict import use_of, verdict
 from inspection.xray.views import CHOICES, Shape, shape_of, view
 
 SCHEMA = "nanoqwen/xray/1"
-USES = {
-    "pretraining": "Texts for pretraining.",
-    "sft": "Instructions with answers, for supervised fine-tuning.",
-    "chat": "Conversations, for supervised fine-tuning.",
-    "tree": "Trees of messages by several people, for supervised fine-tuning and, by their ranks, for preferences.",
-    "preference": "Pairs of answers, for learning from preferences (DPO, a reward model).",
-    "eval": "Questions with known answers, for evaluation.",
-    "rag": "Questions with passages and answers, for retrieval-augmented generation.",
-    "shards": "Token ids, for pretraining.",
-}
 
 
 @dataclass
@@ -88,7 +78,7 @@ def examine(src: str, settings: Settings, chat: Chat | None) -> Examined:
         parts = reading.parts_of(src, settings.split, settings.subset)
     if any(part.path is not None and kind_of(part.path) == ".bin" for part in parts):
         paths = [part.path for part in parts if part.path is not None and kind_of(part.path) == ".bin"]
-        report = shards.examine(paths, chat, rules, settings.limit)
+        report = shards.examine(paths, chat, rules, settings.limit, settings.sequence)
         scan, interrupted = None, False
         to_drop = sum(finding["count"] for finding in report["findings"] if rules[finding["id"]].drops)
     else:
@@ -112,10 +102,14 @@ def examine(src: str, settings: Settings, chat: Chat | None) -> Examined:
         report["rows_per_second"] = round(scan.rows / scan.seconds) if scan.seconds else None
         report["rules_skipped"] = scan.skipped_rules
     report = _about(src, parts, chat, settings) | report
-    report["intended_use"] = USES[report["shape"]]
-    report["task"] = TASKS[report["shape"]][1]
+    use = use_of(scan.shape if scan is not None else Shape("shards", ""), settings.stage)
+    report |= {
+        "intended_use": use.intended,
+        "task": use.how,
+        "intended_use_from": "from its columns" if settings.stage is None else f"stage: {settings.stage}",
+    }
     report["croissant"] = _croissant(src, report, settings)
-    report["verdict"] = verdict(report, rules, to_drop)
+    report["verdict"] = verdict(report, rules, to_drop, use.task)
     return Examined(report, rules, parts, scan, interrupted)
 
 
@@ -156,11 +150,13 @@ def _scan(
     chat: Chat | None,
     leakage: Leakage | None,
 ) -> tuple[Scan, bool]:
-    def masks(shape: Shape) -> Masks | None:
+    def masks(shape: Shape, columns: pa.Schema) -> Masks | None:
         if chat is None or shape.name not in LEARNT_SHAPES or (not chat.templates and shape.name != "pretraining"):
             return None
-        if shape.name in ("eval", "rag") and (shape.fields[2] not in ANSWERED or shape.fields[1] in CHOICES):
-            return None  # train.py reads no such rows
+        if shape.name in ("eval", "rag") and settings.stage is None:
+            _, choices, answer = shape.fields
+            if answer not in ANSWERED or choices in CHOICES or not pa.types.is_string(columns.field(answer).type):
+                return None  # train.py reads no such rows
         made = settings.generated and (rows for _, rows in settings.generated(settings.limit))
         return Masks(chat, shape, settings.sequence, settings.turns, settings.thinking, settings.stage, made)
 

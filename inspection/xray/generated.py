@@ -24,7 +24,7 @@ def _record(item: Row | Pair | Question, chat: Chat) -> tuple[dict, list[Row]]:
         return chat.decode(map(int, ids), skip_special_tokens=True).strip()
 
     if isinstance(item, Question):
-        return {"text": text(item.prompt)}, [Row(item.prompt, [IGNORED] * item.length)]
+        return {"question": text(item.prompt)}, [Row(item.prompt, [IGNORED] * item.length)]
     if isinstance(item, Pair):
         prompt, chosen = _parts(item.chosen)
         _, rejected = _parts(item.rejected)

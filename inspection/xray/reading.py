@@ -1,8 +1,9 @@
 """Rows of any source as Arrow tables, a batch at a time, and what could not be read.
 
-    file      .parquet, .jsonl/.ndjson, .json (a list), .csv/.tsv, .txt; the text kinds also as .gz, .bz2, .zst; or a
-              pattern of names, as data.train of a training YAML
-    folder    its data files; each file's split is that of its name or folder, as on the hub
+    file      .parquet, .arrow, .jsonl/.ndjson, .json (a list, or an object a line), .csv/.tsv, .txt; the text kinds
+              also as .gz, .bz2, .xz, .zst; or a pattern of names, as data.train of a training YAML
+    folder    its data files, also one that `datasets` saved to disk; each file's split is that of its name or folder,
+              as on the hub
     hub id    owner/name[@revision], streamed by the `datasets` library
 
 Shards of token ids (.bin) hold no rows; inspection/xray/shards.py reads them. Every file is a stranger's: a row that
@@ -14,6 +15,7 @@ import codecs
 import csv
 import io
 import json
+import lzma
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,10 +35,11 @@ ROW_BYTES = 32 << 20
 JSON_BYTES = 1 << 30  # of a .json file, which has to be parsed in one piece
 TEXT_BYTES = 1 << 30  # of a .txt file, which is one document
 COLUMNS = 1000
-PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+PACKED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
 LINES = {".jsonl", ".ndjson"}
 TABLES = {".csv": ",", ".tsv": "\t"}
-KINDS = {*LINES, *TABLES, ".parquet", ".json", ".txt", ".bin"}
+ARROWS = {".arrow", ".feather"}
+KINDS = {*LINES, *TABLES, *ARROWS, ".parquet", ".json", ".txt", ".bin"}
 SPLITS = {"train": "train", "training": "train", "test": "test", "eval": "test", "evaluation": "test"}
 SPLITS |= {"validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
 
@@ -100,7 +103,7 @@ def parts_of(src: str, split: str | None, subset: str | None) -> list[Part]:
         parts = [part for file in found for part in parts_of(str(file), None, None)]
     elif path.is_dir():
         parts = [Part(_split_of(str(file.relative_to(path))), file) for file in _data_files(path, subset)]
-    elif kind_of(path) in KINDS or not documents.is_data_set(src.partition("@")[0]):
+    elif kind_of(path) in KINDS or not documents.is_data_set(src):
         raise ValueError(f"{src}: neither a file, nor a folder, nor the id of a data set (owner/name)")
     else:
         try:
@@ -133,12 +136,13 @@ def _data_files(folder: Path, subset: str | None) -> list[Path]:
 
 
 def _split_of(name: str) -> str:
-    """`data/test-00000-of-00001.parquet` -> test; train where the name says nothing."""
-    words = re.findall(r"[a-z]+(?:_(?:sft|gen|prefs))?", name.lower())
-    for word in words:
-        first, _, kind = word.partition("_")
-        if first in SPLITS:
-            return SPLITS[first] + ("_" + kind if kind in ("sft", "gen", "prefs") else "")
+    """`data/test-00000-of-00001.parquet` -> test: what the file's own name says, else its folder's; train where no name
+    says anything."""
+    for part in reversed(name.lower().split("/")):
+        for word in re.findall(r"[a-z]+(?:_(?:sft|gen|prefs))?", part):
+            first, _, kind = word.partition("_")
+            if first in SPLITS:
+                return SPLITS[first] + ("_" + kind if kind in ("sft", "gen", "prefs") else "")
     return "train"
 
 
@@ -178,10 +182,11 @@ def _part_batches(part: Part, first: int, left: int | None) -> Iterator[Batch | 
         yield from _stream_batches(part, first, left)
     elif kind_of(part.path) == ".parquet":
         yield from _parquet_batches(part, first, left)
+    elif kind_of(part.path) in ARROWS:
+        yield from _arrow_batches(part, first, left)
     else:
-        suffix = kind_of(part.path)
-        reader = _json_lines if suffix in LINES else _csv_rows if suffix in TABLES else _one_piece
-        yield from _record_batches(part, reader(part.path), first, left)
+        readers = dict.fromkeys(TABLES, _csv_rows) | {".txt": _text_file}
+        yield from _record_batches(part, readers.get(kind_of(part.path), _json_rows)(part.path), first, left)
 
 
 def _parquet_batches(part: Part, first: int, left: int | None) -> Iterator[Batch | Unreadable]:
@@ -248,6 +253,31 @@ def _parquet_batch_rows(path: Path, metadata: pq.FileMetaData) -> int:
                 f"{path}: a row group of {group.num_rows:,} rows unpacks to {size:,} bytes; write it with smaller ones"
             )
     return max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
+
+
+def _arrow_batches(part: Part, first: int, left: int | None) -> Iterator[Batch | Unreadable]:
+    """Arrow's IPC, as a file or as a stream (which `datasets` saves)."""
+    path, done = part.path, 0
+    try:
+        with pa.memory_map(str(path)) as source:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+            for whole in batches:
+                whole.validate(full=True)  # of a stranger's file, offsets may lead anywhere
+                for start in range(0, whole.num_rows, BATCH_ROWS):
+                    batch = whole[start : start + min(BATCH_ROWS, whole.num_rows if left is None else left - done)]
+                    if not batch.num_rows:
+                        return
+                    rows = np.arange(first + done, first + done + batch.num_rows)
+                    table = with_plain_texts(pa.Table.from_batches([batch]))
+                    yield Batch(part.split, rows, table, f"{path}: row {done + 1:,}")
+                    done += batch.num_rows
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: can't be read as Arrow after row {done:,} ({' '.join(str(error).split())})"
+        ) from None
 
 
 def _stream_batches(part: Part, first: int, left: int | None) -> Iterator[Batch | Unreadable]:
@@ -353,8 +383,10 @@ OVERSIZED = "is larger than"
 
 def _open(path: Path) -> io.BufferedReader:
     packed = PACKED.get(path.suffix.lower())
-    file = io.BufferedReader(pa.input_stream(str(path), compression=packed), 1 << 20)
-    with suppress(pa.ArrowException, OSError):  # damaged: whoever reads says so
+    is_xz = packed == "xz"  # which Arrow does not unpack
+    source = lzma.LZMAFile(path) if is_xz else pa.input_stream(str(path), compression=packed)  # noqa: SIM115
+    file = io.BufferedReader(source, 1 << 20)
+    with suppress(pa.ArrowException, OSError, lzma.LZMAError, EOFError):  # damaged: whoever reads says so
         if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise ValueError(f"{path}: is UTF-16; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
     return file
@@ -369,8 +401,13 @@ def _lines(path: Path) -> Iterator[tuple[bytes, bool]]:
                 yield line, cut
                 while cut and (rest := file.readline(ROW_BYTES)) and not rest.endswith(b"\n"):
                     pass
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, lzma.LZMAError, EOFError) as error:
         raise ValueError(f"{path}: can't be unpacked to its end ({error}); download it again") from None
+
+
+def _json_rows(path: Path) -> Iterator[Found]:
+    lines = (line for line, _ in _lines(path))
+    return _json_list(path) if documents.is_json_list(lines, kind_of(path)) else _json_lines(path)
 
 
 def _json_lines(path: Path) -> Iterator[Found]:
@@ -400,11 +437,12 @@ def _csv_rows(path: Path) -> Iterator[Found]:
                 cuts.append(number)
             yield (line[:100] + b"\n" if cut else line).decode("utf-8-sig" if number == 1 else "utf-8", "replace")
 
-    reader = csv.reader(lines(), delimiter=TABLES[kind_of(path)])
+    delimiter = _delimiter(path)
+    reader = csv.reader(lines(), delimiter=delimiter)
     header = next(reader, None)
     if not header or len(set(header)) != len(header) or len(header) > COLUMNS:
         raise ValueError(f"{path}: the first line must name each column once (and at most {COLUMNS:,})")
-    numeric = _numeric_columns(path, header)
+    numeric = _numeric_columns(path, header, delimiter)
     while True:
         try:
             cells = next(reader)
@@ -426,11 +464,19 @@ def _csv_rows(path: Path) -> Iterator[Found]:
 NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d+)?([eE][-+]?\d{1,3})?", re.ASCII)
 
 
-def _numeric_columns(path: Path, header: list[str]) -> set[str]:
+def _delimiter(path: Path) -> str:
+    """What stands between cells: the suffix's own, unless the first line has none of it but several of another."""
+    line = next((line for line, _ in _lines(path)), b"").decode("utf-8-sig", "replace")
+    own = TABLES[kind_of(path)]
+    counts = {mark: len(next(csv.reader([line], delimiter=mark), [])) for mark in (own, ",", ";", "\t", "|")}
+    return own if counts[own] > 1 else max(counts, key=lambda mark: counts[mark])
+
+
+def _numeric_columns(path: Path, header: list[str], delimiter: str) -> set[str]:
     """The columns whose first thousand cells are all numbers or empty."""
     with _open(path) as file:
         sample = csv.reader(
-            io.StringIO(file.read(1 << 20).decode("utf-8-sig", "replace")), delimiter=TABLES[kind_of(path)]
+            io.StringIO(file.read(1 << 20).decode("utf-8-sig", "replace"), newline=""), delimiter=delimiter
         )
         try:
             rows = [cells for _, cells in zip(range(1001), sample, strict=False) if len(cells) == len(header)][1:]
@@ -448,22 +494,28 @@ def _cell(cell: str, numeric: bool) -> Any:
     return int(cell) if cell.lstrip("-").isdecimal() else float(cell)
 
 
-def _one_piece(path: Path) -> Iterator[Found]:
-    """A .txt file is one document, as it is for data/texts.py; a .json file a list of records."""
-    is_text = kind_of(path) == ".txt"
-    most = TEXT_BYTES if is_text else JSON_BYTES
-    with _open(path) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"{path}: more than {most:,} bytes in one piece; write it as JSON lines")
-    if is_text:
-        yield str(path), {"text": content.decode("utf-8", "replace")}, None
-        return
+def _text_file(path: Path) -> Iterator[Found]:
+    """One document, as it is for data/texts.py."""
+    yield str(path), {"text": _whole(path, TEXT_BYTES).decode("utf-8-sig", "replace")}, None
+
+
+def _json_list(path: Path) -> Iterator[Found]:
     try:
-        records = json.loads(content)
+        records = json.loads(_whole(path, JSON_BYTES))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); one record a line is .jsonl") from None
+        raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(records, list):
         raise ValueError(f"{path}: a JSON {type(records).__name__} where a list of records is expected")
     for number, record in enumerate(records, 1):
         yield f"{path}: item {number:,}", record, None
+
+
+def _whole(path: Path, most: int) -> bytes:
+    try:
+        with _open(path) as file:
+            content = file.read(most + 1)
+    except (pa.ArrowException, OSError, lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{path}: can't be unpacked to its end ({error}); download it again") from None
+    if len(content) > most:
+        raise ValueError(f"{path}: more than {most:,} bytes in one piece; write it as JSON lines")
+    return content

@@ -59,7 +59,7 @@ def fields(report: dict[str, Any]) -> dict[str, str]:
     made = {
         "name": report["name"],
         "address": report["address"],
-        "intended use": report["intended_use"] + " (from its columns)",
+        "intended use": report["intended_use"] + f" ({report['intended_use_from']})",
         "licence": license_line(report),
         "rows": rows_line(report),
         "splits": ", ".join(f"{name}: {count:,}" for name, count in report["splits"].items()),

@@ -43,7 +43,7 @@ PROMPTS = 50_000  # texts of prompts that are remembered
 class Options:
     rules: dict[str, rubric.Rule]
     counter: TokenCounter | None = None
-    masks: Callable[[Shape], Masks | None] | None = None
+    masks: Callable[[Shape, pa.Schema], Masks | None] | None = None
     mask_rows: int = 0
     bits: Callable[[Any], float | None] | None = None  # of a mask
     near: float = 0.7
@@ -151,7 +151,7 @@ class Scan:
         if self.options.near_rows:
             self.near = NearDuplicates(self.folder, self.options.near, self.options.near_rows)
         if self.options.masks is not None and self.options.mask_rows:
-            self._masks = self.options.masks(self.shape)
+            self._masks = self.options.masks(self.shape, first.item.table.schema)
         self.columns = first.measured
         counted = "".join(f", c{place} INTEGER, t{place} INTEGER" for place in range(len(self.columns)))
         self.sql.execute(f"CREATE TABLE rows (row BIGINT, split VARCHAR, key UBIGINT, prompt UBIGINT{counted})")

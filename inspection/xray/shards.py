@@ -1,6 +1,7 @@
 """The X-ray of shards of token ids (data/shard_format.py): documents, lengths, ids out of range, compression."""
 
 import hashlib
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,18 @@ import numpy as np
 
 from chat import Chat
 from data.inspection import USUAL_SEPARATOR
-from data.shard_format import END_OF_TEXT, Shard
+from data.shard_format import END_OF_TEXT, Shard, windows_of
 from inspection.xray.rubric import Rule
 
 GPT2_VOCABULARY = 50257
 SHOWN = 300  # tokens of an example
 
 
-def examine(paths: list[Path], chat: Chat | None, rules: dict[str, Rule], limit: int | None) -> dict[str, Any]:
-    """The keys of xray.json. A document that goes on in the next file is one, whose parts are joined."""
+def examine(
+    paths: list[Path], chat: Chat | None, rules: dict[str, Rule], limit: int | None, sequence: int
+) -> dict[str, Any]:
+    """The keys of xray.json. A document that continues in the next file is one. `sequence`: tokens of a training row,
+    by which train.py cuts the files."""
     shards = [Shard(path) for path in paths]
     width = shards[0].tokens.dtype.itemsize
     end = chat.tokenizer.token_to_id(END_OF_TEXT) if chat is not None else USUAL_SEPARATOR[width]
@@ -131,6 +135,8 @@ def examine(paths: list[Path], chat: Chat | None, rules: dict[str, Rule], limit:
             "files": [{"path": str(shard.path), "tokens": len(shard)} for shard in shards],
             "tokens": tokens,
             "documents": len(lengths),
+            "sequence": sequence,
+            "training_rows": sum(map(windows_of, map(len, shards), repeat(sequence))),
             "separator": int(end),
             "vocabulary": vocabulary if vocabulary < 1 << 32 else None,
             "distinct_tokens": int((counts > 0).sum()),

@@ -13,6 +13,7 @@ A set's shape is decided once, by its columns. `view` then gives, for each batch
 What a conversation or a pair is, is data/conversations.py's, the code that train.py reads rows with.
 """
 
+import unicodedata
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,7 +47,8 @@ class Shape(NamedTuple):
     name: str  # pretraining, sft, chat, tree, preference, eval, rag
     column: str  # the one that tells
     fields: tuple[str | None, ...] = ()
-    """sft: instruction, context, response. eval: question, choices, label. rag: question, contexts, answer."""
+    """sft: instruction, context, response. eval: question, choices, label (None: only prompts). rag: question,
+    contexts, answer."""
 
 
 def shape_of(batch: Batch) -> Shape:
@@ -70,6 +72,8 @@ def shape_of(batch: Batch) -> Shape:
     if asked and answer:
         about = next((name for name in conversations.ABOUT if name in names and name != asked), None)
         return Shape("sft", answer, (asked, about, answer))
+    if asked and not answer and not _first(TEXTS, names) and pa.types.is_string(table.schema.field(asked).type):
+        return Shape("eval", asked, (asked, None, None))  # only prompts
     texts = [name for name in names if pa.types.is_string(table.schema.field(name).type)]
     if not texts:
         raise ValueError(f"no column holds text (there are {', '.join(table.column_names[:8])})")
@@ -107,8 +111,10 @@ def _flat(shape: Shape, table: pa.Table) -> dict[str, pa.ChunkedArray]:
     if shape.name == "pretraining":
         return {"_text": as_text(table, shape.column)}
     asked, about, answer = shape.fields
-    instruction, response = as_text(table, asked), as_text(table, answer)
-    prompt = instruction
+    prompt = instruction = as_text(table, asked)
+    if answer is None:
+        return {"_text": prompt, "_instruction": instruction, "_prompt": prompt}
+    response = as_text(table, answer)
     if about:
         context = as_text(table, about)
         with_context = pc.binary_join_element_wise(prompt, context, "\n\n")
@@ -202,9 +208,14 @@ def alternates(roles: list[str]) -> bool:
     return True
 
 
+def is_empty(text: str) -> bool:
+    """Whether nothing of it would show: white space, and marks of no width."""
+    return not text.strip() or all(c.isspace() or unicodedata.category(c) == "Cf" for c in text)
+
+
 def _dialogue_problems(turns: list[tuple[str, str]]) -> list[str]:
     problems = [] if alternates([role for role, _ in turns]) else ["role_alternation"]
-    if any(not text.strip() for _, text in turns) or not turns:
+    if any(is_empty(text) for _, text in turns) or not turns:
         problems.append("empty_turn")
     return problems
 
@@ -243,7 +254,7 @@ def _preference(record: dict, shape: Shape) -> dict:
         return made | {"_problems": ["equal_pair" if chosen == rejected else "different_prompts"]}
     turns = [turns_of([*found.asked.messages, answer]) for answer in (found.chosen, found.rejected)]
     problems = _dialogue_problems(turns[0])
-    if not turns[1][-1][1].strip() and "empty_turn" not in problems:
+    if is_empty(turns[1][-1][1]) and "empty_turn" not in problems:
         problems.append("empty_turn")
     if any(repeats(dialogue[-1][1]) for dialogue in turns):
         problems.append("repetitive")
@@ -278,7 +289,7 @@ def _choices(record: dict, shape: Shape) -> dict:
 def _tree(record: dict, shape: Shape) -> dict:
     """One message; what its place in the tree is, inspection/xray/tree.py looks at."""
     text, root = "\n".join(texts_in(record.get("text"))), record.get("parent_id") is None
-    problems = [] if text.strip() else ["empty_turn"]
+    problems = ["empty_turn"] if is_empty(text) else []
     if repeats(text):
         problems.append("repetitive")
     asked = text if root else None

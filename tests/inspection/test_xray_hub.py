@@ -1,115 +1,20 @@
 """The course's data sets, small and in their true form, from a hub of our own."""
 
-import hashlib
 import io
 import json
-import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-datasets = pytest.importorskip("datasets")
+pytest.importorskip("datasets")
 
-from huggingface_hub import constants  # noqa: E402
-from xray_sets import findings, make, sentence, tree  # noqa: E402
+from local_hub import Hub, use
+from xray_sets import findings, make, sentence, tree
 
-from chat import Chat  # noqa: E402
-from inspection.xray.examine import Settings, examine  # noqa: E402
-
-COMMIT = "c" * 40
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves data sets: {id: {file name: bytes}}."""
-
-    def __init__(self, sets: dict[str, dict[str, bytes]]):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.sets, self.requests, self.cards, self.croissants = sets, [], {}, {}
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        path = unquote(self.path)
-        self.server.requests.append((self.command, path))
-        if match := re.match(r"/api/datasets/([^/]+/[^/?]+)/croissant", path):
-            found = self.server.croissants.get(match[1])
-            return self.answer(200 if found else 404, found or {})
-        if match := re.match(r"/api/datasets/([^/]+/[^/?]+)(?:/revision/([^/?]+))?(?:\?|$)", path):
-            if (files := self.server.sets.get(match[1])) is None:
-                return self.refuse("RepoNotFound")
-            siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
-            card = self.server.cards.get(match[1], {})
-            return self.answer(
-                200,
-                {"id": match[1], "sha": COMMIT, "siblings": siblings, "cardData": card, "tags": [], "private": False},
-            )
-        if match := re.match(r"/api/datasets/([^/]+/[^/?]+)/tree/[^/?]+/?([^?]*)", path):
-            return self.answer(200, self.entries(match[1], match[2]))
-        if match := re.match(r"/api/datasets/([^/]+/[^/?]+)/paths-info/", path):
-            length = int(self.headers.get("Content-Length", 0))
-            body = self.rfile.read(length).decode()
-            wanted = json.loads(body)["paths"] if body.startswith("{") else re.findall(r"paths=([^&]+)", unquote(body))
-            files = self.server.sets[match[1]]
-            return self.answer(200, [self.entry(name, files[name]) for name in wanted if name in files])
-        if match := re.match(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.*?)(?:\?|$)", path):
-            content = self.server.sets.get(match[1], {}).get(match[2])
-            return self.refuse("EntryNotFound") if content is None else self.file(content)
-        return self.refuse("EntryNotFound")
-
-    do_HEAD = do_POST = do_GET
-
-    @staticmethod
-    def entry(name: str, content: bytes) -> dict:
-        return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-
-    def entries(self, repo: str, folder: str) -> list[dict]:
-        files = self.server.sets[repo]
-        inside = [name for name in files if name.startswith(folder)]
-        folders = {str(parent) for name in inside for parent in Path(name).parents if str(parent) not in (".", folder)}
-        made = [{"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in sorted(folders)]
-        return made + [self.entry(name, files[name]) for name in inside]
-
-    def file(self, content: bytes):
-        start, stop = 0, len(content)
-        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            start, stop = int(match[1]), min(stop, int(match[2]) + 1 if match[2] else stop)
-        self.send_response(206 if self.headers.get("Range") else 200)
-        self.send_header("Content-Length", str(stop - start))
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
-        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content[start:stop])
-
-    def answer(self, status: int, content):
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def refuse(self, reason: str):
-        self.send_response(404)
-        self.send_header("X-Error-Code", reason)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
+from chat import Chat
+from inspection.xray.examine import Settings, examine
 
 
 def json_lines(rows: list[dict]) -> bytes:
@@ -124,17 +29,8 @@ def parquet(rows: list[dict]) -> bytes:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    server = Hub({})
-    for name, value in (("ENDPOINT", server.url), ("HF_HUB_OFFLINE", False)):
-        monkeypatch.setattr(constants, name, value)
-        if hasattr(datasets.config, {"ENDPOINT": "HF_ENDPOINT"}.get(name, name)):
-            monkeypatch.setattr(datasets.config, {"ENDPOINT": "HF_ENDPOINT"}.get(name, name), value)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    server = Hub()
+    use(server.url, tmp_path, monkeypatch)
     yield server
     server.shutdown()
     server.server_close()

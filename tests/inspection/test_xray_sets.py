@@ -1,6 +1,9 @@
 """The X-ray of generated sets: every planted fault is found with its row, and no clean set is accused."""
 
+import bz2
+import gzip
 import json
+import lzma
 import random
 import re
 from pathlib import Path
@@ -73,6 +76,91 @@ def test_a_clean_set_of_every_shape_is_not_accused(look, name, suffix):
     assert found["verdict"]["train"] == "yes"
     assert (found["rows"], found["rows_read"], found["complete"]) == (60, 60, True)
     assert found["duplicates"]["exact"] == found["duplicates"]["near"] == 0
+
+
+CLEAN = {
+    "chinese": ("sft", lambda i: {"instruction": f"解释{i}号定律", "output": f"第{i}号定律说能量{i}守恒"}),
+    "japanese": ("chat", lambda i: {"messages": [user(f"{i}番目の法則は何?"), assistant(f"保存の{i}番の法則です")]}),
+    "emoji": ("sft", lambda i: {"prompt": f"🎉 {sentence(i)} 👩‍👩‍👧?", "completion": f"✅ {sentence(90 + i)}"}),
+    "code": (
+        "sft",
+        lambda i: {"prompt": sentence(i), "completion": f"```python\nf({i}, '<br>')\n```\n{sentence(90 + i)}"},
+    ),
+    "boolean": ("rag", lambda i: {"question": sentence(i), "passage": sentence(90 + i, 30), "answer": i % 2 == 0}),
+    "prompts": ("eval", lambda i: {"prompt": sentence(i)}),
+}
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_clean_sets_of_other_languages_and_kinds_are_not_accused(look, name):
+    shape, row = CLEAN[name]
+    found = look([row(i) for i in range(30)], mask_rows=30)
+    assert (found["shape"], findings(found), found["verdict"]["train"]) == (shape, {}, "yes")
+    if name == "prompts":
+        assert found["intended_use"].startswith("Prompts without answers") and found["verdict"]["task"] == "prompts"
+
+
+def containers(rows: list[dict]) -> dict[str, bytes]:
+    """The same rows in every form that is not one of write_rows'."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    table = pa.Table.from_pylist(rows)
+    made = {"lines.json": lines, "list.jsonl": json.dumps(rows), "pretty.json": json.dumps(rows, indent=1)}
+    made["windows.jsonl"] = "\ufeff" + lines.replace("\n", "\r\n")
+    for name, mark in (("semicolon.csv", ";"), ("tab.csv", "\t"), ("bar.csv", "|"), ("comma.csv", ",")):
+        made[name] = pd.DataFrame(rows).to_csv(index=False, sep=mark, lineterminator="\r\n")
+    made = {name: text.encode() for name, text in made.items()}
+    for suffix, pack in ((".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)):
+        made["packed.jsonl" + suffix] = pack(lines.encode())
+    for name, new in (("file.arrow", pa.ipc.new_file), ("stream.arrow", pa.ipc.new_stream)):
+        sink = pa.BufferOutputStream()
+        with new(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
+        made[name] = sink.getvalue().to_pybytes()
+    return made
+
+
+def test_the_same_rows_in_every_container(look, tmp_path):
+    rows = [make("dolly", i) for i in range(20)]
+    rows[7]["response"], rows[9] = 'Two "lines";\nwith, all | marks.\tA tab.', rows[8]
+    expected = None
+    for name, content in containers(rows).items():
+        (tmp_path / name).write_bytes(content)
+        found = look(tmp_path / name, mask_rows=20)
+        figures = {name: {kind: of["total"] for kind, of in units.items()} for name, units in found["lengths"].items()}
+        shown = (found["shape"], found["rows"], findings(found), figures, found["mask"]["target_tokens"])
+        expected = expected or shown
+        assert shown == expected, name
+    assert expected[:3] == ("sft", 20, {"duplicate": [9]})
+
+
+def test_a_folder_that_datasets_saved(look, tmp_path):
+    """Splits are those of the files' own names, then of their folders."""
+    for split, first, rows in (("train", 0, 12), ("test", 100, 5)):
+        folder = tmp_path / "saved" / split
+        folder.mkdir(parents=True)
+        table = pa.Table.from_pylist([make("dolly", first + i) for i in range(rows)])
+        with pa.ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        (folder / "dataset_info.json").write_text("{}")
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    assert look(tmp_path / "saved")["splits"] == {"test": 5, "train": 12}
+    assert look(tmp_path / "saved", split="test")["rows"] == 5
+    (tmp_path / "test_sets").mkdir()
+    write_rows(tmp_path / "test_sets" / "train.jsonl", [make("dolly", i) for i in range(5)])
+    assert look(tmp_path / "test_sets")["splits"] == {"train": 5}
+    broken = tmp_path / "broken.arrow"
+    broken.write_bytes((tmp_path / "saved" / "train" / "data-00000-of-00001.arrow").read_bytes()[:-900])
+    with pytest.raises(ValueError, match="can't be read as Arrow"):
+        look(broken)
+
+
+def test_an_answer_that_does_not_show_is_empty(look):
+    rows = [make("dolly", i) for i in range(6)]
+    rows[2]["response"], rows[4]["response"] = "\u00a0\u3000\u2003", "\u200b\ufeff"
+    assert findings(look(rows, mask_rows=0))["empty_turn"] == [2, 4]
+    turns = [{"messages": [user(sentence(i)), assistant(sentence(i + 50))]} for i in range(4)]
+    turns[3]["messages"][1]["content"] = "\u2060 \u200b"
+    assert findings(look(turns, mask_rows=0))["empty_turn"] == [3]
 
 
 # --- planted faults ---
