@@ -78,6 +78,12 @@ def build(tree: Tree, ledger: Ledger, files: Files) -> dict[str, Any]:
         "special_tokens", facts.get("end_tokens"), VERIFIED, "end tokens of generation_config.json or config.json"
     )
     evidence.put(
+        "norms",
+        dict(list(facts.get("norms", {}).items())[:64]) or None,
+        VERIFIED,
+        "values of the weights: the largest weight of each kind of norm, in the layer of the least and of the greatest",
+    )
+    evidence.put(
         "behaviour",
         facts.get("behaviour"),
         VERIFIED,

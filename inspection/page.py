@@ -111,7 +111,7 @@ def show(value: Any) -> Markup:
     elif isinstance(value, int):
         value = f"{value:,}"
     elif isinstance(value, float):
-        value = f"{value:,.4g}"
+        value = f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return escape(HIDDEN.sub(lambda match: f"\\u{{{ord(match[0]):x}}}", "" if value is None else str(value)))
 
 

@@ -48,6 +48,8 @@ def plain(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}"
     if isinstance(value, list):
         return ", ".join(map(plain, value)) or "none"
     if isinstance(value, dict):
@@ -183,7 +185,7 @@ def page(manifest: dict[str, Any], lines: list[str], diffs: dict[str, str] | Non
     result.section("Files", _files(manifest))
     if behaviour := manifest.get("behaviour"):
         shown = {key.replace("_", " "): value for key, value in behaviour.items() if not isinstance(value, list)}
-        shown["peak memory bytes"] = size(behaviour["peak_memory_bytes"])
+        shown["peak memory"] = size(shown.pop("peak memory bytes"))
         pairs = ", ".join(
             f"{id}: {value:.3f}" for id, value in zip(behaviour["top_ids"], behaviour["top_logits"], strict=False)
         )

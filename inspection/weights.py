@@ -325,7 +325,9 @@ def _check_values(ledger: Ledger, file: str, name: str, values: torch.Tensor) ->
 def _check_norms(ledger: Ledger, norms: dict[str, dict[str, tuple[float, str]]]) -> None:
     """The largest weight of each norm, against a bound and against the same norm of the other layers."""
     for kind, of in norms.items():
-        sizes = sorted(largest for largest, _ in of.values())
+        sizes = sorted(largest for largest, _ in of.values() if math.isfinite(largest))
+        if not sizes:
+            continue
         ledger.facts.setdefault("norms", {})[kind] = [sizes[0], sizes[-1]]
         middle = sizes[len(sizes) // 2]
         for name, (largest, file) in of.items():

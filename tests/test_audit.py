@@ -81,6 +81,8 @@ def test_the_bundled_model(run, tmp_path):
     sizes = {file["path"]: file["bytes"] for file in found["files"]}
     assert sizes == {file.name: file.stat().st_size for file in (TINY).iterdir()}
     assert all(re.fullmatch("[0-9a-f]{64}", file["sha256"]) for file in found["files"])
+    low, high = found["norms"]["model.layers.N.input_layernorm.weight"]
+    assert 0 < low <= high and found["evidence"]["norms"]["status"] == "verified"
     behaviour = found["behaviour"]
     assert behaviour["top_logits"] == sorted(behaviour["top_logits"], reverse=True) and behaviour["perplexity"] > 1
     written = {file.name for file in (tmp_path / "out").iterdir()}

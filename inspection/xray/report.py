@@ -59,7 +59,7 @@ def fields(report: dict[str, Any]) -> dict[str, str]:
     made = {
         "name": report["name"],
         "address": report["address"],
-        "intended use": report["intended_use"] + f" ({report['intended_use_from']})",
+        "intended use": f"{report['intended_use'].rstrip('.')} ({report['intended_use_from']})",
         "licence": license_line(report),
         "rows": rows_line(report),
         "splits": ", ".join(f"{name}: {count:,}" for name, count in report["splits"].items()),
@@ -113,7 +113,7 @@ def suspicious_rows(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(finding["id"], row) for finding in report["findings"] for row in finding["shown"][:1]][:3]
 
 
-LENGTH_HEADER = ["column", "in", "median", "95 %", "longest", "together"]
+LENGTH_HEADER = ["column", "unit", "median", "95 %", "maximum", "total"]
 
 
 def extras(report: dict[str, Any]) -> dict[str, dict[str, str]]:
@@ -163,7 +163,8 @@ def html(report: dict[str, Any]) -> str:
     made.section("Findings", *_findings(report))
     if suspicious := suspicious_rows(report):
         made.section(
-            "Three suspicious rows", *(_row(row | {"why": f"{name}. {row['why']}"}) for name, row in suspicious)
+            "Three suspicious rows",
+            *(_row(row | {"why": ": ".join(filter(None, (name, row["why"])))}) for name, row in suspicious),
         )
     if report["mask"]:
         made.section("What will be learnt", page.facts(mask_facts(report)), *_spans(report["mask"]))
@@ -423,6 +424,7 @@ def plots(report: dict[str, Any], folder: Path) -> list[Path]:
             )
             title = printable(name).replace("$", r"\$")[:40]
             axes.set(xlabel=unit, ylabel="rows", title=f"{title} (median {number(spread['median'])})")
+            axes.yaxis.get_major_locator().set_params(integer=True)
             axes.spines[["top", "right"]].set_visible(False)
         path = folder / f"lengths-{place}.png"
         with atomic_file(path) as temporary:
