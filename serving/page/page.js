@@ -1,7 +1,7 @@
 // ---- The page: settings, the chat as elements, and what the buttons do --------------------------------------------
 
 const $ = (id) => document.getElementById(id);
-const STORE = "nanoqwen-chat", ALTERNATIVES = 10;
+const STORE = "nanoqwen-chat", ALTERNATIVES = 20; // of which the card shows the first, and the draw's shares are worked out from all
 const EXAMPLES = ["What is 17 + 28?", "Which is larger, 9.11 or 9.9?", "How many letters e are in cheese?", "Which day is 10 days after Monday?"];
 
 // name, label, least, most, step of the slider (none without), what it is. The names are SamplingParams'.
@@ -118,7 +118,7 @@ async function run(node) {
   if (document.activeElement === document.body && matchMedia("(hover: hover)").matches) $("ask").focus(); // its button is gone
   scrollDown(true);
   say("The model replies.");
-  const view = views.get(node.id);
+  const view = views.get(node.id), sampling = { ...advised(), ...JSON.parse(JSON.stringify(settings)) };
   let frame = 0;
   const paintSoon = () => (frame ||= requestAnimationFrame(() => {
     frame = 0;
@@ -132,7 +132,7 @@ async function run(node) {
       const choice = event.choices?.[0];
       if (event.usage) node.usage = event.usage;
       if (!choice) continue;
-      reply.take(choice);
+      reply.take(choice, sampling);
       const count = choice.logprobs?.content?.length || (choice.delta?.content || choice.delta?.reasoning_content ? 1 : 0);
       if (count) {
         const now = performance.now();

@@ -55,7 +55,7 @@ class Reply {
   get closed() { // thinking came to its end
     return this.reasoning.after.length > 0;
   }
-  // token: {text, bytes (null: those of the text), logprob (null: put in, not drawn), top: [[text, logprob, bytes]]}
+  // token: {text, bytes (null: those of the text), logprob (null: put in, not drawn), top: [[text, logprob, bytes, its share in the draw]]}
   push(token, hint) {
     const index = this.tokens.push(token) - 1, fresh = this.part === "answer" && !this.answer.text && !this.closed;
     if (fresh && !this.answer.raw && token.text === THINK) this.part = "reasoning";
@@ -73,12 +73,12 @@ class Reply {
     if (!isControl(token.text)) part.push(index, tokenBytes(token));
     else (part.raw ? part.after : part.before).push(index);
   }
-  take({ delta = {}, logprobs }) { // a choice of a chunk
+  take({ delta = {}, logprobs }, sampling) { // a choice of a chunk
     const thought = delta.reasoning_content ?? delta.reasoning ?? "", said = delta.content ?? "";
     const tokens = logprobs?.content ?? [];
     if (!tokens.length && thought && !this.answer.text) this.part = "reasoning";
     this.reasoning.text += thought; // before the tokens: an end of the thinking among them comes behind it
-    for (const one of tokens) this.push(tokenOf(one), thought && !said ? "reasoning" : "");
+    for (const one of tokens) this.push(tokenOf(one, sampling), thought && !said ? "reasoning" : "");
     this.answer.text += said;
     if (said) this.part = "answer";
   }
@@ -125,11 +125,30 @@ class Reply {
   }
 }
 
-function tokenOf({ token, logprob, bytes, top_logprobs: top }) {
+const SHOWN = 10; // alternatives that the card of a token lists
+
+function tokenOf({ token, logprob, bytes, top_logprobs: top }, sampling) {
   const own = (text, bytes) => (bytes && text.includes("\ufffd") ? bytes : null);
-  const drawn = typeof logprob === "number" && logprob > -9999;
-  return { text: token, bytes: own(token, bytes), logprob: drawn ? logprob : null,
-    top: (top || []).map((one) => [one.token, one.logprob, own(one.token, one.bytes)]) };
+  const drawn = typeof logprob === "number" && logprob > -9999, all = top || [];
+  const shares = drawnShares(all.map((one) => one.logprob), sampling);
+  const rows = all.map((one, at) => [one.token, one.logprob, own(one.token, one.bytes), shares?.[at] ?? null]);
+  return { text: token, bytes: own(token, bytes), logprob: drawn ? logprob : null, top: rows.filter((row, at) => at < SHOWN || all[at].token === token) };
+}
+
+// The shares with which the likeliest tokens could be drawn: temperature, top-k, top-p and min-p, in the server's order.
+// Null where these tokens do not tell: with penalties, or where the filters leave more of them.
+function drawnShares(logprobs, s) {
+  if (!s || !logprobs.length || s.presence_penalty || s.frequency_penalty || s.repetition_penalty !== 1) return null;
+  if (s.temperature === 0) return logprobs.map((_, at) => Number(at === 0));
+  const left = s.top_k > 0 ? Math.min(s.top_k, logprobs.length) : logprobs.length, all = left === s.top_k;
+  if (!all && (s.temperature !== 1 || s.top_k > 0)) return null; // the others' part of the sum is not known
+  const weights = logprobs.slice(0, left).map((value) => Math.exp((value - logprobs[0]) / s.temperature));
+  const sum = all ? weights.reduce((a, b) => a + b) : Math.exp(-logprobs[0]);
+  let kept = 0, held = 0;
+  while (kept < left && (s.top_p === 1 || held < s.top_p * sum) && weights[kept] >= s.min_p) held += weights[kept++];
+  if (kept === left && !all && (s.top_p < 1 || s.min_p > 0)) return null;
+  const whole = kept < left || all ? held : sum;
+  return logprobs.map((_, at) => (at < kept ? weights[at] / whole : 0));
 }
 
 // The tree. A node is {id, parent, role, children, active, text | reply, ...}; `active` is the child that is shown.

@@ -41,19 +41,22 @@ function openCard(next, pin) {
   const own = rows.findIndex(([text, , bytes]) => text === token.text && String(bytes || "") === String(token.bytes || ""));
   if (own < 0 && token.logprob !== null) rows.push([token.text, token.logprob, token.bytes]);
   const listed = rows.reduce((sum, [, logprob]) => sum + probability(logprob), 0);
-  const list = h("ol", {}, ...rows.map((row, at) => {
-    const [text, logprob] = row, p = probability(logprob), chosen = at === (own < 0 ? rows.length - 1 : own);
+  const two = rows.some(([, logprob, , drawn]) => drawn != null && Math.abs(drawn - probability(logprob)) > 0.0005); // the sampling changes them
+  const list = h("ol", { class: two ? "two" : "" }, ...rows.map((row, at) => {
+    const [text, logprob, , drawn] = row, p = probability(logprob), odds = two && drawn != null && (drawn ? percent(drawn) : "never"), chosen = at === (own < 0 ? rows.length - 1 : own);
     const bar = h("i", {});
     bar.style.width = `${Math.max(1, 100 * p)}%`;
     const refused = chosen ? "what the reply says" : reply.refuses(index, row), possible = !refused;
     const why = refused || (ENDS.test(text) ? "end the reply here" : "branch the reply here");
     const button = h("button", { type: "button", class: chosen ? "chosen" : "", "aria-disabled": !possible && "true", title: why,
-      "aria-label": `${nameOf(row)}, ${percent(p)}: ${why}` }, h("span", { class: "name" }, nameOf(row)), h("span", { class: "track" }, bar), h("span", { class: "share" }, percent(p)));
+      "aria-label": `${nameOf(row)}, ${percent(p)}${odds ? `, drawn ${odds}` : ""}: ${why}` }, h("span", { class: "name" }, nameOf(row)), h("span", { class: "track" }, bar),
+      h("span", { class: "share" }, percent(p)), two ? h("span", { class: "share odds" }, odds || "") : null);
     if (possible) button.addEventListener("click", () => (closeCard(), branch(index, row)));
     return h("li", {}, button);
   }));
   if (rows.length && 1 - listed > 0.0005) list.append(h("li", { class: "others" }, h("span", { class: "name soft" }, "all others"), h("span", { class: "track" }), h("span", { class: "share" }, percent(1 - listed))));
-  const note = !rows.length ? "No alternatives: the thinking budget put this in." : "Choose one and the reply goes on from there. Shares are the model's own, before temperature and filters.";
+  if (two) list.prepend(h("li", { class: "others", "aria-hidden": "true" }, h("span"), h("span"), h("span", { class: "share" }, "model"), h("span", { class: "share" }, "as drawn")));
+  const note = !rows.length ? "No alternatives: the thinking budget put this in." : "Choose one and the reply goes on from there. Shares are the model's own, before temperature and filters" + (two ? "; beside them those of the draw." : ".");
   card.replaceChildren(title, list, h("p", { class: "soft" }, note));
   card.setAttribute("aria-label", `Token ${nameOf(token)} and its alternatives`);
   card.hidden = false;

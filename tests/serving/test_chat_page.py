@@ -74,7 +74,7 @@ def test_a_reply_streams_and_its_thinking_is_folded(view, server):
     assert view.inner_text("#model") == "tiny" and "0.48 million parameters · bf16" in view.inner_text("#facts")
     sent = server.asked[0]
     assert sent["messages"] == [{"role": "user", "content": "What is 17 + 28?"}] and sent["model"] == "tiny"
-    assert sent["stream_options"] == {"include_usage": True} and sent["top_logprobs"] == 10
+    assert sent["stream_options"] == {"include_usage": True} and sent["top_logprobs"] == 20
     assert sent["chat_template_kwargs"] == {"enable_thinking": True} and "temperature" not in sent
 
 
@@ -498,3 +498,48 @@ def test_a_narrow_screen_and_a_dark_one(view, server):
     view.click("#close-settings")
     view.click("#theme")
     assert view.evaluate("getComputedStyle(document.body).backgroundColor") != dark
+
+
+def test_the_shares_of_the_draw_are_those_of_the_sampler(view):
+    """Computed by the page from the 20 likeliest tokens, or not told."""
+    import numpy as np
+    import torch
+
+    from inference.params import SamplingParams
+    from inference.sampling import distribution, top_logprobs
+
+    chance, told = np.random.default_rng(0), 0
+    for number in range(120):
+        logits = chance.normal(0, chance.choice([1, 4]), 60).astype(np.float32)
+        given = {"temperature": chance.choice([0.0, 0.6, 1.0, 1.7]), "top_k": chance.choice([0, 1, 3, 20, 40])}
+        given |= {"top_p": chance.choice([0.3, 0.95, 1.0]), "min_p": chance.choice([0.0, 0.05])}
+        given = {name: value.item() for name, value in given.items()}
+        ids, weights = distribution(logits, SamplingParams(**given))
+        shares = np.zeros(60)
+        shares[slice(None) if ids is None else ids] = weights / weights.sum()
+        top = top_logprobs(torch.from_numpy(logits), 0, 20)[1]
+        penalties = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
+        asked = [[value for _, value in top], given | penalties]
+        found = view.evaluate("([logprobs, sampling]) => drawnShares(logprobs, sampling)", asked)
+        if found is None:
+            assert given["temperature"] and (given["top_k"] in (0, 40))
+            continue
+        told += 1
+        assert found == pytest.approx([shares[token] for token, _ in top], abs=1e-5), (number, given)
+        asked[1]["presence_penalty"] = 1
+        assert view.evaluate("([logprobs, sampling]) => drawnShares(logprobs, sampling)", asked) is None
+    assert told > 70
+
+
+def test_a_card_tells_the_shares_of_the_draw_where_they_differ(view, server):
+    server.model = {**server.model, "sampling": {"answer": {"temperature": 0.5, "top_k": 2, "top_p": 1, "min_p": 0}}}
+    server.model["thinking"] = "never"
+    view.reload()
+    view.wait_for_selector("#model:text-is('tiny')")
+    server.replies = [[("a", 0.6, (" b", 0.3), (" c", 0.1)), ("<|im_end|>", 1.0)]]
+    ask(view)
+    view.locator(".tok:text-is('a')").first.click()
+    rows = [row.replace("\u00a0", " ").split() for row in view.locator("#card li").all_inner_texts()]
+    assert rows[0] == ["model", "as", "drawn"]
+    assert [row[-4:] for row in rows[1:3]] == [["60.0", "%", "80.0", "%"], ["30.0", "%", "20.0", "%"]]
+    assert rows[3][-1] == "never"
