@@ -24,12 +24,12 @@ SCHEMA = {
     "required": ["name", "kind", "list"],
     "additionalProperties": False,
 }
-ADD = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": [1, 2]}}, "required": ["a", "b"]}
+ADD = {"type": "object", "properties": {"a": {"enum": [7, 19]}, "b": {"enum": [1, 2]}}, "required": ["a", "b"]}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": ADD | {"additionalProperties": False}}}]
 
 
 def requests(count: int) -> list[dict]:
-    """Of many kinds: greedy and hot, thinking or not, begun alike, with a budget, a grammar, a bias, several choices."""
+    """Of many kinds: greedy and hot, thinking or not, begun alike, with a budget, a grammar, a bias."""
     found = []
     for number in range(count):
         rng = random.Random(number)
@@ -49,7 +49,8 @@ def requests(count: int) -> list[dict]:
                 ({"type": "json_object"}, {"type": "json_schema", "json_schema": schema})
             )
         elif number % 7 == 3:
-            fields |= {"tools": TOOLS, "tool_choice": rng.choice(("auto", "required")), "max_tokens": 40}
+            fields |= {"tools": TOOLS, "tool_choice": rng.choice(("auto", "required")), "max_tokens": 70}
+            fields["parallel_tool_calls"] = rng.random() < 0.5
         elif number % 7 == 4:
             messages.append({"role": "assistant", "content": rng.choice(("It is", "12 +", "<think>\nFirst"))})
             extra["continue_final_message"] = True
