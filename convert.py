@@ -275,9 +275,13 @@ def main() -> None:
     is_directory = options.to != "gguf" or options.reader is not None
     out = output_path(options, source, is_directory)
     check_place(out, source, is_directory, options.force)
-    out.parent.mkdir(parents=True, exist_ok=True)
     convert = convert_to_gguf if options.to == "gguf" else convert_to_safetensors
-    result = convert(source, out, options)
+    try:
+        result = convert(source, out, options)
+    except OSError as error:
+        if error.filename is None or not Path(error.filename2 or error.filename).is_relative_to(out.parent):
+            raise
+        raise ValueError(f"--out {out}: {(error.strerror or str(error)).lower()}; choose another place") from None
     result.print()
     result.warn_of_overflow()
     size = sum(file["bytes"] for file in result.files.values())

@@ -136,6 +136,10 @@ def check_place(out: Path, source: Source, is_directory: bool, force: bool) -> N
         raise ValueError(f"--out {out}: is inside the source {source.path}; choose a place outside it")
     if any(file.is_relative_to(real) for file in files):
         raise ValueError(f"--out {out}: holds the source {source.path}; choose a place outside it")
+    if not (parent := _existing_parent(out)).is_dir():
+        raise ValueError(f"--out {out}: {parent} is a file, not a directory; choose another place")
+    if not is_directory:
+        record.results(out.parent / record.NAME)  # must be able to take an entry
     if not out.exists() and not out.is_symlink():
         return
     if not force:
@@ -149,8 +153,12 @@ def check_place(out: Path, source: Source, is_directory: bool, force: bool) -> N
         )
 
 
+def _existing_parent(out: Path) -> Path:
+    return next(parent for parent in out.absolute().parents if parent.exists())
+
+
 def check_disk(out: Path, size: int) -> None:
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    folder = _existing_parent(out)
     free = shutil.disk_usage(folder).free
     if free < size + SPARE_DISK:
         raise ValueError(f"--out {out}: needs {show_size(size)}, but only {show_size(free)} are free in {folder}")

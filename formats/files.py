@@ -4,6 +4,7 @@ A reader, or a run that is killed at any moment, never sees half a file under a 
 atomically; the fsyncs order the data before the name).
 """
 
+import errno
 import hashlib
 import os
 import secrets
@@ -21,6 +22,20 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _naming(path: Path, temporary: Path) -> Iterator[None]:
+    """The system's errors name the final path: a temporary one says nothing to a user, and a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = str(path)
+        for name in ("filename", "filename2"):
+            if isinstance(value := getattr(error, name), str | Path):
+                setattr(error, name, str(value).replace(str(temporary), str(path)))
+        raise
 
 
 def _temporary(path: Path, suffix: str = "tmp") -> Path:
@@ -45,15 +60,16 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     temporary = _temporary(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
-    os.close(descriptor)
-    try:
-        yield temporary
-        temporary.chmod(mode)
-        publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _naming(path, temporary):
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        os.close(descriptor)
+        try:
+            yield temporary
+            temporary.chmod(mode)
+            publish(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -62,28 +78,29 @@ def atomic_directory(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     temporary, old = _temporary(path), _temporary(path, "old")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.mkdir()
-    mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666
-    try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file() and not file.is_symlink():
-                file.chmod(mode)
-            fsync(file)
-        fsync(temporary)
-        if path.exists():
-            path.rename(old)
+    with _naming(path, temporary):
+        temporary.mkdir()
+        mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666
         try:
-            temporary.rename(path)
-        except OSError:
-            if old.exists() and not path.exists():
-                old.rename(path)
-            raise
-        fsync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                if file.is_file() and not file.is_symlink():
+                    file.chmod(mode)
+                fsync(file)
+            fsync(temporary)
+            if path.exists():
+                path.rename(old)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if old.exists() and not path.exists():
+                    old.rename(path)
+                raise
+            fsync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -93,8 +93,8 @@ def write_entry(out: Path, entry: dict[str, Any]) -> None:
     """Adds the entry of a file to its folder's record. Safe during another conversion into the same folder."""
     path = out.parent / NAME
     with _lock(out.parent):
-        others = read_json(path) if path.exists() else {}
-        write_text(path, to_text(results(path) | {out.name: entry}, others))
+        found = results(path)
+        write_text(path, to_text(found | {out.name: entry}, read_json(path) if path.exists() else {}))
 
 
 @contextmanager
@@ -108,7 +108,10 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _results(path: Path) -> dict[str, Any]:
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except ValueError:
+        raise ValueError(f"{path}: not a record of results; move it away") from None
     results = content.get("results", {} if content.get("schema") == SCHEMA else None)
     if not isinstance(results, dict) or not all(isinstance(entry, dict) for entry in results.values()):
         raise ValueError(f"{path}: not a record of results; move it away")
@@ -117,7 +120,7 @@ def _results(path: Path) -> dict[str, Any]:
 
 def results(path: Path) -> dict[str, Any]:
     """The entries of a record; none where there is no record."""
-    return _results(path) if path.is_file() else {}
+    return _results(path) if path.exists() else {}
 
 
 def is_result(directory: Path) -> bool:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -420,6 +421,34 @@ def test_a_full_disk_is_seen_before_the_work(models, tmp_path, refuse, monkeypat
         line = refuse("--to", to, "--model", models / "tied", "--out", out)
         assert "needs" in line and "are free in" in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["gguf", "fp32", "int4"])
+def test_a_disk_that_gets_full_during_the_work(models, tmp_path, refuse, to):
+    """By a limit on the size of a file, which ends a write as a full disk does."""
+    out, limits = tmp_path / ("m.gguf" if to == "gguf" else "out"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        line = refuse("--to", to, "--model", models / "tied", "--out", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert line == f"convert.py: error: --out {out}: file too large; choose another place\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"results": 7}', None])
+def test_a_record_that_is_none_is_seen_before_the_work(models, tmp_path, refuse, content):
+    file = tmp_path / "model_context.json"
+    file.mkdir() if content is None else file.write_text(content)
+    line = refuse("--to", "gguf", "--model", models / "tied", "--out", tmp_path / "m.gguf")
+    assert f"{file}: not a record of results; move it away" in line
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_place_below_a_file(models, tmp_path, refuse):
+    (tmp_path / "notes").write_text("x")
+    for to, out in (("fp32", tmp_path / "notes" / "out"), ("gguf", tmp_path / "notes" / "a" / "m.gguf")):
+        assert f"{tmp_path / 'notes'} is a file" in refuse("--to", to, "--model", models / "tied", "--out", out)
 
 
 def corrupt(name: str, directory: Path) -> str:

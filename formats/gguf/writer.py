@@ -33,6 +33,7 @@ from formats.threads import map_in_threads
 TYPES = tuple(names.FILE_TYPES)
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # written by the converter, all others by the quantiser
 DEFAULT_FORMAT = {"q4_k_s": "Q4_K", "q4_k_m": "Q4_K", "q5_k_m": "Q5_K"}  # the others are named like their format
+READ = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)  # the others pass through float32, as there
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are not whole blocks of 256
 OnTensor = Callable[[str, int], None]
 Pack = Callable[[torch.Tensor, types.Format], types.Packed]
@@ -210,12 +211,16 @@ def _pad(file: BinaryIO) -> None:
 def _pieces(checkpoint: Any, tensors: list[Planned]) -> Iterator[tuple[Planned, str, torch.Tensor]]:
     """All values of the file in order, a piece at a time, with the tensor they belong to and where they come from."""
     for tensor in tensors:
+        format = tensor.format
         for source in tensor.sources:
-            values = checkpoint.read(source).reshape(-1)
-            if not values.dtype.is_floating_point or values.dtype.itemsize > 4:
-                raise ValueError(f"{checkpoint.path}: {source} is {values.dtype}, not a float that GGUF holds")
-            for piece in values.split(types.PIECE):
-                yield tensor, source, piece
+            if format.pack and checkpoint.format_of(source) == format:  # the blocks of another .gguf: as they are
+                values, length = checkpoint.blocks(source).reshape(-1), types.PIECE // format.block * format.size
+            else:
+                values, length = checkpoint.read(source).reshape(-1), types.PIECE
+                if not values.dtype.is_floating_point:
+                    raise ValueError(f"{checkpoint.path}: {source} is {values.dtype}, not a float that GGUF holds")
+            for piece in values.split(length):
+                yield tensor, source, piece if piece.dtype in READ else piece.float()
             del values
             checkpoint.release(source)
 
@@ -226,6 +231,10 @@ def _write_data(
     def packed(piece: tuple[Planned, str, torch.Tensor]) -> tuple[Planned, types.Packed]:
         tensor, source, values = piece
         try:
+            if values.dtype == torch.uint8:
+                if not types.all_finite(values, tensor.format):
+                    raise ValueError("a value is not finite")
+                return tensor, types.Packed(values, 0.0, 0.0)
             return tensor, pack(values, tensor.format)
         except ValueError as error:
             raise ValueError(f"{checkpoint.path}: {source} cannot be {tensor.format.name}: {error}") from None

@@ -269,6 +269,38 @@ def test_a_gguf_is_a_source_too(checkpoints, tmp_path):
         assert all(torch.equal(second.read(name), straight.read(name)) for name in straight.tensors)
 
 
+def test_blocks_that_have_the_type_already_are_copied(checkpoints, tmp_path):
+    """As llama-quantize --allow-requantize copies them; packed again, most blocks of Q6_K would move once more."""
+    first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
+    write_gguf(checkpoints["tied"], first, "q6_k")
+    errors = write_gguf(open_checkpoint(first), second, "q4_0")
+    source, found = GGUF(first), GGUF(second)
+    assert found.format_of("model.embed_tokens.weight").name == "Q6_K" and errors["token_embd.weight"] == (0, 0)
+    assert torch.equal(found.blocks("model.embed_tokens.weight"), source.blocks("model.embed_tokens.weight"))
+    assert found.format_of("model.layers.0.mlp.up_proj.weight").name == "Q4_0" and errors["blk.0.ffn_up.weight"][0] > 0
+
+
+def test_a_damaged_block_is_not_copied(checkpoints, tmp_path):
+    path = tmp_path / "damaged.gguf"
+    write_gguf(checkpoints["tied"], path, "q6_k")
+    start = GGUF(path).stored["token_embd.weight"].start
+    with path.open("r+b") as file:
+        file.seek(start + 208)
+        file.write(b"\xff\x7f")  # a scale that is NaN
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight cannot be Q6_K: a value is not finite"):
+        write_gguf(open_checkpoint(path), tmp_path / "m.gguf", "q4_0")
+
+
+def test_float64_is_written_as_the_converter_does(checkpoints, tmp_path):
+    class Double(View):
+        def read(self, name):
+            return super().read(name).double()
+
+    write_gguf(checkpoints["tied"], tmp_path / "a.gguf", "q4_0")
+    write_gguf(Double(checkpoints["tied"]), tmp_path / "b.gguf", "q4_0")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
 def test_errors_are_those_of_the_values(checkpoints, tmp_path):
     source, path = checkpoints["tied"], tmp_path / "model.gguf"
     found = write_gguf(source, path, "q4_0")
