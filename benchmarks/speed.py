@@ -98,7 +98,7 @@ class Nanoqwen:
         from inference.params import SamplingParams
         from ops.memory import release_freed_memory
 
-        self.job, self.greedy = job, SamplingParams(temperature=0)
+        self.job, self.greedy, self.cache, self.fast = job, SamplingParams(temperature=0), None, None
         self.prompt = Chat.from_pretrained(job.model).render(QUESTION)
         release_freed_memory()
 
@@ -123,10 +123,17 @@ class Nanoqwen:
         """Appends ids (a list for each row) to the cache; the likeliest next token of each row."""
         import torch
 
+        from inference.decode import forward
         from inference.sampling import sample
+        from ops.cpu.step import running
 
-        logits = self.model(torch.tensor(ids, device=self.job.device), cache, last=True)
-        return [[sample(row[-1], self.greedy, None)] for row in logits]
+        if len(ids) > 1:
+            logits = self.model(torch.tensor(ids, device=self.job.device), cache, last=True)[:, -1]
+        else:
+            if cache is not self.cache:
+                self.cache, self.fast = cache, running(self.model, cache)
+            logits = forward(self.model, ids[0], cache, fast=self.fast)
+        return [[sample(row, self.greedy, None)] for row in logits]
 
     def settle(self) -> None:
         """What a long reply has behind it: its first some hundred tokens move the weights into huge pages."""

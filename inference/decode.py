@@ -19,6 +19,7 @@ from formats.tensors import all_finite
 from inference.params import SamplingParams, recommended
 from inference.sampling import NotFinite, Said, is_penalized, sample
 from model import KVCache, Qwen3
+from ops.cpu.step import Running, running
 
 PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once; bounds the memory of a long prompt
 
@@ -43,8 +44,9 @@ class Speculator(Protocol):
 def generate(model: Qwen3, ids: Sequence[int], params: SamplingParams | None = None, **options) -> Iterator[int]:
     """Yields the reply's token ids one by one, the end token included. `options` are those of `steps`.
 
-    Stops at an end token of the checkpoint, at `max_new_tokens`, or where the model's context is full. Stop strings are
-    text: with `params.stop` the checkpoint's `chat` has to be given.
+    The model is the one that it is at the first token: modules, weights and hooks that are replaced while a reply is
+    made count for the next one. Stops at an end token of the checkpoint, at `max_new_tokens`, or where the model's
+    context is full. Stop strings are text: with `params.stop` the checkpoint's `chat` has to be given.
     """
     for token, _ in steps(model, ids, params, **options):
         yield token
@@ -77,12 +79,13 @@ def steps(
     pending = list(ids[cache.lengths[0] :])
     if speculation is not None:
         speculation.begin(ids)
+    fast = running(model, cache)
     while True:
         guesses = []
         if speculation is not None and reply.tokens:
             most = reply.limit - len(reply.tokens) - 1 if len(pending) == 1 else 0
             guesses = speculation.propose(reply.tokens, most, reply.params, reply.generator)
-        logits = forward(model, [*pending, *guesses], cache, count=1 + len(guesses))
+        logits = forward(model, [*pending, *guesses], cache, count=1 + len(guesses), fast=fast)
         chosen, accepted = [], 0
         for row, guess in zip(logits, [*guesses, None], strict=True):
             news = reply.choose(row)
@@ -179,13 +182,16 @@ def damage(model: Qwen3, most: int = 6) -> str | None:
 
 
 @torch.inference_mode()
-def forward(model: Qwen3, ids: Sequence[int], cache: KVCache, count: int = 1) -> Tensor:
-    """Appends ids to a cache of one row, a chunk at a time, and returns the logits [count, V] of the last `count`."""
-    device = model.device
+def forward(model: Qwen3, ids: Sequence[int], cache: KVCache, count: int = 1, fast: Running | None = None) -> Tensor:
+    """Appends ids to a cache of one row, a chunk at a time, and returns the logits [count, V] of the last `count`.
+
+    `fast` does the same for this model and this cache, where ops/cpu/step.py serves them.
+    """
     for start in range(0, len(ids), PREFILL_CHUNK):
-        chunk = torch.tensor([ids[start : start + PREFILL_CHUNK]], device=device)
-        logits = model(chunk, cache, last=count == 1)
-    return logits[0, -count:]
+        part = ids[start : start + PREFILL_CHUNK]
+        if fast is None or (logits := fast(part, min(count, len(part)))) is None:
+            logits = model(torch.tensor([part], device=model.device), cache, last=count == 1)[0]
+    return logits[-count:]
 
 
 class PromptTooLong(ValueError):

@@ -76,14 +76,19 @@ def penalize(logits: np.ndarray, params: SamplingParams, said: Said) -> np.ndarr
     return logits
 
 
+def check_finite(largest: np.float32) -> None:
+    """Raises NotFinite where the largest of some logits is not finite."""
+    if not math.isfinite(largest):
+        raise NotFinite("the model's logits are not finite; float16 overflows on some models: try --dtype float32")
+
+
 def scaled(logits: np.ndarray, temperature: float) -> np.ndarray:
     """logits / temperature, float32 [V], in place where possible. Where that overflows, the largest is 0.
 
     Raises NotFinite for logits that are not finite.
     """
     largest = logits.max()
-    if not np.isfinite(largest):
-        raise NotFinite("the model's logits are not finite; float16 overflows on some models: try --dtype float32")
+    check_finite(largest)
     with np.errstate(over="ignore", under="ignore"):
         divisor = np.float32(temperature)
         if divisor > 0 and np.isfinite(largest / divisor):
@@ -147,7 +152,14 @@ def scratch_with(logits: Tensor) -> Scratch:
     scratch = getattr(_of_thread, "scratch", None)
     if scratch is None or len(scratch.row) != len(logits):
         scratch = _of_thread.scratch = Scratch(len(logits))
-    torch.from_numpy(scratch.row).copy_(logits.detach())
+    if (
+        logits.dtype is torch.bfloat16 and logits.is_cpu
+    ):  # a float32 without its lower bits, and no thread to wake for it
+        wide = scratch.row.view(np.uint32)
+        wide[:] = logits.detach().view(torch.int16).numpy().view(np.uint16)
+        np.left_shift(wide, 16, out=wide)
+    else:
+        torch.from_numpy(scratch.row).copy_(logits.detach())
     return scratch
 
 
@@ -155,8 +167,8 @@ def candidates(scratch: Scratch, params: SamplingParams) -> tuple[np.ndarray | N
     """The ids and weights of `distribution` before top-p and min-p, the largest being 1. Overwrites the logits."""
     scores, ids = scratch.row, None
     if params.temperature == 0:
-        best = scores.argmax()
-        scaled(scores[best : best + 1], 1.0)  # is it finite?
+        best = scores.argmax()  # the first NaN, if there is one
+        check_finite(scores[best])
         return best[None], np.ones(1, np.float32)
     scores = scaled(scores, params.temperature)
     if 0 < params.top_k < len(scores):

@@ -103,6 +103,7 @@ class Bound:
         struct.layers = self._keep((Block * len(layers))(*layers))
         struct.norm = self._norm(decoder.norm, C)
         struct.lm_head = self._head(model, loaded, C)
+        self.ids = min(self.vocabulary, struct.lm_head.rows)  # token ids end there
         return struct
 
     def _head(self, model: nn.Module, loaded: ctypes.CDLL, C: int) -> Linear:
@@ -193,15 +194,30 @@ class Bound:
 
     def step(self, loaded: ctypes.CDLL, ids: Tensor, cache: Any, last: bool) -> Tensor | None:
         """Logits [B, T or 1, V]; the cache is T positions longer. None: PyTorch must do it, or say what is wrong."""
-        (B, T), keys, values, lengths = ids.shape, cache.keys, cache.values, cache.lengths
-        vocab_size, layers, max_len = self.struct.lm_head.rows, self.struct.num_hidden_layers, cache.max_len
-        if not B * T or len(lengths) != B or len(keys) != layers or len(values) != layers:
+        (B, T), lengths, max_len, D = ids.shape, cache.lengths, cache.max_len, self.cache_shape[1]
+        if not B * T or not all(type(n) is int and 0 <= n <= max_len - T for n in lengths):
             return None
-        if not all(type(n) is int and 0 <= n <= max_len - T for n in lengths):
+        if int(ids.min()) < 0 or int(ids.max()) >= self.ids:
             return None
-        if int(ids.min()) < 0 or int(ids.max()) >= min(vocab_size, self.vocabulary):
+        counts = [(n + T - 1) // BLOCK + 1 for n in lengths]
+        if (blocks := self.blocks_of(cache, B, counts)) is None:
             return None
-        K, D = self.cache_shape
+        outputs = 1 if last else T
+        logits = self._run(loaded, ids.numpy().ravel(), [T] * B, [outputs] * B, lengths, blocks, counts, max_len * D)
+        cache.advance(T)
+        return logits.view(B, outputs, self.struct.lm_head.rows)
+
+    def blocks_of(self, cache: Any, B: int, counts: list[int]) -> list[np.ndarray] | None:
+        """What `_run` wants of a cache of B rows, `counts` blocks of each; None where it is not one for this model."""
+        (K, D), layers, max_len, keys, values = (
+            self.cache_shape,
+            self.struct.num_hidden_layers,
+            cache.max_len,
+            cache.keys,
+            cache.values,
+        )
+        if len(cache.lengths) != B or len(keys) != layers or len(values) != layers:
+            return None
         scales, dtype = (cache.key_scales, cache.value_scales), torch.uint8 if cache.key_scales else self.dtype
         if list(map(len, scales)) not in ([0, 0], [layers, layers]):
             return None
@@ -210,18 +226,12 @@ class Bound:
                 fits = tensor.shape == (B, K, max_len, width) and tensor.dtype == kind
                 if not fits or not tensor.is_cpu or not tensor.is_contiguous():
                     return None
-        counts = [(n + T - 1) // BLOCK + 1 for n in lengths]
-        rows = [np.arange(count) * BLOCK + K * max_len * row for row, count in enumerate(counts)]
-        places = np.concatenate(rows)
-        blocks = [
+        places = np.concatenate([np.arange(count) * BLOCK + K * max_len * row for row, count in enumerate(counts)])
+        return [
             np.array([tensor.data_ptr() for tensor in part])[:, None] + places * (part[0].shape[3] * part[0].itemsize)
             for part in (keys, values, *scales)
             if part
         ]
-        outputs = 1 if last else T
-        logits = self._run(loaded, ids.numpy().ravel(), [T] * B, [outputs] * B, lengths, blocks, counts, max_len * D)
-        cache.advance(T)
-        return logits.view(B, outputs, vocab_size)
 
     def page(self, eight_bits: bool) -> Tensor:
         """What `new_page` below says."""
@@ -249,7 +259,7 @@ class Bound:
         if one.dtype == torch.uint8:
             blocks += [keys + K * BLOCK * D, keys + part + K * BLOCK * D]
         counts, flat = list(map(len, ids)), np.fromiter(chain.from_iterable(ids), np.int64)
-        if not 0 <= flat.min() <= flat.max() < min(self.vocabulary, self.struct.lm_head.rows):
+        if not 0 <= flat.min() <= flat.max() < self.ids:
             raise ValueError(f"token ids from {flat.min()} to {flat.max()}: not all are of the model's vocabulary")
         room = [BLOCK * len(row) - length - count for row, length, count in zip(pages, lengths, counts, strict=True)]
         assert min(room) >= 0 and all(0 <= n <= count for n, count in zip(outputs, counts, strict=True))
@@ -279,13 +289,17 @@ class Bound:
         held = KVCache(*_addresses(*blocks), *[None] * (4 - len(blocks)), blocks[0].shape[1])
         held.first, held.strides, held.lengths = _addresses(first, strides, lengths)
         given = Tokens(*_addresses(ids, starts, outputs), B, logits.data_ptr())
+        self.run(loaded, held, given, tokens)
+        return logits
+
+    def run(self, loaded: ctypes.CDLL, held: KVCache, given: Tokens, tokens: int) -> None:
+        """So many tokens in all through step.cpp."""
         threads = max(1, min(torch.get_num_threads(), tokens * self.bytes // BYTES_PER_THREAD))
         start = time.perf_counter()
         if getattr(loaded, "step_" + DTYPES[self.dtype])(self.struct, held, given, threads):
-            raise MemoryError(f"not enough memory for {tokens:,} tokens at {max(lengths):,} positions")
+            raise MemoryError(f"not enough memory for {tokens:,} tokens and their attention")
         if tokens <= FEW:
             self._move_to_huge_pages(time.perf_counter() - start)
-        return logits
 
     def _move_to_huge_pages(self, seconds: float) -> None:
         """After some tokens of a reply, so that a short one does not pay for it, and for a share of each pass's time:
@@ -308,6 +322,48 @@ class Bound:
         if wants_huge_pages():
             self.huge = self.huge or HugePages(self.places)
             self.huge.move(self.bytes)
+
+
+class Running:
+    """One sequence in a cache: `model(ids, cache)` without what `serving` asks before each pass.
+
+    Between two tokens neither the model's Python objects nor PyTorch's code are in the processor's caches, and to look
+    at all of them takes 2 ms, a tenth of a small model's token. So the model is the one of the beginning: its weights
+    are kept alive, and a module, weight or hook that is replaced meanwhile is not noticed.
+    """
+
+    def __init__(self, model: nn.Module, bound: Bound, cache: Any, blocks: list[np.ndarray]):
+        self.bound, self.cache, self.loaded = bound, cache, library()
+        self.kept = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+        self.kept += [cache.keys, cache.values, cache.key_scales, cache.value_scales, *blocks]
+        self.lengths, self.starts, self.outputs = np.zeros(1, np.int64), np.zeros(2, np.int64), np.zeros(1, np.int64)
+        first, strides = np.zeros(1, np.int64), np.full(1, cache.max_len * bound.cache_shape[1])
+        self.kept += [first, strides]
+        self.held = KVCache(*_addresses(*blocks), *[None] * (4 - len(blocks)), blocks[0].shape[1])
+        self.held.first, self.held.strides, self.held.lengths = _addresses(first, strides, self.lengths)
+        self.given = Tokens(None, *_addresses(self.starts, self.outputs), 1)
+
+    def __call__(self, ids: Sequence[int], outputs: int) -> Tensor | None:
+        """Logits [outputs, V] of the last ids, all of which the cache then holds. None for what `model` refuses."""
+        cache, count = self.cache, len(ids)
+        length = cache.lengths[0]
+        if not 0 < count <= cache.max_len - length or not 0 <= min(ids) <= max(ids) < self.bound.ids:
+            return None
+        numbers = np.array(ids, np.int64)
+        logits = torch.empty(outputs, self.bound.struct.lm_head.rows, dtype=self.bound.dtype, device="cpu")
+        self.lengths[0], self.starts[1], self.outputs[0] = length, count, outputs
+        self.given.ids, self.given.logits = numbers.ctypes.data, logits.data_ptr()
+        self.bound.run(self.loaded, self.held, self.given, count)
+        cache.advance(count)
+        return logits
+
+
+def running(model: nn.Module, cache: Any) -> Running | None:
+    """For the tokens of one reply; None where the model or the cache, of one row, is not served here."""
+    if not isinstance(model, nn.Module) or model.device.type != "cpu" or (bound := serving(model)) is None:
+        return None
+    blocks = bound.blocks_of(cache, 1, [(cache.max_len - 1) // BLOCK + 1])
+    return None if blocks is None else Running(model, bound, cache, list(map(np.ascontiguousarray, blocks)))
 
 
 def _addresses(*arrays: np.ndarray) -> list[int]:

@@ -754,3 +754,43 @@ def test_a_cache_of_8_bits_grows_and_views_rows_as_another_does():
     broken = KVCache(model.config, 1, 12, dtype=torch.int8)
     broken.key_scales = broken.key_scales[:2]
     assert not ops_step.step(model, ids[:1], broken)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_reply_has_the_models_own_bits(dtype):
+    """`Running` against `model`: a prompt, single tokens, guesses that are taken back, over the border of a block."""
+    model = random_model(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    ids = torch.randint(0, 301, (1, 300)).tolist()[0]
+    caches = [KVCache(model.config, 1, 300, dtype=dtype) for _ in range(2)]
+    run = ops_step.running(model, caches[0])
+    for start, end, back in ((0, 240, 0), (240, 241, 0), (241, 249, 5), (244, 245, 0), (245, 261, 0), (261, 262, 0)):
+        found = run(ids[start:end], min(3, end - start))
+        expected = model(torch.tensor([ids[start:end]]), caches[1])[0]
+        assert torch.equal(found, expected[-3:]) and caches[0].lengths == [end]
+        for cache in caches:
+            cache.truncate(end - back)
+    assert run(ids[:39], 1) is None and run([301], 1) is None and run([-1], 1) is None and run([], 1) is None
+    assert caches[0].lengths == [262]
+
+
+def test_a_weight_that_is_replaced_during_a_reply_counts_for_the_next_one():
+    model, ids = random_model(), list(range(20))
+    cache, before = KVCache(model.config, 1, 40), random_model()(torch.tensor([list(range(20))]))[0]
+    run = ops_step.running(model, cache)
+    head = weakref.ref(model.lm_head.weight)
+    model.lm_head.weight = nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    model.model.layers[0].mlp.up_proj.weight.data = torch.zeros_like(model.model.layers[0].mlp.up_proj.weight)
+    gc.collect()
+    junk = [torch.full((301, 72), 9.0) for _ in range(20)]  # where the old ones would have been
+    assert error(run(ids, 20), before.double()) < 1e-5 and head() is None and junk
+    assert not ops_step.running(model, KVCache(model.config, 1, 40))(ids, 1).any()
+    del model, run
+
+
+def test_a_cache_or_a_model_that_is_not_served_has_no_fast_reply(monkeypatch):
+    model = random_model()
+    assert ops_step.running(model, KVCache(model.config, 1, 8, dtype=torch.bfloat16)) is None
+    assert ops_step.running(model, KVCache(model.config, 2, 8)) is None
+    model.lm_head.register_forward_hook(lambda *_: None)
+    assert ops_step.running(model, KVCache(model.config, 1, 8)) is None
+    assert ops_step.running(lambda *_: None, None) is None
