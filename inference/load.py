@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import console
 from chat import Chat
 from formats.adapter import text_path
-from formats.mapping import map_ahead
 from formats.source import resolve, resolve_default
 from inference.params import MOST_GUESSES, recommended
 
@@ -32,9 +31,6 @@ def load_model(path: Path, options: Namespace, watch: console.Stopwatch | None =
     adapter = options.adapter and resolve(options.adapter, "--adapter")
     chat = Chat.from_pretrained(text_path(path, adapter))
     watch.lap("tokenizer")
-    if options.device in ("auto", "cpu"):
-        for file in path.glob("*.safetensors") if path.is_dir() else [path]:
-            map_ahead(file)
 
     import torch
 

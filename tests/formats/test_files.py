@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from formats import mapping
 from formats.files import atomic_directory, atomic_file, write_text
 from formats.safetensors_read import SafetensorsFile
 from formats.threads import map_in_threads
@@ -135,23 +134,3 @@ def test_threads_stay_as_they_were(ending):
         assert torch.get_num_threads() == 3 and seen == [3] and set(inside) == {1}
     finally:
         torch.set_num_threads(before)
-
-
-def test_a_file_that_was_mapped_ahead_is_handed_out_once_and_only_as_it_is(tmp_path):
-    path = tmp_path / "weights"
-    path.write_bytes(bytes(range(256)) * 1000)
-    mapping.map_ahead(path)
-    (waiting,) = mapping._ahead.values() or [None]
-    first, second = mapping.map_file(path), mapping.map_file(path)
-    assert waiting in (first, None) and first is not second and not mapping._ahead
-    first[0] = 77
-    assert path.read_bytes()[0] == 0 == second[0] and first[1:] == second[1:]
-
-    mapping.map_ahead(path)
-    path.write_bytes(b"other")
-    assert mapping.map_file(path)[:] == b"other"
-    mapping._ahead.clear()
-    mapping.map_ahead(tmp_path / "missing")
-    (tmp_path / "empty").touch()
-    mapping.map_ahead(tmp_path / "empty")
-    assert not mapping._ahead
