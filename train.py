@@ -29,6 +29,7 @@ import sys
 import time
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import console
@@ -43,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 
 from chat import Chat
 from formats.source import resolve
-from inference.decode import generate
+from inference.decode import check_prompt, generate
 from inference.params import SamplingParams
 from ops.devices import use_kernels
 from ops.memory import keep_freed_memory
@@ -74,11 +75,20 @@ class Trainer:
         self.device = self.processes.device
         check_combinations(settings)
         self.chat = Chat.from_pretrained(settings.model.tokenizer)
-        source = build_source(settings, self.chat)
-        self.run, self.model, reference = begin(settings, self.chat, self.processes, resume)
+        source, latest = build_source(settings, self.chat), Path(train.out) / "latest"
+        with one_line_failures(settings, self.processes, latest, loading=True):
+            self.run, self.model, reference = begin(settings, self.chat, self.processes, resume)
+        self.samples = self._sample_prompts()
         stage = STAGES[settings.stage]
         self.stage = stage(settings, self.chat, source, self.model, reference, self.processes, self.autocast)
-        self.stage.prepare(self.run)
+        with one_line_failures(settings, self.processes, latest):
+            self.stage.prepare(self.run)
+        with one_line_failures(settings, self.processes, latest, loading=True):
+            self._make_trainable()
+
+    def _make_trainable(self) -> None:
+        """The model wrapped for its processes, and its optimizers; of a resumed run with their state."""
+        settings, train = self.settings, self.settings.train
         self.balance = self._balance()
         fused = "torch" if train.kernels == "auto" and train.compile else train.kernels  # a compiler fuses by itself
         use_kernels(self.model, fused, "train.kernels")
@@ -152,9 +162,10 @@ class Trainer:
             loss = processes.sum(sum(map(float, losses))) / count  # read once: each reading waits for a GPU
             norm = self.clip_gradients(self.settings.train.clip or math.inf)
             if not math.isfinite(loss) or not math.isfinite(norm):
+                good = f"; {self.run.latest} is the last good checkpoint" if self.run.latest.exists() else ""
                 raise ValueError(
                     f"step {step}: the loss is {loss} and the gradient's norm {norm}; lower optimizer.lr or "
-                    f"train.clip; {self.run.latest} is the last good checkpoint"
+                    f"train.clip{good}"
                 )
             self.optimizers.step(factor)
             totals["loss"] += loss / self.stage.updates
@@ -211,11 +222,21 @@ class Trainer:
         """Greedy samples: the model's answers (sft), or continuations (pretrain)."""
         model = full_model(self.model, self.settings.train.parallel)
         greedy = SamplingParams(temperature=0, max_new_tokens=160)
-        for prompt in self.settings.train.sample_prompts if self.processes.is_first else ():
-            asked = self.settings.stage != "pretrain"
-            ids = self.chat.render([{"role": "user", "content": prompt}]) if asked else self.chat.encode(prompt)
+        for prompt, ids in self.samples.items() if self.processes.is_first else ():
             written = list(generate(model, ids, greedy))
             console.notice(f"> {prompt}\n{self.chat.decode(written, skip_special_tokens=True)}")
+
+    def _sample_prompts(self) -> dict[str, list[int]]:
+        """The ids of each prompt. ValueError before the first step for one that the model can't take."""
+        asks = self.settings.stage != "pretrain"
+        found = {}
+        for prompt in self.settings.train.sample_prompts:
+            ids = self.chat.render([{"role": "user", "content": prompt}]) if asks else self.chat.encode(prompt)
+            try:
+                found[prompt] = check_prompt(self.model, ids)
+            except ValueError as error:
+                raise ValueError(f"train.sample_prompts: {prompt[:40]!r}: {error}") from None
+        return found
 
     def autocast(self):
         enabled = self.settings.train.dtype == "bfloat16"
@@ -260,6 +281,9 @@ def check_combinations(settings: Settings) -> None:
         raise ValueError("train.parallel fsdp shards the model, but stage grpo writes replies with it; set ddp")
     if train.parallel == "fsdp" and lora.rank:
         raise ValueError("train.parallel fsdp shards what is trained, but lora's weights are frozen; set ddp")
+    betas = settings.optimizer.betas
+    if len(betas) != 2 or max(betas) == 1:
+        raise ValueError(f"optimizer.betas is {betas}, but AdamW takes two numbers from 0 to below 1")
     if lora.rank and settings.optimizer.name == "muon":
         raise ValueError("optimizer.name muon is for whole matrices, not for lora's factors; set adamw")
     if settings.schedule.name == "wsd" and settings.schedule.warmup + settings.schedule.decay > 1:

@@ -16,8 +16,9 @@ another shape, or one with a field that would change what it teaches and that is
 caller knows its line.
 """
 
+import json
 import re
-from collections.abc import Callable
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -36,7 +37,10 @@ SETTINGS = ("n", "model", "temperature", "top_p", "top_k", "min_p", "seed", "sto
 SETTINGS += ("max_completion_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs")
 SETTINGS += ("tool_choice", "response_format", "logit_bias", "stream", "thinking_budget")
 """Fields of a request that would change the reply; a prompt file gets them from the command line."""
-NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\d+(?:\.\d+)?")
+UNREAD = ("documents", "loss_mask", "loss_masks", "weights", "loss_weights", "sample_weight")
+"""Fields that would change the text or what is learnt of it, and that are not supported."""
+MINUS = "\u2212"
+NUMBER = re.compile(rf"(?<![\w.])[-{MINUS}]?(?:(?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?|\.\d+)|\d+(?:\.\d+)?")
 SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
 
 
@@ -45,6 +49,15 @@ class Conversation(NamedTuple):
     tools: list[dict] | None = None
     thinking: bool | None = None
     """What the row asks the template for; None: nothing."""
+
+
+class LastNumber(NamedTuple):
+    """Whether the last number of a reply is the right one."""
+
+    right: Decimal
+
+    def __call__(self, reply: str) -> bool:
+        return last_number(reply) == self.right
 
 
 class Preference(NamedTuple):
@@ -57,11 +70,14 @@ def conversation(record: Any) -> Conversation | None:
     """Messages up to the last turn of the assistant that is learnt (weight is not 0). None where nothing is: for an
     empty answer, of which Alpaca has a few, and where all weights are 0."""
     record = fields_of(record)
-    if record.get("label") in (False, 0):  # KTO's, which some tools write as a number
+    if str(record.get("label")).lower() in ("false", "0"):  # KTO's, which some tools write as a number or a text
         raise ValueError(f"label is {str(record['label']).lower()}: this would teach an unwanted answer")
     if record.get("weight") not in (None, 1):
         raise ValueError(f"weight is {short(record['weight'])}, but rows have no weights of their own; messages have")
-    if (messages := dialogue(record) or completed(record) or transcript(record)) is None:
+    messages = dialogue(record)
+    if not messages or not turn(messages[-1]):  # then an answer may stand beside them
+        messages = completed(record, messages) or messages or transcript(record)
+    if messages is None:
         raise ValueError(
             f"has the fields {named(record)}, but a conversation is messages, or one of {', '.join(ASKED)} with one of "
             f"{', '.join(ANSWERED)}"
@@ -93,7 +109,7 @@ def preference(record: Any) -> Preference | None:
     return Preference(Conversation(before, *beside(record)), chosen, rejected)
 
 
-def question(record: Any) -> tuple[Conversation, Callable[[str], bool]]:
+def question(record: Any) -> tuple[Conversation, LastNumber]:
     """-> (prompt, whether a reply is right): its last number is the answer's."""
     record = fields_of(record)
     if all(record.get(name) is None for name in ("question", "prompt")) or record.get("answer") is None:
@@ -102,9 +118,7 @@ def question(record: Any) -> tuple[Conversation, Callable[[str], bool]]:
     truth = last_number(str(answer) if isinstance(answer, int | float) else text_of(record, "answer"))
     if truth is None:
         raise ValueError("answer has no number, so no reply can be checked")
-    return Conversation(
-        asked(record, ("question", "prompt")), *beside(record)
-    ), lambda reply: last_number(reply) == truth
+    return Conversation(asked(record, ("question", "prompt")), *beside(record)), LastNumber(truth)
 
 
 def prompt(record: Any) -> Conversation:
@@ -124,7 +138,7 @@ def prompt(record: Any) -> Conversation:
 def last_number(text: str) -> Decimal | None:
     """`So 1,234.50 dollars` -> 1234.5; a minus counts where no number or word stands before it."""
     found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
+    return Decimal(found[-1].replace(",", "").replace(MINUS, "-")) if found else None
 
 
 # --- parts of a row ---
@@ -133,7 +147,17 @@ def last_number(text: str) -> Decimal | None:
 def dialogue(record: dict) -> list[Message] | None:
     """Messages in a field of their own, after the row's system message."""
     name = next((name for name in DIALOGUES if record.get(name) is not None), None)
-    return None if name is None else with_system(record, complete(normalise(record[name], name), name))
+    if name is None:
+        return None
+    return with_system(record, complete(normalise(from_json(record[name]), name), name))
+
+
+def from_json(value: Any) -> Any:
+    """A list of messages that a column of texts holds as JSON; anything else as it is."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(value, str) and isinstance(parsed := json.loads(value), list):
+            return parsed
+    return value
 
 
 def asked(record: dict, names: tuple[str, ...] = ASKED) -> list[Message] | None:
@@ -153,9 +177,10 @@ def asked(record: dict, names: tuple[str, ...] = ASKED) -> list[Message] | None:
     return with_system(record, [*history(record), *messages])
 
 
-def completed(record: dict) -> list[Message] | None:
-    """Question and answer; of the assistant's turns only those of the answer are learnt."""
-    name, question = next((name for name in ANSWERED if record.get(name) is not None), None), asked(record)
+def completed(record: dict, asking: list[Message] | None = None) -> list[Message] | None:
+    """Question and answer; of the assistant's turns only those of the answer are learnt. `asking`: the question."""
+    name = next((name for name in ANSWERED if record.get(name) is not None), None)
+    question = asked(record) if asking is None else asking
     if name is None or question is None:
         return None
     answer = answer_of(record, name)
@@ -200,6 +225,9 @@ def beside(record: dict) -> tuple[list[dict] | None, bool | None]:
     for name in NOT_TEXT:
         if record.get(name):
             raise ValueError(f"has {name}, and only text can be learnt")
+    for name in UNREAD:
+        if record.get(name) not in (None, []):
+            raise ValueError(f"has {name}, which is not supported; messages have weights of 0 and 1, and contents")
     tools, functions = normalise_tools(record.get("tools")), normalise_tools(record.get("functions"), "functions")
     if tools and functions:
         raise ValueError("has tools and functions; keep one")

@@ -12,8 +12,9 @@ it, are honoured or rejected by name, never dropped:
     tool_calls      OpenAI's or bare calls; arguments (parameters, input, args) as an object or as its JSON;
                     function_call is one of them
     tool_call_id    results come in the order of their calls, since Qwen's templates write no ids
-    weight          0 or 1, whether training learns the turn; also as train, training (axolotl), trainable and loss
-                    (ms-swift); a mask of parts of a turn is rejected
+    weight          0 or 1, whether training learns the turn; also as train, training (axolotl), trainable, learn and
+                    loss (ms-swift), or the opposite as masked and ignore; a mask of parts of a turn is rejected
+    tools           and functions, function_calls, which other tools write into a message: rejected
 
 Fields that are null are left out; others (name, ...) are passed on to the template.
 """
@@ -28,7 +29,13 @@ OTHER_ROLES |= {"ai": "assistant", "function": "tool", "observation": "tool", "t
 OTHER_ROLES |= {"function_call": "assistant"}
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the order of transformers' apply_chat_template
 REASONING += ("thought", "thoughts", "think", "chain_of_thought", "cot")
-WEIGHTS = ("weight", "train", "training", "loss", "trainable", "train_on_turn")
+WEIGHTS = ("weight", "train", "training", "loss", "trainable", "train_on_turn", "learn")
+MASKED = ("masked", "ignore", "ignore_loss")  # the opposite of a weight
+ELSEWHERE = {
+    "tools": "beside the messages",
+    "functions": "beside the messages, as tools",
+    "function_calls": "in the message's tool_calls: [{name, arguments}]",
+}
 PARTLY = ("train_detail", "training_detail", "loss_scale", "loss_mask", "mask")  # which of a turn's words are learnt
 ARGUMENTS = ("arguments", "parameters", "input", "args")
 TEXT_PARTS, THINKING_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
@@ -89,6 +96,9 @@ def _message(given: Any, place: str) -> Message:
     for name in PARTLY:
         if name in message:
             raise ValueError(f"{place}.{name}: a turn is learnt whole or not at all (weight 1 or 0)")
+    for name, where in ELSEWHERE.items():
+        if message.get(name):
+            raise ValueError(f"{place}.{name}: write them {where}")
     role = message["role"].lower() if isinstance(message.get("role"), str) else None
     if role == "function_call":
         message["tool_calls"] = _parsed(message.pop("content", None), f"{place}.value")
@@ -169,10 +179,11 @@ def _call(call: Any, place: str) -> dict:
 
 
 def _join_weights(message: Message, place: str) -> None:
-    given = {name: message.pop(name) for name in WEIGHTS if name in message}
+    given = {name: message.pop(name) for name in WEIGHTS + MASKED if name in message}
     for name, value in given.items():
         if not isinstance(value, int | float) or value not in (0, 1):
             raise ValueError(f"{place}.{name}: {short(value)} is neither 0 nor 1")
+        given[name] = not value if name in MASKED else value
     if len({bool(value) for value in given.values()}) > 1:
         raise ValueError(f"{place}: {' and '.join(given)} differ; keep one")
     if given:

@@ -88,20 +88,21 @@ class Processes:
 
 
 @contextmanager
-def one_line_failures(settings: Settings, processes: Processes, latest: Path):
-    """Out of memory, and the end of another process, as a ValueError that says what to do. Other errors pass."""
+def one_line_failures(settings: Settings, processes: Processes, latest: Path, loading: bool = False):
+    """Out of memory, and the end of another process, as a ValueError that says what to do. Other errors pass.
+
+    `loading`: nothing is computed yet, so a step in smaller pieces would not help.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         message = str(error).partition("\n")[0]
         if is_out_of_memory(error):
-            advice = memory_advice(settings, processes.count)
-            raise ValueError(f"out of memory on {processes.device} ({message}); {advice}, then --resume") from None
+            advice = LOADING_ADVICE if loading else f"{memory_advice(settings, processes.count)}, then --resume"
+            raise ValueError(f"out of memory on {processes.device} ({message}); {advice}") from None
         if processes.count > 1 and is_lost_peer(error):
-            raise ValueError(
-                f"another process of this run ended, see its own message ({message}); continue from {latest} "
-                "with --resume"
-            ) from None
+            again = f"continue from {latest} with --resume" if latest.exists() else "start again with --resume"
+            raise ValueError(f"another process of this run ended, see its own message ({message}); {again}") from None
         raise
 
 
@@ -114,6 +115,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_lost_peer(error: BaseException) -> bool:
     """NCCL and the store have error classes; gloo raises a RuntimeError that begins with its source file."""
     return isinstance(error, distributed.DistError) or "/gloo/" in str(error)
+
+
+LOADING_ADVICE = "the weights and the optimizer don't fit; take a smaller model or adapters (lora.rank) in a new run"
 
 
 def memory_advice(settings: Settings, processes: int) -> str:

@@ -10,6 +10,7 @@ them.
 """
 
 import json
+import operator
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from training.schema import Settings
 
 TRAINER_FILES = ("trainer.json", "trainer.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+PLACES = ("data.train", "data.split", "data.subset", "data.limit")  # may change where the rows are the same
 CONSEQUENCES = {  # of a change in the middle of a run, by the key's first part
     "stage": "its weights and optimizer state would go on under another objective",
     "train": "its remaining steps would take other rows or other updates",
@@ -57,6 +59,8 @@ class Run:
         """Reads where the run stands; ValueError where these settings do not continue it."""
         self.path, self.keep = Path(settings.train.out), settings.train.keep
         self.latest, self.metrics, self.config = (self.path / n for n in ("latest", "metrics.jsonl", "config.yaml"))
+        if self.latest.is_symlink() and not self.latest.exists():
+            raise ValueError(f"{self.latest}: links to {self.latest.readlink()}, which is not there; {self._another()}")
         self.step = self._trainer_json()["step"] if self.latest.exists() else 0
         self.exists = self.config.exists()
         self.changed: dict[str, tuple[Any, Any]] = {}
@@ -82,7 +86,9 @@ class Run:
         if settings.model.fingerprint is None:
             settings.model.fingerprint = saved.model.fingerprint
         self.changed = differences(schema.resolved(saved), schema.resolved(settings))
-        refused = [name for name in self.changed if name not in schema.may_change()]
+        same_data = settings.data.fingerprint is not None and "data.fingerprint" not in self.changed
+        allowed = schema.may_change() | (set(PLACES) if same_data else set())
+        refused = [name for name in self.changed if name not in allowed]
         if refused:
             said = "; ".join(f"{name}: {self.changed[name][0]!r} -> {self.changed[name][1]!r}" for name in refused)
             why = "; ".join(dict.fromkeys(CONSEQUENCES[name.partition(".")[0]] for name in refused))
@@ -95,13 +101,29 @@ class Run:
             )
 
     def _trainer_json(self) -> dict[str, int]:
-        return json.loads((self.latest / "trainer.json").read_text(encoding="utf-8"))
+        path = self.latest / "trainer.json"
+        with self._damage(path):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return {name: operator.index(found[name]) for name in ("step", "tokens")}
+
+    @contextmanager
+    def _damage(self, path: Path) -> Iterator[None]:
+        """Whatever a damaged file of the last checkpoint leads to, as a ValueError that says what to do."""
+        try:
+            yield
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: can't be read ({error}); {self._another()}") from None
+
+    def _another(self) -> str:
+        return f"link another folder of {self.path / 'checkpoints'} as {self.latest}, or begin a new train.out"
 
     def _forget_after(self, step: int) -> None:
         """Steps that were logged but not saved will be done again; a line cut by a kill goes with them."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.metrics.exists() else []
-        kept = lines[:step]
-        if len(kept) < step or any(json.loads(line)["step"] != at for at, line in enumerate(kept, 1)):
+        with self._damage(self.metrics):
+            text = self.metrics.read_text(encoding="utf-8") if self.metrics.exists() else ""
+            kept = text.splitlines(keepends=True)[:step]
+            steps = [json.loads(line)["step"] for line in kept]
+        if steps != list(range(1, step + 1)):
             raise ValueError(f"{self.metrics}: lacks steps that {self.latest} has; this run can't be resumed")
         write_text(self.metrics, "".join(kept))
         for leftover in self.path.glob("checkpoints/.*"):
@@ -138,8 +160,10 @@ class Run:
 
     def load_state(self) -> tuple[dict[str, Tensor], int]:
         """Sets the random state; returns the trainer's tensors and the tokens seen."""
-        state = load_file(self.latest / "trainer.safetensors")
-        torch.set_rng_state(state.pop("random.cpu"))
+        path = self.latest / "trainer.safetensors"
+        with self._damage(path):
+            state = load_file(path)
+            torch.set_rng_state(state.pop("random.cpu"))
         if (cuda := state.pop("random.cuda", None)) is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(cuda)
         return state, self._trainer_json()["tokens"]

@@ -40,7 +40,7 @@ def key(
 @dataclass(kw_only=True)
 class Train:
     out: str = key(..., "folder of the run: checkpoints, metrics.jsonl, loss.png, config.yaml", may_change=True)
-    seed: int = key(0, "decides the initial weights and the order of the data", low=0)
+    seed: int = key(0, "decides the initial weights and the order of the data", low=0, high=(1 << 63) - 1)
     steps: int = key(..., "optimizer steps in all; the schedule is stretched over them", low=1, may_change=True)
     save_every: int = key(..., "steps between checkpoints; the last step is always saved", low=1, may_change=True)
     keep: int = key(2, "how many of the last checkpoints stay on the disk", low=1, may_change=True)
@@ -55,7 +55,7 @@ class Train:
     clip: float = key(1.0, "largest norm of the gradient; a longer one is scaled down. 0: no clipping", low=0)
     device: str = key("auto", "auto: cuda, then mps, then cpu", ("auto", "cpu", "cuda", "mps"), may_change=True)
     dtype: str = key("float32", "bfloat16: autocast of the matrix products", ("float32", "bfloat16"))
-    threads: int = key(0, "CPU threads of PyTorch; 0: its own choice", low=0, may_change=True)
+    threads: int = key(0, "CPU threads of PyTorch; 0: its own choice", low=0, high=1024, may_change=True)
     compile: bool = key(False, "torch.compile the model", may_change=True)
     kernels: str = key(
         "auto", "triton: fused operations; auto: on CUDA without compile", ("auto", "torch", "triton"), may_change=True
@@ -174,7 +174,7 @@ class Optimizer:
     lr: float = key(..., "peak learning rate of AdamW, and of Muon, whose updates are scaled to AdamW's size", low=0)
     embedding_lr: float | None = key(None, "peak learning rate of embeddings, head and norms; null: lr", low=0)
     weight_decay: float = key(0.1, "decay of matrices and embeddings; norms have none", low=0)
-    betas: list[float] = key((0.9, 0.95), "AdamW's averaging of gradients and their squares")
+    betas: list[float] = key((0.9, 0.95), "AdamW's averaging of gradients and their squares", low=0, high=1)
     momentum: float = key(0.95, "Muon's averaging of gradients", low=0, high=1)
 
 
@@ -311,14 +311,17 @@ def _build(cls: type, given: dict, place: str, origin: str) -> Any:
 def _value(value: Any, kind: Any, f, where: str, origin: str) -> Any:
     if kind in (float, float | None) and type(value) is int:
         value = float(value)
+    if kind == list[float] and isinstance(value, list):
+        value = [float(item) if type(item) is int else item for item in value]
     if not _fits(value, kind):
         raise ValueError(f"{origin}: {where} is {value!r}, but must be {_type_name(kind)}: {f.metadata['about']}")
     choices, low, high = (f.metadata[name] for name in ("choices", "low", "high"))
     if choices and value not in choices:
         near = console.did_you_mean(str(value), choices)
         raise ValueError(f"{origin}: {where} is {value!r}, not one of {', '.join(choices)}{near}")
-    within = low is None or (type(value) in (int, float) and low <= value <= (math.inf if high is None else high))
-    if value is not None and not within:
+    numbers = value if isinstance(value, list) else [] if value is None else [value]
+    highest = math.inf if high is None else high
+    if low is not None and not all(low <= number <= highest and math.isfinite(number) for number in numbers):
         limits = f"from {low}" + (f" to {high}" if high is not None else " upwards")
         raise ValueError(f"{origin}: {where} is {value!r}; it goes {limits}: {f.metadata['about']}")
     return value

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -124,7 +125,10 @@ class PreferenceStage(Stage):
         path = run.path / "reference.safetensors"
         self.logprobs: dict[bytes, Tensor] = {}
         if run.step:
-            saved = load_file(path)
+            try:
+                saved = load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: can't be read ({error}); begin a new train.out") from None
             keys = (bytes(key) for key in saved["pairs"].numpy())
             self.logprobs = dict(zip(keys, saved["logprobs"], strict=True))
             if not run.changed.keys() & {"train.steps", "train.validate_batches", "data.validation"}:

@@ -35,6 +35,13 @@ def chat() -> Chat:
         ({"messages": None, "conversations": [ASK, TELL], "system": "Be."}, [BE, ASK, TELL]),
         ({"system_prompt": "Be.", "question": "Hi", "response": "Hello!"}, [BE, ASK, TELL]),
         ({"prompt": [ASK], "completion": [TELL]}, [ASK, TELL]),
+        ({"messages": [ASK], "completion": "Hello!"}, [ASK, TELL]),
+        ({"conversations": [ASK, TELL, AGAIN], "response": BYE}, [ASK, TELL | {"weight": 0}, AGAIN, BYE]),
+        ({"messages": [ASK, TELL], "question": "Why?", "answer": "So."}, [ASK, TELL]),
+        ({"messages": json.dumps([ASK, TELL])}, [ASK, TELL]),
+        ({"messages": [ASK, TELL, AGAIN, BYE | {"masked": True}]}, [ASK, TELL]),
+        ({"messages": [ASK, TELL | {"masked": False}]}, [ASK, TELL | {"weight": 1}]),
+        ({"messages": [ASK, TELL | {"learn": 0}]}, None),
         ({"prompt": ASK, "completion": TELL}, [ASK, TELL]),
         ({"prompt": [ASK, TELL, AGAIN], "completion": [BYE]}, [ASK, TELL | {"weight": 0}, AGAIN, BYE]),
         ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "completion": " Hello!"}, [ASK, TELL]),
@@ -102,7 +109,17 @@ def test_questions():
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("-7", "-7"), ("5-3", "3"), ("10-12=-2", "-2"), ("9.11 > 9.9.", "9.9"), ("x3y 4", "4"), ("1,234,567", "1234567")],
+    [
+        *[
+            ("-7", "-7"),
+            ("5-3", "3"),
+            ("10-12=-2", "-2"),
+            ("9.11 > 9.9.", "9.9"),
+            ("x3y 4", "4"),
+            ("1,234,567", "1234567"),
+        ],
+        *[("It is \u22125.", "-5"), ("x = .5", "0.5"), ("-.25", "-0.25"), ("and so on ...7", "7"), ("a.5", "5")],
+    ],
 )
 def test_last_number(text, number):
     assert str(last_number(text)) == number
@@ -128,6 +145,17 @@ CALLED = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
         (conversation, {"messages": [TELL]}, "no turn of the assistant after"),
         (conversation, {"messages": [ASK | {"weight": 1}, TELL]}, "message 0 has weight 1, but is the user's"),
         (conversation, {"messages": [ASK, TELL], "images": ["x.png"]}, "has images, and only text"),
+        (
+            conversation,
+            {"messages": [ASK, TELL], "documents": [{"text": "x"}]},
+            "has documents, which is not supported",
+        ),
+        (conversation, {"messages": [ASK, TELL], "loss_masks": [0, 1]}, "has loss_masks, which is not supported"),
+        (conversation, {"prompt": "a", "completion": "b", "sample_weight": 0}, "has sample_weight"),
+        (conversation, {"prompt": "a", "completion": "b", "label": "False"}, "label is false"),
+        (conversation, {"messages": [ASK | {"tools": [{"name": "f"}]}, TELL]}, r"messages\[0\]\.tools: .* beside the"),
+        (conversation, {"messages": [ASK, TELL | {"function_calls": "f()"}]}, "function_calls: .* tool_calls"),
+        (conversation, {"messages": [ASK, TELL | {"masked": True, "weight": 1}]}, "masked differ|weight and masked"),
         (conversation, {"messages": [ASK, TELL], "tools": "{"}, "tools: '{' is not JSON"),
         (conversation, {"messages": [ASK, TELL], "tools": [{}], "functions": [{}]}, "has tools and functions"),
         (conversation, {"messages": [ASK, TELL], "chat_template_kwargs": {"x": 1}}, "only enable_thinking is known"),
@@ -445,6 +473,16 @@ def test_without_the_hub_one_line(tmp_path, chat, monkeypatch):
     monkeypatch.setattr(socket, "create_connection", lambda *given, **named: (_ for _ in ()).throw(OSError("no route")))
     with pytest.raises(ValueError, match=r"owner/name: .*hub"):
         read("owner/name", chat, out=tmp_path)
+
+
+def test_other_answers_to_the_same_questions_are_other_rows(chat):
+    """A run that is resumed on them is refused by this hash."""
+
+    def digest(*answers: object) -> str:
+        rows = [("1", {"question": "What is 2 + 2?", "answer": answer}) for answer in answers]
+        return read_items("rows", iter(rows), WrittenRows(chat).question, 99)[1]
+
+    assert digest("4", 4) == digest("2 + 2 = 4\n#### 4", "4.") != digest("4", 5)
 
 
 def test_every_item_comes_once_an_epoch():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -147,6 +148,34 @@ def test_out_of_memory_has_advice(config, changed, advice):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("where", "stage", "advice"),
+    [
+        ("train.begin", "sft", "take a smaller model or adapters (lora.rank) in a new run"),
+        ("train.Optimizers", "sft", "take a smaller model"),
+        ("training.stages.answer_logprobs", "dpo", "train.accumulate=4 (now 2), then --resume"),
+        ("train.Trainer.validation", "sft", "train.accumulate=4 (now 2), then --resume"),
+        ("training.stages.generate_batch", "grpo", "train.accumulate=4 (now 2), then --resume"),
+    ],
+)
+def test_out_of_memory_is_one_line_wherever_it_happens(answers, monkeypatch, where, stage, advice):
+    def full(*_, **__):
+        raise MemoryError("not enough memory for 64 tokens")
+
+    monkeypatch.setattr(where, full)
+    chosen = [f"stage={stage}", "train.steps=1", "grpo.group=2", "grpo.max_new_tokens=8", "train.validate_batches=1"]
+    with pytest.raises(ValueError, match=r"out of memory on cpu \(not enough memory for 64 tokens\)") as caught:
+        run(answers, *chosen)
+    assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", ["''", "word " * 1100], ids=["empty", "too long"])
+def test_a_sample_prompt_that_the_model_cannot_take_is_refused_before_the_first_step(config, prompt):
+    chosen = ["stage=pretrain", "train.sample_every=1", f"train.sample_prompts=[{prompt}]"]
+    with pytest.raises(ValueError, match=r"train\.sample_prompts: .* the prompt"):
+        train.Trainer(settings(config, *chosen), resume=False)
+
+
 def test_a_defect_of_ours_keeps_its_traceback(config):
     processes = SimpleNamespace(count=2, device="cpu")
     in_one_line = one_line_failures(settings(config), processes, Path("latest"))
@@ -209,6 +238,49 @@ def test_a_run_of_an_older_version_lacks_new_keys(config):
     del saved["train"]["router_aux_loss_coef"]
     path.write_text(yaml.safe_dump(saved))
     assert len(run(config, *short, resume=True)) == 1
+
+
+def test_rows_may_be_moved_but_not_changed(answers):
+    short = ("train.steps=1", "train.save_every=1")
+    run(answers, *short)
+    rows, other = answers.parent / "rows.jsonl", answers.parent / "moved.jsonl"
+    rows.rename(other)
+    assert len(run(answers, "train.steps=2", f"data.train={other}", "data.limit=8", resume=True)) == 2
+    other.write_text("".join(other.read_text().splitlines(keepends=True)[::-1]))
+    with pytest.raises(ValueError, match=r"data\.fingerprint: .* would take other rows"):
+        run(answers, "train.steps=3", f"data.train={other}", "data.limit=8", resume=True)
+    with pytest.raises(ValueError, match=r"data\.turns: 'all' -> 'last'"):
+        run(answers, "train.steps=3", f"data.train={other}", "data.turns=last", resume=True)
+
+
+def test_damaged_files_of_a_run_are_named_and_nothing_is_lost(config):
+    """Each in one line that names it; the run continues once the file is whole again."""
+    short = ("train.save_every=1", "train.validate_batches=1")
+    run(config, *short, "train.steps=1")
+    out = config.parent / "run"
+    log = out / "metrics.jsonl"
+    counters, tensors = out / "latest" / "trainer.json", out / "latest" / "trainer.safetensors"
+    model = out / "latest" / "model.safetensors"
+    damages = [(counters, text.encode()) for text in ("", "{", "{}", "[]", '{"step": "x", "tokens": 1}')]
+    damages += [(tensors, b""), (tensors, tensors.read_bytes()[:900]), (log, b"{}\n"), (log, b"nonsense\n"), (log, b"")]
+    damages += [(log, b"\xff\n"), (log, log.read_bytes().replace(b'"step": 1', b'"step": 2')), (model, b"cut")]
+    for path, content in damages:
+        whole = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(path.name)) as caught:
+            run(config, *short, "train.steps=2", resume=True)
+        assert "\n" not in str(caught.value) and path.read_bytes() == content
+        path.write_bytes(whole)
+    target = (out / "latest").readlink()
+    (out / "latest").unlink()
+    (out / "latest").symlink_to("checkpoints/gone")
+    before = log.read_bytes()
+    with pytest.raises(ValueError, match=r"latest: links to checkpoints/gone, which is not there; link another folder"):
+        run(config, *short, "train.steps=2", resume=True)
+    assert log.read_bytes() == before
+    (out / "latest").unlink()
+    (out / "latest").symlink_to(target)
+    assert len(run(config, *short, "train.steps=2", resume=True)) == 2
 
 
 @pytest.mark.parametrize("lora", [[], ["lora.rank=2"]], ids=["all weights", "lora"])
