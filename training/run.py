@@ -36,7 +36,7 @@ TRAINER_FILES = ("trainer.json", "trainer.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 PLACES = ("data.train", "data.split", "data.subset", "data.limit")  # may change where the rows are the same
 CONSEQUENCES = {  # of a change in the middle of a run, by the key's first part
-    "stage": "its weights and optimizer state would go on under another objective",
+    "stage": "its weights and optimizer state would continue under another objective",
     "train": "its remaining steps would take other rows or other updates",
     "model": "its checkpoints hold the weights of the model that it began with",
     "data": "its remaining steps would take other rows, some a second time and some never",
@@ -72,7 +72,7 @@ class Run:
     def open(self, settings: Settings, resume: bool) -> None:
         """Makes the folder ready for the next step; for one process, when all have read it."""
         if resume and not self.exists:
-            console.notice(f"{self.path} holds no run yet; it starts from the beginning")
+            console.notice(f"{self.path} holds no run yet; starting from the beginning")
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config, yaml.safe_dump(schema.resolved(settings), sort_keys=False))
         self._forget_after(self.step)

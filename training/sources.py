@@ -94,7 +94,7 @@ def row_limits(settings: Settings) -> tuple[int, int]:
 
 
 def agreed(key: str, stated, found, whose: str):
-    """A key that is computed and saved with the run, so that going on with something else is refused."""
+    """A key that is computed and saved with the run, so that continuing it with something else is refused."""
     if stated not in (None, found):
         raise ValueError(f"{key} is {stated}, but {whose} have {found}; use those it was made for, or leave it out")
     return found
