@@ -169,6 +169,17 @@ def test_a_split_file_is_read_from_any_part(small_file, tmp_path):
         GGUF(tmp_path / "first.gguf")
 
 
+@pytest.mark.parametrize(
+    ("count", "line"),
+    [(5, r"model-00005-of-00005\.gguf are missing"), (7, r"model-00005-of-00007\.gguf and 2 more are missing")],
+)
+def test_missing_parts_are_named_or_counted(tmp_path, count, line):
+    path = tmp_path / f"model-00001-of-{count:05d}.gguf"
+    path.write_bytes(raw([pair("split.count", 2, struct.pack("<H", count))]))
+    with pytest.raises(ValueError, match=line):
+        GGUF(path)
+
+
 def test_an_embedding_models_tokenizer_comes_back(checkpoints, tmp_path):
     """Qwen3-Embedding ends every text with <|endoftext|>, which is not its eos: llama.cpp's eos and eot."""
     path = shutil.copytree(checkpoints["tied"].path, tmp_path / "embedding")
@@ -599,7 +610,7 @@ HOSTILE = {
     "version 1": (raw(version=1), "version 1 is not supported"),
     "big-endian": (raw(version=3 << 24), "big-endian"),
     "only the magic": (b"GGUF", "the file ends at 4"),
-    "too many tensors": (raw(counts=(HUGE, None)), f"{HUGE} tensors cannot be"),
+    "too many tensors": (raw(counts=(HUGE, None)), f"{HUGE} tensors cannot be in {len(raw()) - 16} bytes"),
     "too many pairs": (raw(counts=(None, HUGE)), f"{HUGE} metadata pairs cannot be"),
     "more pairs than there are": (raw(counts=(None, 3)), "impossible name|cannot be|the file ends"),
     "a key that never ends": (raw([struct.pack("<Q", HUGE)]), "the file ends at"),
@@ -617,6 +628,8 @@ HOSTILE = {
     "arrays without end": (raw([array("a", 9, HUGE)]), f"{HUGE} values of a cannot be"),
     "arrays in arrays": (raw([pair("a", 9, nested(9))]), "nests arrays more than 3 deep"),
     "alignment 0": (raw([word("general.alignment", 0)]), "general.alignment is 0"),
+    "alignment 4": (raw([word("general.alignment", 4)]), "general.alignment is 4,"),
+    "alignment 2^17": (raw([word("general.alignment", 1 << 17)]), "general.alignment is 131072"),
     "alignment 48": (raw([word("general.alignment", 48)]), "general.alignment is 48"),
     "alignment 2^31": (raw([word("general.alignment", 1 << 31)]), "general.alignment is 2147483648"),
     "alignment as text": (raw([pair("general.alignment", 8, string("32"))]), "general.alignment is '32'"),
