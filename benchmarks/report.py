@@ -122,6 +122,7 @@ def markdown(report: Report) -> str:
     ]
     for name, (head, *body) in tables(report).items():
         lines += ["", f"## {name}", "", *markdown_table(head, body)]
+    plain = [title(row) for row in report["rows"] if any(run.get("repacked") == 0 for run in row["runs"])]
     lines += [
         "",
         f"Median (minimum and maximum) of {settings['repeats']} alternated runs, each in a process of its own with "
@@ -129,6 +130,7 @@ def markdown(report: Report) -> str:
         f"{'' if settings['isa'] == 'native' else ' and no other instructions than ' + settings['isa']}.",
         f"Tokens per second, {settings['tokens']} decoded; the bandwidth is the better one of just before and just "
         "after each run. nanoqwen's weights lie in huge pages where those are faster, as after some hundred tokens.",
+        *([f"Without its repacked products, with which it crashes here: {', '.join(plain)}."] if plain else []),
         *(f"{reason}: {', '.join(rows)}." for reason, rows in report["absent"].items()),
     ]
     return "\n".join(lines) + "\n"

@@ -11,6 +11,7 @@ import console
 from benchmarks.common import llama_program
 from benchmarks.speed import SHORT, Job
 
+crashed: list[str] = []  # programs that ran without their repacked products
 AS_THEY_ARE = {"llama-bench": ("--repack", "0"), "llama-batched-bench": ("--no-repack",)}
 
 
@@ -24,6 +25,7 @@ def run(program: str, job: Job, *options: object) -> str:
         )
         if result.returncode not in (-signal.SIGILL, -signal.SIGSEGV):
             break
+        crashed.append(program)
     if result.returncode:
         lines = result.stderr.strip().splitlines() or ["no message"]
         sys.exit(f"{program} ended with status {result.returncode}: {lines[-1]}")
@@ -49,6 +51,7 @@ def measure(job: Job) -> dict[str, float]:
                 measured[f"decode_batch_{found['pl']}"] = found["speed_tg"]
     if job.deep:
         measured["decode_deep"] = speed(job, "-p", 0, "-n", job.tokens, "-d", job.deep, "-fa", 1, *cache)["avg_ts"]
+    measured["repacked"] = float(not crashed)
     return measured | {"bytes_per_weight": prefill["model_size"] / prefill["model_n_params"]}
 
 

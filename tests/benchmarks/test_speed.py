@@ -128,6 +128,8 @@ def test_llama_cpp_runs_on_what_convert_writes_and_a_failure_stays_in_the_report
     assert measured["failed"] is None, measured["failed"]
     (figures,) = measured["runs"]
     assert [figures[name] for name in ("prefill", "decode", "decode_deep")] == [640.0, 80.0, 8.0]
+    assert figures["repacked"] == 0
+    assert "crashes here: llama.cpp q8_0." in (finished / "report.md").read_text()
     assert [figures[f"decode_batch_{rows}"] for rows in (4, 8, 16, 32)] == [40.0, 80.0, 160.0, 320.0]
     kept = (path.name for path in (finished.parent / "converted").glob("*/*"))
     assert {"bf16.gguf", "int8", "q8_0.gguf"} < set(kept)
