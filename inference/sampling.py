@@ -102,7 +102,7 @@ def block_sums(values: np.ndarray) -> np.ndarray:
 
 
 def total(values: np.ndarray) -> float:
-    return float(block_sums(values).sum(dtype=np.float64)) if len(values) else 0.0
+    return float(block_sums(values).sum(dtype=np.float64))
 
 
 def drop(weights: np.ndarray, params: SamplingParams) -> None:
@@ -116,10 +116,11 @@ def drop(weights: np.ndarray, params: SamplingParams) -> None:
         ranked = np.sort(weights)
         running = ranked.cumsum(dtype=np.float64)
         dropped = int(np.searchsorted(running, (1 - params.top_p) * running[-1], side="right"))
-        edge = ranked[min(dropped, len(ranked) - 1)]
+        dropped = min(dropped, len(ranked) - 1)
+        edge = ranked[dropped]
         if edge >= least:
             equal = np.flatnonzero(weights == edge)
-            weights[equal[: min(dropped, len(ranked) - 1) - np.count_nonzero(weights < edge)]] = 0
+            weights[equal[: dropped - np.count_nonzero(weights < edge)]] = 0
             least = edge
     weights *= weights >= least
 
@@ -152,9 +153,7 @@ def scratch_with(logits: Tensor) -> Scratch:
     scratch = getattr(_of_thread, "scratch", None)
     if scratch is None or len(scratch.row) != len(logits):
         scratch = _of_thread.scratch = Scratch(len(logits))
-    if (
-        logits.dtype is torch.bfloat16 and logits.is_cpu
-    ):  # a float32 without its lower bits, and no thread to wake for it
+    if logits.dtype is torch.bfloat16 and logits.is_cpu:  # the upper half of a float32; copy_ would wake a thread
         wide = scratch.row.view(np.uint32)
         wide[:] = logits.detach().view(torch.int16).numpy().view(np.uint16)
         np.left_shift(wide, 16, out=wide)
