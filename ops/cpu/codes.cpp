@@ -99,9 +99,16 @@ struct ByBytes {
     Integers value() const { return (above << 8) + below; }
     void put(char* start) const { std::memcpy(start, &above, BYTES), std::memcpy(start + BYTES, &below, BYTES); }
 
-    static void place(char* a, char* b, int i, int x) {  // the i-th activation of a vector
-        const int high = (x + 128) >> 8;
-        ((int8_t*)a)[i] = high, ((int8_t*)b)[i] = x - 256 * high;
+    // A chunk of activations into `a` and `b`: those of vector 0 are every PARTS-th one.
+    template <int PARTS>
+    static void place(const int32_t* x, char* a, char* b) {
+        int8_t high[PARTS * BYTES], low[PARTS * BYTES];
+        for (int i = 0; i < PARTS * BYTES; i++) high[i] = (x[i] + 128) >> 8, low[i] = x[i];
+        for (int part = 0; part < PARTS; part++)
+            for (int i = 0; i < BYTES; i++) {
+                a[part * BYTES + i] = high[PARTS * i + part];
+                b[part * BYTES + i] = low[PARTS * i + part];
+            }
     }
     // The sums of all lanes, as numbers.
     template <int R, int N>
@@ -131,7 +138,10 @@ struct ByWords {
     Integers value() const { return sum; }
     void put(char* start) const { std::memcpy(start, &sum, BYTES); }
 
-    static void place(char* a, char* b, int i, int x) { ((int16_t*)(i % 2 ? b : a))[i / 2] = x; }
+    template <int PARTS>
+    static void place(const int32_t* x, char* a, char* b) {
+        for (int i = 0; i < BYTES / 2; i++) ((int16_t*)a)[i] = x[2 * i], ((int16_t*)b)[i] = x[2 * i + 1];
+    }
     template <int R, int N>
     static void put_sums(const ByWords (&sums)[N][R], float* y) {
         for (int k = 0; k < N; k++)
@@ -182,13 +192,11 @@ struct Activations {
                 std::memcpy(whole + i, &numbers, sizeof numbers);
             }
             for (; i < count; i++) whole[i] = int(std::nearbyint(x[at * COLUMNS + i] * inverse));
-            char* start = out + places.start + at / TOGETHER * STARTS;
+            char *a = out + at * COLUMNS, *b = a + places.b, *start = out + places.start + at / TOGETHER * STARTS;
+            Sum<BITS>::template place<PARTS>(whole, a, b);
             Sum<BITS> surplus(start);
-            for (int part = 0; part < PARTS; part++) {
-                char *a = out + (at * PARTS + part) * BYTES, *b = a + places.b;
-                for (i = 0; i < BYTES; i++) Sum<BITS>::place(a, b, i, whole[i * PARTS + part]);
-                surplus.add(Unsigned{} + (BITS == 8 ? 0x80808080 : 0x08080808), vector_at(a), vector_at(b));
-            }
+            for (i = 0; i < COLUMNS; i += BYTES)
+                surplus.add(Unsigned{} + (BITS == 8 ? 0x80808080 : 0x08080808), vector_at(a + i), vector_at(b + i));
             surplus.put(start);
         }
         for (int64_t i = places.start; i < places.scale; i += BYTES) {
