@@ -499,7 +499,7 @@ struct Groups {
         typedef int8_t Signed __attribute__((vector_size(64)));
         const Form places(w.columns);
         const int64_t groups = w.columns / GROUP, repeats = w.columns / w.groups / GROUP, row_bytes = w.columns * BITS / 8;
-        const int64_t codes_size = places.chunks * COLUMNS * SIDE, scales_size = rounded_up(w.groups, 32) * SIDE * 4;
+        const int64_t codes_size = places.chunks * COLUMNS * SIDE, scales_size = groups * SIDE * 4;
         const int64_t halves = rows > SIDE ? 2 : 1;
         char *all_codes = scratch, *all_scales = all_codes + halves * codes_size, *copies = all_scales + halves * scales_size;
         for (int64_t half = 0; half < halves; half++) {
@@ -508,9 +508,9 @@ struct Groups {
             const Rows of_scales = {(const char*)w.scale, nullptr, 2 * w.groups, 0, 0, {}};
             for (int64_t at = 0; at < w.groups; at += 32) {
                 transposed(of_scales, half * SIDE, rows, 2 * at, 2 * w.groups, some);
-                for (int i = 0; i < 16; i++) {
-                    store(scales + (at + 2 * i) * SIDE, (Vector)(some[i] << 16));
-                    store(scales + (at + 2 * i + 1) * SIDE, (Vector)(some[i] & 0xffff0000));
+                for (int64_t i = 0; i < std::min<int64_t>(32, w.groups - at); i++) {
+                    const auto scale = (Vector)(i % 2 ? some[i / 2] & 0xffff0000 : some[i / 2] << 16);
+                    for (int64_t g = (at + i) * repeats; g < (at + i + 1) * repeats; g++) store(scales + g * SIDE, scale);
                 }
             }
             for (int64_t at = 0; at * BYTES < row_bytes; at++) {
@@ -533,7 +533,7 @@ struct Groups {
                     const float* scales = (const float*)(all_scales + half * scales_size);
                     auto at = [](int64_t g, int piece) { return BITS == 8 ? g * GROUP : g / 4 * COLUMNS + g % 4 * 16 + piece * BYTES; };
                     auto with = [&](int64_t g, int, Integers sum, Vector total) {
-                        return fma(__builtin_convertvector(sum, Vector), load(scales + g / repeats * SIDE), total);
+                        return fma(__builtin_convertvector(sum, Vector), load(scales + g * SIDE), total);
                     };
                     Vector total[SIDE];
                     by_groups<GROUP / PARTS, PARTS>(spaced, places.b, all_codes + half * codes_size, groups, at, group_of, with, total);
