@@ -2,7 +2,7 @@
 
     python audit.py SRC                          a directory, a hub id (read by range requests) or a .gguf file
     python audit.py SRC --out DIR                model_context.json, audit.md, audit.html and bom.cdx.json into DIR
-    python audit.py SRC --base SRC               was this made from that? equal to the byte, or which tensors differ
+    python audit.py SRC --base SRC               was this made from that? byte-identical, or which tensors differ
     python audit.py SRC --verify DIR             is it still what the manifest in DIR says?
     python audit.py org/name --deep              a hub repository whole, weights included
 

@@ -45,7 +45,7 @@ def histogram(lengths: np.ndarray) -> Table:
 
 
 def bar(share: float) -> str:
-    """A share of BAR characters, to an eighth of one; what is there at all can be seen."""
+    """A share of BAR characters, to an eighth of one; any share above zero is visible."""
     eighths = max(round(8 * BAR * share), share > 0)
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
@@ -87,7 +87,7 @@ def samples(shard: Shard, starts: np.ndarray, number: int, decode: Callable | No
 
 
 def report(path: Path, tokenizer: Path | None, separator: str | None, number: int) -> Group:
-    """All about one shard. ValueError for what is no shard, or one of another tokenizer."""
+    """All about one shard. ValueError for a file that is not a shard, or is one of another tokenizer."""
     shard, decode = Shard(path), None
     if tokenizer is not None:
         from data.texts import load_tokenizer, separator_of, vocabulary_of

@@ -36,7 +36,9 @@ class Shard:
         self.magic, self.version, count = (int(number) for number in header[:3])
         if self.magic not in KINDS:
             known = " and ".join(str(number) for number in KINDS)
-            raise ValueError(f"{path}: magic number {self.magic} is no shard's ({known} are); give a file of token ids")
+            raise ValueError(
+                f"{path}: magic number {self.magic} is not that of a shard ({known} are); give a file of token ids"
+            )
         expected, dtype = KINDS[self.magic]
         if self.version != expected:
             raise ValueError(
@@ -66,7 +68,7 @@ class Shard:
         ids = np.fromfile(self.path, self.dtype, count, offset=HEADER_BYTES + start * self.dtype.itemsize)
         if len(ids) < count:
             raise ValueError(
-                f"{self.path}: it has become shorter since it was opened; leave shards unchanged during a run"
+                f"{self.path}: it has been shortened since it was opened; do not change shards during a run"
             )
         self._check(ids, start, vocabulary)
         return ids.astype(np.int64)
@@ -79,7 +81,7 @@ class Shard:
         if len(ids) and ids.max() >= vocabulary:
             at = int((ids >= vocabulary).argmax())
             raise ValueError(
-                f"{self.path}: token {start + at:,} is {int(ids[at]):,}, outside of the vocabulary of {vocabulary:,}; "
+                f"{self.path}: token {start + at:,} is {int(ids[at]):,}, outside the vocabulary of {vocabulary:,}; "
                 "the shard was made with another tokenizer"
             )
 
@@ -119,7 +121,7 @@ def write_pieces(path: Path | str, pieces: Iterable[ArrayLike], vocabulary: int)
             count += len(ids)
             if count > MOST_TOKENS:
                 raise ValueError(
-                    f"{path}: more than {MOST_TOKENS:,} tokens, which a header can't say; cut it in shards"
+                    f"{path}: more than {MOST_TOKENS:,} tokens, which a header can't say; split it into shards"
                 )
         header = np.zeros(256, dtype="<i4")
         header[:3] = magic, version, count

@@ -34,7 +34,7 @@ from data.documents import read_documents, split_documents
 from data.shard_format import END_OF_TEXT, MOST_TOKENS, write_pieces
 from formats.files import publish
 
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # given to a process at once, whichever is reached first
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # given to a process at a time, whichever is reached first
 
 
 # --- the tokenizer ---
@@ -113,7 +113,7 @@ class Encoder:
 def token_stream(
     documents: Iterable[str], tokenizer: Tokenizer, separator: int, processes: int
 ) -> Iterator[np.ndarray]:
-    """The ids of all documents in their order, batch by batch, from as many processes at once."""
+    """The ids of all documents in their order, batch by batch, from that many processes in parallel."""
     if processes == 1:
         yield from map(Encoder(tokenizer, separator), batched(documents))
         return

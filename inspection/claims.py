@@ -1,4 +1,4 @@
-"""What the model card says. Nothing here is verified: a claim is kept as one, and where files contradict it, told.
+"""What the model card says. Nothing here is verified: a claim is kept as one, and a file that contradicts it reported.
 
 https://huggingface.co/docs/hub/model-cards: YAML between two lines of ---, then Markdown.
 """
@@ -120,7 +120,7 @@ def _gguf_front(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def examine(ledger: Ledger, files: Files) -> None:
-    """The card's claims into `facts["card"]`, and findings where the files say otherwise."""
+    """The card's claims into `facts["card"]`, and findings where the files contradict them."""
     card = read(ledger, files)
     front, text, name = card["front"], card["text"], card["name"]
     card["license"] = _as_text(front.get("license"))

@@ -61,13 +61,13 @@ INTERNALS = {
 
 
 def parse(text: str) -> ast.Module:
-    """The file's syntax tree. `Unexamined` for what is no Python of today or nests too deep."""
+    """The file's syntax tree. `Unexamined` for what is not current Python, or is nested too deeply."""
     try:
         return ast.parse(text)
     except (SyntaxError, ValueError) as error:
         raise Unexamined("unparsable-code", f"not parsed as Python ({str(error)[:80]})") from None
     except (RecursionError, MemoryError):
-        raise Unexamined("unparsable-code", "nests too deep to be parsed") from None
+        raise Unexamined("unparsable-code", "is nested too deeply to be parsed") from None
 
 
 def is_python(text: str) -> bool:
@@ -104,7 +104,7 @@ class Calls:
         nodes = list(_walk(tree))
         for node in nodes:
             self._learn(node)
-        for _ in range(3):  # names of names: f = os.system; g = f
+        for _ in range(3):  # aliases: f = os.system; g = f
             for node in nodes:
                 if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
                     full = self._full(node.value)
@@ -243,7 +243,7 @@ def examine_notebook(ledger: Ledger, where: str, notebook: dict[str, Any]) -> No
         dangers = Calls(parse("\n".join(lines))).dangers
     except Unexamined:
         dangers = {}
-        for line in lines:  # a cell that is not whole hides the others no longer
+        for line in lines:  # one incomplete cell must not hide the others
             try:
                 dangers |= Calls(parse(line.strip())).dangers
             except Unexamined:

@@ -180,15 +180,15 @@ def examine_tokens(ledger: Ledger, files: Files) -> None:
             ledger.find(
                 "vocabulary-too-large",
                 "tokenizer.json",
-                f"token {text[:40]!r} has the id {top:,}, the embedding {rows:,} rows",
+                f"token {text[:40]!r} has the id {top:,}, but the embedding has {rows:,} rows",
             )
     for name, place in (("config.json", config), ("generation_config.json", generation)):
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             for id in _ids(place.get(key)):
                 if type(rows) is int and not 0 <= id < rows:
-                    ledger.find("special-token-missing", name, f"{key} {id:,} is outside of the {rows:,} rows")
+                    ledger.find("special-token-missing", name, f"{key} {id:,} is outside the {rows:,} rows")
                 elif vocabulary and id not in vocabulary.values():
-                    ledger.find("special-token-missing", name, f"{key} {id:,} is no token of the tokenizer")
+                    ledger.find("special-token-missing", name, f"{key} {id:,} is not a token of the tokenizer")
     texts = special_texts(files)
     if vocabulary:
         for key, text in texts.items():
@@ -196,11 +196,11 @@ def examine_tokens(ledger: Ledger, files: Files) -> None:
                 ledger.find(
                     "special-token-missing",
                     "tokenizer_config.json",
-                    f"{key} {text[:40]!r} is no token of the tokenizer",
+                    f"{key} {text[:40]!r} is not a token of the tokenizer",
                 )
         for key, text in _token_texts(files.json("special_tokens_map.json")).items():
             if text not in vocabulary:
-                what = f"{key} {text[:40]!r} is no token of the tokenizer"
+                what = f"{key} {text[:40]!r} is not a token of the tokenizer"
                 ledger.find("special-token-missing", "special_tokens_map.json", what)
         for text, id in files.json("added_tokens.json").items():
             if vocabulary.get(text) != id:
@@ -323,7 +323,7 @@ def _examine_gguf_tokens(ledger: Ledger, head: Head) -> None:
     for key in ("bos", "eos", "padding"):
         id = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if id is not None and not (type(id) is int and 0 <= id < len(tokens)):
-            ledger.find("special-token-missing", None, f"tokenizer.ggml.{key}_token_id {str(id)[:20]} is no token")
+            ledger.find("special-token-missing", None, f"tokenizer.ggml.{key}_token_id {str(id)[:20]} is not a token")
     if type(metadata.get("tokenizer.ggml.eos_token_id")) is int:
         ledger.facts["end_tokens"] = [metadata["tokenizer.ggml.eos_token_id"]]
 

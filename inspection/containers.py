@@ -1,7 +1,7 @@
 """Archives and compressed files: their members are examined like files, within limits on number, depth and size.
 
 Nothing is unpacked onto the disk. Small members are examined in memory, large ones by their beginning, and the bytes
-that come out of all archives of a repository together are bounded, so that no bomb goes off.
+that come out of all archives of a repository together are bounded, so that a decompression bomb is harmless.
 """
 
 import bz2
@@ -53,13 +53,13 @@ def _member(ledger: Ledger, where: str, stream: BinaryIO, size: int, depth: int,
         raise Unexamined("too-large", f"{where} has {size:,} bytes; members of up to {MEMBER:,} are examined")
     data = stream.read(size + 1)
     if len(data) != size:
-        raise Unexamined("truncated", f"{where} has not the {size:,} bytes that its archive states")
+        raise Unexamined("truncated", f"{where} does not have the {size:,} bytes that its archive states")
     examine(ledger, where, io.BytesIO(data), size, depth + 1)
 
 
 def _check_depth(depth: int) -> None:
     if depth >= MAX_DEPTH:
-        raise Unexamined("too-large", f"archives within archives, more than {MAX_DEPTH} deep")
+        raise Unexamined("too-large", f"archives nested more than {MAX_DEPTH} deep")
 
 
 def _check_path(ledger: Ledger, where: str, name: str) -> None:
@@ -69,7 +69,7 @@ def _check_path(ledger: Ledger, where: str, name: str) -> None:
 
 
 class _Later:
-    """The first member that could not be examined; the others are examined all the same."""
+    """The first member that could not be examined; the others are still examined."""
 
     def __init__(self):
         self.error: Unexamined | None = None
@@ -168,7 +168,7 @@ def examine_tar(
                 continue
             if not info.isfile():
                 if not info.isdir():
-                    ledger.find("archive-path", where, f"has a member {info.name[:80]!r} that is no ordinary file")
+                    ledger.find("archive-path", where, f"has a member {info.name[:80]!r} that is not a regular file")
                 continue
             if info.sparse is not None or info.size > size:
                 raise Unexamined("too-large", f"{inner} states {info.size:,} bytes, more than the archive has")

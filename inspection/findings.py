@@ -1,7 +1,7 @@
-"""What an audit can find, by name, and the ledger into which every room of it writes.
+"""What an audit can find, by name, and the ledger into which every part of it writes.
 
 A finding has a stable name. `high` and `medium` ones accuse; `low` and `info` ones tell. What could not be examined is
-no accusation: the file is in the ledger with `examined` false and the reason, and the command ends with 2.
+not an accusation: the file is in the ledger with `examined` false and the reason, and the command ends with 2.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """Was this made from that, and is it still what was written down?
 
-A GGUF of ours is a function of its base to the byte: the writer is run again, its bytes are compared with the file's as
-they come, and nothing is stored; inspection/requantize.py does so for int8 and int4. Other copies are compared tensor
-by tensor.
+A GGUF of ours is determined by its base, byte for byte: the writer is run again, its bytes are compared with the
+file's as they are written, and nothing is stored; inspection/requantize.py does so for int8 and int4. Other copies are
+compared tensor by tensor.
 """
 
 import io
@@ -25,7 +25,7 @@ TYPES = {number: type for type, number in names.FILE_TYPES.items()}
 
 
 class _Compare(io.RawIOBase):
-    """Takes a GGUF's bytes as the writer gives them, and counts, tensor by tensor, how many the file has otherwise."""
+    """Takes a GGUF's bytes from the writer, and counts for each tensor how many of them differ from the file's."""
 
     def __init__(self, file: GGUF):
         self._file, self._last, self._written = file, b"", 0
@@ -68,7 +68,7 @@ def compare_gguf(ledger: Ledger, path: Path, base: Path) -> list[str]:
     type = TYPES.get(number)
     if type is None:
         raise ValueError(
-            f"{path}: general.file_type is {str(number)[:20]}; only {', '.join(writer.TYPES)} can be made again"
+            f"{path}: general.file_type is {str(number)[:20]}; only {', '.join(writer.TYPES)} can be rebuilt"
         )
     planned = {tensor.name: tensor for tensor in writer.plan(checkpoint, type)}
     where, lines = path.name, []
@@ -96,11 +96,9 @@ def compare_gguf(ledger: Ledger, path: Path, base: Path) -> list[str]:
     wrong = [one for one in ledger.findings if one.id == "base-differs"]
     same = sum(name not in compare.different and name in file.stored for name in planned)
     if not wrong and not keys:
-        lines.append(f"{where}: made again from {base} as {type}: equal to the byte ({path.stat().st_size:,} bytes)")
+        lines.append(f"{where}: rebuilt from {base} as {type}: byte-identical ({path.stat().st_size:,} bytes)")
     else:
-        lines.append(
-            f"{where}: made again from {base} as {type}: {same:,} of {len(planned):,} tensors are equal to the byte"
-        )
+        lines.append(f"{where}: rebuilt from {base} as {type}: {same:,} of {len(planned):,} tensors are byte-identical")
     relation = f"converted to {type}" if type in ("f32", "f16", "bf16") else f"quantized to {type}"
     _add_lineage(ledger, relation, base, CLAIMED if wrong else VERIFIED)
     return lines
@@ -125,7 +123,7 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 
 def compare_checkpoints(ledger: Ledger, path: Path, base: Path) -> list[str]:
-    """Tensor by tensor: equal, equal after a cast, or changed and by how much; int8 and int4 are made again."""
+    """Tensor by tensor: equal, equal after a cast, or changed and by how much; int8 and int4 are rebuilt."""
     if (scheme := requantize.scheme_of(path)) and not requantize.scheme_of(base):
         lines, kind = requantize.compare(ledger, path, base, scheme)
         _add_lineage(ledger, f"quantized to {kind}" if kind else "quantized from", base, VERIFIED if kind else CLAIMED)
@@ -159,9 +157,7 @@ def compare_checkpoints(ledger: Ledger, path: Path, base: Path) -> list[str]:
     wrong = any(one.id == "base-differs" for one in ledger.findings)
     relation = "changed from" if wrong else "cast from" if cast else "copy of"
     _add_lineage(ledger, relation, base, CLAIMED if wrong else VERIFIED)
-    return [
-        f"against {base}: {equal:,} tensors equal to the byte, {cast:,} equal after a cast, {len(changed):,} changed"
-    ]
+    return [f"against {base}: {equal:,} tensors byte-identical, {cast:,} equal after a cast, {len(changed):,} changed"]
 
 
 # ---- what was written down -------------------------------------------------------------------------------------------
@@ -220,7 +216,7 @@ def verify(ledger: Ledger, manifest: dict[str, Any], ignored: tuple[str, ...] = 
     for path in now:
         if path not in before:
             ledger.find("added", path, "in the repository, not in the manifest")
-    return [f"{same:,} of {len(before):,} files are to the byte what the manifest says"]
+    return [f"{same:,} of {len(before):,} files are byte-identical to the manifest"]
 
 
 def verify_record(ledger: Ledger, root: Path) -> list[str]:
@@ -230,7 +226,7 @@ def verify_record(ledger: Ledger, root: Path) -> list[str]:
     except ValueError as error:
         ledger.find("changed", None, str(error))
         return [f"{root.name} is not what its record says"]
-    return [f"{len(entry['files']):,} files are to the byte what the record says"]
+    return [f"{len(entry['files']):,} files are byte-identical to the record"]
 
 
 def examine_record(ledger: Ledger, root: Path) -> None:

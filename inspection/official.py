@@ -1,4 +1,4 @@
-"""The official chat templates of the family: recognised to the byte, and compared with line by line.
+"""The official chat templates of the family: recognised byte for byte, and compared with line by line.
 
 Their texts are not kept here, only hashes (official_templates.json): of the whole, of each line, and of the prompts
 that they write for the fixtures of inspection/trials.py. They tell which lines of another template are not official,

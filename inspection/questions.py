@@ -89,7 +89,7 @@ def _files(manifest: dict[str, Any]) -> Answer:
 def _training_data(card: dict[str, Any]) -> Answer:
     if card["datasets"]:
         return (
-            f"the card names {', '.join(card['datasets'][:6])}; whether that is all of it cannot be seen from here",
+            f"the card names {', '.join(card['datasets'][:6])}; whether that is all of it cannot be known from here",
             CLAIMED,
         )
     return "no data set is named", ABSENT
@@ -104,7 +104,7 @@ def _croissant(ledger: Ledger, card: dict[str, Any]) -> Answer:
     if not card["datasets"]:
         return "no data set is linked", ABSENT
     return (
-        f"not looked at: that of {', '.join(card['datasets'][:3])} lies on the hub, and this is a local copy",
+        f"not examined: that of {', '.join(card['datasets'][:3])} lies on the hub, and this is a local copy",
         ABSENT,
     )
 
@@ -139,7 +139,7 @@ def _remote_code(ledger: Ledger, manifest: dict[str, Any]) -> Answer:
                 + (
                     f" and calls {', '.join(sorted(calls.dangers)[:6])}"
                     if calls.dangers
-                    else ", and calls nothing dangerous that can be seen"
+                    else ", and makes no dangerous call that can be seen"
                 )
             )
     return "yes: " + ("; ".join(parts) or "of files that are not in the repository"), VERIFIED
@@ -147,7 +147,7 @@ def _remote_code(ledger: Ledger, manifest: dict[str, Any]) -> Answer:
 
 def _licence(manifest: dict[str, Any], card: dict[str, Any]) -> Answer:
     if not manifest["license"]:
-        return "none is stated, so nothing is allowed", ABSENT
+        return "none is stated, so no use is allowed", ABSENT
     allows = manifest["license_allows"] or "read its text: it is not one of the usual licences"
     file = card.get("license_file")
     return f"{manifest['license']}: {allows}" + (
@@ -158,7 +158,7 @@ def _licence(manifest: dict[str, Any], card: dict[str, Any]) -> Answer:
 def _local(manifest: dict[str, Any]) -> Answer:
     memory = manifest["memory"]
     if not memory or not manifest["recommended_runtimes"]:
-        return "cannot be told: no weights or no configuration that is known here", ABSENT
+        return "unknown: no weights, or no configuration that is known here", ABSENT
     cache = memory.get("cache_of_4096_tokens", 0)
     sizes = ", ".join(f"{precision} {size(memory[precision] + cache)}" for precision in ("bfloat16", "int8", "int4"))
     text = f"{', '.join(manifest['recommended_runtimes'])}; memory with 4,096 tokens: {sizes}"
@@ -170,12 +170,12 @@ def _local(manifest: dict[str, Any]) -> Answer:
 def _endpoint(manifest: dict[str, Any]) -> Answer:
     runtimes = manifest["recommended_runtimes"]
     if "nanoqwen" in runtimes:
-        return "python serve.py --model SRC on a machine that is already there: an OpenAI-compatible endpoint", VERIFIED
+        return "python serve.py --model SRC on a machine that you have: an OpenAI-compatible endpoint", VERIFIED
     if "llama.cpp" in runtimes:
-        return "llama-server -m FILE.gguf on a machine that is already there", VERIFIED
+        return "llama-server -m FILE.gguf on a machine that you have", VERIFIED
     if "vLLM" in runtimes:
-        return "vllm serve on a machine with a GPU that holds it", CLAIMED
-    return "none that is known from its files", ABSENT
+        return "vllm serve on a machine whose GPU is large enough", CLAIMED
+    return "none can be told from its files", ABSENT
 
 
 def _linked(card: dict[str, Any], manifest: dict[str, Any]) -> Answer:
@@ -205,8 +205,8 @@ def _change(manifest: dict[str, Any], ledger: Ledger) -> Answer:
             found & LOAD_FINDINGS - {"remote-code"},
             "remove what can run code: " + ", ".join(sorted(found & LOAD_FINDINGS)),
         ),
-        ("pickle" in formats, "replace the pickles by safetensors"),
-        ("remote-code" in found, "drop the remote code for a model type that runtimes know"),
+        ("pickle" in formats, "replace the pickles with safetensors"),
+        ("remote-code" in found, "replace the remote code with a model type that runtimes support"),
         (any(ledger.accusations()), "fix the first finding: " + next((one.id for one in ledger.accusations()), "")),
         (not manifest["license"], "state a licence in the card's front matter, and add its text"),
         (not manifest["lineage"], "name base_model in the card's front matter"),

@@ -1,7 +1,7 @@
 """The header of a .gguf file on the hub, read by range requests: metadata, chat template and the table of tensors.
 
 Most of a header is the vocabulary: at Qwen3's, 5.9 MB of token texts, types and merges, with the template and the
-tensors behind them. Large arrays are stepped over. One of numbers has a known size; the end of one of strings is found
+tensors behind them. Large arrays are skipped. One of numbers has a known size; the end of one of strings is found
 by looking: each string is its length and its bytes, so a few hundred bytes show whether they lie in such a row. A wrong
 guess cannot pass: all that follows must parse, and the tensors must fill the file exactly (formats/gguf/reader.py).
 """
@@ -14,7 +14,7 @@ from formats.gguf import types
 from formats.gguf.reader import Head, parse
 from inspection.tree import RemoteFile
 
-FEW = 4096  # strings or numbers that are read all the same
+FEW = 4096  # strings or numbers that are read anyway
 WINDOW = 8192  # bytes that are looked at
 LONGEST = 1024  # of a token or merge
 LEAST = 8  # strings in a row
@@ -22,7 +22,7 @@ BOOLEAN = 7
 
 
 class Unread(NamedTuple):
-    """Stands in the metadata for an array that was stepped over."""
+    """A placeholder in the metadata for an array that was skipped."""
 
     count: int
     bytes: int
@@ -128,5 +128,5 @@ def parse_head(path: str, stream: BinaryIO, size: int) -> Head:
 
 
 def unread(head: Head) -> int:
-    """Bytes of the header that were stepped over."""
+    """Bytes of the header that were skipped."""
     return sum(value.bytes for value in head.metadata.values() if isinstance(value, Unread))

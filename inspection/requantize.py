@@ -1,7 +1,7 @@
-"""A quantised directory held against its base: convert.py's int8 and int4 are made again in memory, piece by piece.
+"""A quantised directory held against its base: convert.py's int8 and int4 are rebuilt in memory, piece by piece.
 
-What convert.py wrote is a function of its base to the byte. Another tool may round otherwise: where its weights are
-within one step of the base's, they may be made from it, but that proves nothing.
+What convert.py wrote is determined by its base, byte for byte. Another tool may round differently: where its weights
+are within one step of the base's, they may be made from it, but that proves nothing.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ def scheme_of(path: Path) -> Scheme | None:
 
 def compare(ledger: Ledger, path: Path, base: Path, scheme: Scheme) -> tuple[list[str], str | None]:
     """Findings where `path` is not what the base gives. Returns the lines that say how they compare, and the kind
-    ("int8" or "int4") where every tensor is equal to the byte."""
+    ("int8" or "int4") where every tensor is byte-identical."""
     kind = next(name for name, bits in BITS.items() if bits == scheme.bits)
     stored, source = Checkpoint(path), weights.open_weights(base)
     tensors = dict(source.tensors)
@@ -69,15 +69,15 @@ def compare(ledger: Ledger, path: Path, base: Path, scheme: Scheme) -> tuple[lis
         ledger.find("base-differs", None, what)
     for key in _different_keys(stored.config, source.config):
         ledger.find("base-metadata", "config.json", f"{key} differs from the base's")
-    line = f"{path.name}: made again from {base} as {kind}: "
+    line = f"{path.name}: rebuilt from {base} as {kind}: "
     if not wrong and not near:
-        return [f"{line}equal to the byte ({same:,} tensors)"], kind
-    rounded = f", {len(near):,} rounded otherwise and within one step of the base" if near else ""
-    return [f"{line}{same:,} of {len(tensors):,} tensors are equal to the byte{rounded}"], None
+        return [f"{line}byte-identical ({same:,} tensors)"], kind
+    rounded = f", {len(near):,} rounded differently but within one step of the base" if near else ""
+    return [f"{line}{same:,} of {len(tensors):,} tensors are byte-identical{rounded}"], None
 
 
 def _hold(target: Quantize, stored: Any, source: Any, name: str, outputs: dict[str, Any]) -> tuple[bool, float | None]:
-    """(equal to the byte, the largest distance in steps of the scale); no distance for what is not quantised."""
+    """(byte-identical, the largest distance in steps of the scale); no distance for what is not quantised."""
     values = source.read(name)
     ours = {output: stored.read(output) for output in outputs}
     shape, scale = ours.get(f"{name}_shape"), ours.get(f"{name}_scale")

@@ -1,10 +1,10 @@
-"""Chat templates, which are programs of strangers: read as syntax trees, and rendered nowhere but in the sandbox.
+"""Chat templates, which are untrusted programs: read as syntax trees, and rendered nowhere but in the sandbox.
 
-What a template may do is small: take messages apart and write them out with markup. Here is looked for what that never
-needs (Python's internals, other files, unknown functions), for work without bound, for characters that do not show, and
-for texts that depend on the date or on words of the user. Words are found by trying: every text of the template is put
-into a user's message, and where the prompt around it changes, it is a switch; markup (`<think>`, `/no_think`) may be
-one, ordinary words may not.
+What a template may do is small: take messages apart and write them out with markup. This module looks for what that
+never needs (Python's internals, other files, unknown functions), for work without bound, for characters that do not
+show, and for texts that depend on the date or on words of the user. Words are read from the conditions on what is said,
+and tried: every text of the template is put into a user's message, and where the prompt around it changes, it is a
+switch; markup (`<think>`, `/no_think`) may be one, ordinary words may not.
 """
 
 import re

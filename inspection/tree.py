@@ -1,6 +1,6 @@
 """The files of a repository, in a directory, on the hub, or the one of a .gguf: listed and opened, never trusted.
 
-A directory may hold links that lead out of it or in circles, pipes that never answer, and files that are a hole of a
+A directory may hold links that lead out of it or in circles, pipes that never answer, and sparse files of a
 terabyte. A hub repository is read by range requests, within a number of bytes.
 """
 
@@ -81,7 +81,7 @@ def local_tree(path: Path) -> Tree:
 
 
 def _walk(root: Path, left_out: list[str]) -> Iterator[tuple[Path, str]]:
-    """All that is not a directory, in order, links not followed; what Git keeps for itself is left out."""
+    """All that is not a directory, in order, links not followed; Git's own folder is left out."""
     pending = [(root, "")]
     while pending:
         folder, prefix = pending.pop()
@@ -113,12 +113,12 @@ def _local_entry(path: Path, name: str, root: Path) -> Entry:
     except (OSError, RuntimeError) as error:
         return Entry(shown, 0, _nothing, ("unreadable", str(error)), local=path)
     if not stat.S_ISREG(status.st_mode):
-        kind = "a directory that cannot be listed" if stat.S_ISDIR(status.st_mode) else "not an ordinary file"
+        kind = "a directory that cannot be listed" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         id = "unreadable" if stat.S_ISDIR(status.st_mode) else "special-file"
         return Entry(shown, 0, _nothing, (id, kind), local=path)
     problem = None
     if status.st_size > SPARSE and status.st_blocks * 512 < status.st_size // 16:
-        problem = ("sparse-file", f"{status.st_size:,} bytes, of which {status.st_blocks * 512:,} are on the disk")
+        problem = ("sparse-file", f"{status.st_size:,} bytes, of which {status.st_blocks * 512:,} are on disk")
     return Entry(shown, status.st_size, lambda: _open(path), problem, local=path)
 
 
@@ -139,11 +139,11 @@ def _link_problem(path: Path, root: Path) -> tuple[str, str] | None:
 
 
 def _open(path: Path) -> BinaryIO:
-    """A file opened so that a pipe that took its place meanwhile cannot hold us."""
+    """A file opened so that a pipe that took its place meanwhile cannot block us."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise Unexamined("special-file", "not an ordinary file")
+        raise Unexamined("special-file", "not a regular file")
     return os.fdopen(descriptor, "rb")
 
 
@@ -227,7 +227,7 @@ class RemoteFile(io.RawIOBase):
         block, within = self._blocks[number], self._at % BLOCK
         piece = block[within : within + len(buffer)]
         if not piece:
-            raise Unexamined("unreadable", "the hub sent fewer bytes than it promised")
+            raise Unexamined("unreadable", "the hub sent fewer bytes than it announced")
         buffer[: len(piece)] = piece
         self._at += len(piece)
         return len(piece)

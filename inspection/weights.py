@@ -1,4 +1,4 @@
-"""What is verified from the bytes of the weights: parameters, dtypes, and values that no trained model has.
+"""What is verified from the bytes of the weights: parameters, dtypes, and values that no trained model should have.
 
 Headers are read by inspection/contents.py; here they are held against config.json, and where the weights lie on this
 machine each tensor is read once, one in memory at a time, hashed and looked at.
@@ -148,7 +148,7 @@ def _hold_config(
     try:
         parsed = model.Config.from_dict(config)
     except (ValueError, TypeError):
-        return  # told by the room of configurations
+        return  # consistency.examine_config reports it
     ledger.facts["parameters_of_config"] = parameters_of_config(parsed)[0]
     if is_packed:
         return
@@ -177,7 +177,7 @@ def open_weights(path: Path) -> Any:
 
 
 def examine_values(ledger: Ledger, tree: Tree, progress: Callable[[int], None] = lambda size: None) -> None:
-    """Reads every tensor on this machine once: its hash, and values that no trained model has."""
+    """Reads every tensor on this machine once: its hash, and values that no trained model should have."""
     if tree.root is None or any(finding.id in UNREADABLE for finding in ledger.findings):
         return
     config = _open_model(ledger, tree)

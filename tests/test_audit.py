@@ -246,7 +246,7 @@ def test_a_quantised_directory_is_proven_and_one_bit_is_found(run, monkeypatch, 
     found = json.loads(text)
     said = [(one["relation"], one["status"]) for one in found["lineage"]]
     assert status == 0 and (f"quantized to {kind}", "verified") in said and "base-metadata" not in ids(found), text
-    assert "equal to the byte (46 tensors)" in run(out, "--base", TINY)[1]
+    assert "byte-identical (46 tensors)" in run(out, "--base", TINY)[1]
     name = "model.layers.2.mlp.up_proj.weight"
     file = out / "model.safetensors"
     start, _ = auditing.Audit(local_tree(out)).ledger.facts["safetensors"]["model.safetensors"][1][f"{name}_packed"]
@@ -256,7 +256,7 @@ def test_a_quantised_directory_is_proven_and_one_bit_is_found(run, monkeypatch, 
     file.write_bytes(content)
     status, text, _ = run(out, "--base", TINY)
     assert status == 1 and f"tensor {name} is not what the base gives, by up to" in text
-    assert "45 of 46 tensors are equal to the byte" in text
+    assert "45 of 46 tensors are byte-identical" in text
 
 
 def weights_size(path: Path) -> int:
@@ -278,7 +278,7 @@ def test_weights_that_another_tool_rounded_accuse_nobody(run, monkeypatch, capsy
     bytes_of[0, 0] += 1 if bytes_of[0, 0] < 128 else -1  # towards zero or away: one step at most
     save_file(tensors, out / "model.safetensors")
     status, text, _ = run(out, "--base", TINY)
-    assert "45 of 46 tensors are equal to the byte" in text
+    assert "45 of 46 tensors are byte-identical" in text
     assert (status == 0 and "1 rounded otherwise" in text) or "steps of its scale" in text
     shutil.copytree(TINY, tmp_path / "other")
     edit_json(tmp_path / "other" / "config.json", rope_theta=77.0)
@@ -297,7 +297,7 @@ def test_a_gguf_of_another_base_or_other_metadata(run, tiny_checkpoint, tmp_path
 
 
 def test_a_copy_a_cast_and_a_change(run, tiny_checkpoint, repository):
-    assert "equal to the byte" in run(repository, "--base", tiny_checkpoint)[1]
+    assert "byte-identical" in run(repository, "--base", tiny_checkpoint)[1]
     from safetensors.torch import load_file, save_file
 
     file = repository / "model.safetensors"
@@ -639,7 +639,7 @@ def test_a_large_tokenizer_is_read_and_one_that_memory_does_not_hold_is_left_out
     (tmp_path / "wide.json").write_bytes(b'["\xf0\x9f\x98\x80' + b"x" * (60 << 20) + b'"]')
     ledger = auditing.Audit(local_tree(tmp_path)).ledger
     assert ledger.facts["tokens"] == 2
-    assert [one.what for one in ledger.accusations()] == ["pad_token 'nothing' is no token of the tokenizer"]
+    assert [one.what for one in ledger.accusations()] == ["pad_token 'nothing' is not a token of the tokenizer"]
     assert [file.path for file in ledger.unexamined()] == ["wide.json"]
 
 

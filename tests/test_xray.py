@@ -221,4 +221,4 @@ def test_ctrl_c_gives_the_report_of_what_was_read(tmp_path):
     found = json.loads(done.stdout)
     assert (found["rows"], found["complete"]) == (None, False)
     assert found["rows_read"] in range(1000, 9000, 1000)  # the batches after it were being read already
-    assert "the report will be of the rows read so far" in done.stderr
+    assert "the report will cover the rows read so far" in done.stderr

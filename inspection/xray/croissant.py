@@ -129,7 +129,7 @@ def _same_license(one: str, other: str) -> bool:
 
 @contextlib.contextmanager
 def quiet():
-    """mlcroissant tells its warnings through absl's log."""
+    """mlcroissant logs its warnings through absl."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.CRITICAL)

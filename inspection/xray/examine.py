@@ -201,7 +201,9 @@ def stoppable() -> Iterator[Callable[[], bool]]:
     def note(number, frame) -> None:
         pressed.append(number)
         signal.signal(signal.SIGINT, before)
-        console.notice("stopping: the report will be of the rows read so far (Ctrl-C again: at once, without a report)")
+        console.notice(
+            "stopping: the report will cover the rows read so far (Ctrl-C again: stop immediately, without a report)"
+        )
 
     try:
         before = signal.signal(signal.SIGINT, note)

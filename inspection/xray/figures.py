@@ -209,7 +209,7 @@ def _pairs(scan: Scan) -> dict[str, Any]:
 
 # --- rules over the whole set ---
 
-FEW_PAIRS = 20  # fewer say nothing about a bias
+FEW_PAIRS = 20  # fewer tell nothing about a bias
 
 
 def _set_rules(scan: Scan) -> None:
@@ -260,12 +260,12 @@ def _findings(scan: Scan) -> list[dict[str, Any]]:
 
 
 def _examples(scan: Scan) -> list[Snippet]:
-    """Three telling rows: the usual one, the longest, the shortest."""
+    """Three telling rows: a typical one, the longest, the shortest."""
     sample = sorted((snippet for _, snippet in scan._sample), key=lambda snippet: snippet.length)
     made = []
     if sample:
         usual = sample[len(sample) // 2]
-        usual.why = f"usual: of median length among a sample of {len(sample)} ({usual.length:,} characters)"
+        usual.why = f"typical: of median length in a sample of {len(sample)} ({usual.length:,} characters)"
         made.append(usual)
     for name in ("longest", "shortest"):
         if snippet := scan.examples.get(name):

@@ -1,4 +1,4 @@
-"""What a model will be taught: the rows that train.py makes of a record, by train.py's own code (data/sources.py).
+"""What a model will learn: the rows that train.py makes of a record, by train.py's own code (data/sources.py).
 
 A record gives one training row or several (a chat of several turns whose thinking the template drops), each a list of
 ids and of targets; what the targets leave out is not learnt.
@@ -24,7 +24,7 @@ class Mask(NamedTuple):
     """Of one record."""
 
     rows: list[Row]  # those that fit, and those that don't
-    why: str | None = None  # it can't be learnt from
+    why: str | None = None  # why it can't be trained on
 
     def facts(self, chat: Chat, sequence: int, ends: frozenset[int], thinking_turns: int, stage: str) -> dict:
         """The columns that conditions over `mask` see."""

@@ -38,7 +38,7 @@ def rows_line(report: dict[str, Any]) -> str:
     if report["complete"]:
         return f"{report['rows_read']:,}, all counted"
     whole = f" of {report['rows']:,}" if report["rows"] is not None else " (how many there are is not known)"
-    return f"{report['rows_read']:,} read{whole}: every figure here is of this part"
+    return f"{report['rows_read']:,} read{whole}: all figures are of this part"
 
 
 def headline(report: dict[str, Any]) -> str:
@@ -55,7 +55,7 @@ def license_line(report: dict[str, Any]) -> str:
 
 
 def fields(report: dict[str, Any]) -> dict[str, str]:
-    """The facts of the course's twelve fields that are one line each."""
+    """Those of the course's twelve fields that are one line each."""
     made = {
         "name": report["name"],
         "address": report["address"],
@@ -68,7 +68,7 @@ def fields(report: dict[str, Any]) -> dict[str, str]:
         "tokenizer": report["tokenizer"] or "none, tokens are not counted",
     }
     duplicates = report["duplicates"]
-    made["duplicates"] = f"{duplicates['exact']:,} exact (but for case and white space), {duplicates['near']:,} near"
+    made["duplicates"] = f"{duplicates['exact']:,} exact (ignoring case and white space), {duplicates['near']:,} near"
     if duplicates.get("near_rows_compared") == 0:
         made["duplicates"] = made["duplicates"].rpartition(", ")[0] + "; near ones were not looked for"
     elif "near_threshold" in duplicates:
@@ -175,7 +175,7 @@ def html(report: dict[str, Any]) -> str:
         made.section("The most repeated prompts", page.table(rows, ["rows", "prompt"]))
     if report["duplicates"].get("nearest"):
         rows = [[pair["row"], pair["other_row"], pair["jaccard"]] for pair in report["duplicates"]["nearest"]]
-        made.section("Near-duplicates", page.table(rows, ["row", "like row", "Jaccard"]))
+        made.section("Near-duplicates", page.table(rows, ["row", "similar row", "Jaccard"]))
     if report["against"]:
         made.section(f"Leakage against {report['against']}", *_leaks(report))
     for title, facts in extras(report).items():

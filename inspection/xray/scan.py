@@ -1,9 +1,9 @@
 """One pass over a data set, batch by batch: every figure, and every row that breaks a rule.
 
-What has to be remembered of each row (lengths, hashes of its text and prompt, the rules that it breaks) goes into a
+What must be remembered of each row (lengths, hashes of its text and prompt, the rules that it breaks) goes into a
 duckdb file in a temporary folder, and medians, duplicates and counts are asked of it at the end; so memory does not
-grow with the rows. Conditions of the rubric run as SQL over each batch. Texts are kept of few rows: examples, the first
-rows that break a rule, and those that the report shows.
+grow with the rows. Conditions of the rubric run as SQL over each batch. The texts of only a few rows are kept:
+examples, the first rows that break a rule, and those that the report shows.
 """
 
 import hashlib

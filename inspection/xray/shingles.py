@@ -1,4 +1,4 @@
-"""Words and word n-grams of many texts at once, as 64-bit hashes: what near-duplicates and leakage are found by.
+"""Words and word n-grams of many texts at once, as 64-bit hashes: the basis of near-duplicates and leakage.
 
 A word is a run of letters and digits in any script, lower-cased; a Chinese or Japanese character is a word by itself.
 All of it is numpy over the bytes of an Arrow column: no Python object per word.
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from inspection.xray.text_columns import in_parts
 
-BYTES = 2 << 20  # of text that is worked on at once
+BYTES = 2 << 20  # of text processed at a time
 LONGEST = 4 << 20  # characters of one text that count
 PRIME, INVERSE = np.uint64(0x9E3779B97F4A7C15), np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
 

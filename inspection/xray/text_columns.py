@@ -1,4 +1,4 @@
-"""Columns of text, worked on as a whole: no Python object per row."""
+"""Columns of text, processed as a whole: no Python object per row."""
 
 import unicodedata
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def in_parts(texts: pa.Array, size: int) -> Iterator[pa.Array]:
 
 
 def lines(texts: pa.Array) -> pa.Array:
-    """What two texts share which differ in case and white space alone; null for null and for white space."""
+    """The form shared by texts that differ only in case and white space; null for null and for white space."""
     texts = pa.concat_arrays([texts, pa.array([], pa.string())])  # a slice begins at 0 then
     valid, offsets, data = texts.buffers()
     plain = (data or pa.py_buffer(b"")).to_pybytes().translate(PLAIN)  # ASCII to ASCII: UTF-8 stays valid

@@ -4,7 +4,7 @@ A byte-level BPE first cuts a text into pieces by a pattern, and no token crosse
 its pieces', and a piece that was seen before needs no work. All published patterns (ALTERNATIVES) cut before a space
 that stands alone, so a text can be split there, which is faster still; elsewhere Python's `re` cuts, once the pattern's
 letter and digit classes are spelt out, as the tokenizer's own engine has them.
-Text that this would not serve exactly (characters from U+3000 on, text that is not NFC, added tokens in it, any other
+Text that this would not count exactly (characters from U+3000 on, text that is not NFC, added tokens in it, any other
 kind of tokenizer) goes to the library, in threads.
 """
 
@@ -22,7 +22,7 @@ from chat import BYTE_OF_CHARACTER
 from inspection.xray.text_columns import in_parts
 
 LIMIT = 0x3000
-BYTES = 4 << 20  # of text that is worked on at once
+BYTES = 4 << 20  # of text processed at a time
 REMEMBERED = 1_000_000  # words, pieces and runs, of each
 CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
 # What ByteLevel cuts by, where the file gives no pattern of its own (GPT-2's).
@@ -57,7 +57,7 @@ class TokenCounter:
         return np.concatenate(found)
 
     def _plain(self, texts: pa.Array) -> np.ndarray:
-        """Which texts are served exactly without the library."""
+        """Which texts are counted exactly without the library."""
         plain = pc.string_is_ascii(texts).to_numpy(zero_copy_only=False).copy()
         for place in np.flatnonzero(~plain):
             text = texts[int(place)].as_py()
@@ -110,7 +110,7 @@ class TokenCounter:
         return np.array([len(e) for e in self.tokenizer.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)])
 
     def _read_pattern(self) -> None:
-        """Takes the tokenizer's own pattern for Python's `re`, unless the two disagree about a text with everything."""
+        """Takes the tokenizer's own pattern for Python's `re`, unless the two disagree about texts of every kind."""
         source = _pattern_of(self.tokenizer)
         if source is None:
             return

@@ -90,7 +90,7 @@ def verdict(report: dict[str, Any], rules: dict[str, Rule], to_drop: int, task: 
         train = "after-fixes"
     if not rows or to_drop > MOST * rows:
         train = "no"
-        reasons.insert(0, f"{to_drop:,} of {rows:,} rows have to go")
+        reasons.insert(0, f"{to_drop:,} of {rows:,} rows must be left out")
     mask = report.get("mask")
     if mask and mask["rows_examined"] and not mask["target_tokens"]:
         train = "no"
@@ -100,5 +100,5 @@ def verdict(report: dict[str, Any], rules: dict[str, Rule], to_drop: int, task: 
     if task == "evaluation":
         reasons.append("questions that a model was trained on measure its memory")
     if not report["complete"]:
-        reasons.append(f"only {rows:,} rows were read; the rest may be otherwise")
+        reasons.append(f"only {rows:,} rows were read; the rest may differ")
     return {"train": train, "task": task, "reasons": reasons, "rows_to_leave_out": to_drop}

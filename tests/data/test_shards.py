@@ -40,7 +40,7 @@ def test_a_shard_comes_back_and_its_bytes_are_the_format(tmp_path, vocabulary, d
     version = {20240520: 1, 20240801: 7}[magic]
     assert (tmp_path / "a.bin").read_bytes() == header(magic, version, 4) + np.array(ids, dtype=dtype).tobytes()
     assert Shard(tmp_path / "a.bin").read(1, 10, vocabulary).tolist() == ids[1:]
-    with pytest.raises(ValueError, match=f"token 1 is {vocabulary - 1:,}, outside of the vocabulary"):
+    with pytest.raises(ValueError, match=f"token 1 is {vocabulary - 1:,}, outside the vocabulary"):
         Shard(tmp_path / "a.bin").read(0, 4, vocabulary - 1)
     with pytest.raises(ValueError, match="ids from"):
         write_shard(tmp_path / "b.bin", [vocabulary], vocabulary)
@@ -54,7 +54,7 @@ def test_a_shard_comes_back_and_its_bytes_are_the_format(tmp_path, vocabulary, d
     [
         (b"", "0 bytes are too few"),
         (header(20240520, 1, 0)[:-1], "1,023 bytes are too few"),
-        (header(1, 1, 2) + bytes(4), "magic number 1 is no shard's"),
+        (header(1, 1, 2) + bytes(4), "magic number 1 is not that of a shard"),
         (header(20240520, 2, 2) + bytes(4), "version 2"),
         (header(20240801, 1, 1) + bytes(4), "version 1"),
         (header(20240520, 1, 3) + bytes(4), "3 tokens"),
@@ -137,7 +137,7 @@ def test_a_shard_that_shrinks_is_named(tmp_path):
     write_shard(tmp_path / "a.bin", np.arange(100), 128)
     shard = Shard(tmp_path / "a.bin")
     write_shard(tmp_path / "a.bin", np.arange(10), 128)
-    with pytest.raises(ValueError, match=r"a\.bin: it has become shorter"):
+    with pytest.raises(ValueError, match=r"a\.bin: it has been shortened"):
         shard.read(5, 20, 128)
 
 
@@ -155,7 +155,7 @@ def test_ids_piece_by_piece_are_the_same_file(tmp_path, monkeypatch):
 def test_the_whole_file_can_be_checked(tmp_path):
     write_shard(tmp_path / "a.bin", [*range(5000), 50256, 3, 50300], 65536)
     Shard(tmp_path / "a.bin").check(50301)
-    with pytest.raises(ValueError, match="token 5,002 is 50,300, outside of the vocabulary of 50,257"):
+    with pytest.raises(ValueError, match="token 5,002 is 50,300, outside the vocabulary of 50,257"):
         Shard(tmp_path / "a.bin").check(50257)
 
 
@@ -214,7 +214,7 @@ def test_what_inspect_shows(tmp_path):
     with pytest.raises(ValueError, match="--separator end: without --tokenizer"):
         shown(tmp_path / "a.bin", None, "end", 1)
     write_shard(tmp_path / "b.bin", [1, 2, 900], 1000)
-    with pytest.raises(ValueError, match="token 2 is 900, outside of the vocabulary"):
+    with pytest.raises(ValueError, match="token 2 is 900, outside the vocabulary"):
         shown(tmp_path / "b.bin", TINY, None, 1)
     write_shard(tmp_path / "empty.bin", [], 70000)
     assert "version 7, uint32" in shown(tmp_path / "empty.bin", None, None, 3)
@@ -504,7 +504,7 @@ def test_a_file_of_another_size_or_kind_gets_no_name(tmp_path, monkeypatch, serv
     for sent, said in [
         (good[:-2], "this file has 11,024 bytes, but the server sends 11022"),
         (bytes(len(good)), "magic number 0"),
-        (bytes(other_ids), "token 4,999 is 65,535, outside of the vocabulary of 50,257"),
+        (bytes(other_ids), "token 4,999 is 65,535, outside the vocabulary of 50,257"),
     ]:
         server.sent = sent
         with pytest.raises(ValueError, match=said):
