@@ -115,6 +115,8 @@ def coverage(tree: Tree, ledger: Ledger) -> str:
     """What was looked at, in one line."""
     examined = sum(file.examined for file in ledger.files)
     values = "all values of the weights read" if ledger.facts.get("values_read") else "no value of the weights read"
+    if unread := ledger.facts.get("values_unread"):
+        values = f"values of the weights read except those of {', '.join(unread[:4])}"
     members = (
         f", {ledger.members:,} {'member' if ledger.members == 1 else 'members'} of archives" if ledger.members else ""
     )

@@ -183,13 +183,13 @@ def examine_values(ledger: Ledger, tree: Tree, progress: Callable[[int], None] =
     config = _open_model(ledger, tree)
     tensors: list[dict[str, Any]] = []
     models: dict[str, _Values] = {}  # the shards of one model together
-    try:
-        for file, container in _containers(ledger, tree):
+    for file, path in _containers(ledger, tree):
+        try:
+            container = GGUF(path) if ledger.facts.get("gguf", {}).get(file) else SafetensorsFile(path)
             of = models.setdefault(re.sub(r"-\d{5}-of-\d{5}\b", "", file), _Values())
             tensors += _examine_container(ledger, file, container, of, progress)
-    except (ValueError, OSError) as error:
-        ledger.facts["values_problem"] = str(error).partition(": ")[2]
-        return
+        except (ValueError, OSError):  # a GGUF of another architecture, or with a part missing
+            ledger.facts.setdefault("values_unread", []).append(file)
     for of in models.values():
         _check_norms(ledger, of.norms)
         head, embedding = of.digests.get(model.HEAD), of.digests.get(model.EMBEDDING)
@@ -227,16 +227,13 @@ class _Values:
         self.norms: dict[str, dict[str, tuple[float, str]]] = {}  # kind -> {name: (largest value, file)}
 
 
-def _containers(ledger: Ledger, tree: Tree) -> Iterator[tuple[str, Any]]:
-    """(path, container) of each file of weights on this machine, whether or not it belongs to the model: adapters,
-    copies in another precision, the parts of a pipeline. All tensors are as stored, under their stored names."""
-    for where in ledger.facts.get("safetensors", {}):
-        if (entry := tree.get(where)) and entry.local:
-            yield where, SafetensorsFile(entry.local)
-    for where in ledger.facts.get("gguf", {}):
+def _containers(ledger: Ledger, tree: Tree) -> Iterator[tuple[str, Path]]:
+    """Each file of weights on this machine, whether or not it belongs to the model: adapters, copies in another
+    precision, the parts of a pipeline."""
+    for where in (*ledger.facts.get("safetensors", {}), *ledger.facts.get("gguf", {})):
         part = re.search(r"-(\d{5})-of-\d{5}\.gguf$", where)
         if (entry := tree.get(where)) and entry.local and (part is None or int(part[1]) == 1):
-            yield where, GGUF(entry.local)
+            yield where, entry.local
 
 
 def _examine_container(

@@ -643,6 +643,15 @@ def test_a_large_tokenizer_is_read_and_one_that_memory_does_not_hold_is_left_out
     assert [file.path for file in ledger.unexamined()] == ["wide.json"]
 
 
+def test_weights_of_another_architecture_beside_the_model_are_named(run, repository):
+    """As an mmproj file: its values are not read, those of the model are."""
+    writer.write_gguf(open_checkpoint(repository), repository / "mmproj.gguf", "f32")
+    content = (repository / "mmproj.gguf").read_bytes()
+    (repository / "mmproj.gguf").write_bytes(content.replace(b"qwen3", b"clip3"))
+    status, out, _ = run(repository)
+    assert status == 0 and "values of the weights read except those of mmproj.gguf" in out and "perplexity" in out
+
+
 def test_a_script_in_what_a_notebook_shows(tmp_path):
     for name, html in (("bad", "<img src=x onerror=alert(1)>"), ("good", "<img src=x>")):
         output = {"output_type": "display_data", "data": {"text/html": [html]}, "metadata": {}}
