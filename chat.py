@@ -130,6 +130,8 @@ class Chat:
         `literal`: then it stays text, and no message can end its turn or begin another one's.
         With `continue_final_message` the last message is the beginning of the assistant's turn.
         """
+        if not isinstance(thinking, bool):
+            raise ValueError(f"thinking is {thinking!r}, which is neither True nor False")
         render = self._continued if continue_final_message else self.render_text
         if not literal:
             return self.encode(render(messages, thinking, tools))
@@ -239,6 +241,8 @@ class Chat:
             raise ValueError("ids are not the token ids of one text, as a list of whole numbers") from None
         if any(token < 0 for token in ids):
             raise ValueError(f"token id {min(ids)} is below 0")
+        if any(token >= 1 << 32 for token in ids):
+            raise ValueError(f"token id {max(ids)} is beyond every vocabulary")
         return b"".join(self.token_bytes(token) for token in ids if token not in skipped).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:

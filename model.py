@@ -117,6 +117,10 @@ class Config:
     def from_json(cls, path: str | Path) -> "Config":
         from formats.json_file import read_json
 
+        if not isinstance(path, str | Path):
+            raise ValueError(
+                f"path is a {type(path).__name__}, not that of a config.json; Config(**fields) takes fields"
+            )
         given = read_json(Path(path))
         try:
             return cls.from_dict(given)
@@ -212,6 +216,12 @@ class Config:
             raise ValueError(
                 f"config: yarn's factor asks for {self.context_length:,} positions, beyond {MAX_POSITIONS:,}"
             )
+
+
+def check_config(config: Any) -> None:
+    if not isinstance(config, Config):
+        given = type(config).__name__
+        raise ValueError(f"config is a {given}, not a Config; Qwen3.from_pretrained opens the model of a directory")
 
 
 MOE_FIELDS = (
@@ -352,6 +362,9 @@ class KVCache:
     """
 
     def __init__(self, config: Config, batch_size: int = 1, max_len: int = 256, device=None, dtype=None):
+        check_config(config)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16 or torch.int8")
         if type(batch_size) is not int or batch_size < 1 or type(max_len) is not int:
             raise ValueError(f"a cache of {batch_size!r} rows and {max_len!r} positions: give whole numbers from 1")
         if not 1 <= max_len <= config.context_length:
@@ -420,9 +433,12 @@ class KVCache:
 
     def truncate(self, lengths: int | list[int]) -> None:
         """Drops what is beyond the given length of each row: padding, a rejected draft, a changed history."""
-        lengths = [lengths] * len(self.lengths) if isinstance(lengths, int) else lengths
-        assert all(0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True))
-        self.lengths = list(lengths)
+        wanted = [lengths] * len(self.lengths) if isinstance(lengths, int) else list(lengths)
+        if len(wanted) != len(self.lengths) or not all(
+            0 <= n <= old for n, old in zip(wanted, self.lengths, strict=True)
+        ):
+            raise ValueError(f"truncate to {lengths}: the cache's rows have {self.lengths} positions")
+        self.lengths = wanted
 
     def row(self, row: int) -> "KVCache":
         """One row as a cache: a view of these keys and values with a length of its own."""
@@ -434,6 +450,8 @@ class KVCache:
     def grow(self, max_len: int) -> None:
         """Makes room for `max_len` positions and keeps those that are filled."""
         filled = max(self.lengths)
+        if type(max_len) is not int or max_len < filled:
+            raise ValueError(f"grow to {max_len!r} positions: {filled:,} are used; give a whole number from there")
 
         def grown(old: Tensor) -> Tensor:
             new = self._new((*old.shape[:2], max_len, old.shape[3]), device=old.device, dtype=old.dtype)
@@ -634,6 +652,8 @@ def check_ids(model: "Qwen3", ids: Any, cache: KVCache | None) -> None:
                 f"ids has {ids.shape[1]:,} positions, but the model's context is {config.context_length:,}"
             )
         return
+    if not isinstance(cache, KVCache):
+        raise ValueError(f"cache is a {type(cache).__name__}, not a KVCache(model.config, ...)")
     keys = cache.keys[0] if cache.keys else ids
     shape = (len(ids), config.num_key_value_heads, cache.max_len, config.head_dim)
     if len(cache.keys) != config.num_hidden_layers or keys.shape[1::2] != shape[1::2]:
@@ -657,6 +677,7 @@ class Qwen3(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
+        check_config(config)
         self.config = config
         self.generation_config: dict[str, Any] = {}  # the checkpoint's recommended sampling and its end tokens
         self.path: Path | None = None  # of the checkpoint that it was loaded from

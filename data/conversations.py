@@ -242,7 +242,7 @@ def beside(record: dict) -> tuple[list[dict] | None, bool | None]:
     thinking = stated[0] if stated else None
     if thinking not in (None, True, False):
         raise ValueError(f"enable_thinking is {short(thinking)}, neither true nor false")
-    return tools, thinking
+    return tools, None if thinking is None else bool(thinking)  # 1 is True too
 
 
 def whole(prompt: list[Message], record: dict, name: str) -> list[Message]:

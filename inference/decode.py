@@ -72,6 +72,8 @@ def steps(
     """
     reply = Reply(model, ids, params, chat, intervene)
     ids = reply.ids
+    if cache is not None and not isinstance(cache, KVCache):
+        raise ValueError(f"cache is a {type(cache).__name__}, not a KVCache(model.config, ...)")
     if cache is not None and cache.lengths[0] >= len(ids):
         held = f"the cache holds {cache.lengths[0]:,} positions, but the prompt has {len(ids):,}"
         raise ValueError(f"{held}; truncate it, so that at least one is left to compute")

@@ -1,12 +1,16 @@
 """What a script can get wrong in calling the model: one ValueError that says what, and nothing has changed."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from chat import Chat
 from generate import SamplingParams, generate, generate_batch
 from model import Config, KVCache, Qwen3
 
+ROOT = Path(__file__).parent.parent.parent
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
 
@@ -113,3 +117,34 @@ def test_arguments_of_another_kind(model):
         list(generate(model, [1, 2], {"temperature": 0}))
     with pytest.raises(ValueError, match="is a NoneType; give a directory"):
         Qwen3.from_pretrained(None)
+
+
+def test_configs_caches_and_chats_of_another_kind(model):
+    """Each is one ValueError, and the cache stays as it was."""
+    for call in (
+        lambda: Qwen3("models/tiny"),
+        lambda: Qwen3({"vocab_size": 5}),
+        lambda: KVCache(model),
+        lambda: KVCache(model.config, dtype="float32"),
+        lambda: Config.from_json({"vocab_size": 5}),
+        lambda: model(torch.tensor([[1]]), "cache"),
+        lambda: model(torch.tensor([[1]]), [(torch.zeros(1), torch.zeros(1))]),
+        lambda: list(generate(model, [1], cache=[])),
+    ):
+        with pytest.raises(ValueError, match=r"is a \w+, not |dtype is 'float32'"):
+            call()
+    cache = KVCache(model.config, 2, 16)
+    model(torch.tensor([[1, 2, 3], [4, 5, 6]]), cache)
+    for change in (4, -1, [1], [1, 2, 3], [1, 4]):
+        with pytest.raises(ValueError, match=r"rows have \[3, 3\] positions"):
+            cache.truncate(change)
+    for size in (2, -1, "9", 4.0):
+        with pytest.raises(ValueError, match="3 are used"):
+            cache.grow(size)
+    assert cache.lengths == [3, 3] and cache.max_len == 16
+    chat = Chat.from_pretrained(ROOT / "models" / "tiny")
+    for thinking in ("off", 1, None):
+        with pytest.raises(ValueError, match="neither True nor False"):
+            chat.render([{"role": "user", "content": "Hi"}], thinking=thinking)
+    with pytest.raises(ValueError, match="beyond every vocabulary"):
+        chat.decode([1 << 40])
