@@ -675,6 +675,15 @@ def test_hostile_file(case, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("kind", "least"), [(4, 4), (8, 8), (9, 12)])
+def test_a_count_needs_room_for_its_least_values(tmp_path, kind, least):
+    path, head = tmp_path / "short.gguf", array("a", kind, 10)
+    data = raw([head])
+    path.write_bytes(data[: data.index(head) + len(head)] + bytes(10 * least - 1))
+    with pytest.raises(ValueError, match=f"10 values of a cannot be in {10 * least - 1} bytes"):
+        GGUF(path)
+
+
 def test_a_sparse_file_of_a_terabyte_ends_soon(tmp_path):
     """Zeros without end could be read as texts without end; the count is refused before."""
     path = tmp_path / "sparse.gguf"
