@@ -358,7 +358,8 @@ class KVCache:
         key_scales, value_scales   with the dtype torch.int8: a list over layers of bfloat16 [B, K, max_len, 1], else []
 
     With torch.int8 each head's key and value of a position are whole numbers n from -127 to 127, stored as n + 128 in
-    uint8, times a scale: half the memory of bfloat16, and half of what a token reads of a long context.
+    uint8, times a scale: half the memory of bfloat16, and half of what a token reads of a long context. A model in
+    float32 may keep them in torch.float16, where what is beyond its range becomes its largest number.
     """
 
     def __init__(self, config: Config, batch_size: int = 1, max_len: int = 256, device=None, dtype=None):
@@ -407,7 +408,12 @@ class KVCache:
     def write(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v [B, K, T, D] of one layer and returns all keys and values so far, [B, K, S, D] views."""
         if not self.key_scales:
-            return self._put(self.keys[layer], k, positions), self._put(self.values[layer], v, positions)
+            largest = torch.finfo(torch.float16).max
+            found = [
+                self._put(stored, x.clamp(-largest, largest) if stored.dtype == torch.float16 else x, positions)
+                for x, stored in ((k, self.keys[layer]), (v, self.values[layer]))
+            ]
+            return found[0].to(k.dtype), found[1].to(v.dtype)
         found = []
         for x, codes, scales in ((k, self.keys, self.key_scales), (v, self.values, self.value_scales)):
             scale = (x.float().abs().amax(-1, keepdim=True) / 127).bfloat16()
@@ -662,7 +668,8 @@ def check_ids(model: "Qwen3", ids: Any, cache: KVCache | None) -> None:
         raise ValueError(f"the cache has {len(cache.lengths)} rows, but ids has {shape[0]}")
     if keys.device != model.device:
         raise ValueError(f"the cache is on {keys.device}, but the model is on {model.device}")
-    if keys.dtype != model.dtype and not cache.key_scales and not torch.is_autocast_enabled(keys.device.type):
+    half = (keys.dtype, model.dtype) == (torch.float16, torch.float32)
+    if keys.dtype != model.dtype and not (half or cache.key_scales or torch.is_autocast_enabled(keys.device.type)):
         raise ValueError(f"the cache has the dtype {keys.dtype}, but the model's is {model.dtype}")
 
 
@@ -672,7 +679,7 @@ class Qwen3(nn.Module):
     `Qwen3(config)` has random initial weights; `Qwen3.from_pretrained(src)` those of a checkpoint.
     """
 
-    cache_dtype: torch.dtype | None = None  # of new caches: torch.int8, or None, the model's own
+    cache_dtype: torch.dtype | None = None  # of new caches: torch.int8, torch.float16, or None, the model's own
     kernels = "auto"  # of the token step on a GPU: torch, triton, or auto (ops/devices.py: pick_kernels)
 
     def __init__(self, config: Config):
@@ -779,7 +786,7 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None, check_value
     """Fills a model from an open checkpoint (formats/checkpoint.py). All defects are listed in one ValueError.
 
     dtype None keeps the stored one. On the CPU the matrices of a GGUF then stay in its blocks (ops/blocks.py), under
-    activations in float32, or in bfloat16 where the file is.
+    activations in float32, or in bfloat16 where the file is; new caches of float32 activations are in float16.
 
     `check_values` looks for NaN and infinity, which reads all weights. Sampling does not need it: the logits show it.
     """
@@ -790,6 +797,8 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None, check_value
 
         dtype = torch.bfloat16 if model.config.dtype == "bfloat16" else torch.float32
         in_blocks = swap_blocks(model, checkpoint, dtype)
+        if in_blocks and dtype == torch.float32:
+            model.cache_dtype = torch.float16  # finer than such weights, and half of the memory
     if dtype is None:
         embedding = stored.get(EMBEDDING)
         stated = model.config.dtype

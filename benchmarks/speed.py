@@ -96,11 +96,12 @@ class Nanoqwen:
     def __init__(self, job: Job):
         from chat import Chat
         from inference.params import SamplingParams
-        from ops.memory import release_freed_memory
+        from ops.memory import release_freed_memory, release_library_pages
 
         self.job, self.greedy, self.cache, self.fast = job, SamplingParams(temperature=0), None, None
         self.prompt = Chat.from_pretrained(job.model).render(QUESTION)
         release_freed_memory()
+        release_library_pages()
 
     def load(self) -> None:
         import torch
@@ -112,7 +113,8 @@ class Nanoqwen:
         dtype = {"f32": torch.float32, "bf16": torch.bfloat16}.get(self.job.precision)  # else as it was converted
         self.model = load(open_checkpoint(Path(self.job.model)), self.job.device, dtype)
         use_kernels(self.model, "auto", "bench.py")
-        self.model.cache_dtype = torch.int8 if self.job.kv == "int8" else None
+        if self.job.kv == "int8":
+            self.model.cache_dtype = torch.int8
 
     def new_cache(self, rows: int, positions: int) -> Any:
         from generate import new_cache

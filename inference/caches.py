@@ -170,7 +170,7 @@ def position_bytes(model: Qwen3) -> int:
     heads = 2 * config.num_hidden_layers * config.num_key_value_heads
     if model.cache_dtype == torch.int8:
         return heads * (config.head_dim + torch.bfloat16.itemsize)
-    return heads * config.head_dim * model.dtype.itemsize
+    return heads * config.head_dim * (model.cache_dtype or model.dtype).itemsize
 
 
 @dataclass(eq=False)

@@ -37,10 +37,11 @@ def load_model(path: Path, options: Namespace, watch: console.Stopwatch | None =
     from formats.checkpoint import open_checkpoint
     from model import load
     from ops.devices import pick_device, pick_kernels, use_kernels
-    from ops.memory import release_freed_memory
+    from ops.memory import release_freed_memory, release_library_pages
 
     watch.lap("PyTorch")
     release_freed_memory()  # of reading the tokenizer
+    release_library_pages()
     device = pick_device(options.device, "--device")
     kernels = pick_kernels(options.kernels, device, "--kernels")
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -49,7 +50,8 @@ def load_model(path: Path, options: Namespace, watch: console.Stopwatch | None =
         from ops.quant import quantize_
 
         quantize_(model, options.quantize)
-    model.cache_dtype = torch.int8 if options.kv == "int8" else None
+    if options.kv == "int8":
+        model.cache_dtype = torch.int8
     if options.compile:  # it fuses the layers by itself; a token under a CUDA graph has its kernels all the same
         from ops.compiled import compile_
 

@@ -12,7 +12,7 @@ from formats.gguf.writer import Pack, Planned
 from formats.tensors import TensorInfo
 from ops import quant
 from ops.cpu.library import library
-from ops.cpu.step import FORMS
+from ops.cpu.variants import FORMS
 
 EMBEDDING = "model.embed_tokens.weight"
 

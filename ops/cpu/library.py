@@ -69,7 +69,7 @@ class Qwen3(ctypes.Structure):
 
 class KVCache(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")]
-    _fields_ += [("blocks", c_int64)]
+    _fields_ += [("half", c_int64), ("blocks", c_int64)]
     _fields_ += [(name, c_void_p) for name in ("first", "strides", "lengths")]
 
 

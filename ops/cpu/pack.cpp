@@ -29,10 +29,10 @@ inline Vector ratio(float number, Vector x) { return filled(number) / x; }
 inline Vector inverse(Vector x) { return x == 0.f ? Vector{} : ratio(1, x); }
 inline Vector to_vector(Integers q) { return __builtin_convertvector(q, Vector); }
 
-// Towards zero. What does not fit, as after the infinite reciprocal of a subnormal step, is 0: the lowest byte on x86.
+// Towards zero. What does not fit, as times the infinite reciprocal of a subnormal step, is what x86 makes of it.
 inline Integers truncated(Vector x) {
     const Integers fits = absolute(x) < 0x1p31f;
-    return fits ? __builtin_convertvector(x, Integers) : Integers{};
+    return fits ? __builtin_convertvector(x, Integers) : Integers{} + INT32_MIN;
 }
 inline Integers clamped(Integers q, int low, int high) {
     q = q < low ? Integers{} + low : q;

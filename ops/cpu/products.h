@@ -12,7 +12,7 @@
 //     8 or 4 bits          whole numbers of 16 bits, a scale for each token          vpdpbusd, vpmaddwd    codes.cpp
 //       … many tokens      the same                                                  tdpbssd               amx.h
 //     8 or 4 bits          as they are, or arranged for 4 bits                       fma, without AVX2     codes.cpp
-//     blocks of a GGUF     whole numbers of 16 bits, a scale for a chunk             vpdpwssd, vpmaddwd    blocks.cpp
+//     blocks of a GGUF     whole numbers of 16 bits, a scale for each group          vpdpbusd, vpmaddwd    groups.h
 //
 // Codes are packed as in formats/compressed_tensors.py: one (the number + 128) to a byte, or two (the number + 8), the
 // lower four bits first. A group of columns, or the whole row, shares a scale.
@@ -81,7 +81,7 @@ struct Products {
     void (*multiply)(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch);
     void (*numbers)(const char* row, int64_t columns, float* out) = nullptr;  // a row's weights, as of an embedding
 };
-// Of a row: see floats.cpp, and Chunk in blocks.cpp.
+// Of a row: see floats.cpp, and Chunk in groups.h.
 inline int64_t unpacked_size(int64_t columns) {
     return std::max(rounded_up(columns, 2 * LANES) + 16, (columns + 255) / 256 * 160);
 }
@@ -119,7 +119,7 @@ inline Form form_of(const Linear& w) {
 // The form of the activations that some weights meet: several kinds take those of the first of them.
 inline Form activations_of(const Linear& w) {
     const Form form = form_of(w);
-    return form == FLOAT16 ? FLOAT32 : form >= Q4_K ? Q4_K : form >= Q8_0 ? Q8_0 : form;
+    return form == FLOAT16 ? FLOAT32 : form >= Q8_0 && form < Q6_K ? Q8_0 : form;
 }
 
 // Vectors of activations in the forms that the weights want.

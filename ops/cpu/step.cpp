@@ -60,8 +60,9 @@ struct Qwen3 {
 // Blocks of BLOCK positions lie wherever they may, so that rows can share and grow without being copied.
 struct KVCache {
     void *const *keys, *const *values;  // [layers, blocks]: the block's positions of the first head, [BLOCK, D]
-    // The same for the scales of numbers of 8 bits, bfloat16 [BLOCK]; nullptr where numbers are of the model's dtype.
+    // The same for the scales of numbers of 8 bits, bfloat16 [BLOCK]; else nullptr.
     void *const *key_scales, *const *value_scales;
+    int64_t half;                       // whether numbers are float16; else, without scales, of the model's dtype
     int64_t blocks;                     // of all rows
     const int64_t* first;               // [B] the first block of each row
     const int64_t* strides;             // [B] numbers from a head's positions to those of the next one
@@ -231,7 +232,8 @@ class Step {
     }
 
   private:
-    const Form KEYS = cache.key_scales ? BYTES : form_of({.bits = 8 * sizeof(T)});
+    const int64_t KEY_BYTES = cache.key_scales ? 1 : cache.half ? sizeof(float16) : sizeof(T);  // of a number
+    const Form KEYS = cache.key_scales ? BYTES : cache.half ? FLOAT32 : form_of({.bits = 8 * sizeof(T)});
 
     // `count` vectors of n numbers in the forms that some linear layers want; make(i, out) makes one.
     template <class Make>
@@ -315,7 +317,7 @@ class Step {
         void *const *numbers, *const *scales;
     };
     struct Positions {
-        char* numbers;     // [BLOCK, D] of T, or of int8 where there are scales
+        char* numbers;     // [BLOCK, D] of T, of float16, or of int8 where there are scales
         bfloat16* scales;  // [BLOCK]
     };
     Cached layer_of(void* const* numbers, void* const* scales, int64_t layer) const {
@@ -323,12 +325,13 @@ class Step {
     }
     Positions block_of(const Cached& cached, int64_t row, int64_t head, int64_t block) const {
         const int64_t at = cache.first[row] + block, numbers = head * cache.strides[row];
-        if (!cached.scales) return {(char*)cached.numbers[at] + numbers * sizeof(T), nullptr};
-        return {(char*)cached.numbers[at] + numbers, (bfloat16*)cached.scales[at] + numbers / D};
+        return {(char*)cached.numbers[at] + numbers * KEY_BYTES,
+                cached.scales ? (bfloat16*)cached.scales[at] + numbers / D : nullptr};
     }
     void remember(const float* x, const Positions& in, int64_t slot) const {
         if (in.scales) return in_eight_bits(x, D, (int8*)in.numbers + slot * D, in.scales[slot]);
-        for (int64_t d = 0; d < D; d++) assign(((T*)in.numbers)[slot * D + d], x[d]);
+        for (int64_t d = 0; d < D; d++)
+            cache.half ? assign(((float16*)in.numbers)[slot * D + d], x[d]) : assign(((T*)in.numbers)[slot * D + d], x[d]);
     }
 
     // The new key and value of token n in one head, into the cache.
@@ -355,11 +358,11 @@ class Step {
                 float* partial) {
         const int64_t start = block * BLOCK, last = span.position[from + (count - 1) / G];
         const int64_t positions = std::min(BLOCK, last + 1 - start);
-        const int64_t size = keys.scales ? 1 : sizeof(T), groups = keys.scales ? 1 : 0;
-        const Linear matrix = {keys.numbers, nullptr, keys.scales, positions, D, D * size, 8 * size, groups, 0};
+        const Linear matrix = {keys.numbers, nullptr, keys.scales, positions, D, D * KEY_BYTES, 8 * KEY_BYTES,
+                               keys.scales ? 1 : 0, cache.half ? FLOAT16 : 0};
         for (int64_t s = 0; s < positions; s += ROWS) {  // meanwhile the values come, which are needed then
             const int64_t n = std::min(positions - s, ROWS);
-            fetch(values.numbers + s * D * size, n * D * size);
+            fetch(values.numbers + s * D * KEY_BYTES, n * D * KEY_BYTES);
             rows(matrix, s, s + n, queries, count, [](int64_t i) { return i; },
                  [&](int64_t g, int64_t s, const float* y, int64_t n) { std::copy(y, y + n, scores.at(g * BLOCK + s, n)); });
         }
@@ -367,6 +370,8 @@ class Step {
         float* all = scores.at(0, count * BLOCK);
         if (values.scales)
             weigh(all, count, positions, D, (const int8*)values.numbers, values.scales, seen, {partial, count});
+        else if (cache.half)
+            weigh(all, count, positions, D, (const float16*)values.numbers, nullptr, seen, {partial, count});
         else
             weigh(all, count, positions, D, (const T*)values.numbers, nullptr, seen, {partial, count});
     }
@@ -401,14 +406,14 @@ class Step {
 
     // Each block of positions is a piece of work; each key and value is read from memory once for all queries.
     void attend_few(const Attention& attn, const Cached& keys, const Cached& values) {
-        sharing.share(sizes.partials.back(), 2 * BLOCK * D * (keys.scales ? 1 : sizeof(T)), [&](int64_t begin, int64_t end) {
+        sharing.share(sizes.partials.back(), 2 * BLOCK * D * KEY_BYTES, [&](int64_t begin, int64_t end) {
             for (int64_t work = begin; work < end; work++) {
                 const auto after = std::upper_bound(sizes.partials.begin(), sizes.partials.end(), work);
                 const int64_t index = after - sizes.partials.begin() - 1, i = work - sizes.partials[index];
                 const auto& piece = span.pieces[index];
                 const int64_t head = i / span.blocks(piece), block = i % span.blocks(piece), count = piece.count * G;
                 const int64_t positions = std::min(BLOCK, span.position[piece.from + piece.count - 1] + 1 - block * BLOCK);
-                fetch(block_of(keys, piece.row, head, block).numbers, positions * D * (keys.scales ? 1 : sizeof(T)));
+                fetch(block_of(keys, piece.row, head, block).numbers, positions * D * KEY_BYTES);
                 for (int64_t n = piece.from; n < piece.from + piece.count; n++)
                     if (span.position[n] / BLOCK == block) remember(attn, n, head, keys, values);
                 for (int64_t g = 0; g < count; g++) query(attn, piece.from, head, g);
@@ -621,7 +626,7 @@ const int64_t layout[] = {
     FIELD(Qwen3, rope_factor), FIELD(Qwen3, rope_frequencies), FIELD(Qwen3, embed_tokens), FIELD(Qwen3, layers),
     FIELD(Qwen3, norm), FIELD(Qwen3, lm_head),
     sizeof(KVCache), FIELD(KVCache, keys), FIELD(KVCache, values), FIELD(KVCache, key_scales),
-    FIELD(KVCache, value_scales), FIELD(KVCache, blocks), FIELD(KVCache, first), FIELD(KVCache, strides),
+    FIELD(KVCache, value_scales), FIELD(KVCache, half), FIELD(KVCache, blocks), FIELD(KVCache, first), FIELD(KVCache, strides),
     FIELD(KVCache, lengths),
     sizeof(Tokens), FIELD(Tokens, ids), FIELD(Tokens, starts), FIELD(Tokens, outputs), FIELD(Tokens, B),
     FIELD(Tokens, logits), BLOCK, -1};

@@ -45,8 +45,6 @@ HEAD_SLICE = 1 << 14  # rows
 FEW = 16  # tokens of a pass that is limited by memory
 MOVE_AFTER = 16  # passes before weights move into huge pages
 MOVE_SHARE = 0.2  # of a pass's time, that each of the next ones spends on it
-FORMS = {"F32": 0, "BF16": 1, "F16": 6, "Q8_0": 7, "Q4_0": 8, "Q4_1": 9, "Q5_0": 10, "Q5_1": 11}  # in products.h
-FORMS |= {"Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
 BYTES_PER_THREAD = 1 << 20  # of weights: with less to read, a second thread costs more than it brings
 
 
@@ -163,7 +161,7 @@ class Bound:
             struct.scale = self._address(module.weight_scale, rows, groups, dtype=SCALE_DTYPE)
             struct.row_bytes, struct.bits, struct.groups = 4 * words, module.bits, groups
         elif isinstance(module, Blocks):
-            struct.row_bytes, struct.blocks = module.weight_blocks.shape[1], FORMS[module.format.name]
+            struct.row_bytes, struct.blocks = module.weight_blocks.shape[1], variants.FORMS[module.format.name]
             struct.bits = 32  # F32 has no form of its own
             struct.weight = self._address(module.weight_blocks, rows, struct.row_bytes, dtype=torch.uint8)
         else:
@@ -203,7 +201,10 @@ class Bound:
         if (blocks := self.blocks_of(cache, B, counts)) is None:
             return None
         outputs = 1 if last else T
-        logits = self._run(loaded, ids.numpy().ravel(), [T] * B, [outputs] * B, lengths, blocks, counts, max_len * D)
+        half = cache.keys[0].dtype == torch.float16
+        logits = self._run(
+            loaded, ids.numpy().ravel(), [T] * B, [outputs] * B, lengths, blocks, counts, max_len * D, half
+        )
         cache.advance(T)
         return logits.view(B, outputs, self.struct.lm_head.rows)
 
@@ -218,7 +219,10 @@ class Bound:
         )
         if len(cache.lengths) != B or len(keys) != layers or len(values) != layers:
             return None
-        scales, dtype = (cache.key_scales, cache.value_scales), torch.uint8 if cache.key_scales else self.dtype
+        scales, dtype = (cache.key_scales, cache.value_scales), torch.uint8 if cache.key_scales else keys[0].dtype
+        half = (dtype, self.dtype) == (torch.float16, torch.float32)
+        if dtype not in (torch.uint8, self.dtype) and not half:
+            return None
         if list(map(len, scales)) not in ([0, 0], [layers, layers]):
             return None
         for part, width, kind in ((keys + values, D, dtype), (scales[0] + scales[1], 1, SCALE_DTYPE)):
@@ -233,13 +237,13 @@ class Bound:
             if part
         ]
 
-    def page(self, eight_bits: bool) -> Tensor:
+    def page(self, dtype: torch.dtype | None) -> Tensor:
         """What `new_page` below says."""
         K, D = self.cache_shape
-        if eight_bits:  # the codes, then their scales
+        if dtype == torch.int8:  # the codes, then their scales
             part = K * BLOCK * (D + SCALE_DTYPE.itemsize)
             return torch.empty(self.struct.num_hidden_layers, 2, part, dtype=torch.uint8, device="cpu")
-        return torch.empty(self.struct.num_hidden_layers, 2, K * BLOCK * D, dtype=self.dtype, device="cpu")
+        return torch.empty(self.struct.num_hidden_layers, 2, K * BLOCK * D, dtype=dtype or self.dtype, device="cpu")
 
     def spans(
         self,
@@ -263,7 +267,8 @@ class Bound:
             raise ValueError(f"token ids from {flat.min()} to {flat.max()}: not all are of the model's vocabulary")
         room = [BLOCK * len(row) - length - count for row, length, count in zip(pages, lengths, counts, strict=True)]
         assert min(room) >= 0 and all(0 <= n <= count for n, count in zip(outputs, counts, strict=True))
-        return self._run(loaded, flat, counts, outputs, lengths, blocks, list(map(len, pages)), BLOCK * D)
+        half = one.dtype == torch.float16
+        return self._run(loaded, flat, counts, outputs, lengths, blocks, list(map(len, pages)), BLOCK * D, half)
 
     def _run(
         self,
@@ -275,18 +280,19 @@ class Bound:
         blocks: Sequence[np.ndarray],
         blocks_each: list[int],
         stride: int,
+        half: bool,
     ) -> Tensor:
         """Logits [all outputs, V] of the rows' tokens, `ids` one row after another.
 
         `blocks`: addresses of keys, of values and (8 bits) of the scales of both, int64 [layers, blocks of all rows],
-        for each row as many as said.
+        for each row as many as said. `half`: whether keys and values are float16.
         """
         B, tokens = len(counts), len(ids)
         logits = torch.empty(sum(outputs), self.struct.lm_head.rows, dtype=self.dtype, device="cpu")
         blocks = list(map(np.ascontiguousarray, blocks))
         first, starts = (np.concatenate(([0], np.cumsum(numbers))) for numbers in (blocks_each, counts))
         strides, lengths, outputs = np.full(B, stride), np.array(lengths), np.array(outputs)
-        held = KVCache(*_addresses(*blocks), *[None] * (4 - len(blocks)), blocks[0].shape[1])
+        held = KVCache(*_addresses(*blocks), *[None] * (4 - len(blocks)), half, blocks[0].shape[1])
         held.first, held.strides, held.lengths = _addresses(first, strides, lengths)
         given = Tokens(*_addresses(ids, starts, outputs), B, logits.data_ptr())
         self.run(loaded, held, given, tokens)
@@ -340,7 +346,8 @@ class Running:
         self.lengths, self.starts, self.outputs = np.zeros(1, np.int64), np.zeros(2, np.int64), np.zeros(1, np.int64)
         first, strides = np.zeros(1, np.int64), np.full(1, cache.max_len * bound.cache_shape[1])
         self.kept += [first, strides]
-        self.held = KVCache(*_addresses(*blocks), *[None] * (4 - len(blocks)), blocks[0].shape[1])
+        half = cache.keys[0].dtype == torch.float16
+        self.held = KVCache(*_addresses(*blocks), *[None] * (4 - len(blocks)), half, blocks[0].shape[1])
         self.held.first, self.held.strides, self.held.lengths = _addresses(first, strides, self.lengths)
         self.given = Tokens(None, *_addresses(self.starts, self.outputs), 1)
 
@@ -428,7 +435,7 @@ def serving(model: nn.Module) -> Bound | None:
 
 def new_page(model: nn.Module) -> Tensor:
     """Memory for keys and values of BLOCK positions of one sequence, [layers, 2, numbers]; not initialised."""
-    return serving(model).page(model.cache_dtype == torch.int8)
+    return serving(model).page(model.cache_dtype)
 
 
 def spans(

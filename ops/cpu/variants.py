@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from formats.files import write_text
+from formats.gguf.types import FORMATS
 
 SCHEMA = "nanoqwen/variant/1"
 KINDS = {  # name: bits, columns of a group (0: no scales, None: one for each row), as a Linear of ops/cpu/products.h
@@ -34,7 +35,12 @@ KINDS = {  # name: bits, columns of a group (0: no scales, None: one for each ro
     "int8 in groups": (8, 32),
     "int4": (4, 32),
 }
+FORMS = {"F32": 0, "BF16": 1, "F16": 6, "Q8_0": 7, "Q4_0": 8, "Q4_1": 9, "Q5_0": 10, "Q5_1": 11}  # in products.h
+FORMS |= {"Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
+BLOCKS = tuple(name for name, form in FORMS.items() if form > 1)  # types of a GGUF that have a form of their own
+ALL = (*KINDS, *BLOCKS)
 CANDIDATES = ((1, 0), (1, 1024), (1, 2048), (1, 4096), (2, 0), (2, 2048), (2, 4096), (4, 0), (4, -1))  # see Tuning
+OF_BLOCKS = CANDIDATES[:4]  # rows of blocks are read one by one
 DEFAULT = (1, 2048)
 WORTH = 1.03  # a candidate has to be so much faster than the default
 PAIRS_WORTH = 1.15  # float32 products are more exact
@@ -86,14 +92,14 @@ def by_hand(asked: str) -> dict[str, Any] | None:
             f"NANOQWEN_STEP_VARIANT={asked}: give measure, default, pairs, floats, vectors or rows/bytes ahead: 2/1024"
         )
     tuning = list(map(int, match[1].split("/"))) if match[1] and match[1] != "default" else list(DEFAULT)
-    return {"schema": SCHEMA, "pairs": match[2] == "pairs", "tuning": dict.fromkeys(KINDS, tuning), "by_hand": asked}
+    return {"schema": SCHEMA, "pairs": match[2] == "pairs", "tuning": dict.fromkeys(ALL, tuning), "by_hand": asked}
 
 
 def read(path: Path) -> dict[str, Any] | None:
     """What was chosen before; None where there is nothing, or nothing whole."""
     try:
         chosen = json.loads(path.read_text())
-        good = chosen["schema"] == SCHEMA and set(chosen["tuning"]) == set(KINDS) and type(chosen["pairs"]) is bool
+        good = chosen["schema"] == SCHEMA and set(chosen["tuning"]) == set(ALL) and type(chosen["pairs"]) is bool
         good = good and all((*map(int, tuning),) in CANDIDATES for tuning in chosen["tuning"].values())
         return chosen if good and float(chosen["huge_page_gain"]) > 0 else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -114,10 +120,17 @@ def describe(chosen: dict[str, Any]) -> str:
 
 
 def _linear(linear: type[ctypes.Structure], kind: str, weight: int = 0, scale: int = 8, rows: int = 0) -> Any:
+    if kind in BLOCKS:
+        return linear(weight=weight, rows=rows, columns=COLUMNS, row_bytes=row_bytes(kind), blocks=FORMS[kind])
     bits, group = KINDS[kind]
     groups = 0 if group == 0 else COLUMNS // group if group else 1
-    sizes = {"rows": rows, "columns": COLUMNS, "row_bytes": COLUMNS * bits // 8, "bits": bits, "groups": groups}
+    sizes = {"rows": rows, "columns": COLUMNS, "row_bytes": row_bytes(kind), "bits": bits, "groups": groups}
     return linear(weight=weight, scale=scale if groups else None, **sizes)
+
+
+def row_bytes(kind: str) -> int:
+    """Of a row of COLUMNS weights."""
+    return FORMATS[kind].bytes((COLUMNS,)) if kind in BLOCKS else COLUMNS * KINDS[kind][0] // 8
 
 
 def fill(size: int, huge: bool) -> torch.Tensor:
@@ -142,8 +155,7 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 
     memory, at = fill(size, huge=False), 0
 
     def seconds(kind: str, tuning: tuple[int, int], weights: torch.Tensor, count: int = 1) -> float:
-        rows = len(weights) * 8 // (KINDS[kind][0] * COLUMNS)
-        layer = _linear(linear, kind, weights.data_ptr(), scales.data_ptr(), rows)
+        layer = _linear(linear, kind, weights.data_ptr(), scales.data_ptr(), len(weights) // row_bytes(kind))
         loaded.choose_tuning(loaded.form_of_linear(layer), *tuning)
         start = time.thread_time()
         if loaded.product(layer, x.data_ptr(), count, y.data_ptr(), 1):
@@ -159,7 +171,8 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 
         times = dict.fromkeys(candidates, float("inf"))
         for _ in range(TURNS):
             for candidate in times:
-                times[candidate] = min(times[candidate], seconds(kind, candidate, cold(memory)))
+                some = cold(memory)[: WINDOW // 4 if kind in BLOCKS else WINDOW]
+                times[candidate] = min(times[candidate], seconds(kind, candidate, some))
         return times
 
     def best_times() -> list[float]:
@@ -173,11 +186,11 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 
         del memory
         memory = fill(size, huge=False)
     tuning, best = {}, {}
-    for kind in KINDS:
-        times = fastest(kind, (DEFAULT, *CANDIDATES))
+    for kind in ALL:
+        times = fastest(kind, (DEFAULT, *(OF_BLOCKS if kind in BLOCKS else CANDIDATES)))
         first = min(times, key=times.__getitem__)
         tuning[kind] = list(first if times[first] * WORTH < times[DEFAULT] else DEFAULT)
-        best[kind] = round(WINDOW / times[first])
+        best[kind] = round((WINDOW // 4 if kind in BLOCKS else WINDOW) / times[first])
     few = memory[:FEW_BYTES]
     floats = min(seconds("bfloat16", DEFAULT, few, MANY) for _ in range(5 * TURNS))
     pairs = float("inf")
@@ -203,7 +216,7 @@ def read_rate(loaded: ctypes.CDLL, linear: type[ctypes.Structure], threads: int,
     turns = itertools.cycle(itertools.product(("float32", "bfloat16", "int8"), READERS))
     scale = torch.full((len(y),), 0.01, dtype=torch.bfloat16)
     for count, (kind, tuning) in enumerate(turns):
-        rows = READ_BYTES * 8 // (KINDS[kind][0] * COLUMNS)
+        rows = READ_BYTES // row_bytes(kind)
         layer = _linear(linear, kind, memory.data_ptr(), scale.data_ptr(), rows)
         loaded.choose_tuning(loaded.form_of_linear(layer), *tuning)
         start = time.perf_counter()

@@ -79,6 +79,8 @@ inline float to_float(float16 x) {
 inline Vector load(const float16* p) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
     return (Vector)_mm512_cvtph_ps(read<__m256i>(p));
+#elif defined(__F16C__)
+    return (Vector)_mm256_cvtph_ps(read<__m128i>(p));
 #else
     Vector numbers;
     for (int lane = 0; lane < LANES; lane++) numbers[lane] = to_float(p[lane]);
@@ -110,6 +112,13 @@ inline void assign(float& to, float x) { to = x; }
 inline void assign(bfloat16& to, float x) {  // to the nearest, ties to even
     uint32_t bits = read<uint32_t>(&x);
     to.bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline void assign(float16& to, float x) {  // the same; what is beyond its range becomes its largest number
+    const uint32_t bits = read<uint32_t>(&x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return void(to.bits = 0x7e00);
+    if (size >= 0x477ff000) return void(to.bits = sign | 0x7bff);
+    if (size < 0x38800000) return void(to.bits = sign | int(std::nearbyint(std::abs(x) * 0x1p24f)));  // subnormal
+    to.bits = sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
 }
 
 // Halves are added to each other, then quarters, and so on: `sums` below does the same for 16 vectors at once.

@@ -736,6 +736,24 @@ def test_a_cache_of_8_bits_gives_the_same_bits_however_it_is_filled(dtype):
     assert torch.equal(model(ids[1:], alone)[0], whole[1])
 
 
+@pytest.mark.parametrize("shape", ["plain", "no multiple of any vector", "qwen2"])
+def test_float32_activations_may_have_a_cache_of_float16(shape, in_pytorch):
+    model, ids = random_model(**SHAPES[shape]), torch.randint(SHAPES[shape].get("vocab_size", 301), (2, 290))
+    for attn in (layer.self_attn for layer in model.model.layers):
+        attn.v_proj.weight.data[0] *= 1e7  # beyond the range of float16
+    caches = [KVCache(model.config, 2, 300, dtype=torch.float16) for _ in range(3)]
+    whole = model(ids, caches[0])
+    parts = [model(part, caches[1]) for part in ids.split([250, 1, 1, 20, 18], 1)]
+    assert torch.equal(whole, torch.cat(parts, 1))
+    exact = in_pytorch(model, ids, caches[2])
+    assert exact.isfinite().all() and (whole - exact).norm() < 1e-3 * exact.norm()
+    for ours, theirs in zip(caches[0].tensors, caches[2].tensors, strict=True):
+        assert ours.dtype == torch.float16 and ours.max() <= 65504
+        torch.testing.assert_close(ours[:, :, :290], theirs[:, :, :290], rtol=2e-2, atol=2e-2)
+    with pytest.raises(ValueError, match=r"the cache has the dtype torch\.float16"):
+        random_model(torch.bfloat16, **SHAPES[shape])(ids, KVCache(model.config, 2, 300, dtype=torch.float16))
+
+
 def test_a_cache_of_8_bits_grows_and_views_rows_as_another_does():
     model, ids = random_model(), torch.randint(301, (3, 9))
     cache = KVCache(model.config, 3, 12, dtype=torch.int8)

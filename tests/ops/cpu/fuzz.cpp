@@ -3,11 +3,12 @@
 // Every tensor lies in memory of its own and of exactly its size, so that a read past one is seen. Each model is run
 // row by row and token by token, then as a prompt, in pieces and in batches of ragged rows, whose caches are whole
 // tensors or pages: all logits must be the same bits.
+#include "../../../ops/cpu/step.cpp"  // first: the others have names of their own that are also Forms
+
 #include "../../../ops/cpu/blocks.cpp"
 #include "../../../ops/cpu/choice.cpp"
 #include "../../../ops/cpu/codes.cpp"
 #include "../../../ops/cpu/floats.cpp"
-#include "../../../ops/cpu/step.cpp"
 
 #include <cstdio>
 #include <cstdlib>
@@ -76,35 +77,42 @@ Linear linear(int64_t rows, int64_t columns, Kind kind, bool has_bias) {
     return w;
 }
 
-// Keys and values of one sequence: a tensor for each layer, or pages that each lie by themselves.
+// Keys and values of one sequence: a tensor for each layer, or pages that each lie by themselves. Of T, or `half`.
 template <class T>
 struct Cache {
     const Qwen3& m;
     int64_t length, max_len;
-    bool paged;
-    std::vector<std::vector<T>> tensors;  // [layers, 2] of [K, max_len, D]; paged: [blocks] of [layers, 2, K, BLOCK, D]
+    bool paged, half;
+    int64_t size = half ? sizeof(float16) : sizeof(T);  // of a number
+    std::vector<std::vector<char>> tensors;  // [layers, 2] of [K, max_len, D]; paged: [blocks] of [layers, 2, K, BLOCK, D]
 
-    Cache(const Qwen3& m, int64_t length, int64_t max_len, bool paged)
-        : m(m), length(length), max_len(max_len), paged(paged),
+    Cache(const Qwen3& m, int64_t length, int64_t max_len, bool paged, bool half)
+        : m(m), length(length), max_len(max_len), paged(paged), half(half),
           tensors(paged ? (max_len + BLOCK - 1) / BLOCK : 2 * m.num_hidden_layers) {
         const int64_t D = m.num_key_value_heads * m.head_dim;
-        for (auto& tensor : tensors) tensor.resize(paged ? 2 * m.num_hidden_layers * D * BLOCK : D * max_len);
+        for (auto& tensor : tensors) tensor.resize(size * (paged ? 2 * m.num_hidden_layers * D * BLOCK : D * max_len));
     }
     int64_t stride() const { return (paged ? BLOCK : max_len) * m.head_dim; }
-    T* block(int64_t layer, int64_t value, int64_t block) {
-        if (!paged) return &tensors[2 * layer + value][block * BLOCK * m.head_dim];
-        return &tensors[block][(2 * layer + value) * m.num_key_value_heads * BLOCK * m.head_dim];
+    char* block(int64_t layer, int64_t value, int64_t block) {
+        if (!paged) return &tensors[2 * layer + value][size * block * BLOCK * m.head_dim];
+        return &tensors[block][size * (2 * layer + value) * m.num_key_value_heads * BLOCK * m.head_dim];
     }
-    T* at(int64_t layer, int64_t value, int64_t head, int64_t position) {
-        return block(layer, value, position / BLOCK) + head * stride() + position % BLOCK * m.head_dim;
+    char* at(int64_t layer, int64_t value, int64_t head, int64_t position) {
+        return block(layer, value, position / BLOCK) + size * (head * stride() + position % BLOCK * m.head_dim);
+    }
+    void fill() {
+        for (auto& tensor : tensors)
+            for (size_t i = 0; i < tensor.size() / size; i++)
+                half ? assign(((float16*)tensor.data())[i], normal()) : assign(((T*)tensor.data())[i], normal());
     }
     Cache copy(int64_t to_max_len, bool to_paged) {
-        Cache result(m, length, to_max_len, to_paged);
+        Cache result(m, length, to_max_len, to_paged, half);
         for (int64_t layer = 0; layer < m.num_hidden_layers; layer++)
             for (int64_t value = 0; value < 2; value++)
                 for (int64_t head = 0; head < m.num_key_value_heads; head++)
                     for (int64_t position = 0; position < length; position++)
-                        std::copy_n(at(layer, value, head, position), m.head_dim, result.at(layer, value, head, position));
+                        std::copy_n(at(layer, value, head, position), size * m.head_dim,
+                                    result.at(layer, value, head, position));
         return result;
     }
 };
@@ -135,7 +143,8 @@ std::vector<T> run(const Qwen3& m, std::vector<Row<T>> rows) {
                 for (int64_t i = 0; i < counts[b]; i++) places[value].push_back(rows[b].cache->block(layer, value, i));
     std::vector<T> logits(all * m.lm_head.rows);
     const Tokens tokens = {ids.data(), starts.data(), outputs.data(), int64_t(rows.size()), logits.data()};
-    const KVCache cache = {places[0].data(), places[1].data(), nullptr, nullptr, blocks, first.data(), strides.data(), lengths.data()};
+    const KVCache cache = {places[0].data(), places[1].data(), nullptr, nullptr, rows[0].cache->half,
+                           blocks, first.data(), strides.data(), lengths.data()};
     for (int form = 0; form < FORMS; form++) choose_tuning(form, one_of({1, 2, 4}), one_of({0, -1, 1024, 4096}));
     if (step<T>(m, cache, tokens, any(1, 3))) std::abort();
     for (auto& row : rows) row.cache->length += row.ids.size();
@@ -184,15 +193,14 @@ void model(int64_t seed) {
     m.layers = blocks.data();
 
     // Token by token, each row alone.
-    const int64_t B = one_of({1, 2, 3, 5, 17, 32}), total = any(20, 48);
+    const int64_t B = one_of({1, 2, 3, 5, 17, 32}), total = any(20, 48), half = any(0, 1);
     std::vector<std::vector<int64_t>> ids(B);
     std::vector<std::vector<T>> expected(B);
     std::deque<Cache<T>> start;
     for (int64_t b = 0; b < B; b++) {
         const int64_t before = any(0, 3) || b > 3 ? any(0, 9) : any(240, 256);  // some cross the end of a block
-        start.emplace_back(m, before, before + total, false);
-        for (auto& tensor : start[b].tensors)
-            for (auto& x : tensor) assign(x, normal());
+        start.emplace_back(m, before, before + total, false, half);
+        start[b].fill();
         for (int64_t i = 0; i < total; i++) ids[b].push_back(any(0, V - 1));
     }
     auto part = [&](int64_t b, int64_t at, int64_t count) {

@@ -24,7 +24,9 @@ def fuzz(directory: Path, machine: str, first: int, count: int) -> subprocess.Co
     flags = [flag for flag in FLAGS if flag not in ("-O3", "-fPIC")]
     command = [find_compiler() or "c++", *flags, *SANITIZED, *MACHINES[machine], str(SOURCE), "-o", str(program)]
     try:
-        if subprocess.run(command, check=False, capture_output=True).returncode:
+        built = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert "error: " not in built.stderr or ".cpp:" not in built.stderr, built.stderr[-3000:]  # of the code itself
+        if built.returncode:
             return None
     except OSError:
         return None
