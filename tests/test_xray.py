@@ -105,18 +105,22 @@ def test_bits_under_a_model(run, rows):
 
     from chat import Chat
     from data.sources import IGNORED, WrittenRows
+    from inspection.xray.bits import bits_under
+    from inspection.xray.masks import Mask
     from model import Qwen3
 
     _, out, _ = run(rows, "--model", TINY, "--limit", 4, "--sql", "SELECT _bits FROM data ORDER BY _row", "--json")
     found = [json.loads(line)["_bits"] for line in out.splitlines()]
-    model, written = Qwen3.from_pretrained(TINY), WrittenRows(Chat.from_pretrained(TINY))
+    model, written = Qwen3.from_pretrained(TINY, dtype=torch.float32), WrittenRows(Chat.from_pretrained(TINY))
+    measure = bits_under(model, 1024)
     for bits, line in zip(found, rows.read_text().splitlines(), strict=False):
         (row,) = written.conversation(json.loads(line))
         targets = torch.as_tensor(row.targets).long()
         with torch.inference_mode():
             logits = model(torch.as_tensor(row.ids).long()[None])[0]
-        loss = torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED)
-        assert bits == pytest.approx(float(loss) / math.log(2), rel=1e-4)
+        loss = float(torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED)) / math.log(2)
+        assert measure(Mask([row])) == pytest.approx(loss, rel=1e-4)
+        assert bits == pytest.approx(loss, rel=2e-2)  # the command computes in the checkpoint's bfloat16
 
 
 def test_the_rows_of_a_training_run(run, rows, tmp_path):
