@@ -54,7 +54,7 @@ inline Vector lane_scales(const bfloat16* scale, int64_t column, int columns, co
 #if LANES_OF_INTEGERS
 // Activations are whole numbers of 16 bits times a scale for each token: exact to 1/32,000 of the token's largest
 // number, which is finer than bfloat16.
-constexpr int64_t BYTES = 4 * LANES;               // of a vector
+constexpr int64_t VECTOR_BYTES = 4 * LANES;               // of a vector
 constexpr int64_t SEGMENT = VNNI ? 65536 : 2048;  // columns of a row whose sums fit 32 bits
 
 inline Integers vector_at(const char* p) { return read<Integers>(p); }
@@ -94,20 +94,20 @@ inline Integers dot_bytes(Integers sum, Unsigned codes, Integers x) {
 struct ByBytes {
     static constexpr int STARTS = 2;  // vectors
     Integers above, below;
-    explicit ByBytes(const char* start) : above(vector_at(start)), below(vector_at(start + BYTES)) {}
+    explicit ByBytes(const char* start) : above(vector_at(start)), below(vector_at(start + VECTOR_BYTES)) {}
     void add(Unsigned codes, Integers a, Integers b) { above = dot_bytes(above, codes, a), below = dot_bytes(below, codes, b); }
     Integers value() const { return (above << 8) + below; }
-    void put(char* start) const { std::memcpy(start, &above, BYTES), std::memcpy(start + BYTES, &below, BYTES); }
+    void put(char* start) const { std::memcpy(start, &above, VECTOR_BYTES), std::memcpy(start + VECTOR_BYTES, &below, VECTOR_BYTES); }
 
     // A chunk of activations into `a` and `b`: those of vector 0 are every PARTS-th one.
     template <int PARTS>
     static void place(const int32_t* x, char* a, char* b) {
-        int8_t high[PARTS * BYTES], low[PARTS * BYTES];
-        for (int i = 0; i < PARTS * BYTES; i++) high[i] = (x[i] + 128) >> 8, low[i] = x[i];
+        int8_t high[PARTS * VECTOR_BYTES], low[PARTS * VECTOR_BYTES];
+        for (int i = 0; i < PARTS * VECTOR_BYTES; i++) high[i] = (x[i] + 128) >> 8, low[i] = x[i];
         for (int part = 0; part < PARTS; part++)
-            for (int i = 0; i < BYTES; i++) {
-                a[part * BYTES + i] = high[PARTS * i + part];
-                b[part * BYTES + i] = low[PARTS * i + part];
+            for (int i = 0; i < VECTOR_BYTES; i++) {
+                a[part * VECTOR_BYTES + i] = high[PARTS * i + part];
+                b[part * VECTOR_BYTES + i] = low[PARTS * i + part];
             }
     }
     // The sums of all lanes, as numbers.
@@ -136,11 +136,11 @@ struct ByWords {
         sum = dot_words(sum, (Integers)(codes >> 8 & 0x00ff00ff), b);
     }
     Integers value() const { return sum; }
-    void put(char* start) const { std::memcpy(start, &sum, BYTES); }
+    void put(char* start) const { std::memcpy(start, &sum, VECTOR_BYTES); }
 
     template <int PARTS>
     static void place(const int32_t* x, char* a, char* b) {
-        for (int i = 0; i < BYTES / 2; i++) ((int16_t*)a)[i] = x[2 * i], ((int16_t*)b)[i] = x[2 * i + 1];
+        for (int i = 0; i < VECTOR_BYTES / 2; i++) ((int16_t*)a)[i] = x[2 * i], ((int16_t*)b)[i] = x[2 * i + 1];
     }
     template <int R, int N>
     static void put_sums(const ByWords (&sums)[N][R], float* y) {
@@ -161,7 +161,7 @@ using Sum = std::conditional_t<VNNI || BITS == 4, ByBytes, ByWords>;
 // the scale. Each array is a stream of its own.
 template <int BITS, int64_t TOGETHER, int64_t BLOCK>
 struct Activations {
-    static constexpr int64_t COLUMNS = BYTES * 8 / BITS, PARTS = COLUMNS / BYTES, STARTS = Sum<BITS>::STARTS * BYTES;
+    static constexpr int64_t COLUMNS = VECTOR_BYTES * 8 / BITS, PARTS = COLUMNS / VECTOR_BYTES, STARTS = Sum<BITS>::STARTS * VECTOR_BYTES;
     int64_t chunks, b, start, scale, end;
 
     explicit Activations(int64_t n)
@@ -195,11 +195,11 @@ struct Activations {
             char *a = out + at * COLUMNS, *b = a + places.b, *start = out + places.start + at / TOGETHER * STARTS;
             Sum<BITS>::template place<PARTS>(whole, a, b);
             Sum<BITS> surplus(start);
-            for (i = 0; i < COLUMNS; i += BYTES)
+            for (i = 0; i < COLUMNS; i += VECTOR_BYTES)
                 surplus.add(Unsigned{} + (BITS == 8 ? 0x80808080 : 0x08080808), vector_at(a + i), vector_at(b + i));
             surplus.put(start);
         }
-        for (int64_t i = places.start; i < places.scale; i += BYTES) {
+        for (int64_t i = places.start; i < places.scale; i += VECTOR_BYTES) {
             const Integers negative = -vector_at(out + i);
             std::memcpy(out + i, &negative, sizeof negative);
         }
@@ -208,7 +208,7 @@ struct Activations {
 
 // Codes of 8 bits with a scale for each row.
 struct Bytes8 {
-    static constexpr int64_t TOGETHER = SEGMENT / BYTES;
+    static constexpr int64_t TOGETHER = SEGMENT / VECTOR_BYTES;
     typedef Activations<8, TOGETHER, 1> Form;
     static constexpr int ROWS = LANES == 16 ? 4 : 2, TOKENS = LANES == 16 ? 3 : 2;
     const Form places;
@@ -216,7 +216,7 @@ struct Bytes8 {
 
     template <int R, int N>
     __attribute__((always_inline)) void tile(const Rows& w, const char* const* x, int64_t ahead, float* y) const {
-        const int64_t whole = w.columns / BYTES;
+        const int64_t whole = w.columns / VECTOR_BYTES;
         float total[N * ::ROWS] = {};
         for (int64_t first = 0; first < places.chunks; first += TOGETHER) {
             auto sums = [&]<size_t... I>(std::index_sequence<I...>) {
@@ -225,18 +225,18 @@ struct Bytes8 {
             auto meet = [&](int64_t at, auto codes_of) __attribute__((always_inline)) {
                 Unsigned codes[R];
                 for (int r = 0; r < R; r++) {
-                    const char* row = w.weight + r * w.row_bytes + at * BYTES;
-                    if (ahead && at * BYTES % 64 == 0) __builtin_prefetch(row + ahead);
+                    const char* row = w.weight + r * w.row_bytes + at * VECTOR_BYTES;
+                    if (ahead && at * VECTOR_BYTES % 64 == 0) __builtin_prefetch(row + ahead);
                     codes[r] = codes_of(row);
                 }
                 for (int k = 0; k < N; k++) {
-                    const Integers a = vector_at(x[k] + at * BYTES), b = vector_at(x[k] + places.b + at * BYTES);
+                    const Integers a = vector_at(x[k] + at * VECTOR_BYTES), b = vector_at(x[k] + places.b + at * VECTOR_BYTES);
                     for (int r = 0; r < R; r++) sums[k * R + r].add(codes[r], a, b);
                 }
             };
             const int64_t last = std::min(first + TOGETHER, places.chunks);
             for (int64_t at = first; at < std::min(last, whole); at++) meet(at, [](const char* p) { return read<Unsigned>(p); });
-            if (whole < last) meet(whole, [&](const char* p) { return some_bytes(p, w.columns - whole * BYTES); });
+            if (whole < last) meet(whole, [&](const char* p) { return some_bytes(p, w.columns - whole * VECTOR_BYTES); });
             float some[N * ::ROWS];
             Sum<8>::template put_sums<R, N>((const Sum<8>(&)[N][R])sums, some);
             for (int k = 0; k < N; k++)
@@ -307,7 +307,7 @@ struct Groups {
     static constexpr int ROWS = LANES == 16 ? 4 : 2, TOKENS = LANES == 16 ? 4 : 2;
     static constexpr int64_t GROUP = 32, VECTORS = BITS == 4 ? 4 : 8;  // of codes, in a block
     static constexpr int PER_VECTOR = LANES / VECTORS;                 // groups
-    static constexpr int64_t BLOCK_BYTES = VECTORS * BYTES, BLOCK_COLUMNS = VECTORS * COLUMNS;
+    static constexpr int64_t BLOCK_BYTES = VECTORS * VECTOR_BYTES, BLOCK_COLUMNS = VECTORS * COLUMNS;
 
     // Which group of a block is in a lane: see `gathered`.
     static constexpr int group_of(int lane) {
@@ -318,7 +318,7 @@ struct Groups {
     const Form places;
     int64_t group_size, step;  // step: scales of a block, where a group is 32 columns or 2, 4, … times as many; else 0
     // The scales of a block spread over the lanes: of numbers that lie side by side, each lane takes one as its upper half.
-    alignas(64) uint8_t spread[BYTES];
+    alignas(64) uint8_t spread[VECTOR_BYTES];
 
     explicit Groups(const Rows& w) : places(w.columns), group_size(w.columns / w.groups), step(0) {
         const int64_t repeats = group_size / GROUP;
@@ -393,7 +393,7 @@ struct Groups {
         for (int pair = 0; pair < VECTORS / 2; pair++) {
             Unsigned some[R][2][PARTS];
             for (int r = 0; r < R; r++)
-                for (int i = 0; i < 2; i++) unpack(read<Unsigned>(codes[r] + (2 * pair + i) * BYTES), some[r][i]);
+                for (int i = 0; i < 2; i++) unpack(read<Unsigned>(codes[r] + (2 * pair + i) * VECTOR_BYTES), some[r][i]);
 #pragma GCC unroll 4
             for (int k = 0; k < N; k++) {
                 auto sum_of = [&](int r, int i) __attribute__((always_inline)) {
@@ -401,7 +401,7 @@ struct Groups {
                     const char* a = x[k] + chunk * COLUMNS;
                     Sum<BITS> sum(x[k] + places.start + chunk * STARTS);
                     for (int part = 0; part < PARTS; part++)
-                        sum.add(some[r][i][part], vector_at(a + part * BYTES), vector_at(a + places.b + part * BYTES));
+                        sum.add(some[r][i][part], vector_at(a + part * VECTOR_BYTES), vector_at(a + places.b + part * VECTOR_BYTES));
                     return sum;
                 };
 #pragma GCC unroll 4
@@ -470,16 +470,16 @@ struct Groups {
         const int64_t row_bytes = w.columns * BITS / 8;
         for (int64_t at = 0; at * COLUMNS < w.columns; at++)
             for (int r = 0; r < R; r++) {
-                const char* row = w.weight + r * w.row_bytes + at * BYTES;
+                const char* row = w.weight + r * w.row_bytes + at * VECTOR_BYTES;
                 if (ahead) __builtin_prefetch(row + ahead);
                 const Vector scales = lane_scales(w.scale + r * w.groups, at * COLUMNS, COLUMNS / LANES, w);
                 Unsigned codes[PARTS];
-                unpack(at * BYTES + BYTES <= row_bytes ? read<Unsigned>(row) : some_bytes(row, row_bytes - at * BYTES), codes);
+                unpack(at * VECTOR_BYTES + VECTOR_BYTES <= row_bytes ? read<Unsigned>(row) : some_bytes(row, row_bytes - at * VECTOR_BYTES), codes);
                 for (int k = 0; k < N; k++) {
                     const char* a = x[k] + at * COLUMNS;
                     Sum<BITS> sum(x[k] + places.start + at * STARTS);
                     for (int part = 0; part < PARTS; part++)
-                        sum.add(codes[part], vector_at(a + part * BYTES), vector_at(a + places.b + part * BYTES));
+                        sum.add(codes[part], vector_at(a + part * VECTOR_BYTES), vector_at(a + places.b + part * VECTOR_BYTES));
                     total[k][r] = fma(__builtin_convertvector(sum.value(), Vector), scales, total[k][r]);
                 }
             }
@@ -513,8 +513,8 @@ struct Groups {
                     for (int64_t g = (at + i) * repeats; g < (at + i + 1) * repeats; g++) store(scales + g * SIDE, scale);
                 }
             }
-            for (int64_t at = 0; at * BYTES < row_bytes; at++) {
-                transposed(w, half * SIDE, rows, at * BYTES, row_bytes, some);
+            for (int64_t at = 0; at * VECTOR_BYTES < row_bytes; at++) {
+                transposed(w, half * SIDE, rows, at * VECTOR_BYTES, row_bytes, some);
                 auto* to = (Signed*)(all_codes + half * codes_size) + at * 16 * PARTS;
                 for (int i = 0; i < 16; i++) {  // for 4 bits [group, even columns and odd ones, 16 rows · 16 columns]
                     Unsigned codes[PARTS];
@@ -531,7 +531,7 @@ struct Groups {
                 const Spaced spaced(x + i, tokens, places.end, copies);
                 for (int64_t half = 0; half < halves; half++) {
                     const float* scales = (const float*)(all_scales + half * scales_size);
-                    auto at = [](int64_t g, int piece) { return BITS == 8 ? g * GROUP : g / 4 * COLUMNS + g % 4 * 16 + piece * BYTES; };
+                    auto at = [](int64_t g, int piece) { return BITS == 8 ? g * GROUP : g / 4 * COLUMNS + g % 4 * 16 + piece * VECTOR_BYTES; };
                     auto with = [&](int64_t g, int, Integers sum, Vector total) {
                         return fma(__builtin_convertvector(sum, Vector), load(scales + g * SIDE), total);
                     };
