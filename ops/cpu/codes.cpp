@@ -496,7 +496,7 @@ struct Groups {
 
 #if AMX
     static void in_tiles_of_amx(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, char* scratch) {
-        typedef int8_t Signed __attribute__((vector_size(64)));
+        typedef uint8_t Codes8 __attribute__((vector_size(64)));  // wraps around
         const Form places(w.columns);
         const int64_t groups = w.columns / GROUP, repeats = w.columns / w.groups / GROUP, row_bytes = w.columns * BITS / 8;
         const int64_t codes_size = places.chunks * COLUMNS * SIDE, scales_size = groups * SIDE * 4;
@@ -515,12 +515,12 @@ struct Groups {
             }
             for (int64_t at = 0; at * VECTOR_BYTES < row_bytes; at++) {
                 transposed(w, half * SIDE, rows, at * VECTOR_BYTES, row_bytes, some);
-                auto* to = (Signed*)(all_codes + half * codes_size) + at * 16 * PARTS;
+                auto* to = (Codes8*)(all_codes + half * codes_size) + at * 16 * PARTS;
                 for (int i = 0; i < 16; i++) {  // for 4 bits [group, even columns and odd ones, 16 rows · 16 columns]
                     Unsigned codes[PARTS];
                     unpack(some[i], codes);
                     for (int part = 0; part < PARTS; part++)
-                        to[i / 4 * 4 * PARTS + part * 4 + i % 4] = (Signed)codes[part] - int8_t(1 << (BITS - 1));
+                        to[i / 4 * 4 * PARTS + part * 4 + i % 4] = (Codes8)codes[part] - uint8_t(1 << (BITS - 1));
                 }
             }
         }
