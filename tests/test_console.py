@@ -94,7 +94,7 @@ def test_keys_of_training_need_no_pytorch():
     result = subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
     assert result.returncode == 0 and "\ntrain\n  train.out* (a text; required)" in result.stdout
     assert "train.device* (auto, cpu, cuda or mps; default auto)" in result.stdout
-    assert "train.seed (a whole number from 0; default 0)" in result.stdout
+    assert "train.seed (a whole number from 0 to 9223372036854775807; default 0)" in result.stdout
 
 
 def test_the_lists_of_convert_are_those_of_its_rooms():

@@ -247,7 +247,7 @@ def _allowed(f) -> str:
     choices, low, high = (f.metadata[name] for name in ("choices", "low", "high"))
     if choices:
         return f"{', '.join(choices[:-1])} or {choices[-1]}"
-    limits = "" if low is None else f" from {low:g}" + ("" if high is None else f" to {high:g}")
+    limits = "" if low is None else f" from {low}" + ("" if high is None else f" to {high}")
     return _type_name(f.type) + limits
 
 

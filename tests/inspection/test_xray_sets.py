@@ -497,7 +497,7 @@ def test_limit_says_that_only_a_part_was_read(look):
     found = look(rows, limit=20)
     assert (found["rows"], found["rows_read"], found["complete"]) == (None, 20, False)
     assert "only 20 rows" in found["verdict"]["reasons"][-1]
-    assert "every figure here is of this part" in report.markdown(found) and "20 read" in report.html(found)
+    assert "all figures are of this part" in report.markdown(found) and "20 read" in report.html(found)
     found = look(rows, "rows.parquet", limit=20)
     assert (found["rows"], found["rows_read"], found["complete"]) == (50, 20, False)
     assert look(rows, limit=50)["rows_read"] == 50

@@ -677,8 +677,8 @@ def test_quantised_weights(scheme, group_size, fields, in_pytorch, monkeypatch):
     for token in (3, 1, 4):
         ids = torch.tensor([[token]])
         assert (
-            error(model(ids, caches[0]), in_pytorch(model, ids, caches[1])) < 2e-4
-        )  # activations are rounded to 16 bits
+            error(model(ids, caches[0]), in_pytorch(model, ids, caches[1])) < 4e-4
+        )  # activations are rounded to 16 bits: 3e-5 to 2.2e-4, with the order of sums
 
 
 def test_groups_that_end_within_a_word_of_codes_are_left_to_pytorch():
