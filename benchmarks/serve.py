@@ -146,6 +146,7 @@ def load_model(path: str, precision: str) -> None:
 
     from formats.checkpoint import open_checkpoint
     from model import load
+    from ops.cpu.step import settle
     from ops.devices import use_kernels
     from ops.quant import quantize_
 
@@ -153,6 +154,7 @@ def load_model(path: str, precision: str) -> None:
     if precision == "int8":
         quantize_(model, "int8")
     use_kernels(model, "auto", "bench.py")
+    settle(model)  # as the server's model is
     LOADED["model"] = model
 
 

@@ -188,6 +188,10 @@ class Engine:
             self.threads.shutdown()
             self.threads = None
 
+    def settle(self) -> None:
+        """For an engine that runs long: the weights move into huge pages now, and not in the first replies' passes."""
+        cpu_step.settle(self.model)
+
     def cache_bytes(self) -> dict[str, int]:
         """Memory of keys and values: what finished replies have left behind, and what only running ones use."""
         kept = self.store.used([held.cache for held in self.kept])

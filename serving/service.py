@@ -61,6 +61,7 @@ class Service:
     def start(self) -> None:
         """On the event loop, when it begins."""
         self.grammars.prepare()
+        self.engine.settle()
         self.worker = Worker(self.engine, asyncio.get_running_loop())
         self.worker.start()
         self.metrics.batch.set_function(lambda: min(self.accepted, self.max_batch))

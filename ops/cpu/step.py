@@ -324,7 +324,7 @@ class Bound:
             self.credit, self.move_rate = self.credit - took, moved / took
 
     def settle(self) -> None:
-        """Moves at once what is still to be moved, for a measurement."""
+        """Moves at once what is still to be moved."""
         if wants_huge_pages():
             self.huge = self.huge or HugePages(self.places)
             while self.huge.move(16 * HUGE_PAGE):  # a piece is twice in memory while it is copied
@@ -470,7 +470,7 @@ def variant(model: nn.Module) -> str | None:
 
 
 def settle(model: nn.Module) -> None:
-    """Brings a model's weights at once to where decoding moves them bit by bit, for a measurement."""
+    """Brings a model's weights at once to where decoding moves them bit by bit: for a server, or a measurement."""
     if (bound := serving(model)) is not None:
         bound.settle()
 
