@@ -179,6 +179,7 @@ class Paged:
 
     length: int
     pages: list[Tensor]
+    begun: bool = False  # whether a pass has written to it
 
 
 class Pages:
@@ -195,6 +196,7 @@ class Pages:
         self.most = max(1, cache_bytes // self.page_bytes)
         self.free: list[Tensor] = []
         self.owners: Counter[int] = Counter()  # by address: how many caches a page is part of
+        self.spans: cpu_step.Spans | None = None
 
     def begin(self, source: Paged | None = None, shared: int = 0) -> Paged | None:
         whole, rest = divmod(shared, cpu_step.BLOCK)
@@ -235,11 +237,13 @@ class Pages:
     def forward(self, parts: Sequence[Part]) -> list[Tensor | None]:
         caches, ids, wanted = zip(*parts, strict=True)
         lengths, pages = [cache.length for cache in caches], [cache.pages for cache in caches]
-        logits = cpu_step.spans(self.model, ids, lengths, pages, list(map(int, wanted)))
-        if logits is None:
-            raise ValueError(f"the model was changed while an engine ran it: {cpu_step.why(self.model)}")
+        if not all(cache.begun for cache in caches):  # a change of the model counts from the next reply on
+            self.spans = cpu_step.spans(self.model)
+            if self.spans is None:
+                raise ValueError(f"the model was changed while an engine ran it: {cpu_step.why(self.model)}")
+        logits = self.spans(ids, lengths, pages, list(map(int, wanted)))
         for cache, some in zip(caches, ids, strict=True):
-            cache.length += len(some)
+            cache.length, cache.begun = cache.length + len(some), True
         rows = iter(logits)
         return [next(rows) if one else None for one in wanted]
 

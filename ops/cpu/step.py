@@ -253,7 +253,7 @@ class Bound:
         pages: list[list[Tensor]],
         outputs: list[int],
     ) -> Tensor:
-        """What `spans` below does."""
+        """What `Spans` below does."""
         K, D = self.cache_shape
         one = pages[0][0]
         part = one.stride(1) * one.itemsize
@@ -341,7 +341,7 @@ class Running:
 
     def __init__(self, model: nn.Module, bound: Bound, cache: Any, blocks: list[np.ndarray]):
         self.bound, self.cache, self.loaded = bound, cache, library()
-        self.kept = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+        self.kept = weights_of(model)
         self.kept += [cache.keys, cache.values, cache.key_scales, cache.value_scales, *blocks]
         self.lengths, self.starts, self.outputs = np.zeros(1, np.int64), np.zeros(2, np.int64), np.zeros(1, np.int64)
         first, strides = np.zeros(1, np.int64), np.full(1, cache.max_len * bound.cache_shape[1])
@@ -364,6 +364,11 @@ class Running:
         self.bound.run(self.loaded, self.held, self.given, count)
         cache.advance(count)
         return logits
+
+
+def weights_of(model: nn.Module) -> list[Any]:
+    """What has to be kept for as long as the C++ step may read a model that it is not asked about any more."""
+    return [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
 
 
 def running(model: nn.Module, cache: Any) -> Running | None:
@@ -438,18 +443,26 @@ def new_page(model: nn.Module) -> Tensor:
     return serving(model).page(model.cache_dtype)
 
 
-def spans(
-    model: nn.Module, ids: list[list[int]], lengths: list[int], pages: list[list[Tensor]], outputs: list[int]
-) -> Tensor | None:
-    """Tokens of some sequences, any number of each, in one pass → logits [all outputs, V] in the model's dtype.
+class Spans:
+    """Tokens of some sequences, any number of each, in one pass; of the model as it is now (see Running)."""
 
-    Sequence b has `lengths[b]` positions in its `pages[b]` (of `new_page`, BLOCK each), and room after them for its
-    `ids[b]`, the last `outputs[b]` of which have logits. None where the model is not served here.
-    Raises ValueError for an id outside of the vocabulary.
-    """
-    if (bound := serving(model)) is None:
-        return None
-    return bound.spans(library(), ids, lengths, pages, outputs)
+    def __init__(self, model: nn.Module, bound: Bound):
+        self.bound, self.loaded, self.kept = bound, library(), weights_of(model)
+
+    def __call__(
+        self, ids: list[list[int]], lengths: list[int], pages: list[list[Tensor]], outputs: list[int]
+    ) -> Tensor:
+        """→ logits [all outputs, V] in the model's dtype.
+
+        Sequence b has `lengths[b]` positions in its `pages[b]` (of `new_page`, BLOCK each), and room after them for its
+        `ids[b]`, the last `outputs[b]` of which have logits. Raises ValueError for an id outside of the vocabulary.
+        """
+        return self.bound.spans(self.loaded, ids, lengths, pages, outputs)
+
+
+def spans(model: nn.Module) -> Spans | None:
+    """None where the model is not served here."""
+    return None if (bound := serving(model)) is None else Spans(model, bound)
 
 
 def wants_huge_pages() -> bool:

@@ -235,3 +235,22 @@ def test_tokens_drawn_in_threads_are_the_same():
     engine = Engine(model, 8)
     assert generate_batch(model, prompts(8), params, engine=engine) == expected and engine.threads is not None
     assert generate_batch(model, prompts(8), params, engine=engine) == expected and len(engine.kept) > 2
+
+
+def test_a_change_of_the_model_counts_from_the_next_reply_on():
+    """Between two tokens nobody asks whether the model changed, and the weights of the reply's beginning are kept."""
+    model = small_model()
+    params = SamplingParams(temperature=0, max_new_tokens=12)
+    before = list(generate(model, [3, 1, 4], params))
+    engine, first, second = Engine(model), Reply(model, [3, 1, 4], params), Reply(model, [7, 2], params)
+    old = list(generate(model, [7, 2], params))
+    engine.add(first)
+    for _ in range(4):
+        engine.step()
+    for weight in (model.model.embed_tokens, model.model.norm):  # the head is tied
+        weight.weight = torch.nn.Parameter(weight.weight.detach().flip(0).clone())
+    engine.run()
+    assert first.tokens == before
+    engine.add(second)
+    engine.run()
+    assert second.tokens == list(generate(model, [7, 2], params)) != old

@@ -432,7 +432,7 @@ def test_a_class_or_a_function_of_the_model_that_is_replaced_is_called(
         expected = in_pytorch(model, ids, KVCache(model.config))
         assert torch.equal(model(ids, KVCache(model.config)), expected)
         assert plain is None or error(plain, expected) > 1e-3
-        assert "replaced" in ops_step.why(model) and ops_step.spans(model, [[3]], [0], [[]], [1]) is None
+        assert "replaced" in ops_step.why(model) and ops_step.spans(model) is None
     assert is_served(model) and ops_step.why(model) is None
 
 
@@ -454,7 +454,7 @@ def test_a_mode_sees_every_operation_and_the_default_device_changes_none():
     assert mode.seen == 3
     with torch.device("meta"):
         assert torch.equal(model(ids, cache), expected) and ops_step.why(model) is None
-        assert torch.equal(ops_step.spans(model, [[3, 5]], [0], [page], [2]), expected[0])
+        assert torch.equal(ops_step.spans(model)([[3, 5]], [0], [page], [2]), expected[0])
         assert ops_step.new_page(model).is_cpu
 
 
