@@ -9,12 +9,13 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
 constexpr int LANES = 16;
 #elif defined(__AVX__)
-#include <immintrin.h>
 constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
