@@ -179,7 +179,6 @@ class Paged:
 
     length: int
     pages: list[Tensor]
-    begun: bool = False  # whether a pass has written to it
 
 
 class Pages:
@@ -199,6 +198,9 @@ class Pages:
         self.spans: cpu_step.Spans | None = None
 
     def begin(self, source: Paged | None = None, shared: int = 0) -> Paged | None:
+        self.spans = cpu_step.spans(self.model)  # a change of the model counts from the next sequence on
+        if self.spans is None:
+            raise ValueError(f"the model was changed while an engine ran it: {cpu_step.why(self.model)}")
         whole, rest = divmod(shared, cpu_step.BLOCK)
         cache = Paged(shared, source.pages[:whole] if source else [])
         if not self._available(1 + (rest > 0)):
@@ -237,13 +239,9 @@ class Pages:
     def forward(self, parts: Sequence[Part]) -> list[Tensor | None]:
         caches, ids, wanted = zip(*parts, strict=True)
         lengths, pages = [cache.length for cache in caches], [cache.pages for cache in caches]
-        if not all(cache.begun for cache in caches):  # a change of the model counts from the next reply on
-            self.spans = cpu_step.spans(self.model)
-            if self.spans is None:
-                raise ValueError(f"the model was changed while an engine ran it: {cpu_step.why(self.model)}")
         logits = self.spans(ids, lengths, pages, list(map(int, wanted)))
         for cache, some in zip(caches, ids, strict=True):
-            cache.length, cache.begun = cache.length + len(some), True
+            cache.length += len(some)
         rows = iter(logits)
         return [next(rows) if one else None for one in wanted]
 
@@ -251,6 +249,6 @@ class Pages:
         return len(self.owners) + count <= self.most
 
     def _append(self, cache: Paged) -> None:
-        page = self.free.pop() if self.free else cpu_step.new_page(self.model)
+        page = self.free.pop() if self.free else self.spans.new_page()
         self.owners[page.data_ptr()] += 1
         cache.pages.append(page)

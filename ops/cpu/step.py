@@ -238,7 +238,7 @@ class Bound:
         ]
 
     def page(self, dtype: torch.dtype | None) -> Tensor:
-        """What `new_page` below says."""
+        """What `Spans.new_page` says."""
         K, D = self.cache_shape
         if dtype == torch.int8:  # the codes, then their scales
             part = K * BLOCK * (D + SCALE_DTYPE.itemsize)
@@ -438,16 +438,16 @@ def serving(model: nn.Module) -> Bound | None:
     return None if bound.struct is None else bound
 
 
-def new_page(model: nn.Module) -> Tensor:
-    """Memory for keys and values of BLOCK positions of one sequence, [layers, 2, numbers]; not initialised."""
-    return serving(model).page(model.cache_dtype)
-
-
 class Spans:
     """Tokens of some sequences, any number of each, in one pass; of the model as it is now (see Running)."""
 
     def __init__(self, model: nn.Module, bound: Bound):
         self.bound, self.loaded, self.kept = bound, library(), weights_of(model)
+        self.cache_dtype = model.cache_dtype
+
+    def new_page(self) -> Tensor:
+        """Memory for keys and values of BLOCK positions of one sequence, [layers, 2, numbers]; not initialised."""
+        return self.bound.page(self.cache_dtype)
 
     def __call__(
         self, ids: list[list[int]], lengths: list[int], pages: list[list[Tensor]], outputs: list[int]

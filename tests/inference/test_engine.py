@@ -254,3 +254,19 @@ def test_a_change_of_the_model_counts_from_the_next_reply_on():
     engine.add(second)
     engine.run()
     assert second.tokens == list(generate(model, [7, 2], params)) != old
+
+
+def test_a_reply_that_has_begun_gets_its_next_pages_whatever_becomes_of_the_model():
+    model = small_model()
+    params = SamplingParams(temperature=0, max_new_tokens=300)  # more than a page of 256 positions
+    before = list(generate(model, [3, 1, 4], params))
+    engine, reply = Engine(model), Reply(model, [3, 1, 4], params)
+    engine.add(reply)
+    engine.step()
+    hook = model.model.norm.register_forward_hook(lambda *_: None)
+    engine.run()
+    assert reply.tokens == before and len(before) == 300
+    engine.add(Reply(model, [7, 2], params))
+    with pytest.raises(ValueError, match="the model was changed"):
+        engine.run()
+    hook.remove()

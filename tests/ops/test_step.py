@@ -448,14 +448,14 @@ def test_a_mode_sees_every_operation_and_the_default_device_changes_none():
     """torch.set_default_device("meta") once ended the process; it is a mode too, but one that only makes tensors."""
     model, ids = random_model(), torch.tensor([[3, 5]])
     expected = model(ids, KVCache(model.config))
-    cache, page = KVCache(model.config), [ops_step.new_page(model)]
+    cache, page = KVCache(model.config), [ops_step.spans(model).new_page()]
     with Watching() as mode:
         model(ids, KVCache(model.config))
     assert mode.seen == 3
     with torch.device("meta"):
         assert torch.equal(model(ids, cache), expected) and ops_step.why(model) is None
         assert torch.equal(ops_step.spans(model)([[3, 5]], [0], [page], [2]), expected[0])
-        assert ops_step.new_page(model).is_cpu
+        assert ops_step.spans(model).new_page().is_cpu
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
