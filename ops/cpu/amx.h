@@ -46,17 +46,9 @@ inline void multiply_tiles() {
 
 // v[i][j] becomes v[j][i].
 inline void transpose(Unsigned v[16]) {
-    __m512i two[16], four[16];
-    auto at = [](Unsigned x) { return (__m512i)x; };
-    for (int i = 0; i < 16; i += 2) {
-        two[i] = _mm512_unpacklo_epi32(at(v[i]), at(v[i + 1]));
-        two[i + 1] = _mm512_unpackhi_epi32(at(v[i]), at(v[i + 1]));
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
-            four[i + 2 * j] = _mm512_unpacklo_epi64(two[i + j], two[i + j + 2]);
-            four[i + 2 * j + 1] = _mm512_unpackhi_epi64(two[i + j], two[i + j + 2]);
-        }
+    for (int i = 0; i < 16; i += 4) transpose_quarters(v + i);
+    __m512i four[16];
+    for (int i = 0; i < 16; i++) four[i] = (__m512i)v[i];
     for (int j = 0; j < 4; j++) {
         const __m512i a = _mm512_shuffle_i32x4(four[j], four[4 + j], 0x88), b = _mm512_shuffle_i32x4(four[j], four[4 + j], 0xdd);
         const __m512i c = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0x88);

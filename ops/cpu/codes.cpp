@@ -7,19 +7,7 @@
 #include <utility>
 
 #include "amx.h"
-
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define LANES_OF_INTEGERS 16
-#elif defined(__AVX2__)
-#define LANES_OF_INTEGERS 8
-#else
-#define LANES_OF_INTEGERS 0  // codes meet activations in float32
-#endif
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-#define VNNI 1
-#else
-#define VNNI 0
-#endif
+#include "integers.h"
 
 namespace {
 
@@ -64,32 +52,6 @@ inline Unsigned some_bytes(const char* p, int64_t count) {
     return bytes;
 }
 
-// Two products of 16 bits to each lane, added to `sum`.
-inline Integers dot_words(Integers sum, Integers a, Integers b) {
-#if defined(__AVX512VNNI__)
-    return (Integers)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
-#elif LANES_OF_INTEGERS == 16
-    return sum + (Integers)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVXVNNI__)
-    return (Integers)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
-#else
-    return sum + (Integers)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#endif
-}
-
-// Four products of codes (unsigned) with signed bytes to each lane, added to `sum`.
-inline Integers dot_bytes(Integers sum, Unsigned codes, Integers x) {
-#if defined(__AVX512VNNI__)
-    return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x);
-#elif defined(__AVXVNNI__)
-    return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)x);
-#elif LANES_OF_INTEGERS == 16  // 16 bits hold the sum of two where codes have 4
-    return dot_words(sum, (Integers)_mm512_maddubs_epi16((__m512i)codes, (__m512i)x), Integers{} + 0x00010001);
-#else
-    return dot_words(sum, (Integers)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x), Integers{} + 0x00010001);
-#endif
-}
-
 // Sums of codes with activations: those with their high bytes, and those with their low ones.
 struct ByBytes {
     static constexpr int STARTS = 2;  // vectors
@@ -132,8 +94,7 @@ struct ByWords {
     Integers sum;
     explicit ByWords(const char* start) : sum(vector_at(start)) {}
     void add(Unsigned codes, Integers a, Integers b) {
-        sum = dot_words(sum, (Integers)(codes & 0x00ff00ff), a);
-        sum = dot_words(sum, (Integers)(codes >> 8 & 0x00ff00ff), b);
+        sum = dot_words(dot_words(sum, (Integers)(codes & 0x00ff00ff), a), (Integers)(codes >> 8 & 0x00ff00ff), b);
     }
     Integers value() const { return sum; }
     void put(char* start) const { std::memcpy(start, &sum, VECTOR_BYTES); }

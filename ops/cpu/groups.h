@@ -44,29 +44,17 @@ __attribute__((always_inline)) inline Result by_group(Of of) {
 // GROUP / 4 vectors of codes, column by column, into as many whose lanes are groups, four columns of each.
 template <int GROUP>
 __attribute__((always_inline)) inline void transpose(Unsigned* codes) {
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-    __m512i* v = (__m512i*)codes;  // not auto, which would lose that it may alias
-    for (int i = 0; i < GROUP / 4; i += 4) {
-        const __m512i a = _mm512_unpacklo_epi32(v[i], v[i + 1]), b = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-        const __m512i c = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]), d = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
-        v[i] = _mm512_unpacklo_epi64(a, c), v[i + 1] = _mm512_unpackhi_epi64(a, c);
-        v[i + 2] = _mm512_unpacklo_epi64(b, d), v[i + 3] = _mm512_unpackhi_epi64(b, d);
-    }
+#if defined(__AVX2__)
+    for (int i = 0; i < GROUP / 4; i += 4) transpose_quarters(codes + i);
     for (int i = 0; GROUP == 32 && i < 4; i++) {
-        const __m512i a = v[i], b = v[i + 4];
-        v[i] = _mm512_shuffle_i32x4(a, b, 0x88), v[i + 4] = _mm512_shuffle_i32x4(a, b, 0xdd);
-    }
-#elif defined(__AVX2__)
-    __m256i* v = (__m256i*)codes;
-    for (int i = 0; i < GROUP / 4; i += 4) {
-        const __m256i a = _mm256_unpacklo_epi32(v[i], v[i + 1]), b = _mm256_unpackhi_epi32(v[i], v[i + 1]);
-        const __m256i c = _mm256_unpacklo_epi32(v[i + 2], v[i + 3]), d = _mm256_unpackhi_epi32(v[i + 2], v[i + 3]);
-        v[i] = _mm256_unpacklo_epi64(a, c), v[i + 1] = _mm256_unpackhi_epi64(a, c);
-        v[i + 2] = _mm256_unpacklo_epi64(b, d), v[i + 3] = _mm256_unpackhi_epi64(b, d);
-    }
-    for (int i = 0; GROUP == 32 && i < 4; i++) {
-        const __m256i a = v[i], b = v[i + 4];
-        v[i] = _mm256_permute2x128_si256(a, b, 0x20), v[i + 4] = _mm256_permute2x128_si256(a, b, 0x31);
+        const Unsigned a = codes[i], b = codes[i + 4];
+#if LANES_OF_INTEGERS == 16
+        codes[i] = (Unsigned)_mm512_shuffle_i32x4((__m512i)a, (__m512i)b, 0x88);
+        codes[i + 4] = (Unsigned)_mm512_shuffle_i32x4((__m512i)a, (__m512i)b, 0xdd);
+#else
+        codes[i] = (Unsigned)_mm256_permute2x128_si256((__m256i)a, (__m256i)b, 0x20);
+        codes[i + 4] = (Unsigned)_mm256_permute2x128_si256((__m256i)a, (__m256i)b, 0x31);
+#endif
     }
 #else
     uint32_t words[LANES * GROUP / 4];

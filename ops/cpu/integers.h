@@ -10,20 +10,49 @@
 #define LANES_OF_INTEGERS 0
 #endif
 
+#if LANES_OF_INTEGERS && (defined(__AVX512VNNI__) || defined(__AVXVNNI__))
+#define VNNI 1
+#else
+#define VNNI 0
+#endif
+
+// Two products of 16 bits to each lane, added to `sum`.
+inline Integers dot_words(Integers sum, Integers a, Integers b) {
+#if LANES_OF_INTEGERS && defined(__AVX512VNNI__)
+    return (Integers)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif LANES_OF_INTEGERS == 16
+    return sum + (Integers)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif LANES_OF_INTEGERS && defined(__AVXVNNI__)
+    return (Integers)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif LANES_OF_INTEGERS
+    return sum + (Integers)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__) && !defined(__AVX__)
+    return sum + (Integers)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+#if LANES_OF_INTEGERS
+// Four products of codes (unsigned) with signed bytes to each lane, added to `sum`.
+inline Integers dot_bytes(Integers sum, Unsigned codes, Integers x) {
+#if defined(__AVX512VNNI__)
+    return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x);
+#elif defined(__AVXVNNI__)
+    return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)x);
+#elif LANES_OF_INTEGERS == 16  // 16 bits hold the sum of two where codes have 4
+    return dot_words(sum, (Integers)_mm512_maddubs_epi16((__m512i)codes, (__m512i)x), Integers{} + 0x00010001);
+#else
+    return dot_words(sum, (Integers)_mm256_maddubs_epi16((__m256i)codes, (__m256i)x), Integers{} + 0x00010001);
+#endif
+}
+#endif
+
 // The products of 4 codes with 4 activations to each lane; these are in two vectors `a` and `b`.
-#if LANES_OF_INTEGERS && (defined(__AVX512VNNI__) || defined(__AVXVNNI__))  // their high bytes, and their low ones
+#if VNNI  // their high bytes, and their low ones
 struct ExactSum {
     Integers above = {}, below = {};
-    ExactSum() = default;
-    explicit ExactSum(Integers start) : below(start) {}
-    static Integers dot(Integers sum, Unsigned codes, Integers x) {
-#if defined(__AVX512VNNI__)
-        return (Integers)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x);
-#else
-        return (Integers)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)x);
-#endif
-    }
-    void add(Unsigned codes, Integers a, Integers b) { above = dot(above, codes, a), below = dot(below, codes, b); }
+    void add(Unsigned codes, Integers a, Integers b) { above = dot_bytes(above, codes, a), below = dot_bytes(below, codes, b); }
     Integers whole() const { return (above << 8) + below; }
     // The i-th activation of a vector.
     static void place(char* a, char* b, int i, int x) {
@@ -34,21 +63,8 @@ struct ExactSum {
 #else  // of the even columns, and of the odd ones, in 16 bits
 struct ExactSum {
     Integers sum = {};
-    ExactSum() = default;
-    explicit ExactSum(Integers start) : sum(start) {}
-    static Integers dot(Unsigned codes, Integers x) {
-#if defined(__AVX512BW__) && LANES_OF_INTEGERS
-        return (Integers)_mm512_madd_epi16((__m512i)codes, (__m512i)x);
-#elif defined(__AVX2__)
-        return (Integers)_mm256_madd_epi16((__m256i)codes, (__m256i)x);
-#elif defined(__SSE2__) && !defined(__AVX__)
-        return (Integers)_mm_madd_epi16((__m128i)codes, (__m128i)x);
-#else
-        return (Integers)(codes & 0xffff) * (x << 16 >> 16) + (Integers)(codes >> 16) * (x >> 16);
-#endif
-    }
     void add(Unsigned codes, Integers a, Integers b) {
-        sum += dot(codes & 0x00ff00ff, a) + dot(codes >> 8 & 0x00ff00ff, b);
+        sum = dot_words(dot_words(sum, (Integers)(codes & 0x00ff00ff), a), (Integers)(codes >> 8 & 0x00ff00ff), b);
     }
     Integers whole() const { return sum; }
     static void place(char* a, char* b, int i, int x) { ((int16_t*)(i % 2 ? b : a))[i / 2] = x; }

@@ -177,6 +177,22 @@ inline void sums(const Lanes x[16], Number* y) {
 #endif
 }
 
+#if defined(__AVX2__)
+// Of 4 vectors, in each quarter of 4 lanes: v[i][j] becomes v[j][i].
+inline void transpose_quarters(Unsigned v[4]) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define UNPACKED(part, type, a, b) (Unsigned)_mm512_unpack##part##_##type((__m512i)(a), (__m512i)(b))
+#else
+#define UNPACKED(part, type, a, b) (Unsigned)_mm256_unpack##part##_##type((__m256i)(a), (__m256i)(b))
+#endif
+    const Unsigned a = UNPACKED(lo, epi32, v[0], v[1]), b = UNPACKED(hi, epi32, v[0], v[1]);
+    const Unsigned c = UNPACKED(lo, epi32, v[2], v[3]), d = UNPACKED(hi, epi32, v[2], v[3]);
+    v[0] = UNPACKED(lo, epi64, a, c), v[1] = UNPACKED(hi, epi64, a, c);
+    v[2] = UNPACKED(lo, epi64, b, d), v[3] = UNPACKED(hi, epi64, b, d);
+#undef UNPACKED
+}
+#endif
+
 // Of each four lanes: two sums of neighbours in a, then two in b.
 inline Integers add_neighbours(Integers a, Integers b) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)

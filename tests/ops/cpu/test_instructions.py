@@ -62,6 +62,12 @@ def test_row_products_are_right_with_each_instruction_set(machine, tmp_path):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
 
 
+def test_row_products_compile_without_avx(tmp_path):
+    if (compiler := find_compiler()) is None or "sse2" not in Path("/proc/cpuinfo").read_text().split():
+        pytest.skip("needs a C++ compiler for x86-64")
+    compiled(compiler, tmp_path, PRODUCTS, *MACHINES["SSE2"][0], "-fsyntax-only")
+
+
 def packed_by(*command: str | Path) -> bytes:
     return subprocess.run(command, input=special().tobytes(), check=True, capture_output=True, timeout=300).stdout
 
