@@ -1,6 +1,6 @@
 // ---- A small Markdown, from source text to DOM nodes --------------------------------------------------------------
-// Paragraphs, headings, lists, quotes, rules, tables, fenced code; bold, italic, struck, code, links. Anything else
-// is text. Nothing is ever parsed as HTML: elements are made by name here, and all that a model wrote is a text node.
+// Paragraphs, headings, lists, quotes, rules, tables, fenced code; bold, italic, struck, code, links. LaTeX stays as it
+// is written. Anything else is text. Nothing is ever parsed as HTML: elements are made by name here, and all that a model wrote is a text node.
 // Every character of the source becomes part of some node, in order, so that each token of a reply can be found:
 // what Markdown hides (asterisks, bars, fences) stands in `mark` nodes, which only show while tokens are shaded.
 
@@ -80,6 +80,15 @@ function parse(source, lines, depth) {
     return FENCE.test(line) || HEADING.test(line) || RULE.test(line) || (depth < DEEPEST && QUOTE.test(line)) || isTable(n)
       || (item && item[3] && !(/\d/.test(item[2]) && parseInt(item[2], 10) !== 1));
   };
+  const open = {}; // a mark of LaTeX and the line up to which nothing closes it
+  const formula = (n) => { // the last line of a formula that begins with line n, else n
+    const mark = /^ {0,3}(\$\$|\\\[)/.exec(text(n));
+    if (!mark || n < open[mark[1]]) return n;
+    let from = mark[0].length, last = n;
+    for (; last < lines.length && text(last).trim(); [last, from] = [last + 1, 0]) if (text(last).includes(CLOSES[mark[1]], from)) return last;
+    open[mark[1]] = last;
+    return n;
+  };
   let n = 0;
   const add = (first, build) => found.push({ from: lines[first][0], to: 0, build });
   while (n < lines.length) {
@@ -138,8 +147,8 @@ function parse(source, lines, depth) {
       const rows = [lines[first], ...lines.slice(first + 2, n)], sides = cells(source, lines[first + 1]).map(([from, to]) => side(source.slice(from, to)));
       add(first, (writer, parent) => table(writer, parent, source, rows, sides));
     } else {
-      n++;
-      while (n < lines.length && text(n).trim() && !begins(n)) n++;
+      n = formula(n) + 1;
+      while (n < lines.length && text(n).trim() && !begins(n)) n = formula(n) + 1;
       const inside = lines.slice(first, n);
       add(first, (writer, parent) => inline(writer, parent.appendChild(h("p")), source, inside));
     }
@@ -202,7 +211,7 @@ function inline(writer, parent, source, lines) {
   spans(text, 0, text.length, parent, put, 0);
 }
 
-const SPECIAL = /[\\`*_~[]|https?:\/\//g;
+const SPECIAL = /[\\`*_~[$]|https?:\/\//g, CLOSES = { "\\(": "\\)", "\\[": "\\]", $$: "$$", $: "$" };
 
 function spans(text, from, to, parent, put, depth) {
   const missing = new Set(); // what has no end in this range: looked for once
@@ -221,6 +230,13 @@ function spans(text, from, to, parent, put, depth) {
     missing.add(mark);
     return -1;
   };
+  const formula = (mark) => { // where the LaTeX that begins at `at` ends, or -1
+    const begin = at + mark.length, end = missing.has(mark) ? -1 : text.indexOf(CLOSES[mark], begin);
+    const price = mark === "$" && (/\s/.test(text[begin]) || /\s/.test(text[end - 1]) || /\d/.test(text[end + 1] ?? ""));
+    if (end >= 0 && end + mark.length <= to) return price || end === begin ? -1 : end + mark.length;
+    missing.add(mark);
+    return -1;
+  };
   let plain = from, at = from;
   const wrap = (node, begin, end, after) => {
     put(parent, plain, at);
@@ -233,8 +249,14 @@ function spans(text, from, to, parent, put, depth) {
     const found = SPECIAL.exec(text);
     if (!found || found.index >= to) break;
     at = found.index;
-    const one = found[0];
-    if (one === "\\") {
+    const one = found[0], pair = text.slice(at, Math.min(to, at + 2)), mark = pair in CLOSES ? pair : one === "$" ? one : null;
+    const over = mark ? formula(mark) : -1;
+    if (over > 0) {
+      put(parent, plain, at);
+      put(parent.appendChild(h("span", { class: "math" })), at, over);
+      plain = at = over;
+    } else if (one === "$") at += mark.length;
+    else if (one === "\\") {
       if (/[!-/:-@[-`{-~]/.test(text[at + 1] || "") && at + 1 < to) {
         put(parent, plain, at);
         plain = at + 1;

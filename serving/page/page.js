@@ -7,14 +7,14 @@ const EXAMPLES = ["What is 17 + 28?", "Which is larger, 9.11 or 9.9?", "How many
 // name, label, least, most, step of the slider (none without), what it is. The names are SamplingParams'.
 const KNOBS = [
   ["temperature", "Temperature", 0, 2, 0.05, "0 always takes the likeliest token"],
-  ["top_p", "Top p", 0, 1, 0.01, "only the likeliest tokens that hold this share together; 1 is off"],
+  ["top_p", "Top p", 0, 1, 0.01, "only the likeliest tokens that reach this probability together; 1 is off"],
   ["top_k", "Top k", 0, 100, 1, "only the k likeliest tokens; 0 is off"],
-  ["min_p", "Min p", 0, 1, 0.01, "only tokens at least this likely beside the likeliest; 0 is off"],
-  ["presence_penalty", "Presence penalty", -2, 2, 0.1, "off each token that was said before"],
-  ["frequency_penalty", "Frequency penalty", -2, 2, 0.1, "off each token, for every time that it was said"],
-  ["repetition_penalty", "Repetition penalty", 1, 2, 0.01, "a factor against what was said before; 1 is off"],
-  ["max_new_tokens", "Max tokens", 1, 1e6, 0, "the longest reply, thinking included"],
-  ["thinking_budget", "Thinking budget", 1, 1e6, 0, "ends the thinking after so many tokens"],
+  ["min_p", "Min p", 0, 1, 0.01, "only tokens at least this likely, relative to the likeliest; 0 is off"],
+  ["presence_penalty", "Presence penalty", -2, 2, 0.1, "makes tokens that appeared before less likely; 0 is off"],
+  ["frequency_penalty", "Frequency penalty", -2, 2, 0.1, "the same for each time that a token appeared; 0 is off"],
+  ["repetition_penalty", "Repetition penalty", 1, 2, 0.01, "divides the scores of tokens that appeared before; 1 is off"],
+  ["max_new_tokens", "Max tokens", 1, 1e6, 0, "length limit of a reply, thinking included"],
+  ["thinking_budget", "Thinking budget", 1, 1e6, 0, "ends the thinking after this many tokens"],
   ["seed", "Seed", 0, Number.MAX_SAFE_INTEGER, 0, "the same seed gives the same text"],
 ];
 const OFF = { presence_penalty: 0, frequency_penalty: 0, repetition_penalty: 1, top_k: 0, top_p: 1, min_p: 0 };
@@ -119,13 +119,15 @@ async function run(node) {
   scrollDown(true);
   say("The model replies.");
   const view = views.get(node.id), sampling = { ...advised(), ...JSON.parse(JSON.stringify(settings)) };
-  let frame = 0;
-  const paintSoon = () => (frame ||= requestAnimationFrame(() => {
+  let frame = 0, timer = 0, rest = 0; // a long reply takes long to paint: that is at most a third of the time
+  const paint = () => {
+    const begin = performance.now(), follows = atEnd();
     frame = 0;
-    const follows = atEnd();
     view.update(false);
     if (follows) scrollDown(true);
-  }));
+    rest = 2 * (performance.now() - begin);
+  };
+  const paintSoon = () => (timer ||= setTimeout(() => [timer, frame] = [0, requestAnimationFrame(paint)], rest > 32 ? rest : 0));
   try {
     for await (const event of events(bodyFor(node), abort.signal)) {
       if (abort.signal.aborted) break;
@@ -151,6 +153,7 @@ async function run(node) {
       if (error.status === 401) askForKey(() => run(node));
     }
   }
+  clearTimeout(timer);
   cancelAnimationFrame(frame);
   const last = running === mine; // else another reply has begun, which ended this one
   if (last) running = null;
@@ -193,7 +196,7 @@ function closing() {
 
 const atEnd = () => $("chat").scrollHeight - $("chat").scrollTop - $("chat").clientHeight < 80;
 function scrollDown(now) {
-  $("chat").scrollTo({ top: $("chat").scrollHeight, behavior: now ? "instant" : "smooth" });
+  $("chat").scrollTo({ top: $("chat").scrollHeight, behavior: now || matchMedia("(prefers-reduced-motion: reduce)").matches ? "instant" : "smooth" });
 }
 
 // ---- Settings ----

@@ -35,7 +35,7 @@ function openCard(next, pin) {
     button.addEventListener("click", () => stepTo(to, ".step[aria-label='" + label + "']"));
     return button;
   };
-  const title = h("div", { class: "head" }, h("b", {}, nameOf(token)), h("span", { class: "soft" }, token.logprob === null ? "put in, not drawn" : percent(probability(token.logprob))),
+  const title = h("div", { class: "head" }, h("b", {}, nameOf(token)), h("span", { class: "soft" }, token.logprob === null ? "forced, not sampled" : percent(probability(token.logprob))),
     h("span", { class: "soft at" }, `${index + 1} of ${reply.tokens.length}`), step(index - 1, "‹", "The token before"), step(index + 1, "›", "The token after"));
   const rows = [...token.top];
   const own = rows.findIndex(([text, , bytes]) => text === token.text && String(bytes || "") === String(token.bytes || ""));
@@ -49,14 +49,14 @@ function openCard(next, pin) {
     const refused = chosen ? "what the reply says" : reply.refuses(index, row), possible = !refused;
     const why = refused || (ENDS.test(text) ? "end the reply here" : "branch the reply here");
     const button = h("button", { type: "button", class: chosen ? "chosen" : "", "aria-disabled": !possible && "true", title: why,
-      "aria-label": `${nameOf(row)}, ${percent(p)}${odds ? `, drawn ${odds}` : ""}: ${why}` }, h("span", { class: "name" }, nameOf(row)), h("span", { class: "track" }, bar),
+      "aria-label": `${nameOf(row)}, ${percent(p)}${odds ? `, sampled ${odds}` : ""}: ${why}` }, h("span", { class: "name" }, nameOf(row)), h("span", { class: "track" }, bar),
       h("span", { class: "share" }, percent(p)), two ? h("span", { class: "share odds" }, odds || "") : null);
     if (possible) button.addEventListener("click", () => (closeCard(), branch(index, row)));
     return h("li", {}, button);
   }));
   if (rows.length && 1 - listed > 0.0005) list.append(h("li", { class: "others" }, h("span", { class: "name soft" }, "all others"), h("span", { class: "track" }), h("span", { class: "share" }, percent(1 - listed))));
-  if (two) list.prepend(h("li", { class: "others", "aria-hidden": "true" }, h("span"), h("span"), h("span", { class: "share" }, "model"), h("span", { class: "share" }, "as drawn")));
-  const note = !rows.length ? "No alternatives: the thinking budget put this in." : "Choose one and the reply goes on from there. Shares are the model's own, before temperature and filters" + (two ? "; beside them those of the draw." : ".");
+  if (two) list.prepend(h("li", { class: "others", "aria-hidden": "true" }, h("span"), h("span"), h("span", { class: "share" }, "model"), h("span", { class: "share" }, "sampling")));
+  const note = !rows.length ? "No alternatives: the thinking budget forced this token." : "Choose one to continue the reply from there. " + (two ? "Left: the model's own probabilities. Right: after temperature and filters." : "These are the model's own probabilities, before temperature and filters.");
   card.replaceChildren(title, list, h("p", { class: "soft" }, note));
   card.setAttribute("aria-label", `Token ${nameOf(token)} and its alternatives`);
   card.hidden = false;
@@ -65,7 +65,12 @@ function openCard(next, pin) {
 
 function place(anchor) {
   card.style.left = card.style.top = "";
-  if (matchMedia("(max-width: 40rem)").matches) return; // a sheet at the bottom, by the style
+  if (matchMedia("(max-width: 40rem)").matches) { // a sheet at the bottom, by the style, which must not cover the token
+    const chat = document.getElementById("chat"), box = anchor.getBoundingClientRect(), hidden = box.bottom + 8 - (innerHeight - card.offsetHeight);
+    chat.style.paddingBottom = `${card.offsetHeight}px`;
+    if (hidden > 0 && pinned) chat.scrollTop += hidden; // a card that is not pinned closes when the chat scrolls
+    return;
+  }
   const box = anchor.getClientRects()[0] || anchor.getBoundingClientRect(), room = document.documentElement.clientWidth;
   const below = box.bottom + 6 + card.offsetHeight < document.getElementById("bottom").getBoundingClientRect().top || box.top - 6 - card.offsetHeight < 0;
   card.style.left = `${Math.max(8, Math.min(box.left, room - card.offsetWidth - 8))}px`;
@@ -80,6 +85,7 @@ function closeCard(focus = false) {
   shown = null;
   pinned = false;
   card.hidden = true;
+  document.getElementById("chat").style.paddingBottom = "";
   returning = true; // a token in focus shows its card, but not for this
   if (focus) anchor.focus();
   returning = false;
@@ -150,7 +156,9 @@ function watch(area, find, cardOf) {
   });
   area.addEventListener("focusin", (event) => {
     const element = tokenAt(event.target);
-    if (element && !returning && shown?.anchor !== element) openCard(cardOf(element), false);
+    if (!element || returning || shown?.anchor === element) return;
+    openCard(cardOf(element), false);
+    say(card.querySelector(".head").innerText.split("\n").slice(0, 2).join(", ")); // the card itself is not read out
   });
   area.addEventListener("focusout", (event) => tokenAt(event.target) && !card.contains(event.relatedTarget) && leave());
   area.addEventListener("keydown", (event) => {

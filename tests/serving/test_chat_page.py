@@ -540,6 +540,6 @@ def test_a_card_tells_the_shares_of_the_draw_where_they_differ(view, server):
     ask(view)
     view.locator(".tok:text-is('a')").first.click()
     rows = [row.replace("\u00a0", " ").split() for row in view.locator("#card li").all_inner_texts()]
-    assert rows[0] == ["model", "as", "drawn"]
+    assert rows[0] == ["model", "sampling"]
     assert [row[-4:] for row in rows[1:3]] == [["60.0", "%", "80.0", "%"], ["30.0", "%", "20.0", "%"]]
     assert rows[3][-1] == "never"

@@ -35,6 +35,11 @@ MARKDOWN = [
     ("```py\n*a*\n<b>\n```", "<pre><code>*a*\n&lt;b&gt;</code></pre>"),
     ("```\nnot closed", "<pre><code>not closed</code></pre>"),
     ("``a ` b``", "<p><code>a ` b</code></p>"),
+    (r"\(a_1 * b_2\), \[x*y*z\], \(open", r"<p><span>\(a_1 * b_2\)</span>, <span>\[x*y*z\]</span>, (open</p>"),
+    ("$a_1*b$ and $$c*d*e$$", "<p><span>$a_1*b$</span> and <span>$$c*d*e$$</span></p>"),
+    ("from $5 to *$10*, $5-$10, $ 1 $", "<p>from $5 to <em>$10</em>, $5-$10, $ 1 $</p>"),
+    ("so\n$$\na\n- b\n+ c\n$$\n- d", "<p>so\n<span>$$\na\n- b\n+ c\n$$</span></p><ul><li><p>d</p></li></ul>"),
+    ("\\[\na\n\n- b", "<p>[\na</p><ul><li><p>b</p></li></ul>"),
     ("<b>x</b> &amp;", "<p>&lt;b&gt;x&lt;/b&gt; &amp;amp;</p>"),
     ("", ""),
 ]
@@ -69,7 +74,7 @@ def test_markdown_loses_no_character_of_any_text(view):
       const random = (n) => (state = (state * 1103515245 + 12345) % 2147483648) % n;
       const parts = ["*", "**", "_", "`", "```", "~~", "[", "](", "](https://a.b)", ")", "|", "|--|", "\\n",
         "\\n\\n", "- ", "1. ", "> ", "# ", "  ", "    ",        "a", "b c", "<i>", "\\\\", "---", "https://x.y/z", "é",
-        "🦊", "\\t", "!"];
+        "🦊", "\\t", "!", "$", "$$", "\\\\(", "\\\\)", "\\\\[", "\\\\]"];
       const lost = [];
       for (let round = 0; round < 1500; round++) {{
         const source = Array.from({{ length: 1 + random(30) }}, () => parts[random(parts.length)]).join("");
@@ -95,6 +100,11 @@ def test_markdown_loses_no_character_of_any_text(view):
         "\n",
         "|a\n|-\n",
         "~~~",
+        "$a ",
+        "\\(",
+        "$$\na\n",
+        "\\[\n",
+        "$a$$\n\n\\[",
     )
     seconds = view.evaluate(
         f"""(hostile) => hostile.map((text) => {{

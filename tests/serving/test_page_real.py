@@ -66,7 +66,7 @@ def test_what_a_budget_puts_in_is_told_apart(real):
     forced = real.locator(".thought .forced")
     assert EARLY_STOP_TEXT in all_tokens(real) and forced.count() > 5
     forced.nth(1).click()
-    assert "put in, not drawn" in real.inner_text("#card") and not real.locator("#card li").count()
+    assert "forced, not sampled" in real.inner_text("#card") and not real.locator("#card li").count()
 
 
 def test_stop_frees_the_servers_row(real, running, idle, monkeypatch):
