@@ -1,9 +1,10 @@
 # The server with PyTorch for the CPU:  docker build -t nanoqwen .
-#   docker run -p 127.0.0.1:8000:8000 -e NANOQWEN_API_KEY=KEY -v ~/.cache/huggingface:/home/user/.cache/huggingface nanoqwen --model Qwen/Qwen3-0.6B
-# g++ compiles the token step at the first start, for the processor that it then runs on.
+#   docker run -p 127.0.0.1:8000:8000 -e NANOQWEN_API_KEY=KEY -v nanoqwen:/home/user/.cache nanoqwen --model Qwen/Qwen3-0.6B
+# g++ compiles the token step at the first start, for the processor that it then runs on. The volume keeps that and what
+# the hub gave for the next container.
 FROM python:3.13-slim
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home user
+    && useradd --create-home user && install --directory --owner=user --group=user /home/user/.cache
 WORKDIR /nanoqwen
 COPY pyproject.toml requirements.lock ./
 RUN pip install --no-cache-dir --constraint requirements.lock --extra-index-url https://download.pytorch.org/whl/cpu torch==$(sed -n 's/^torch==//p' requirements.lock)+cpu \
