@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 if TYPE_CHECKING:  # at run time only where something is drawn
     import resource
@@ -92,8 +92,12 @@ class _Version(argparse.Action):
 
 
 def notice(message: str) -> None:
-    """One line to the person at the terminal that is neither a result nor an error."""
-    print(message, file=sys.stderr, flush=True)
+    """One line to the person at the terminal that is neither a result nor an error. Where nobody reads it any more (the
+    terminal is gone, or the pipe's reader), the command goes on in silence."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
 
 
 def counted(items: Iterable[T], what: str, every: float = 15.0) -> Iterator[T]:
@@ -205,8 +209,15 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         sys.stdout.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would flush into it again
+        _discard(sys.stdout)
     sys.exit(status)
+
+
+def _discard(stream: TextIO) -> None:
+    """Sends a stream that can't be written to the null device, or the exit would try to write its buffer again."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def answer_early(parse: Callable[[], Any]) -> None:

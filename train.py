@@ -120,7 +120,6 @@ class Trainer:
             for step in range(run.step + 1, train.steps + 1):
                 stop.step = step
                 record = self.step(step)
-                stopped = processes.sum(stop.signal) > 0
                 last = step == train.steps
 
                 if last or is_due(step, train.validate_every):
@@ -128,9 +127,10 @@ class Trainer:
                 log(record)
                 if train.sample_every and (last or is_due(step, train.sample_every)):
                     self.print_samples()
-                if last or stopped or is_due(step, train.save_every):
+                saves = last or stop.asked() or is_due(step, train.save_every)
+                if saves:
                     self.save(step)
-                if stopped:
+                if saves and not last and stop.asked():  # perhaps during the save, which may take minutes
                     if processes.is_first:
                         console.notice(f"saved {run.latest} at step {step}; continue with --resume")
                     processes.wait()  # torchrun ends the others once one has left

@@ -43,6 +43,8 @@ console.run(main)
         ("much", "| head -1", 0, "result 0 \n", ""),
         ("much", ">/dev/full", 2, "", "program.py: error: [Errno 28] No space left on device\n"),
         ("", ">/dev/full", 2, "", "program.py: error: [Errno 28] No space left on device\n"),
+        ("", "2>/dev/full", 0, "result 0 \n", ""),
+        ("", "2> >(true)", 0, "result 0 \n", ""),
     ],
 )
 def test_closed_and_full_streams_are_no_traceback(tmp_path, arguments, redirection, status, out, err):

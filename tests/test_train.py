@@ -326,7 +326,7 @@ def test_autocast_stays_near_float32(config, unbroken):
     assert all(weight.dtype == torch.float32 for weight in weights)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_first(config, unbroken, number):
     assert in_child(run, config, fault=Fault(6, send, (number,))) == 128 + number
     assert (config.parent / "run" / "latest").resolve().name == "step-00000006"

@@ -134,18 +134,22 @@ def memory_advice(settings: Settings, processes: int) -> str:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM let the step under way finish, then the run is saved; a second Ctrl-C ends at once.
+    """Ctrl-C, SIGTERM and SIGHUP (the terminal is gone) let the current step finish, then the run is saved; Ctrl-C
+    after that ends it at once. Under nohup SIGHUP stays ignored.
 
     Python calls a signal handler only between two of its own operations, and one backward pass may take long. The
-    first word is therefore said by a thread, which the interpreter wakes at once (signal.set_wakeup_fd).
+    acknowledgement therefore comes from a thread, which the interpreter wakes at once (signal.set_wakeup_fd).
     """
 
     def __init__(self, processes: Processes):
         self.signal, self.step = 0, 0
-        self.speaks, self.alone = processes.is_first, processes.count == 1
+        self.processes = processes
 
     def __enter__(self) -> "Stop":
-        self.before = {number: signal.signal(number, self._caught) for number in (signal.SIGINT, signal.SIGTERM)}
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+            signals.append(signal.SIGHUP)
+        self.before = {number: signal.signal(number, self._caught) for number in signals}
         self.reader, self.writer = socket.socketpair()
         self.writer.setblocking(False)
         self.wakeup = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
@@ -161,14 +165,19 @@ class Stop:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def asked(self) -> bool:
+        """Whether any process was told to stop; every process has to ask."""
+        return self.processes.sum(self.signal) > 0
+
     def _caught(self, number: int, frame: Any) -> None:
-        if self.signal == signal.SIGINT == number:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or number
 
     def _acknowledge(self) -> None:
         said = False
         while received := self.reader.recv(1):
-            if received[0] in self.before and not said and self.speaks:
-                said, again = True, "; Ctrl-C again ends now" if self.alone else ""
-                console.notice(f"{signal.Signals(received[0]).name}: finishing step {self.step}, then saving{again}")
+            if received[0] in self.before and not said and self.processes.is_first:
+                said, again = True, " again" if received[0] == signal.SIGINT else ""
+                now = f"; Ctrl-C{again} ends now" if self.processes.count == 1 else ""
+                console.notice(f"{signal.Signals(received[0]).name}: finishing step {self.step}, then saving{now}")

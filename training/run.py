@@ -9,6 +9,7 @@ A kill at any moment leaves at most a temporary folder, half a line or steps pas
 them.
 """
 
+import errno
 import json
 import operator
 import os
@@ -32,6 +33,7 @@ from formats.source import resolve
 from training import schema
 from training.schema import Settings
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TRAINER_FILES = ("trainer.json", "trainer.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 PLACES = ("data.train", "data.split", "data.subset", "data.limit")  # may change where the rows are the same
@@ -130,32 +132,35 @@ class Run:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def log(self, record: dict[str, Any]) -> None:
-        self.log_file.write(json.dumps(record) + "\n")
-        self.log_file.flush()
+        with disk_errors(self.metrics):
+            self.log_file.write(json.dumps(record) + "\n")
+            self.log_file.flush()
 
     def save(
         self, write_model: Callable[[Path], None], state: dict[str, Tensor], step: int, tokens: int, tokenizer: Path
     ) -> None:
         """One checkpoint: what `write_model` writes, the tokenizer's files, the trainer's tensors and counters, and the
         record of where it comes from."""
-        os.fsync(self.log_file.fileno())  # a checkpoint never knows more steps than the metrics
         directory = self.path / "checkpoints" / f"step-{step:08d}"
-        directory.parent.mkdir(exist_ok=True)
-        with atomic_directory(directory) as temporary, disk_errors(directory):
-            write_model(temporary)
-            copy_tokenizer(tokenizer, temporary)
-            state = {name: tensor.contiguous() for name, tensor in state.items()} | random_state()
-            save_file(state, temporary / "trainer.safetensors")
-            counters = json.dumps({"step": step, "tokens": tokens})
-            (temporary / "trainer.json").write_text(counters + "\n", encoding="utf-8")
-            about = {**self.origin, "source": {**self.origin["source"], "files": self._source_hashes.result()}}
-            record.write_directory(temporary, {**about, "steps": step, "tokens": tokens}, TRAINER_FILES)
-        link = self.path / ".latest.tmp"
-        link.unlink(missing_ok=True)
-        link.symlink_to(directory.relative_to(self.path))
-        link.replace(self.latest)
-        fsync(self.path)
-        for old in sorted(directory.parent.glob("step-*"))[: -self.keep]:
+        with disk_errors(directory):
+            os.fsync(self.log_file.fileno())  # a checkpoint never knows more steps than the metrics
+            with atomic_directory(directory) as temporary:
+                write_model(temporary)
+                copy_tokenizer(tokenizer, temporary)
+                state = {name: tensor.contiguous() for name, tensor in state.items()} | random_state()
+                save_file(state, temporary / "trainer.safetensors")
+                counters = json.dumps({"step": step, "tokens": tokens})
+                (temporary / "trainer.json").write_text(counters + "\n", encoding="utf-8")
+                about = {**self.origin, "source": {**self.origin["source"], "files": self._source_hashes.result()}}
+                record.write_directory(temporary, {**about, "steps": step, "tokens": tokens}, TRAINER_FILES)
+            link = self.path / ".latest.tmp"
+            link.unlink(missing_ok=True)
+            link.symlink_to(directory.relative_to(self.path))
+            link.replace(self.latest)
+            fsync(self.path)
+        # Of the steps up to this one: later checkpoints are there if an earlier one was linked as `latest`.
+        made = sorted(path for path in directory.parent.glob("step-*") if path.name <= directory.name)
+        for old in made[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def load_state(self) -> tuple[dict[str, Tensor], int]:
@@ -204,11 +209,15 @@ def differences(old: dict[str, Any], new: dict[str, Any], place: str = "") -> di
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """safetensors reports a full disk by an error class of its own; here it is an OSError like any other."""
+    """What keeps `path` from being written, as an OSError that names it. For a full disk, which safetensors reports by
+    an error class of its own, the line says no more than that."""
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise OSError(f"{path} can't be written ({error}); make room, then continue with --resume") from None
+        full = [os.strerror(number) for number in FULL_DISK if os.strerror(number) in str(error)]
+        raise OSError(
+            f"{path} can't be written ({(full or [error])[0]}); make room, then continue with --resume"
+        ) from None
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -1,5 +1,6 @@
 """What ends a run, and what may change when it is resumed."""
 
+import errno
 import json
 import os
 import re
@@ -13,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from runs import CONFIG, Fault, in_child, in_processes, metrics, run, settings
+from runs import CONFIG, Fault, in_child, in_processes, metrics, run, send, settings
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import train
@@ -21,7 +23,8 @@ import training.run
 from data.corpus.tokenizer import TINY
 from model import Qwen3
 from ops import cross_entropy
-from training.processes import one_line_failures
+from training.processes import Processes, Stop, one_line_failures
+from training.run import disk_errors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,6 +112,48 @@ def test_ctrl_c_is_acknowledged_at_once(config):
     fault = Fault(3, interrupted_in_a_long_operation, (config.parent / "said",))
     assert in_child(run, config, fault=fault) == 130
     assert (config.parent / "run" / "latest").resolve().name == "step-00000003"
+
+
+@pytest.fixture
+def told_while_saving(monkeypatch):
+    save = training.run.save_file
+
+    def told(*arguments) -> None:
+        save(*arguments)
+        send(signal.SIGTERM)
+
+    monkeypatch.setattr(training.run, "save_file", told)
+
+
+@pytest.mark.usefixtures("told_while_saving")
+def test_a_signal_during_a_save_ends_the_run_with_that_save(config):
+    """One step more, and its save, might take longer than torchrun waits. The last save ends a finished run."""
+    with pytest.raises(SystemExit, match="143"):
+        run(config, "train.steps=2", "train.save_every=1")
+    assert [record["step"] for record in metrics(config.parent / "run")] == [1]
+    assert (config.parent / "run" / "latest").resolve().name == "step-00000001"
+    assert len(run(config, "train.steps=2", "train.save_every=1", resume=True)) == 2
+    assert (config.parent / "run" / "loss.png").exists()
+
+
+def test_ctrl_c_after_any_signal_ends_at_once():
+    for first in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        with Stop(Processes("none", "cpu")) as stop:
+            send(first)
+            assert stop.signal == first and stop.asked()
+            with pytest.raises(KeyboardInterrupt):
+                send(signal.SIGINT)
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop(Processes("none", "cpu")) as stop:
+            send(signal.SIGHUP)
+            assert stop.signal == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # --- memory, and other processes ---
@@ -278,6 +323,37 @@ def test_damaged_files_of_a_run_are_named_and_nothing_is_lost(config):
     (out / "latest").unlink()
     (out / "latest").symlink_to(target)
     assert len(run(config, *short, "train.steps=2", resume=True)) == 2
+
+
+def test_a_run_that_continues_from_an_earlier_checkpoint_keeps_its_own(config):
+    """Of fewer checkpoints than before, the later ones that it does not continue from must not count."""
+    run(config, "train.steps=3", "train.save_every=1", "train.keep=3")
+    out = config.parent / "run"
+    (out / "latest").unlink()
+    (out / "latest").symlink_to("checkpoints/step-00000001")
+    run(config, "train.steps=2", "train.save_every=1", "train.keep=1", resume=True)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+    assert (out / "latest").resolve().name == "step-00000002"
+    assert len(run(config, "train.steps=3", "train.save_every=1", "train.keep=1", resume=True)) == 3
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    """An OSError has the paths of temporary files, safetensors a class of its own."""
+    for error in (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "from", None, ".tmp"), SafetensorError(FULL)):
+        with (
+            pytest.raises(
+                OSError, match=r"^out can't be written \(No space left on device\); make room, then"
+            ) as caught,
+            disk_errors(Path("out")),
+        ):
+            raise error
+        assert "tmp" not in str(caught.value)
+    with pytest.raises(OSError, match=r"out can't be written \(.*gone.*\); make room"), disk_errors(Path("out")):
+        Path("gone").stat()
+
+
+FULL = 'Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }'
 
 
 @pytest.mark.parametrize("lora", [[], ["lora.rank=2"]], ids=["all weights", "lora"])
