@@ -130,8 +130,10 @@ class Chat:
         `literal`: then it stays text, and no message can end its turn or begin another one's.
         With `continue_final_message` the last message is the beginning of the assistant's turn.
         """
-        if not isinstance(thinking, bool):
-            raise ValueError(f"thinking is {thinking!r}, which is neither True nor False")
+        flags = {"thinking": thinking, "continue_final_message": continue_final_message, "literal": literal}
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}, which is neither True nor False")
         render = self._continued if continue_final_message else self.render_text
         if not literal:
             return self.encode(render(messages, thinking, tools))

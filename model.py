@@ -19,7 +19,8 @@ Letters for sizes:  B batch   T tokens   C hidden size   H query heads   K key/v
 
 import json
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -32,7 +33,8 @@ from torch import Tensor, nn
 import console
 from formats.config_json import KEPT_FIELDS, published_spelling, rope_type
 from formats.official_names import EMBEDDING, HEAD
-from formats.tensors import all_finite
+from formats.tensors import SAVED_EMPTY, all_finite
+from ops.devices import check_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Config: the fields of config.json under their official names. No model's sizes are hard-coded in this file.
@@ -89,6 +91,11 @@ class Config:
 
     def _fill(self, given: dict[str, Any]) -> None:
         given = published_spelling(given)
+        kind = given.get("model_type")  # first: another architecture's config lacks fields of this one
+        if kind not in (None, "qwen3", "qwen3_moe", "qwen2"):
+            parts = [name for name in ("text_config", "thinker_config", "llm_config") if name in given]
+            inner = f"; the model in its {parts[0]} is not run by itself" if parts else ""
+            raise ValueError(f"config: model_type {kind!r} is not implemented; qwen3, qwen3_moe and qwen2 are{inner}")
         for f in fields(self):
             value = given.pop(f.name, None)
             if value is None and f.default_factory is not MISSING:
@@ -109,19 +116,18 @@ class Config:
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> "Config":
         """From the fields of a config.json that another tool wrote, with whatever it added."""
+        if not isinstance(given, dict):
+            raise ValueError(f"config is a {type(given).__name__}, not a dict of the fields of a config.json")
         config = cls.__new__(cls)
         config._fill(given)
         return config
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Config":
+        from formats.files import as_path
         from formats.json_file import read_json
 
-        if not isinstance(path, str | Path):
-            raise ValueError(
-                f"path is a {type(path).__name__}, not that of a config.json; Config(**fields) takes fields"
-            )
-        given = read_json(Path(path))
+        given = read_json(as_path("path", path))
         try:
             return cls.from_dict(given)
         except ValueError as error:
@@ -172,16 +178,12 @@ class Config:
         for name in ("attention_bias", "tie_word_embeddings", "norm_topk_prob"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"config: {name} is {getattr(self, name)!r}, which is neither true nor false")
-        if self.model_type not in ("qwen3", "qwen3_moe", "qwen2"):
-            raise ValueError(
-                f"config: model_type {self.model_type!r} is not implemented; qwen3, qwen3_moe and qwen2 are"
-            )
         if self.hidden_act != "silu":
             raise ValueError(f"config: hidden_act {self.hidden_act!r} is not implemented; the Qwen family uses silu")
         if not isinstance(self.mlp_only_layers, list) or any(type(i) is not int for i in self.mlp_only_layers):
             raise ValueError(f"config: mlp_only_layers is {self.mlp_only_layers!r}, not a list of layer numbers")
-        if self.dtype is not None and self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"config: dtype {self.dtype!r} is not one of float32, bfloat16, float16")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"config: dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         check_end_tokens("config", self.eos_token_id)
         if self.quantization_config is not None and not isinstance(self.quantization_config, dict):
             raise ValueError("config: quantization_config is not an object {...}")
@@ -233,6 +235,7 @@ MOE_FIELDS = (
     "mlp_only_layers",
     "router_aux_loss_coef",
 )
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 MAX_POSITIONS = 1 << 24  # positions past it are not exact in float32
 INTEGER_RANGES = {  # far above every published model, far below what would exhaust memory before the mistake is noticed
     "vocab_size": (1, 1 << 24),
@@ -364,8 +367,10 @@ class KVCache:
 
     def __init__(self, config: Config, batch_size: int = 1, max_len: int = 256, device=None, dtype=None):
         check_config(config)
-        if dtype is not None and not isinstance(dtype, torch.dtype):
+        if dtype not in (None, *DTYPES.values(), torch.int8):
             raise ValueError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16, torch.float16 or torch.int8")
+        if device is not None:
+            check_device(device)
         if type(batch_size) is not int or batch_size < 1 or type(max_len) is not int:
             raise ValueError(f"a cache of {batch_size!r} rows and {max_len!r} positions: give whole numbers from 1")
         if not 1 <= max_len <= config.context_length:
@@ -439,7 +444,11 @@ class KVCache:
 
     def truncate(self, lengths: int | list[int]) -> None:
         """Drops what is beyond the given length of each row: padding, a rejected draft, a changed history."""
-        wanted = [lengths] * len(self.lengths) if isinstance(lengths, int) else list(lengths)
+        rows = lengths if isinstance(lengths, Iterable) else [lengths] * len(self.lengths)
+        try:
+            wanted = [operator.index(length) for length in rows]
+        except TypeError:
+            wanted = []
         if len(wanted) != len(self.lengths) or not all(
             0 <= n <= old for n, old in zip(wanted, self.lengths, strict=True)
         ):
@@ -750,24 +759,22 @@ class Qwen3(nn.Module):
         from formats.checkpoint import open_checkpoint
         from formats.source import resolve
 
-        if isinstance(dtype, str):
-            dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
-        if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        given = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+        if dtype is not None and given not in DTYPES.values():
             raise ValueError(f"dtype is {dtype!r}; the model computes in float32, bfloat16, float16 or float64")
-        try:
-            torch.device(device)
-        except (RuntimeError, TypeError):
-            raise ValueError(f"device is {device!r}; give cpu, cuda or mps") from None
-        adapter = adapter and resolve(adapter, "adapter")
-        return load(open_checkpoint(resolve(src), adapter), device, dtype)
+        if device is None:
+            raise ValueError("device is None; give cpu, cuda or mps")
+        check_device(device)
+        adapter = None if adapter is None else resolve(adapter, "adapter")
+        return load(open_checkpoint(resolve(src), adapter), device, given)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and model.safetensors in the official layout, each whole or not at all."""
         from safetensors.torch import save_file
 
-        from formats.files import atomic_file, write_text
+        from formats.files import as_path, atomic_file, write_text
 
-        directory = Path(directory)
+        directory = as_path("directory", directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         self.config.dtype = str(weights[EMBEDDING].dtype).removeprefix("torch.")
@@ -875,7 +882,8 @@ def skeleton(checkpoint) -> tuple[Qwen3, dict[str, list[str]]]:
 
 def _check_task(config: Config) -> None:
     """ValueError for a model of the family that does not predict the next token."""
-    architecture = next(iter(config.other.get("architectures") or []), "")
+    architectures = config.other.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else architectures
     for task, gives in (
         ("SequenceClassification", "a score for each class"),
         ("TokenClassification", "a class for each token"),
@@ -891,8 +899,12 @@ def _check_task(config: Config) -> None:
 def refuse(checkpoint, defects: dict[str, list[str]], most: int = 6) -> None:
     """One ValueError that lists all defects, if there are any."""
     found = []
+    if not any(defects.values()):
+        return
     if [name for names in defects.values() for name in names] == [HEAD] and defects["missing"]:
         raise ValueError(f"{checkpoint.path}: missing: {HEAD}, so this model gives embeddings, not a next token")
+    if empty := [name for name, info in checkpoint.tensors.items() if 0 in info.shape]:
+        raise ValueError(f"{checkpoint.path}: {empty[0]} and others ({len(empty)} in all) were {SAVED_EMPTY}")
     for kind, names in defects.items():
         more = f" and {len(names) - most} more" if len(names) > most else ""
         found += [f"{kind}: {', '.join(names[:most])}{more}"] if names else []

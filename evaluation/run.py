@@ -36,7 +36,7 @@ class Evaluated:
 
     def __init__(self, options: Namespace):
         path = resolve(options.model)
-        adapter = options.adapter and resolve(options.adapter, "--adapter")
+        adapter = None if options.adapter is None else resolve(options.adapter, "--adapter")
         self.chat = Chat.from_pretrained(text_path(path, adapter))
         checkpoint = open_checkpoint(path, adapter)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)

@@ -49,6 +49,11 @@ class AdapterConfig:
             if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
                 self._fail(f"lora_alpha is {str(alpha)[:40]!r}, not a number")
 
+    @property
+    def rank(self) -> int | None:
+        """The rank of every module, None where modules have ranks of their own or nothing is said."""
+        return None if self._fields.get("rank_pattern") else self._fields.get("r")
+
     def _fail(self, problem: str) -> NoReturn:
         raise ValueError(f"{self.path}: {problem}")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from formats.adapter import AdapterConfig, is_adapter
 from formats.dequantize import dequantized, unpacked
+from formats.files import as_path
 from formats.fused_experts import SplitExperts
 from formats.gguf.reader import GGUF
 from formats.merge import Merged
@@ -19,7 +20,7 @@ def open_checkpoint(path: str | Path, adapter: str | Path | None = None) -> Any:
     integers stay: the model computes with them). A directory that holds only an adapter is its base with the adapter
     merged; `adapter` is another such directory. ValueError says what a directory is that cannot be opened so.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if is_adapter(path):
         if adapter is not None:
             raise ValueError(f"{path}: an adapter itself; give its base as the model, or merge them in turn")

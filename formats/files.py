@@ -13,6 +13,14 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+
+def as_path(name: str, value: Any) -> Path:
+    """A path that a script gives, which is not there for an empty text: Path("") would be the current directory."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ValueError(f"{name} is {value!r}; give a path, as a str or a pathlib.Path")
+    return Path(value)
 
 
 def fsync(path: Path) -> None:

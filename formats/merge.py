@@ -10,6 +10,7 @@ from formats.adapter import WEIGHTS, AdapterConfig, parse_name
 from formats.mistaken import PICKLE_SUFFIXES
 from formats.official_names import EMBEDDING, HEAD, WRAPPERS
 from formats.safetensors_read import SafetensorsFile
+from formats.tensors import SAVED_EMPTY
 from formats.view import View
 
 MATRICES = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
@@ -67,11 +68,15 @@ class Merged(View):
         pair = next((pair for pair in MATRICES if set(pair) <= set(shapes)), None)
         if pair is None:
             self._fail(f"{name} of its adapter has only {', '.join(shapes)}")
+        if any(0 in shape for shape in shapes.values()):
+            self._fail(f"the matrices of {name} were {SAVED_EMPTY}")
         (rank, across), (down, inner) = (shapes[part] if len(shapes[part]) == 2 else (0, 0) for part in pair)
         fits = (down, across) == (info.shape if pair == MATRICES[0] else info.shape[::-1])
         magnitude = shapes.get("lora_magnitude_vector")
         if not fits or rank != inner or rank == 0 or (magnitude and magnitude[0] != info.shape[0]):
             self._fail(f"{name} {list(info.shape)}: {', '.join(f'{part} {list(s)}' for part, s in shapes.items())}")
+        if self._adapter.rank not in (None, rank):
+            self._fail(f"{name} of rank {rank}, but {self._adapter.path} says r {self._adapter.rank}; which is meant?")
 
     def _settle_head(self) -> None:
         """The config of the merged model: a larger vocabulary, a head that is no longer the embedding."""

@@ -1,6 +1,7 @@
 """Where a model comes from: SRC is a directory, a .gguf file, or a hub id (`org/name`, `org/name@revision`).
 
-The folder of a training run means its last checkpoint, RUN/latest. Of several .gguf files in a directory or
+The folder of a training run means its last checkpoint, RUN/latest, and one in which another folder holds the only
+model (`checkpoint-500`, `snapshots/COMMIT`) means that. Of several .gguf files in a directory or
 repository a tag selects one: `DIR:Q4_K_M`, `org/name:Q4_K_M`, or its whole name, `org/name/FILE.gguf`. A hub model is
 taken from the local Hugging Face cache when complete there, and downloaded otherwise (formats/hub.py): data files
 only (JSON, safetensors, GGUF, the template's text), never code, never pickles.
@@ -12,6 +13,7 @@ from pathlib import Path
 from console import notice
 from formats import hub
 from formats.gguf.files import choose
+from formats.hub import ADAPTER_FILES, TOKENIZER_FILES
 from formats.hub import HubUnreachable as HubUnreachable
 from formats.mistaken import PICKLE_SUFFIXES
 
@@ -42,7 +44,7 @@ def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = Fals
         if _kind(path) == "directory":
             path = _of_run(path)
             only_ggufs = not _has_safetensors(path) and any(hub.ggufs(path))
-            return _gguf_of(name, path, None) if only_ggufs else path
+            return _gguf_of(name, path, None) if only_ggufs else _below(name, path)
         if path.suffix == ".gguf":
             return path
         if path.suffix in PICKLE_SUFFIXES:
@@ -89,6 +91,20 @@ def _of_run(path: Path) -> Path:
     """The last checkpoint of a training run's folder; any other directory itself."""
     is_run = not (path / "config.json").is_file() and (path / "config.yaml").is_file()
     return path / "latest" if is_run and (path / "latest" / "config.json").is_file() else path
+
+
+def _below(name: str, path: Path) -> Path:
+    """A directory with a model in it; of one that only holds such directories (a Trainer's `checkpoint-500`, the hub's
+    cache with its `snapshots`) the one that there is. ValueError names them where there are several."""
+    if any((path / file).exists() for file in (*TOKENIZER_FILES, *ADAPTER_FILES)) or _has_safetensors(path):
+        return path
+    files = (file for folder in ("*", "snapshots/*") for file in path.glob(f"{folder}/*config.json"))
+    found = sorted({file.parent for file in files if _has_safetensors(file.parent)})
+    if len(found) > 1:
+        listed = ", ".join(str(folder.relative_to(path)) for folder in found[:8])
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        raise ValueError(f"{name}: no model itself, but there are {listed}{more} in it; give one of them")
+    return found[0] if found else path
 
 
 def _kind(path: Path) -> str | None:

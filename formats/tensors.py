@@ -24,6 +24,10 @@ DTYPES = {
 }
 
 
+# A tensor of no elements in a checkpoint: known from DeepSpeed, and no damage that another download would mend.
+SAVED_EMPTY = "saved empty, as DeepSpeed's ZeRO-3 does before it gathers them (its zero_to_fp32.py makes them whole)"
+
+
 class TensorInfo(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]

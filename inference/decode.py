@@ -9,7 +9,7 @@ positions.
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from chat import EARLY_STOP_TEXT, Chat, ReplyStream
 from formats.tensors import all_finite
 from inference.params import SamplingParams, recommended
 from inference.sampling import NotFinite, Said, is_penalized, sample
-from model import KVCache, Qwen3
+from model import Config, KVCache, Qwen3
 from ops.cpu.step import Running, running
 
 PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once; bounds the memory of a long prompt
@@ -72,6 +72,8 @@ def steps(
     """
     reply = Reply(model, ids, params, chat, intervene)
     ids = reply.ids
+    if speculation is not None and not all(hasattr(speculation, name) for name in ("begin", "propose", "learn")):
+        raise ValueError(f"speculation is a {type(speculation).__name__}; give Speculation(PromptLookup())")
     if cache is not None and not isinstance(cache, KVCache):
         raise ValueError(f"cache is a {type(cache).__name__}, not a KVCache(model.config, ...)")
     if cache is not None and cache.lengths[0] >= len(ids):
@@ -128,9 +130,17 @@ class Reply:
         until: Until | None = None,
         mask: Mask | None = None,
     ):
+        check_model(model)
         self.model, self.ids = model, check_prompt(model, ids)
         if not isinstance(params, SamplingParams | None):
             raise ValueError(f"params is a {type(params).__name__}; give SamplingParams(temperature=0, ...)")
+        if not isinstance(chat, Chat | None):
+            raise ValueError(f"chat is a {type(chat).__name__}; give Chat.from_pretrained(...)")
+        for name, given in (("intervene", intervene), ("until", until), ("mask", mask)):
+            if given is not None and not callable(given):
+                raise ValueError(
+                    f"{name} is a {type(given).__name__}, not a function; Reply says what it is called with"
+                )
         self.params = params or recommended(model.generation_config, thinking=True)
         if self.params.stop and chat is None:
             raise ValueError("stop strings are text: give generate the checkpoint's chat too")
@@ -160,7 +170,7 @@ class Reply:
         self.tokens.append(token)
         over = token in self.ends
         forced = [] if over or self.intervene is None else self.intervene(self.tokens)
-        forced = forced[: self.limit - len(self.tokens)]
+        forced = whole_numbers("what intervene returned", forced)[: self.limit - len(self.tokens)]
         self.tokens += forced
         for token_id in (token, *forced) if self.said is not None else ():
             self.said.add(token_id)
@@ -200,6 +210,24 @@ class PromptTooLong(ValueError):
     """A prompt that the model's context does not hold; in a chat it can begin anew."""
 
 
+def check_model(model: Any) -> None:
+    if not isinstance(getattr(model, "config", None), Config):  # a compiled one is of another class
+        raise ValueError(f"model is a {type(model).__name__}, not a Qwen3; Qwen3.from_pretrained(...) opens one")
+
+
+def whole_numbers(name: str, ids: Any) -> list[int]:
+    """Token ids in order, from whatever holds them. ValueError where they are none."""
+    try:
+        if isinstance(ids, dict | set | frozenset):
+            raise TypeError
+        found = list(ids)
+        if any(isinstance(token, bool) for token in found):
+            raise TypeError
+        return list(map(operator.index, found))
+    except TypeError:
+        raise ValueError(f"{name} is not a list of token ids (whole numbers): {repr(ids)[:80]}") from None
+
+
 def check_prompt(model: Qwen3, ids: Sequence[int] | Tensor) -> list[int]:
     """The ids of one prompt as a list. Raises ValueError for what is none, or not one for this model."""
     if isinstance(ids, str | bytes):
@@ -210,12 +238,7 @@ def check_prompt(model: Qwen3, ids: Sequence[int] | Tensor) -> list[int]:
                 f"the prompt has the shape {list(ids.shape)}; give the ids of one prompt, in one dimension"
             )
         ids = ids.tolist()
-    try:
-        if isinstance(ids, dict | set | frozenset) or any(isinstance(token, bool) for token in ids):
-            raise TypeError
-        ids = list(map(operator.index, ids))
-    except TypeError:
-        raise ValueError(f"the prompt is not a list of token ids (whole numbers): {repr(ids)[:80]}") from None
+    ids = whole_numbers("the prompt", ids)
     context, vocabulary = model.config.context_length, model.config.vocab_size
     if not ids:
         raise ValueError("the prompt is empty; give at least one token")

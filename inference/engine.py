@@ -20,7 +20,7 @@ An engine belongs to one thread. Nothing in it is locked.
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,8 +32,8 @@ from torch import Tensor
 
 from chat import Chat
 from inference.caches import Pages, Part, Rows, position_bytes
-from inference.decode import Intervene, PromptTooLong, Reply, Until
-from inference.params import SamplingParams
+from inference.decode import Intervene, PromptTooLong, Reply, Until, check_model
+from inference.params import SamplingParams, number
 from inference.speculate import common_prefix
 from model import Qwen3
 from ops.cpu import step as cpu_step
@@ -127,11 +127,14 @@ class Engine:
     """
 
     def __init__(self, model: Qwen3, max_batch: int = 16, context: int | None = None, cache_bytes: int | None = None):
-        if type(max_batch) is not int or max_batch < 1:
+        check_model(model)
+        if number("max_batch", max_batch, whole=True) < 1:
             raise ValueError(f"max_batch is {max_batch!r}; give a number of replies from 1")
-        limit = free_bytes(model) * MEMORY_SHARE if cache_bytes is None else cache_bytes
+        limit = (
+            free_bytes(model) * MEMORY_SHARE if cache_bytes is None else number("cache_bytes", cache_bytes, whole=True)
+        )
         most = model.config.context_length
-        if context is not None and not 1 <= context <= most:
+        if context is not None and not 1 <= number("context", context, whole=True) <= most:
             raise ValueError(f"a context of {context:,} positions: the model's is {most:,}")
         paged = cpu_step.serving(model) is not None
         unit = cpu_step.BLOCK if paged else 1
@@ -350,14 +353,21 @@ def generate_batch(
     `chat` is for stop strings; `intervene` and `until` hold what `Reply` takes, one for each prompt. `engine`: one of
     this model with unchanged weights, which says how many run at once and has caches of calls before (None: all run).
     """
-    if isinstance(prompts, Tensor | str):
+    if isinstance(prompts, Tensor | str | dict) or not isinstance(prompts, Iterable):
         raise ValueError(f"prompts is a {type(prompts).__name__}; give a list of prompts, each a list of ids")
+    if not isinstance(engine, Engine | None):
+        raise ValueError(f"engine is a {type(engine).__name__}; give Engine(model, max_batch)")
+    prompts = list(prompts)
     if not prompts:
         return []
-    each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else params
-    nobody = [None] * len(prompts)
-    given = zip(prompts, each, intervene or nobody, until or nobody, strict=True)
-    replies = [Reply(model, ids, p, chat, put_in, end) for ids, p, put_in, end in given]
+    lists = [[params] * len(prompts) if isinstance(params, SamplingParams) else params, intervene, until]
+    for at, (name, given) in enumerate(zip(("params", "intervene", "until"), lists, strict=True)):
+        if given is not None and (isinstance(given, str | dict) or not isinstance(given, Iterable)):
+            raise ValueError(f"{name} is a {type(given).__name__}; give a list of them, one for each prompt")
+        lists[at] = [None] * len(prompts) if given is None else list(given)
+        if len(lists[at]) != len(prompts):
+            raise ValueError(f"{name} has {len(lists[at])} entries for {len(prompts)} prompts; give one for each")
+    replies = [Reply(model, ids, p, chat, put_in, end) for ids, p, put_in, end in zip(prompts, *lists, strict=True)]
     engine = engine or Engine(model, len(replies))
     try:
         for reply in replies:

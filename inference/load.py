@@ -28,7 +28,7 @@ def load_model(path: Path, options: Namespace, watch: console.Stopwatch | None =
     Raises ValueError that names the flag whose value is wrong. `watch` gets the phases.
     """
     watch = watch or console.Stopwatch("Python")
-    adapter = options.adapter and resolve(options.adapter, "--adapter")
+    adapter = None if options.adapter is None else resolve(options.adapter, "--adapter")
     chat = Chat.from_pretrained(text_path(path, adapter))
     watch.lap("tokenizer")
 

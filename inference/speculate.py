@@ -19,8 +19,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from inference.decode import end_tokens, forward, new_cache
-from inference.params import MOST_GUESSES, SamplingParams
+from inference.decode import check_model, end_tokens, forward, new_cache
+from inference.params import MOST_GUESSES, SamplingParams, number
 from inference.sampling import Said, is_penalized, sample
 from model import KVCache, Qwen3
 
@@ -78,6 +78,7 @@ class DraftModel:
     """
 
     def __init__(self, model: Qwen3, vocabulary: int | None = None):
+        check_model(model)
         self.model, self.vocabulary, self.ends = model, vocabulary, end_tokens(model)
         self.cache: KVCache | None = None
         self.ids: list[int] = []  # what the cache holds, position by position
@@ -127,7 +128,9 @@ class Speculation:
     """
 
     def __init__(self, draft: Draft, most: int = MOST_GUESSES):
-        if not 1 <= most <= 64:
+        if not hasattr(draft, "propose"):
+            raise ValueError(f"draft is a {type(draft).__name__}; give PromptLookup() or DraftModel(model)")
+        if not 1 <= number("most", most, whole=True) <= 64:
             raise ValueError(f"{most} tokens to guess at once: give a number from 1 to 64")
         self.draft, self.most, self.clock = draft, most, time.perf_counter
         self.length = min(2, most)  # how many tokens are guessed next

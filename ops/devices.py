@@ -17,6 +17,15 @@ def pick_device(name: str, place: str) -> str:
     return name
 
 
+def check_device(device: str | torch.device) -> None:
+    """ValueError where PyTorch can't put a tensor on a device: a misspelled one, or one that this machine lacks."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError, ImportError) as error:  # each backend raises its own
+        why = str(error).splitlines()[0][:80]
+        raise ValueError(f"device is {device!r}, which can't be used here ({why}); give cpu, cuda or mps") from None
+
+
 def pick_kernels(name: str, device: str | torch.device, place: str) -> str:
     """`auto` is triton on CUDA where Triton and a C compiler are installed, with which it builds its launchers, else
     torch. `place` is where the name came from."""

@@ -157,6 +157,7 @@ REFUSED = {
     "invoked": ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens is [5]"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
     "an endless expression": ({"alpha_pattern": {"(a+)+b": 2}}, "alpha_pattern has the expression '(a+)+b'"),
+    "another rank": ({"r": 16}, "q_proj.weight of rank 4, but ... says r 16"),
     "alpha a text": ({"lora_alpha": "16"}, "lora_alpha is '16'"),
 }
 
@@ -177,6 +178,7 @@ def test_what_cannot_be_merged_is_named(base, tmp_path, name, monkeypatch, capsy
         (pair("model.layers.9.mlp.up_proj", 112, 48), "adapts model.layers.9.mlp.up_proj.weight, which"),
         (pair(Q, 64, 50), "q_proj.weight [64, 48]: lora_A [4, 50]"),
         ({f"{Q}.lora_A.weight": random(4, 48)}, "of its adapter has only lora_A"),
+        ({f"{Q}.lora_A.weight": random(0), f"{Q}.lora_B.weight": random(0)}, "zero_to_fp32.py makes them whole"),
         ({f"{Q}.lora_bias_extra": random(4)}, "is not part of a LoRA adapter"),
         ({f"{Q}.weight": random(64, 40)}, "does not fit the base's [64, 48]"),
     ],

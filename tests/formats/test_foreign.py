@@ -80,6 +80,13 @@ def test_the_only_safetensors_file_is_the_model(plain):
     assert torch.equal(logits(Qwen3.from_pretrained(plain)), expected)
 
 
+def test_tensors_that_were_saved_empty_are_named(plain):
+    weights = load_file(plain / "model.safetensors")
+    rewrite(plain, {name: torch.empty(0) if "mlp" in name else tensor for name, tensor in weights.items()})
+    with pytest.raises(ValueError, match=r"proj\.weight.*9 in all\) were saved empty, as DeepSpeed's ZeRO-3"):
+        Qwen3.from_pretrained(plain)
+
+
 # ---- names ----
 
 
@@ -466,3 +473,30 @@ def test_parts_that_do_not_fit_each_other_are_named(plain, form):
     with pytest.raises(ValueError) as error:
         Qwen3.from_pretrained(plain)
     assert line in str(error.value) and "model.layers.1.mlp.up_proj" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"model_type": "qwen3_vl", "text_config": {"vocab_size": 5}}, "'qwen3_vl' is not implemented"),
+        ({"model_type": "qwen3_omni_moe", "thinker_config": {}}, "in its thinker_config is not run by itself"),
+        ({"model_type": "gpt2", "n_embd": 768}, "'gpt2' is not implemented"),
+        ({"model_type": []}, "[] is not implemented"),
+    ],
+)
+def test_another_architecture_is_named_before_the_fields_that_it_lacks(plain, fields, line):
+    """Its config.json need not have a single field of Qwen3's."""
+    (plain / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError) as error:
+        Qwen3.from_pretrained(plain)
+    assert line in str(error.value) and "lacks" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["Qwen3ForSequenceClassification", ["Qwen2ForRewardModel"]])
+def test_the_task_is_read_from_a_text_and_from_a_list(plain, form):
+    rewrite(plain, load_file(plain / "model.safetensors"), architectures=form)
+    with pytest.raises(ValueError, match="not a next token"):
+        Qwen3.from_pretrained(plain)
+    for unread in (5, [], [None], {"a": 1}, ""):  # says nothing about the task
+        rewrite(plain, load_file(plain / "model.safetensors"), architectures=unread)
+        Qwen3.from_pretrained(plain)

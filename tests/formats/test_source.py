@@ -453,3 +453,27 @@ def test_the_folder_of_a_run_is_its_last_checkpoint(tmp_path):
     assert resolve(run) == run / "latest" and resolve(run / "latest") == run / "latest"
     (run / "config.json").write_text("{}")
     assert resolve(run) == run, "a checkpoint of its own"
+
+
+def test_a_folder_around_the_model_means_the_model(tmp_path):
+    """A Trainer's output, and a model's folder in the hub's cache."""
+
+    def model(folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).touch()
+        return folder
+
+    trained = model(tmp_path / "out" / "checkpoint-500")
+    (tmp_path / "out" / "runs").mkdir()
+    assert source.resolve(tmp_path / "out") == trained
+    cached = model(tmp_path / "models--org--name" / "snapshots" / COMMITS["main"])
+    assert source.resolve(tmp_path / "models--org--name") == cached
+    model(tmp_path / "out" / "checkpoint-1000")
+    with pytest.raises(ValueError, match="no model itself, but there are checkpoint-1000, checkpoint-500 in it; give"):
+        source.resolve(tmp_path / "out")
+    (tmp_path / "out" / "adapter_config.json").touch()  # a model of its own, whatever is below
+    assert source.resolve(tmp_path / "out") == tmp_path / "out"
+    (tmp_path / "broken" / "1_Pooling").mkdir(parents=True)
+    (tmp_path / "broken" / "1_Pooling" / "config.json").touch()
+    assert source.resolve(tmp_path / "broken") == tmp_path / "broken"
