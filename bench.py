@@ -26,6 +26,8 @@ SUBJECTS = ("speed", "train", "tokens", "convert", "quality", "sampling", "start
 def main() -> None:
     subject, *options = sys.argv[1:] or ["speed"]
     if subject.startswith("-"):  # options alone are those of the speed table
+        if {"-h", "--help"} & set(sys.argv):
+            print(__doc__)
         subject, options = "speed", sys.argv[1:]
     if subject not in SUBJECTS:
         raise ValueError(

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from benchmarks.divergence import compare, conversations, logits
+from benchmarks.common import llama_program
+from benchmarks.divergence import beside_llama, compare, conversations, logits
 from chat import Chat
+from formats.checkpoint import open_checkpoint
+from formats.gguf.writer import write_gguf
 from formats.source import BUNDLED_MODEL
 from model import Qwen3
 from ops.quant import quantize_
@@ -38,3 +41,12 @@ def test_fewer_bits_err_more(one_thread):
             quantize_(model, scheme, group_size)
         errors.append(compare(logits(model, texts), exact)[:2])
     assert sorted(errors) == errors and 0 < errors[0][0] < 0.01 and errors[2][0] < 0.3
+
+
+@pytest.mark.skipif(llama_program("llama-server") is None, reason="llama-server is not here")
+def test_a_file_is_computed_more_exactly_than_by_llama_cpp(tmp_path, one_thread):
+    path = tmp_path / "q8_0.gguf"
+    write_gguf(open_checkpoint(BUNDLED_MODEL), path, "q8_0")
+    texts = conversations(Chat.from_pretrained(BUNDLED_MODEL), 1)
+    ours, theirs = beside_llama(llama_program("llama-server"), path, texts)
+    assert ours < 1e-3 < theirs < 0.1
