@@ -1,4 +1,4 @@
-"""Runs a command as a terminal would, or with bounded memory: python launch.py [--terminal] [--memory BYTES] COMMAND...
+"""Runs a command as a terminal would, or within limits of memory and processor time: python launch.py FLAGS COMMAND...
 
 What subprocess leaves to `preexec_fn`, and pty to a fork, is done here in a process that has not used PyTorch.
 """
@@ -17,6 +17,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--terminal", action="store_true", help="make standard input the controlling terminal")
     parser.add_argument("--memory", type=int, default=resource.RLIM_INFINITY, help="bytes of address space")
+    parser.add_argument("--processor", type=int, default=resource.RLIM_INFINITY, help="seconds of processor time")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
@@ -24,4 +25,5 @@ if __name__ == "__main__":
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     resource.setrlimit(resource.RLIMIT_AS, (arguments.memory, arguments.memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (arguments.processor, arguments.processor))
     os.execvp(arguments.command[0], arguments.command)

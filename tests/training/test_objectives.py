@@ -157,6 +157,68 @@ def test_packed_rows_have_the_loss_of_rows_by_themselves(model):
     assert abs(float((unmasked - alone).detach())) > 1e-2  # else this test would see nothing
 
 
+END = 2  # precedes each document
+
+
+def as_batches(documents: list[list[int]], way: str, parts: int) -> list[Batch]:
+    """One sequence a document, or several in one: packed as rows, or as the text of a shard with a mask."""
+    device = torch.device("cpu")
+    texts = [[END, *document, END] for document in documents]
+    rows = [Row(text[:-1], text[1:]) for text in texts]
+    if way == "packed":
+        return [packed_batch(part, device) for part in dealt(packed(rows, 20), parts, 1, 0)]
+    if way == "masked":  # a shard is one text: what follows a document is the next one's end token
+        halves = [[token for text in texts[half::2] for token in text[:-1]] + [END] for half in (0, 1)]
+        rows = [Row(half[:-1], half[1:]) for half in halves]
+    return batches(rows, parts, device, END if way == "masked" else None)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Documents; a checkpoint; the mean loss and the gradients that transformers gives, each document by itself."""
+    from oracle import config, write  # here, since it imports transformers
+
+    path = tmp_path_factory.mktemp("reference")
+    theirs = write(path, config(tie_word_embeddings=True))
+    torch.manual_seed(5)
+    documents = [torch.randint(3, 331, (length,)).tolist() for length in (9, 4, 1, 14, 7, 4, 11)]
+    total, count = torch.zeros(()), 0
+    for document in documents:
+        ids = torch.tensor([[END, *document, END]])
+        count += len(document) + 1
+        total = total + theirs(input_ids=ids, labels=ids).loss * (len(document) + 1)
+    (total / count).backward()
+    return documents, path, float(total.detach() / count), {name: p.grad for name, p in theirs.named_parameters()}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("way", ["padded", "packed", "masked"])
+def test_a_step_has_the_loss_and_gradients_of_transformers_row_by_row(reference, way, parts):
+    documents, path, expected, gradients = reference
+    model, made = Qwen3.from_pretrained(path).train(), as_batches(documents, way, parts)
+    count, total = sum(batch.count for batch in made), 0.0
+    assert count == sum(len(document) + 1 for document in documents)
+    assert len(made) == min(parts, {"padded": 7, "packed": 3, "masked": 2}[way])
+    for batch in made:
+        loss = next_token_loss(model, batch)
+        (loss / count).backward()
+        total += float(loss.detach())
+    assert total / count == pytest.approx(expected, rel=1e-5)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_in_bfloat16_is_near_transformers_in_float32(reference):
+    documents, path, expected, gradients = reference
+    model, (batch,) = Qwen3.from_pretrained(path).train(), as_batches(documents, "packed", 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = next_token_loss(model, batch) / batch.count
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(expected, rel=5e-3)
+    for name, p in model.named_parameters():
+        assert torch.cosine_similarity(p.grad.flatten(), gradients[name].flatten(), dim=0) > 0.99, name
+
+
 def test_every_row_is_packed_once_and_none_is_cut():
     rows = sorted(conversations(50), key=lambda row: -row.length)
     sequences = packed(rows, 20)
