@@ -75,6 +75,15 @@ class ArgumentParser(argparse.ArgumentParser):
                 for parser in action.choices.values():
                     yield from parser._flags()
 
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError:
+            if action.type in (int, float):
+                kind = "whole number" if action.type is int else "number"
+                raise argparse.ArgumentError(action, f"{text!r} is not a {kind}") from None
+            raise
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             known = list(map(str, action.choices))
@@ -174,6 +183,14 @@ def one_line(text: str, most: int = 1000) -> str:
     return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line; of an operating system's error its file and its text: `a.txt: no such file ...`."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return one_line(str(error))
+    text = error.strerror[:1].lower() + error.strerror[1:]
+    return one_line(text if error.filename is None else f"{os.fsdecode(error.filename)}: {text}")
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a command's `main` and ends the process.
 
@@ -204,7 +221,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         notice(f"{program}: error: {error.name} is not installed; {how}")
         status = 2
     except (ValueError, OSError) as error:
-        notice(f"{program}: error: {one_line(str(error))}")
+        notice(f"{program}: error: {reason(error)}")
         status = 2
     try:
         sys.stdout.flush()

@@ -51,38 +51,41 @@ def show(session: Session, ask: Callable[..., Answer], as_json: bool, stats: boo
         finally:
             printer.end()
     notices = {
-        "loop": "The model repeats itself without end: stopped. Try --presence-penalty 1.5, or --no-loop-stop.",
+        "loop": "Stopped: the model keeps repeating itself. Try --presence-penalty 1.5, or --no-loop-stop.",
         "length": f"Stopped at --max-new-tokens {session.params.max_new_tokens}.",
-        "context": f"The context of {session.model.config.context_length:,} tokens is full: stopped.",
+        "context": f"Stopped: the context of {session.model.config.context_length:,} tokens is full.",
         "interrupted": "Interrupted.",
     }
     if answer.finish_reason in notices:
         console.notice(notices[answer.finish_reason])
     if stats:
-        console.notice(stats_line(answer))
+        console.notice(stats_lines(answer))
         if phases := answer.stats.get("start_seconds"):
             parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in phases.items())
             console.notice(f"start: {parts} = {sum(phases.values()):.2f} s")
     return answer
 
 
-def stats_line(answer: Answer) -> str:
+def stats_lines(answer: Answer) -> str:
+    """The figures of a reply for a person: a line each for the prompt, the reply, and what guessing saved."""
     s = answer.stats
-    line = f"prompt {s['prefill_tokens']} tokens ({s['cached_tokens']} more from the cache)"
-    line += f" at {s['prefill_tokens_per_second'] or 0:,.1f} tok/s, first token after {s['first_token_seconds']:.2f} s"
+    speed, first = s["prefill_tokens_per_second"] or 0, s["first_token_seconds"]
+    lines = [
+        f"prompt: {s['prefill_tokens']:,} tokens at {speed:,.1f} tok/s, {s['cached_tokens']:,} more from the cache"
+    ]
+    lines.append(f"reply: {len(answer.token_ids):,} tokens, the first after {first:.2f} s")
     if s["decode_tokens_per_second"]:
-        line += f"; reply {len(answer.token_ids)} tokens at {s['decode_tokens_per_second']:,.1f} tok/s"
+        lines[-1] += f", then {s['decode_tokens_per_second']:,.1f} tok/s"
     if s["decode_tokens_per_second"] and "share_of_read_bandwidth" in s:
-        line += f" = {s['weight_gigabytes_per_second']:.1f} GB/s of weights, {s['share_of_read_bandwidth']:.0%} of the"
-        line += f" {s['read_bandwidth_gigabytes_per_second']:.1f} GB/s that this machine reads"
+        read, most = s["weight_gigabytes_per_second"], s["read_bandwidth_gigabytes_per_second"]
+        share = f"{s['share_of_read_bandwidth']:.0%} of the {most:.1f} GB/s that this machine reads"
+        lines.append(f"weights: {read:.1f} GB/s, {share}")
     if s.get("drafted_tokens"):
-        line += f"; {s['accepted_tokens']} of {s['drafted_tokens']} guessed tokens accepted ({s['acceptance']:.0%}),"
-        line += f" {s['tokens_per_pass']:.2f} tokens a pass"
-    if "kernel_variant" in s:
-        line += f"; row products: {s['kernel_variant']}"
+        accepted = f"{s['accepted_tokens']:,} of {s['drafted_tokens']:,} accepted ({s['acceptance']:.0%})"
+        lines.append(f"guessed tokens: {accepted}, {s['tokens_per_pass']:.2f} tokens a pass")
     if "computed_by_pytorch" in s:
-        line += f"; computed by PyTorch and slower: {s['computed_by_pytorch']}"
-    return line
+        lines.append(f"computed by PyTorch, which is slower: {s['computed_by_pytorch']}")
+    return "\n".join(lines)
 
 
 def standard_input(by_line: bool) -> Iterator[str]:

@@ -13,8 +13,8 @@ import os
 import secrets
 import stat
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -23,8 +23,14 @@ from prompt_toolkit.completion import Completer, Completion
 from prompt_toolkit.filters import has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.layout.processors import TabsProcessor
 from prompt_toolkit.output import create_output
 from prompt_toolkit.shortcuts import CompleteStyle
+
+try:
+    import termios
+except ImportError:  # Windows has none
+    termios = None
 
 HISTORY_BYTES = 1 << 20
 LONGEST_ENTRY = 1 << 16  # characters; a longer message is not kept
@@ -60,6 +66,7 @@ class Editor:
             completer=FirstWord(words),
             complete_while_typing=False,
             complete_style=CompleteStyle.READLINE_LIKE,
+            input_processors=[TabsProcessor(char1=" ", char2=" ")],
             history=disk_history() if history is None else history,
             **({"output": create_output(stdout=screen)} | streams),
         )
@@ -70,6 +77,25 @@ class Editor:
         if quoted.count(QUOTES) == 2 and quoted.startswith(QUOTES) and quoted.endswith(QUOTES):
             return quoted[len(QUOTES) : -len(QUOTES)].strip("\n")
         return text
+
+
+@contextmanager
+def echo_off() -> Iterator[None]:
+    """For as long as a reply is printed: keys that are typed meanwhile, Ctrl-C too, don't appear in its text.
+
+    They are not lost: the editor shows them when it reads the next message.
+    """
+    if termios is None or not sys.stdin.isatty():
+        yield
+        return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(terminal, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
 
 
 def key_bindings() -> KeyBindings:

@@ -44,13 +44,14 @@ class SamplingParams:
             ("presence_penalty", -2, 2, "0 is off"),
             ("frequency_penalty", -2, 2, "0 is off"),
             ("repetition_penalty", 0.01, 100, "1 is off"),
-            ("max_new_tokens", 1, math.inf, "tokens"),
+            ("max_new_tokens", 1, math.inf, "the length limit of a reply"),
         ):
             whole = name in ("top_k", "max_new_tokens")
             value = number(name, getattr(self, name), whole)
             object.__setattr__(self, name, value)
             if not low <= value <= high:
-                raise ValueError(f"{name} is {value}, but must be from {low} to {high} ({meaning})")
+                range_ = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+                raise ValueError(f"{name} is {value}, but must be {range_} ({meaning})")
         if self.seed is not None:
             object.__setattr__(self, "seed", number("seed", self.seed, whole=True))
             if not 0 <= self.seed < 1 << 63:

@@ -140,7 +140,7 @@ class Session:
         """Another reply, by the next seed, to the last question; the old one is kept if nothing comes."""
         before = self.messages
         if len(before) < 2 or [message["role"] for message in before[-2:]] != ["user", "assistant"]:
-            raise ValueError("there is no reply yet that could be tried again")
+            raise ValueError("there is no reply yet to try again")
         self.messages, params = before[:-2], self.params
         self.params = replace(params, seed=((params.seed or 0) + 1) % (1 << 63))
         try:

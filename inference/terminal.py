@@ -18,9 +18,9 @@ from typing import TextIO
 
 import console
 from inference import saved_chat
-from inference.answers import show, stats_line
+from inference.answers import show, stats_lines
 from inference.decode import PromptTooLong
-from inference.editor import Editor, PlainReader, Reader
+from inference.editor import Editor, PlainReader, Reader, echo_off
 from inference.load import describe
 from inference.params import THINKING_ADVICE, SamplingParams, recommended
 from inference.session import Answer, Session
@@ -34,7 +34,7 @@ COMMANDS = {
     "/reset": ("", "forget the chat"),
     "/save": ("[FILE]", "write messages and settings to a file"),
     "/load": ("FILE", "continue a saved chat"),
-    "/stats": ("[on|off]", "speed of the last reply, or of each from now on"),
+    "/stats": ("[on|off]", "show the speed of the last reply, or of every reply from now on"),
     "/quit": ("", "leave; so do /exit and Ctrl-D"),
 }
 ALIASES = {"/?": "/help", "/exit": "/quit", "/bye": "/quit", "/clear": "/reset"}
@@ -46,7 +46,7 @@ KEYS = {
     "Up, Down, Ctrl-R": "earlier messages",
     "//help": "send /help as a message",
 }
-SETTINGS = [field.name for field in fields(SamplingParams)]
+SETTINGS = [*(field.name for field in fields(SamplingParams)), "thinking_budget"]
 
 
 class Leave(Exception):
@@ -94,9 +94,11 @@ class TerminalChat:
             name, rest = "/think", "off"
         if name in COMMANDS:
             try:
+                if rest and not COMMANDS[name][0] and name != "/help":
+                    raise ValueError(f"{name} takes nothing after it (/{word[0]} ... sends it as a message)")
                 getattr(self, f"do_{name[1:]}")(rest)
             except (ValueError, OSError) as error:
-                self.say(console.one_line(str(error)))
+                self.say(console.reason(error))
         elif name and "\n" not in text.strip():
             hint = console.did_you_mean(name, [*COMMANDS, *ALIASES]) or "; /help lists them"
             self.say(f"there is no command {word[0]}{hint} (/{word[0]} sends it as a message)")
@@ -110,13 +112,14 @@ class TerminalChat:
     def answer(self, ask: Callable[..., Answer]) -> None:
         """Shows a reply; whatever is wrong with the question, the chat continues."""
         try:
-            self.last = show(self.session, ask, self.as_json, self.stats)
+            with echo_off():
+                self.last = show(self.session, ask, self.as_json, self.stats)
         except PromptTooLong as error:
-            self.say(f"The chat is full: {error}, or begin anew with /reset.")
+            self.say(f"The chat is full: {error}, or start over with /reset.")
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:
-            self.say(console.one_line(str(error)))
+            self.say(console.reason(error))
         except KeyboardInterrupt:
             self.say("Interrupted.")
 
@@ -136,7 +139,7 @@ class TerminalChat:
     def do_reset(self, _: str) -> None:
         self.session.reset()
         self.last = self.file = None
-        self.say("The chat is forgotten; settings and system message stay.")
+        self.say("The chat is forgotten; the settings and the system message are kept.")
 
     def do_retry(self, _: str) -> None:
         self.answer(self.session.retry)
@@ -168,23 +171,27 @@ class TerminalChat:
         elif value:
             raise ValueError(f"/stats {value}: give on or off, or nothing")
         else:
-            self.say("there is no reply yet" if self.last is None else stats_line(self.last))
+            self.say("there is no reply yet" if self.last is None else stats_lines(self.last))
 
     def do_set(self, text: str) -> None:
         name, _, value = text.removeprefix("parameter ").strip().partition(" ")
         name, value = name.lower().replace("-", "_"), value.strip()
         if not name:
-            lines = [f"{setting} {getattr(self.session.params, setting)}" for setting in SETTINGS]
-            lines.append(f"thinking_budget {self.session.thinking_budget or 'off'}")
-            self.say("\n".join(lines))
+            self.say("\n".join(f"{setting} {self.setting(setting)}" for setting in SETTINGS))
             return
-        if name not in (*SETTINGS, "thinking_budget"):
-            hint = console.did_you_mean(name, [*SETTINGS, "thinking_budget"]) or "; /set lists them"
+        if name not in SETTINGS:
+            hint = console.did_you_mean(name, SETTINGS) or "; /set lists them"
             raise ValueError(f"there is no setting {name}{hint}")
         if value:
             self.change(name, value)
-        now = self.session.thinking_budget or "off" if name == "thinking_budget" else getattr(self.session.params, name)
-        self.say(f"{name} {now}")
+        self.say(f"{name} {self.setting(name)}")
+
+    def setting(self, name: str) -> str:
+        """A setting's value as /set takes it."""
+        value = self.session.thinking_budget if name == "thinking_budget" else getattr(self.session.params, name)
+        if name == "stop":
+            return " ".join(text.replace("\n", "\\n") for text in value) or "off"
+        return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
     def change(self, name: str, value: str) -> None:
         """A setting from its text. `off` is for those that may be absent."""
@@ -208,7 +215,7 @@ class TerminalChat:
     def do_save(self, name: str) -> None:
         if not self.session.messages:
             raise ValueError("there is nothing to save yet")
-        path = Path(name).expanduser() if name else self.file or Path(time.strftime("chat-%Y%m%d-%H%M%S.json"))
+        path = _path(name) if name else self.file or Path(time.strftime("chat-%Y%m%d-%H%M%S.json"))
         if path.exists() and path != self.file:
             raise ValueError(f"/save {path}: it exists; give another name")
         saved_chat.save(self.session, path)
@@ -218,11 +225,18 @@ class TerminalChat:
     def do_load(self, name: str) -> None:
         if not name:
             raise ValueError("/load needs the name of a file that /save wrote")
-        path = Path(name).expanduser()
+        path = _path(name)
         ours = saved_chat.load(self.session, path)
         self.file, self.last = path if ours else None, None
         count = len(self.session.messages)
         self.say(f"loaded {path}: {count} message{'' if count == 1 else 's'}")
+
+
+def _path(name: str) -> Path:
+    """A file's name as a person types it: with quotes around it, or ~ for the home folder."""
+    if len(name) > 2 and name[0] == name[-1] and name[0] in "\"'":
+        name = name[1:-1]
+    return Path(name).expanduser()
 
 
 def chat(session: Session, first: str | None = None, **settings) -> None:

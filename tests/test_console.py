@@ -41,8 +41,8 @@ console.run(main)
         ("", "2>&-", 0, "result 0 \n", ""),
         ("read", "<&- >&- 2>&-", 0, "", ""),
         ("much", "| head -1", 0, "result 0 \n", ""),
-        ("much", ">/dev/full", 2, "", "program.py: error: [Errno 28] No space left on device\n"),
-        ("", ">/dev/full", 2, "", "program.py: error: [Errno 28] No space left on device\n"),
+        ("much", ">/dev/full", 2, "", "program.py: error: no space left on device\n"),
+        ("", ">/dev/full", 2, "", "program.py: error: no space left on device\n"),
         ("", "2>/dev/full", 0, "result 0 \n", ""),
         ("", "2> >(true)", 0, "result 0 \n", ""),
     ],
@@ -115,6 +115,7 @@ def test_the_lists_of_convert_are_those_of_its_rooms():
         (["--temprature=1"], "there is no option --temprature; did you mean --temperature?"),
         (["--device", "cdua"], "'cdua' is not one of cpu, cuda; did you mean cuda?"),
         (["--device", "xyz"], "'xyz' is not one of cpu, cuda ("),
+        (["--temperature", "hot"], "argument --temperature: 'hot' is not a number ("),
         (["one", "two"], "'two' is one argument too many; put a text of several words in quotes"),
         (["--temp", "1"], "there is no option --temp"),
         (["inner", "--cuont", "3"], "there is no option --cuont; did you mean --count?"),
@@ -131,6 +132,18 @@ def test_a_mistyped_flag_is_answered_with_the_nearest(arguments, said):
     with pytest.raises(ValueError) as error:
         parser.parse_args(arguments)
     assert said in str(error.value)
+
+
+def test_an_error_of_the_system_is_the_file_and_what_is_wrong_with_it(tmp_path):
+    def said(act) -> str:
+        with pytest.raises(OSError) as error:
+            act()
+        return console.reason(error.value)
+
+    assert said((tmp_path / "gone.yaml").read_text) == f"{tmp_path}/gone.yaml: no such file or directory"
+    assert said(tmp_path.read_text) == f"{tmp_path}: is a directory"
+    assert said(lambda: os.read(999, 1)) == "bad file descriptor"
+    assert console.reason(OSError("the hub can't be reached")) == "the hub can't be reached"
 
 
 def test_a_missing_package_is_one_line_with_the_command(monkeypatch, capsys):

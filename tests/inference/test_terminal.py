@@ -73,6 +73,9 @@ def test_every_command_is_there_and_in_the_help(session):
     for name in COMMANDS:
         assert shown.count(f"\n{name}") == 2 and hasattr(TerminalChat, f"do_{name[1:]}")
     assert set(ALIASES.values()) <= set(COMMANDS)
+    shown = typed(session, "hello", "/reset the temperature", "/retry now", "/quit smoking")
+    assert questions(session) == ["hello"] and len(session.messages) == 2
+    assert "/reset takes nothing after it (//reset ... sends it as a message)" in shown and "/quit takes" in shown
     for leave in ("/quit", "/exit", "/bye", "/QUIT"):
         typed(session, leave, "hello")
         assert not session.messages
@@ -99,6 +102,11 @@ def test_settings_are_shown_changed_and_checked(session):
         shown = typed(
             session, "/set temprature 1", "/set top_k 1.5", "/set top_p 7", "/set thinking_budget 0", "/set top_k"
         )
+        session.params = before
+        shown_values = typed(session, "/set", "/set stop a\\nb", "/set seed off", "/set temperature 1")
+        assert "\nstop off\n" in shown_values and "stop a\\nb\nseed off\ntemperature 1\n" in shown_values
+        assert "None" not in shown_values and "()" not in shown_values
+        session.params = before
         for said in ("did you mean temperature?", "not a whole number", "from 0 to 1", "at least 1 token", "top_k 7"):
             assert said in shown
         assert session.params.top_p == before.top_p
