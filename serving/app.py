@@ -10,7 +10,7 @@ import math
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -26,9 +26,10 @@ from console import notice
 from formats.messages import short
 from serving.endpoints import POSTS, tokenizer_info
 from serving.errors import ApiError, refused
+from serving.outlet import Outlet
 from serving.page import render
 from serving.service import Service
-from serving.wire import dumps, event
+from serving.wire import dumps
 
 BODY_BYTES = 8 << 20
 BODY_SECONDS = 30.0  # for a whole body to arrive
@@ -151,7 +152,11 @@ class Gate:
             path, state = getattr(scope.get("route"), "path", "other"), scope["state"]
             status = "gone" if state.get("gone") else status
             self.service.metrics.requests.labels(path, str(status)).inc()
-            seconds, taken = time.perf_counter() - begun, state.get("body_bytes", 0)
+            seconds, taken, sent = (
+                time.perf_counter() - begun,
+                state.get("body_bytes", 0),
+                sent + state.get("streamed", 0),
+            )
             notice(f"{path} {status}, {taken:,} bytes in, {sent:,} out, {seconds:.3f} s")
 
     def check(self, request: Request) -> None:
@@ -193,10 +198,7 @@ class Post:
         if isinstance(found, dict):
             await answer(found)(request.scope, request.receive, send)
             return
-        try:
-            await unless_gone(send_events(found, request.scope, send), request.receive)
-        finally:
-            await found.aclose()  # which frees the rows
+        await unless_gone(send_events(found, request.scope, send), request.receive)  # cancelled, it frees the rows
 
 
 async def read_body(request: Request) -> bytes:
@@ -284,27 +286,19 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def send_events(events: AsyncIterator[bytes], scope: Scope, send: Send) -> None:
+async def send_events(stream: Callable[[Outlet], Awaitable[None]], scope: Scope, send: Send) -> None:
     """A stream of server-sent events. An error in it is its last event; a client that takes nothing is cut off."""
     headers = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
-    started = False
+    transport = scope["state"]["transport"]
+    await send({"type": "http.response.start", "status": 200, "headers": pairs})
+    while transport.get_write_buffer_size():  # of answers before this one, to a client that did not wait for them
+        await asyncio.sleep(0.01)
+    outlet = Outlet(transport, scope["http_version"] == "1.1", SEND_SECONDS)
     try:
-        async for chunk in _with_error(events):
-            async with asyncio.timeout(SEND_SECONDS):
-                if not started:
-                    await send({"type": "http.response.start", "status": 200, "headers": pairs})
-                    started = True
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-    except TimeoutError:
-        scope["state"].get("abort", lambda: None)()  # it would take nothing of an orderly end either
-        raise Gone from None
-
-
-async def _with_error(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    try:
-        async for chunk in events:
-            yield chunk
-    except ApiError as error:
-        yield event(error.body())
+        await stream(outlet)
+        await outlet.drain()
+    finally:
+        outlet.close()
+        scope["state"]["streamed"] = outlet.written
+    await send({"type": "http.response.body", "body": b"", "more_body": False})

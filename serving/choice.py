@@ -1,6 +1,6 @@
 """One reply on its way from the engine to a client: ids to pieces of reasoning, content and tool calls.
 
-`Choice` runs on the engine's thread. What it finds goes out as `News`, one for each pass of the model.
+`Choice` runs on the engine's thread. What it finds goes to its exchange as `News`, one for each pass of the model.
 """
 
 import time
@@ -74,6 +74,7 @@ class Choice:
         self.reply = Reply(model, ids, params, chat, intervenes, until=self.heard, mask=masked)
         self.reasoning_tokens = 0
         self.begun = time.perf_counter()
+        self.told: float | None = None  # when its latest tokens came
         self._heard, self._stopped = 0, False
         self._pieces: list[tuple[str, str | Call]] = []
         if asked.bias:

@@ -1,19 +1,24 @@
 """The endpoints: a request's fields in, the API's JSON or a stream of it out. How bytes travel is app.py's matter."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from serving import fields as read
-from serving.choice import Asked, named, token_logprob
+from serving.choice import Asked, News, named, token_logprob
 from serving.errors import ApiError, refused
 from serving.grammar import Constraint
 from serving.jobs import embed, score, written
+from serving.outlet import Outlet
 from serving.service import Exchange, Service
-from serving.wire import ChatChoice, Head, TextChoice, event, usage
+from serving.wire import ChatChoice, Events, Head, TextChoice, event, usage
 
-Answer = dict | AsyncIterator[bytes]
-"""A JSON object, or the events of a stream."""
+Answer = dict | Callable[[Outlet], Awaitable[None]]
+"""A JSON object, or what writes the events of a stream."""
+BACKLOG = 2048  # events that a client may leave unread; each may hold a row's alternatives
+PING = 15.0  # seconds without an event after which a stream says that it lives: proxies cut what is silent
 
 
 def _check_model(service: Service, model: str | None) -> None:
@@ -196,31 +201,37 @@ async def _scores(service: Service, ids: list[int], most: int) -> list[dict]:
 async def _answer(exchange: Exchange, choices: list, head: Head, given: Any) -> Answer:
     if given.stream:
         include = bool(given.stream_options and given.stream_options.include_usage)
-        return _stream(exchange, choices, head, include)
+        return partial(_stream, exchange, choices, head, include)
+    exchange.listen = lambda news: choices[news.choice.index].take(news)
     with exchange:
-        async for news in exchange.news():
-            if news is not None:
-                choices[news.choice.index].take(news)
+        await exchange.wait()
     used = usage(exchange.prompts, exchange.choices)
     return head([choice.whole() for choice in choices], usage=used)
 
 
-async def _stream(exchange: Exchange, choices: list, head: Head, include_usage: bool) -> AsyncIterator[bytes]:
-    """The events of a stream. With `include_usage` the last one before [DONE] has it, and the others null."""
-    more = {"usage": None} if include_usage else {}
-    with exchange:
-        for choice in choices:
-            if (first := choice.first()) is not None:
-                yield event(head([first], chunk=True, **more))
-        async for news in exchange.news():
-            if news is None:
-                yield b": waiting\n\n"
-                continue
-            for chunk in choices[news.choice.index].chunks(news):
-                yield event(head([chunk], chunk=True, **more))
-    if include_usage:
-        yield event(head([], chunk=True, usage=usage(exchange.prompts, exchange.choices)))
-    yield event("[DONE]")
+async def _stream(exchange: Exchange, choices: list, head: Head, include_usage: bool, outlet: Outlet) -> None:
+    """Writes the events of a stream. With `include_usage` the last one before [DONE] has it, and the others null."""
+    events = Events(choices, head, **{"usage": None} if include_usage else {})
+
+    def listen(news: News) -> None:
+        if outlet.waiting > BACKLOG * len(choices):
+            raise ApiError(408, "the stream was read too slowly")
+        if data := events(news):
+            outlet.write(data)
+
+    for choice in choices:
+        if (first := choice.first()) is not None:
+            outlet.write(events.event([first]))
+    exchange.listen = listen
+    try:
+        with exchange:
+            while not await exchange.wait(PING):
+                if time.monotonic() - outlet.latest >= PING:
+                    outlet.write(b": waiting\n\n")
+    except ApiError as error:
+        return outlet.write(event(error.body()), last=True)
+    used = events.event([], usage=usage(exchange.prompts, exchange.choices)) if include_usage else b""
+    outlet.write(used + event("[DONE]"), last=True)
 
 
 # ---- the others ----

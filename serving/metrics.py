@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-from serving.choice import Choice
+from serving.choice import News
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -30,11 +30,18 @@ class Metrics:
         self.between = make(Histogram, "time_between_tokens_seconds", "From token to token", buckets=SECONDS)
         self.seconds = make(Histogram, "request_seconds", "From request to the end of the reply", buckets=SECONDS)
 
-    def began(self, choice: Choice, seconds: float) -> None:
-        """The reply's first token has come."""
-        self.first.observe(seconds)
-        self.prompt_tokens.inc(len(choice.reply.ids))
-        self.cached_tokens.inc(choice.reply.cached)
+    def heard(self, news: News) -> None:
+        """Tokens have come."""
+        if not news.count:
+            return
+        choice = news.choice
+        if choice.told is None:
+            self.first.observe(news.at - choice.begun)
+            self.prompt_tokens.inc(len(choice.reply.ids))
+            self.cached_tokens.inc(choice.reply.cached)
+        else:
+            self.between.observe(news.at - choice.told)
+        self.tokens.inc(news.count)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -21,11 +21,11 @@ MOST_CONNECTIONS = 1000
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 for which a request that begins and does not go on ends. `abort` of a request's state cuts it off."""
+    """HTTP/1.1 for which a request that begins and does not go on ends. A request's state has its `transport`."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "abort": transport.abort}
+        self.app_state = {**self.app_state, "transport": transport}
         self._patience: asyncio.TimerHandle | None = None
         self._wait()
 

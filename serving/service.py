@@ -5,8 +5,8 @@ import math
 import os
 import time
 from argparse import Namespace
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +24,6 @@ from serving.metrics import Metrics
 from serving.worker import Worker
 
 QUEUE = 256  # replies that may wait for a row; more are answered 429
-BACKLOG = 2048  # passes of the model whose news a client may leave unread; each may hold a row's alternatives
-PING = 15.0  # seconds without news after which a stream says that it lives: proxies cut what is silent
 
 
 class Service:
@@ -157,24 +155,26 @@ class Service:
             seed = (asked.params.seed + number % n) % (1 << 63)
             one = replace(asked, params=replace(asked.params, seed=seed))
             ids = prompts[number // n]
-            send = self.worker.send(exchange.take)
-            exchange.choices.append(Choice(number, self.model, self.chat, ids, one, constraints(), send))
+            choice = Choice(number, self.model, self.chat, ids, one, constraints(), exchange.hear)
+            exchange.choices.append(choice)
         exchange.prompts = exchange.choices[::n]
         return exchange
 
 
 class Exchange:
-    """The replies of one request while they come. A context manager: at its end what still runs is cancelled."""
+    """The replies of one request while they come. A context manager: at its end what still runs is cancelled.
+
+    `listen` is called on the engine's thread with all news but errors. What it raises ends the exchange.
+    """
 
     def __init__(self, service: Service):
         self.service = service
         self.choices: list[Choice] = []
         self.prompts: list[Choice] = []  # the first choice of each prompt
-        self.open = 0
-        self.behind = False  # the client reads too slowly
-        self._told: dict[int, float] = {}  # when each choice's latest news came
-        self._news: deque[News] = deque()
-        self._arrived = asyncio.Event()
+        self.listen: Callable[[News], None] = lambda news: None
+        self.open = 0  # replies that are waiting or running
+        self._error: Exception | None = None
+        self._over = asyncio.Event()
 
     def __enter__(self) -> "Exchange":
         self.open = len(self.choices)
@@ -183,59 +183,53 @@ class Exchange:
         return self
 
     def __exit__(self, *_) -> None:
-        self._cancel()
-
-    def _cancel(self) -> None:
         if self.open:
             self.service.metrics.cancelled.inc(self.open)
             self.service.worker.cancel(self.choices)
             self.service.accepted -= self.open
             self.open = 0
 
-    def take(self, news: News) -> None:
-        """On the event loop, from the worker."""
+    async def wait(self, seconds: float | None = None) -> bool:
+        """Until the last reply has ended; false where it has not after so many seconds. Raises what ended it early."""
+        if self.open and self._error is None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._over.wait()
+        if self._error is not None:
+            raise self._error
+        return not self.open
+
+    def hear(self, news: News) -> None:
+        """On the engine's thread, from a choice."""
+        choice, error = news.choice, news.error
+        self.service.metrics.heard(news)
+        if news.count:
+            choice.told = news.at
+        if error is None:
+            try:
+                self.listen(news)
+            except Exception as defect:
+                error = defect
+        elif not isinstance(error, ApiError):
+            error = ApiError(500, f"the reply could not be computed: {error}")
+            error.__cause__ = news.error
+        if error is not None or news.finish is not None:
+            worker = self.service.worker
+            worker.end(choice)
+            worker.tell(self._end, (news, error))
+
+    def _end(self, ended: tuple[News, Exception | None]) -> None:
+        news, error = ended
         if not self.open:
             return
-        choice, metrics, before = news.choice, self.service.metrics, self._told.get(news.choice.index)
-        if news.count and before is None:
-            metrics.began(choice, news.at - choice.begun)
-        elif news.count:
-            metrics.between.observe(news.at - before)
-        metrics.tokens.inc(news.count)
-        self._told[choice.index] = news.at
-        if news.finish is not None:
-            took = news.at - choice.begun
-            self.open -= 1
-            self.service.accepted -= 1
-            self.service.reply_seconds += 0.1 * (took - self.service.reply_seconds)
-            metrics.seconds.observe(took)
-        self._news.append(news)
-        self._arrived.set()
-        if len(self._news) > BACKLOG * len(self.choices):
-            self.behind = True
-            self._news.clear()
-            self._cancel()
-
-    async def news(self) -> AsyncIterator[News | None]:
-        """All news until the last reply has ended; None where there was none for a while."""
-        ended = 0
-        while ended < len(self.choices):
-            if not self._news and not self.behind:
-                self._arrived.clear()
-                try:
-                    await asyncio.wait_for(self._arrived.wait(), PING)
-                except TimeoutError:
-                    yield None
-                    continue
-            if self.behind:
-                raise ApiError(408, "the stream was read too slowly")
-            news = self._news.popleft()
-            if isinstance(news.error, ApiError):
-                raise news.error
-            if news.error is not None:
-                raise ApiError(500, f"the reply could not be computed: {news.error}") from news.error
-            ended += news.finish is not None
-            yield news
+        took = news.at - news.choice.begun
+        self.open -= 1
+        self.service.accepted -= 1
+        self.service.reply_seconds += 0.1 * (took - self.service.reply_seconds)
+        self.service.metrics.seconds.observe(took)
+        self._error = self._error or error
+        if not self.open or error is not None:
+            self._over.set()
 
 
 def thinking_of(chat: Chat) -> str:

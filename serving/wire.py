@@ -25,6 +25,35 @@ def event(value: Any) -> bytes:
     return f"data: {value if isinstance(value, str) else dumps(value)}\n\n".encode()
 
 
+class Events:
+    """The events of a stream, as bytes, from what `hear` of its choices said.
+
+    Nearly all of them tell a piece of plain text. They are made from a template of each choice, which only lacks it.
+    """
+
+    def __init__(self, choices: list, head: "Head", **more: Any):
+        self.choices, self.head, self.more = choices, head, more
+        self._templates: dict[tuple[int, str], list[bytes]] = {}
+
+    def __call__(self, news: News) -> bytes:
+        choice = self.choices[news.choice.index]
+        if len(news.pieces) == 1 and news.finish is None and not choice.wants_logprobs:
+            ((kind, text),) = news.pieces
+            if isinstance(text, str):
+                parts = self._templates.get((choice.index, kind)) or self._template(news.choice, kind)
+                return dumps(text).encode().join(parts)
+        return b"".join(self.event([chunk]) for chunk in choice.chunks(news))
+
+    def event(self, choices: list[dict], **more: Any) -> bytes:
+        return event(self.head(choices, chunk=True, **self.more | more))
+
+    def _template(self, choice: Choice, kind: str) -> list[bytes]:
+        mark = uuid.uuid4().hex
+        (chunk,) = self.choices[choice.index].chunks(News(choice, 0.0, pieces=[(kind, mark)]))
+        parts = self._templates[choice.index, kind] = self.event([chunk]).split(dumps(mark).encode())
+        return parts
+
+
 def usage(prompts: list[Choice], choices: list[Choice]) -> dict:
     """`prompts`: the first choice of each prompt, which the choices of one prompt share."""
     asked = sum(len(choice.reply.ids) for choice in prompts)

@@ -1,7 +1,7 @@
 """The thread that owns the engine: everything that touches the model happens there, between two passes.
 
-Other threads hand it commands through a queue; what comes out goes to the event loop, once for each pass. No lock is
-held while the model computes.
+Other threads hand it commands through a queue. What a reply says is taken by `Exchange.hear` on this thread; the event
+loop hears of ends only, once for each pass. No lock is held while the model computes.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from inference.engine import Engine
-from serving.choice import Choice, News
+from serving.choice import Choice
 
 
 class Worker:
@@ -89,18 +89,16 @@ class Worker:
 
     def _cancel(self, choices: list[Choice]) -> None:
         for choice in choices:
-            if self.running.pop(id(choice), None) is not None:
-                self.engine.cancel(choice.reply)
+            self.end(choice)
 
-    def send(self, deliver: Callable[[News], None]) -> Callable[[News], None]:
-        """What a `Choice` sends its news with: they are delivered on the event loop after this pass."""
+    def end(self, choice: Choice) -> None:
+        """Called by an exchange: this reply gets nothing more."""
+        if self.running.pop(id(choice), None) is not None:
+            self.engine.cancel(choice.reply)
 
-        def post(news: News) -> None:
-            if news.finish is not None:
-                self.running.pop(id(news.choice), None)
-            self._out.append((deliver, news))
-
-        return post
+    def tell(self, receive: Callable[[Any], None], what: Any) -> None:
+        """`receive(what)` on the event loop, after this pass."""
+        self._out.append((receive, what))
 
     def _work(self) -> None:
         """A piece of the first job."""
@@ -113,17 +111,14 @@ class Worker:
             next(job.pieces)
             return
         except StopIteration as end:
-            self._out.append((job.done, end.value))
+            self.tell(job.done, end.value)
         except Exception as error:
-            self._out.append((job.failed, error))
+            self.tell(job.failed, error)
         self._jobs.popleft()
 
     def _fail(self, error: Exception) -> None:
-        choices = list(self.running.values())
-        for choice in choices:
+        for choice in list(self.running.values()):
             choice.fail(error)
-        for choice in choices:
-            self.engine.cancel(choice.reply)
         self._busy = False
 
     def _flush(self) -> None:

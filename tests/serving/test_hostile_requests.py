@@ -12,7 +12,7 @@ import pytest
 from conftest import wait_until_idle
 
 from benchmarks import hostile
-from serving import app, run, service
+from serving import app, endpoints, run
 
 ENDLESS = {
     "messages": [{"role": "user", "content": "Tell me a story."}],
@@ -120,7 +120,7 @@ def test_a_reader_that_takes_nothing_is_cut_off(serving, monkeypatch):
 
 
 def test_a_reader_that_falls_behind_is_cut_off(serving, monkeypatch):
-    monkeypatch.setattr(service, "BACKLOG", 50)
+    monkeypatch.setattr(endpoints, "BACKLOG", 50)
     with serving() as running, slow_reader(running) as slow:
         wait_until_idle(running.service, 120)
         told = read_all(slow)  # what was sent before, then why it ends
