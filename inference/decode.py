@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chat import EARLY_STOP_TEXT, Chat, ReplyStream
 from formats.tensors import all_finite
-from inference.params import SamplingParams, recommended
+from inference.params import SamplingParams, Uniforms, recommended
 from inference.sampling import NotFinite, Said, is_penalized, sample
 from model import Config, KVCache, Qwen3
 from ops.cpu.step import Running, running
@@ -34,8 +34,8 @@ class Speculator(Protocol):
     def begin(self, prompt: Sequence[int]) -> None:
         """A new reply to this prompt begins."""
 
-    def propose(self, reply: Sequence[int], most: int, params: SamplingParams, generator: torch.Generator) -> list[int]:
-        """At most `most` ids that may follow the prompt and the reply so far. The generator is only looked at."""
+    def propose(self, reply: Sequence[int], most: int, params: SamplingParams, uniforms: Uniforms) -> list[int]:
+        """At most `most` ids that may follow the prompt and the reply so far. The random numbers are only looked at."""
 
     def learn(self, pending: int, drafted: int, accepted: int) -> None:
         """After a pass over `pending` known and `drafted` guessed tokens, of which `accepted` were right."""
@@ -88,7 +88,7 @@ def steps(
         guesses = []
         if speculation is not None and reply.tokens:
             most = reply.limit - len(reply.tokens) - 1 if len(pending) == 1 else 0
-            guesses = speculation.propose(reply.tokens, most, reply.params, reply.generator)
+            guesses = speculation.propose(reply.tokens, most, reply.params, reply.uniforms)
         logits = forward(model, [*pending, *guesses], cache, count=1 + len(guesses), fast=fast)
         chosen, accepted = [], 0
         for row, guess in zip(logits, [*guesses, None], strict=True):
@@ -148,7 +148,7 @@ class Reply:
         self.cached, self.error = 0, None
         # The last token itself need not be computed on, so it may be beyond the context.
         self.limit = min(self.params.max_new_tokens, model.config.context_length - len(self.ids) + 1)
-        self.generator, self.ends = self.params.generator(), end_tokens(model)
+        self.uniforms, self.ends = self.params.uniforms(), end_tokens(model)
         self.said = Said(self.ids) if is_penalized(self.params) else None
         self.intervene, self.until, self.mask = intervene, until, mask
         self.text = ReplyStream(chat, self.ids, self.params.stop, raw=True) if self.params.stop else None
@@ -161,7 +161,7 @@ class Reply:
         """The first half of `choose`, which several replies can do at once in threads: mask and sample."""
         scores = logits if self.mask is None else self.mask(self.tokens, logits)
         try:
-            return sample(scores, self.params, self.generator, self.said)
+            return sample(scores, self.params, self.uniforms, self.said)
         except NotFinite as error:
             raise ValueError(damage(self.model) or str(error)) from None
 

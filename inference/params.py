@@ -4,6 +4,7 @@ Needs no PyTorch until a reply begins, so that a command can check its arguments
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -64,8 +65,8 @@ class SamplingParams:
         if not all(self.stop):
             raise ValueError("stop has an empty text, which would end every reply at once")
 
-    def generator(self) -> "torch.Generator":
-        """The random state of one reply. On the CPU, so that a seed means the same text on every device."""
+    def uniforms(self) -> "Uniforms":
+        """The random numbers of one reply. Of the CPU, so that a seed means the same text on every device."""
         import torch
 
         generator = torch.Generator()
@@ -73,7 +74,27 @@ class SamplingParams:
             generator.seed()
         else:
             generator.manual_seed(self.seed)
-        return generator
+        return Uniforms(generator)
+
+
+class Uniforms:
+    """A generator's numbers from 0 to 1, drawn many at a time: one call of PyTorch between two tokens takes 0.2 ms."""
+
+    AHEAD = 64
+
+    def __init__(self, generator: "torch.Generator", ahead: Sequence[float] = ()):
+        self.generator, self.ahead = generator, list(ahead)  # the next one is the last
+
+    def next(self) -> float:
+        if not self.ahead:
+            import torch
+
+            self.ahead = torch.rand(self.AHEAD, generator=self.generator, dtype=torch.float64).tolist()[::-1]
+        return self.ahead.pop()
+
+    def copy(self) -> "Uniforms":
+        """One that gives the same numbers."""
+        return Uniforms(self.generator.clone_state(), self.ahead)
 
 
 def number(name: str, value: Any, whole: bool) -> int | float:

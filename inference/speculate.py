@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from inference.decode import check_model, end_tokens, forward, new_cache
-from inference.params import MOST_GUESSES, SamplingParams, number
+from inference.params import MOST_GUESSES, SamplingParams, Uniforms, number
 from inference.sampling import Said, is_penalized, sample
 from model import KVCache, Qwen3
 
@@ -35,8 +34,8 @@ class Draft(Protocol):
     def begin(self, prompt: Sequence[int]) -> None:
         """A new reply to this prompt begins."""
 
-    def propose(self, reply: Sequence[int], most: int, params: SamplingParams, generator: torch.Generator) -> list[int]:
-        """At most `most` ids that may follow the prompt and the reply so far. The generator is only looked at."""
+    def propose(self, reply: Sequence[int], most: int, params: SamplingParams, uniforms: Uniforms) -> list[int]:
+        """At most `most` ids that may follow the prompt and the reply so far. The random numbers are only looked at."""
 
 
 class PromptLookup:
@@ -52,7 +51,7 @@ class PromptLookup:
         self.prompt_tokens, self.text, self.read = len(prompt), list(prompt), 0
         self.places: dict[tuple[int, ...], int] = {}  # n-gram: the position behind it
 
-    def propose(self, reply: Sequence[int], most: int, params=None, generator=None) -> list[int]:
+    def propose(self, reply: Sequence[int], most: int, params=None, uniforms=None) -> list[int]:
         self.text += reply[len(self.text) - self.prompt_tokens :]
         text, end = self.text, len(self.text)
         for behind in range(self.read + 1, end):  # the n-grams at the very end have nothing behind them yet
@@ -70,7 +69,7 @@ class PromptLookup:
 class DraftModel:
     """A smaller model with the same tokenizer, which keeps its own cache.
 
-    It draws with a copy of the reply's random state, so that it mostly says what the larger model is about to say
+    It draws with the reply's next random numbers, so that it mostly says what the larger model is about to say
     wherever their distributions are alike, at any temperature; a model as its own draft is always right.
 
     `vocabulary` is the number of ids of the larger model (None: the same). The rows that pad one embedding or the other
@@ -86,7 +85,7 @@ class DraftModel:
     def begin(self, prompt: Sequence[int]) -> None:
         self.prompt = list(prompt)
 
-    def propose(self, reply: Sequence[int], most: int, params: SamplingParams, generator: torch.Generator) -> list[int]:
+    def propose(self, reply: Sequence[int], most: int, params: SamplingParams, uniforms: Uniforms) -> list[int]:
         text, context = [*self.prompt, *reply], self.model.config.context_length
         most = min(most, context - len(text) + 1)
         if most < 1 or max(text) >= self.model.config.vocab_size:
@@ -98,8 +97,7 @@ class DraftModel:
         same = min(common_prefix(self.ids[: self.cache.lengths[0]], text), len(text) - 1)
         self.cache.truncate(same)
         self.ids, pending, guesses = text, text[same:], []
-        twin = torch.Generator()
-        twin.set_state(generator.get_state())
+        twin = uniforms.copy()
         said = Said(self.prompt, reply) if is_penalized(params) else None
         while len(guesses) < most and not (guesses and guesses[-1] in self.ends):
             logits = forward(self.model, pending, self.cache)[0, : self.vocabulary]
@@ -144,13 +142,13 @@ class Speculation:
         self.passes = self.drafted = self.accepted = 0
         self.draft.begin(prompt)
 
-    def propose(self, reply: Sequence[int], most: int, params: SamplingParams, generator: torch.Generator) -> list[int]:
+    def propose(self, reply: Sequence[int], most: int, params: SamplingParams, uniforms: Uniforms) -> list[int]:
         """The ids to verify in the next pass, perhaps none."""
         self.started = self.clock()
         most = min(most, self.length)
         if most < 1 or self.plain is None or self.account < 0:
             return []
-        return self.draft.propose(reply, most, params, generator)
+        return self.draft.propose(reply, most, params, uniforms)
 
     def learn(self, pending: int, drafted: int, accepted: int) -> None:
         """After a pass over `pending` known and `drafted` guessed tokens."""

@@ -49,10 +49,10 @@ def chat(tiny_checkpoint) -> Chat:
 @torch.inference_mode()
 def without_cache(model: Qwen3, ids: list[int], params: SamplingParams) -> list[int]:
     """The slow twin of `generate`: the whole text through the model for each token."""
-    generator, reply = params.generator(), []
+    uniforms, reply = params.uniforms(), []
     while len(reply) < params.max_new_tokens and (not reply or reply[-1] not in (2, 0)):
         logits = model(torch.tensor([[*ids, *reply]]))[0, -1]
-        reply.append(sample(logits, params, generator, Said(ids, reply)))
+        reply.append(sample(logits, params, uniforms, Said(ids, reply)))
     return reply
 
 

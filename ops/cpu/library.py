@@ -14,7 +14,7 @@ import stat
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ops.compiler import find_compiler
 from ops.cpu import variants
 
 DIRECTORY = Path(__file__).parent
-NAMES = ("step.cpp", "pack.cpp", "blocks.cpp", "codes.cpp", "floats.cpp", "choice.cpp")  # slowest first
+NAMES = ("step.cpp", "pack.cpp", "blocks.cpp", "codes.cpp", "floats.cpp", "row.cpp", "choice.cpp")  # slowest first
 SOURCES = tuple(DIRECTORY / name for name in NAMES)
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
 FLAGS += ("-fvisibility-inlines-hidden", "-fno-semantic-interposition", "-Wno-psabi")
@@ -77,6 +77,15 @@ class Tokens(ctypes.Structure):
     _fields_ = [("ids", c_void_p), ("starts", c_void_p), ("outputs", c_void_p), ("B", c_int64), ("logits", c_void_p)]
 
 
+ROW = {  # what the functions of row.cpp take
+    "copy": (c_void_p, c_int64, c_int64, c_void_p),
+    "largest": (c_void_p, c_int64, c_int64, c_void_p),
+    "best": (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p),
+    "weigh": (c_void_p, c_int64, c_int64, c_float, c_float, c_void_p, c_void_p),
+    "below": (c_void_p, c_int64, c_float, c_int64, c_void_p),
+    "cut": (c_void_p, c_int64, c_float, c_int64, c_void_p),
+    "drop": (c_void_p, c_int64, c_double, c_float),
+}
 MIRRORS = (Linear, Attention, MLP, Block, Qwen3, KVCache, Tokens)
 
 
@@ -97,8 +106,9 @@ class Unavailable:
 
 
 class Chosen:
-    """Which variant of the row products the library runs: see variants.py."""
+    """The library, once something has asked for it, and which variant of the row products it runs: see variants.py."""
 
+    library: ctypes.CDLL | None = None
     variant: dict[str, Any] | None = None
 
 
@@ -108,7 +118,7 @@ def library() -> ctypes.CDLL | None:
 
     Raises ValueError where NANOQWEN_STEP or NANOQWEN_STEP_VARIANT is wrong.
     """
-    Unavailable.reason = None
+    Unavailable.reason = Chosen.library = None
     tuned()
     if os.environ.get("NANOQWEN_STEP") == "off":
         Unavailable.reason = "NANOQWEN_STEP=off"
@@ -126,6 +136,7 @@ def library() -> ctypes.CDLL | None:
         notice(f"no compiled C++, so PyTorch computes instead and is slower: {error}")
         return None
     Chosen.variant = variants.apply(loaded, path, Linear)
+    Chosen.library = loaded
     return loaded
 
 
@@ -137,6 +148,7 @@ def load(path: Path) -> ctypes.CDLL:
         found = list((c_int64 * (len(expected) + 1)).in_dll(loaded, "layout"))
         functions = [getattr(loaded, kind + name) for name in DTYPES.values() for kind in ("step_", "quantize_")]
         packers = [getattr(loaded, f"pack_{name}") for name in (*DTYPES.values(), "float16")]
+        passes = [(getattr(loaded, f"row_{name}"), kinds) for name, kinds in ROW.items()]
     except (ValueError, AttributeError) as error:
         raise OSError(f"{path}: {error}") from None
     if found != [*expected, -1]:
@@ -146,6 +158,8 @@ def load(path: Path) -> ctypes.CDLL:
         function.argtypes, function.restype = (*first, *map(POINTER, kinds), c_int), c_int
     for function in packers:
         function.argtypes, function.restype = (c_int, c_void_p, c_int64, c_void_p, c_void_p), c_int
+    for function, kinds in passes:
+        function.argtypes, function.restype = kinds, c_int64
     return loaded
 
 

@@ -9,19 +9,10 @@ import torch
 from transformers.generation import logits_process as oracle
 
 from inference.params import SamplingParams, recommended
-from inference.sampling import (
-    BLOCK,
-    FEW,
-    Said,
-    block_sums,
-    distribution,
-    draw,
-    draw_kept,
-    drop,
-    penalized,
-    sample,
-    top_logprobs,
-)
+from inference.sampling import FEW, Said, distribution, draw, draw_kept, penalized, sample, top_logprobs
+from ops.cpu import row as row_module
+from ops.cpu.library import library
+from ops.cpu.row import BLOCK, Row
 
 SETTINGS = list(itertools.product((0.3, 0.6, 1.7), (0, 1, 5, 20), (1.0, 0.95, 0.5, 0.0), (0.0, 0.05, 0.4)))
 
@@ -46,6 +37,24 @@ def test_filters_agree_with_transformers(temperature, top_k, top_p, min_p):
         assert np.allclose(found, expected, atol=1e-6)
 
 
+class Given:
+    """Random numbers that are always this one."""
+
+    def __init__(self, number: float):
+        self.number = number
+
+    def next(self) -> float:
+        return self.number
+
+
+def row_of(weights: np.ndarray) -> Row:
+    row = Row(len(weights))
+    row.take(torch.from_numpy(weights.copy()))
+    row.copy()
+    row.add_up()
+    return row
+
+
 def probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
     """Of all tokens: float32 [V]."""
     ids, weights = distribution(logits, params)
@@ -54,11 +63,11 @@ def probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
     return found
 
 
-def nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """The weights with 0 for what top-p drops."""
-    weights = weights.copy()
-    drop(weights, SamplingParams(top_p=top_p))
-    return weights
+def nucleus(weights: np.ndarray, top_p: float, min_p: float = 0.0) -> np.ndarray:
+    """The weights with 0 for what top-p and min-p drop."""
+    row = row_of(weights)
+    row.drop(top_p, min_p)
+    return row.numbers
 
 
 @pytest.mark.parametrize("top_p", [0.0, 0.1, 0.3, 0.5, 0.9, 0.95, 0.999])
@@ -94,12 +103,11 @@ def test_the_nucleus_of_a_few():
 @pytest.mark.parametrize("min_p", [0.0, 0.2])
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.7, 1.0])
 def test_a_token_that_is_dropped_is_never_drawn_and_each_other_one_is(top_p, min_p):
-    """Ties too: of equal weights the lower ids are dropped first. `draw_kept` knows nothing of what `drop` does."""
+    """Ties too: of equal weights the lower ids are dropped first. `draw_kept` knows nothing of what `Row.drop` does."""
     weights = np.float32([0.25, 1, 0, 0.25, 0.1, 0.5, 0.25, 0.1, 1, 0.25])
     params = SamplingParams(top_p=top_p, min_p=min_p, seed=1)
-    expected, generator = weights.copy(), params.generator()
-    drop(expected, params)
-    drawn = [draw_kept(weights.copy(), params, generator, np.empty_like(weights)) for _ in range(3000)]
+    expected, uniforms = nucleus(weights, top_p, min_p), params.uniforms()
+    drawn = [draw_kept(row_of(weights), params, uniforms) for _ in range(3000)]
     shares = np.bincount(drawn, minlength=len(weights)) / len(drawn)
     assert np.array_equal(shares > 0, expected > 0)
     assert np.allclose(shares, expected / expected.sum(), atol=0.04)
@@ -114,28 +122,72 @@ def test_draws_from_many_tokens_follow_their_distribution(settings):
     logits[places] = torch.tensor([10.0, 9.5, 9.0, 8.0])
     logits[:: FEW // 100] = 7.0
     params = SamplingParams(seed=1, **settings)
-    expected, generator = probabilities(logits.numpy(), params), params.generator()
-    counts = np.bincount([sample(logits, params, generator) for _ in range(1500)], minlength=len(logits))
+    expected, uniforms = probabilities(logits.numpy(), params), params.uniforms()
+    counts = np.bincount([sample(logits, params, uniforms) for _ in range(1500)], minlength=len(logits))
     assert not counts[expected == 0].any()
     assert np.allclose(counts[places] / 1500, expected[places], atol=0.05)
 
 
 def test_a_draw_takes_every_token_with_a_weight_and_no_other():
-    generator = torch.Generator().manual_seed(0)
-    weights = np.zeros(3 * BLOCK + 7, np.float32)
+    weights, uniforms = np.zeros(3 * BLOCK + 7, np.float32), SamplingParams(seed=0).uniforms()
     places = [0, BLOCK - 1, BLOCK, 2 * BLOCK + 5, 3 * BLOCK + 6]
     weights[places] = [1, 2, 3, 4, 5]
-    counts = np.bincount([draw(weights, block_sums(weights), generator) for _ in range(6000)], minlength=len(weights))
+    row = row_of(weights)
+    counts = np.bincount([draw(row, uniforms) for _ in range(6000)], minlength=len(weights))
     assert counts[places].sum() == 6000
     assert np.allclose(counts[places] / 6000, np.arange(1, 6) / 15, atol=0.025)
 
     weights[places[-1]] = 0
-    highest = torch.tensor(math.nextafter(1.0, 0), dtype=torch.float64)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "rand", lambda *shape, **options: highest)
-        assert draw(weights, block_sums(weights), generator) == places[-2]
-        patch.setattr(torch, "rand", lambda *shape, **options: torch.ones(()))  # rounding can put it there
-        assert draw(weights, block_sums(weights), generator) == places[-2]
+    assert draw(row_of(weights), Given(math.nextafter(1.0, 0))) == places[-2]
+    assert draw(row_of(weights), Given(1.0)) == places[-2]  # rounding can put it there
+
+
+def test_random_numbers_ahead_are_those_of_the_seed():
+    uniforms, generator = SamplingParams(seed=7).uniforms(), torch.Generator().manual_seed(7)
+    expected = [float(torch.rand((), generator=generator, dtype=torch.float64)) for _ in range(150)]
+    assert [uniforms.next() for _ in range(70)] == expected[:70]
+    twin = uniforms.copy()
+    assert [twin.next() for _ in range(80)] == [uniforms.next() for _ in range(80)] == expected[70:]
+
+
+@pytest.mark.skipif(library() is None, reason="no compiler")
+@pytest.mark.parametrize("size", [1, BLOCK - 1, 5 * BLOCK + 3, 40000])
+@pytest.mark.parametrize("scale", [0.6, 4.0, 60.0])
+def test_the_passes_in_cpp_are_those_in_numpy_to_the_bit(size, scale, monkeypatch):
+    generator = torch.Generator().manual_seed(size)
+    logits = (scale * torch.randn(size, generator=generator)).bfloat16()
+    logits[::3] = logits[0]
+    logits[1::7] = -torch.inf
+
+    def passes(logits: torch.Tensor) -> list:
+        row = Row(size)
+        row.take(logits)
+        (likeliest, largest), few = row.largest(), min(size, 5)
+        found = [likeliest, largest, row.tops.copy(), row.narrow(few).copy(), row.numbers.copy()]
+        row.take(logits)
+        found += [row.copy().copy(), row.largest()[0], row.narrow(few).copy(), row.numbers.copy()]
+        row.take(logits)
+        row.weigh(np.float32(0.7), np.float32(largest))
+        found += [row.all.copy(), row.sums.copy(), row.total()]
+        for index in (likeliest, size // 2, 0):
+            weight = row.all[index]
+            found.append(row.below(weight, index))
+            row.cut(weight, index)
+            found += [row.all.copy(), row.sums.copy()]
+        for top_p, min_p in ((1.0, 0.3), (0.9, 0.0), (0.5, 0.2), (0.0, 0.0)):
+            row.take(logits)
+            row.weigh(np.float32(0.7), np.float32(largest))
+            row.drop(top_p, min_p)
+            found += [row.numbers.copy(), row.total()]
+        return found
+
+    compiled, exact = passes(logits), ((logits.double() - logits.max()) * np.float32(0.7)).exp().numpy()
+    assert np.allclose(compiled[9][:size], exact, rtol=5e-5, atol=3e-45)  # at 300 a float32 has a last bit of 3e-5
+    assert math.isclose(compiled[11], exact.sum(), rel_tol=5e-5)
+    same = [compiled, passes(logits.float())]
+    monkeypatch.setattr(row_module, "compiled", lambda: None)
+    for other in (*same[1:], passes(logits), passes(logits.float()), passes(logits.double())):
+        assert all(np.array_equal(a, b) for a, b in zip(compiled, other, strict=True))
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-46, 1e-40, 1e-38, 1e-30])
@@ -143,7 +195,7 @@ def test_a_draw_takes_every_token_with_a_weight_and_no_other():
 @pytest.mark.parametrize("filters", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}])
 def test_a_temperature_near_zero_is_greedy(temperature, logits, filters):
     params = SamplingParams(temperature=temperature, seed=1, **filters)
-    assert sample(torch.tensor(logits), params, params.generator()) == 1
+    assert sample(torch.tensor(logits), params, params.uniforms()) == 1
 
 
 def test_presence_penalty_counts_a_token_of_the_reply_once_and_leaves_the_prompt_alone():
@@ -179,26 +231,26 @@ def test_log_probabilities_are_those_of_softmax():
 
 def test_a_draw_follows_the_probabilities_and_its_seed_alone():
     logits, params = torch.tensor([0.0, 1.0, 2.0, -1.0]), SamplingParams(seed=3)
-    generator = params.generator()
-    draws = [sample(logits, params, generator) for _ in range(4000)]
+    uniforms = params.uniforms()
+    draws = [sample(logits, params, uniforms) for _ in range(4000)]
     shares = torch.bincount(torch.tensor(draws), minlength=4) / len(draws)
     assert torch.allclose(shares, logits.softmax(-1), atol=0.025)
-    generator = params.generator()
-    assert draws[:50] == [sample(logits + 1e-7, params, generator) for _ in range(50)]
-    assert SamplingParams().generator().initial_seed() != SamplingParams().generator().initial_seed()
+    uniforms = params.uniforms()
+    assert draws[:50] == [sample(logits + 1e-7, params, uniforms) for _ in range(50)]
+    assert SamplingParams().uniforms().next() != SamplingParams().uniforms().next()
 
 
 def test_greedy_is_the_argmax_after_the_penalties():
     params = SamplingParams(temperature=0, presence_penalty=2.0)
-    assert sample(torch.tensor([1.0, 3.0, 2.0]), params, params.generator()) == 1
-    assert sample(torch.tensor([1.0, 3.0, 2.0]), params, params.generator(), Said([], [1])) == 2
+    assert sample(torch.tensor([1.0, 3.0, 2.0]), params, params.uniforms()) == 1
+    assert sample(torch.tensor([1.0, 3.0, 2.0]), params, params.uniforms(), Said([], [1])) == 2
 
 
 def test_logits_that_overflowed_are_an_error_that_names_the_fix():
     for bad, temperature in itertools.product((torch.nan, torch.inf), (0, 1e-40, 1.0)):
         params = SamplingParams(temperature=temperature)
         with pytest.raises(ValueError, match="--dtype float32"):
-            sample(torch.tensor([0.0, bad]), params, params.generator())
+            sample(torch.tensor([0.0, bad]), params, params.uniforms())
 
 
 def test_numbers_of_numpy_are_numbers_and_other_kinds_are_named():

@@ -93,7 +93,7 @@ def test_a_draft_padded_to_another_size_guesses_within_both(rows, temperature):
     assert accepted > 0 or rows < 40  # there the reply may hold ids that the draft lacks
     smaller = DraftModel(small_model(3, vocabulary=20), 40)
     smaller.begin([5, 30])
-    assert smaller.propose([], 3, params, params.generator()) == []
+    assert smaller.propose([], 3, params, params.uniforms()) == []
 
 
 @pytest.mark.parametrize(
