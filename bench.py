@@ -1,4 +1,4 @@
-"""Measure nanoqwen on this machine, beside what people would use instead: `python bench.py [SUBJECT]`.
+"""Measure nanoqwen on this machine, beside what people would use instead: `python bench.py [SUBJECT] [options]`.
 
     python bench.py [speed]     tokens a second and memory of a model, with the machine's limits beside them
     python bench.py train       training: tokens a second and memory, beside transformers and nanoGPT
@@ -11,7 +11,8 @@
     python bench.py serve       the server beside llama.cpp's; --soak MINUTES: whether it lasts
     python bench.py xray        rows a second of a look at a data set, beside duckdb, datasets and tokenizers
 
-`python bench.py SUBJECT --help` lists a subject's options. Each lives in benchmarks/.
+`python bench.py SUBJECT --help` lists a subject's options; options alone are those of speed. Each subject is a file in
+benchmarks/. Every table with its command and machine is in docs/RESULTS.md.
 """
 
 import signal
@@ -25,6 +26,8 @@ SUBJECTS = ("speed", "train", "tokens", "convert", "quality", "sampling", "start
 
 def main() -> None:
     subject, *options = sys.argv[1:] or ["speed"]
+    if subject in ("-h", "--help"):
+        return print(__doc__.strip())
     if subject.startswith("-"):  # options alone are those of the speed table
         if {"-h", "--help"} & set(sys.argv):
             print(__doc__)

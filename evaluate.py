@@ -29,11 +29,13 @@ EXAMPLES = """\
 
 
 def parse_arguments(arguments: list[str]) -> Namespace:
-    parser = console.ArgumentParser(prog="evaluate.py", description="Evaluate a model.", examples=EXAMPLES)
+    parser = console.ArgumentParser(
+        prog="evaluate.py", description="Evaluate a model: run tasks, score again, compare.", examples=EXAMPLES
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, about: str):
-        return commands.add_parser(name, help=about, description=about)
+        return commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
 
     one = command("run", "put a task's questions to a model and score its answers")
     one.add_argument("tasks", nargs="+", metavar="TASK", help="families, arithmetic, gsm8k, …; with --data any name")
@@ -54,8 +56,8 @@ def parse_arguments(arguments: list[str]) -> Namespace:
     add("--run-code", action="store_true", help="let tasks run the code that the model writes")
     add("--harness", action="store_true", help="the tasks are those of lm-evaluation-harness, an extra to install")
     add("--chat-template", action="store_true", help="with --harness: put questions as a chat")
-    add("--thinking", choices=("on", "off"), default="on")
-    add("--thinking-budget", type=int, metavar="N", help="end the thinking after N tokens")
+    add("--thinking", choices=("on", "off"), default="on", help="think before answering (default: on)")
+    add("--thinking-budget", type=int, metavar="N", help="end the thinking after N tokens (default: no limit)")
     add("--system", metavar="TEXT", help="a system message before each question that has none")
     for name, kind in SAMPLING.items():
         add(f"--{name.replace('_', '-')}", type=kind, metavar="X" if kind is float else "N")

@@ -39,7 +39,7 @@ EXAMPLES = """\
   python generate.py                                          a chat in the terminal
   python generate.py "Which is larger, 9.11 or 9.9?"          one answer
   python generate.py --thinking off --json < question.txt     one JSON record
-  python generate.py --raw "Once upon a time"                 a base model goes on with the text
+  python generate.py --raw "Once upon a time"                 a base model continues a text
   python generate.py --prompts questions.jsonl > out.jsonl    many prompts in batches
 """
 
@@ -68,9 +68,9 @@ def parse_arguments(arguments: list[str]):
     add = parser.add_argument_group("end of a reply").add_argument
     add("--max-new-tokens", type=int, metavar="N", help="at most N tokens (default: 32768)")
     add("--stop", action="append", metavar="STR", help="end at this text (may be given several times)")
-    add("--no-loop-stop", action="store_true", help="go on when the last 2,048 tokens repeat themselves")
+    add("--no-loop-stop", action="store_true", help="don't end a reply whose last 2,048 tokens repeat themselves")
 
-    add = parser.add_argument_group("guessing ahead", "The same text, sooner.").add_argument
+    add = parser.add_argument_group("speculative decoding", "The same text, sooner.").add_argument
     lookup = f"most tokens to guess where the text quotes or repeats itself (default: {MOST_GUESSES}; 0: off)"
     add("--prompt-lookup", type=int, metavar="N", help=lookup)
     add("--draft", metavar="SRC", help="a smaller model with the same tokenizer that guesses the next tokens")
@@ -80,7 +80,9 @@ def parse_arguments(arguments: list[str]):
     add("--batch-size", type=int, metavar="N", help=f"with --prompts: prompts at a time (default: {BATCH_SIZE})")
     add("--json", action="store_true", help="print one JSON object per answer")
     add("--logprobs", type=int, metavar="N", help="with --json: log probabilities of each token and the N likeliest")
-    add("--stats", action="store_true", help="print speeds and the share of the memory bandwidth")
+    add(
+        "--stats", action="store_true", help="also print speeds, and the share of the memory bandwidth that was reached"
+    )
     options = parser.parse_args(expand_switches(arguments))
     if options.raw and (options.thinking or options.thinking_budget or options.system is not None):
         raise ValueError("--raw uses no chat template, so leave --thinking, --thinking-budget and --system out")

@@ -22,30 +22,32 @@ EXAMPLES = """\
 
 def parse_arguments(arguments: list[str]) -> Namespace:
     parser = console.ArgumentParser(
-        prog="lens.py", description="One page about a prompt, the reply, and what led to it.", examples=EXAMPLES
+        prog="lens.py",
+        usage="lens.py PROMPT [--model SRC] [--out FILE] [options]",
+        description="Write one HTML page about a prompt, the model's reply, and what led to it.",
+        examples=EXAMPLES,
     )
     add = parser.add_argument
-    add("prompt", nargs="?", metavar="PROMPT")
+    add("prompt", nargs="?", metavar="PROMPT", help="the question, or with --raw the beginning of a text")
     add("--model", metavar="SRC", help="directory, hub id, .gguf file; with --architecture also a config.json")
     add("--out", type=Path, metavar="FILE", help="the page (default: lens.html)")
     add("--json", type=Path, metavar="FILE", help="the same numbers for programs")
     add("--answer", metavar="TEXT", help="look at this reply instead of the model's own")
-    add("--architecture", action="store_true", help="the model itself, without a prompt and without weights")
-    add("--verify", type=Path, metavar="FILE", help="compute the numbers of a page again and name what differs")
-    add("--thinking", choices=("on", "off"), default="on")
+    add("--architecture", action="store_true", help="instead: a page about the model itself, from its headers alone")
+    add("--verify", type=Path, metavar="FILE", help="instead: compute a page's numbers again and name what differs")
+    add = parser.add_argument_group("the reply").add_argument
+    add("--thinking", choices=("on", "off"), default="on", help="think before answering (default: on)")
     add("--system", metavar="TEXT", help="the system message")
     add("--raw", action="store_true", help="continue the text as it is, without a chat template (base models)")
-    add("--spans", choices=("sentences", "tokens"), default="sentences", help="what is taken out (default: sentences)")
     for name, kind in (("temperature", float), ("top_k", int), ("top_p", float), ("min_p", float)):
         add(f"--{name.replace('_', '-')}", type=kind, metavar="X", help="as in generate.py (default: greedy)")
-    add("--seed", type=int, default=0, metavar="N")
-    add("--max-new-tokens", type=int, default=200, metavar="N", help="of the reply (default: 200)")
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="default: float32, for exact bits",
-    )
+    add("--seed", type=int, default=0, metavar="N", help="of a reply that is sampled (default: 0)")
+    add("--max-new-tokens", type=int, default=200, metavar="N", help="at most N tokens (default: 200)")
+    add = parser.add_argument_group("the numbers").add_argument
+    spans = "which parts of the prompt are left out one by one (default: sentences)"
+    add("--spans", choices=("sentences", "tokens"), default="sentences", help=spans)
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, default="float32", help="default: float32, in which --verify is exact")
     options = parser.parse_args(arguments)
     if sum(map(bool, (options.prompt is not None, options.architecture, options.verify))) != 1:
         raise ValueError('give a prompt, as in lens.py "Why is the sky blue?", or --architecture, or --verify FILE')

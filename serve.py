@@ -32,7 +32,7 @@ def parse_arguments(arguments: list[str]):
     add = parser.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", metavar="NAME", help="address to listen at (default: 127.0.0.1, this machine)")
     add("--port", type=int, default=8000, metavar="N", help="default: 8000; 0 is any free one")
-    add("--api-key", metavar="KEY", help="what clients have to send (default: NANOQWEN_API_KEY, else nothing)")
+    add("--api-key", metavar="KEY", help="what clients must send (default: NANOQWEN_API_KEY, else none)")
     add("--no-api-key", action="store_true", help="let other machines ask without a key")
     add = parser.add_argument_group("limits").add_argument
     add("--max-batch", type=int, default=16, metavar="N", help="replies side by side (default: 16)")

@@ -1,17 +1,4 @@
-"""Look at a data set before training on it: `python xray.py SRC`.
-
-    python xray.py databricks/databricks-dolly-15k --limit 2000      hub id, streamed
-    python xray.py rows.jsonl --out OUT                              also Parquet, CSV, text, shards, folders of them
-    python xray.py rows.jsonl --against held_out.jsonl               leakage between two sets
-    python xray.py rows.jsonl --model models/tiny                    bits per token of each row under a model
-    python xray.py rows.jsonl --sql "SELECT _row, _tokens FROM data ORDER BY _tokens DESC LIMIT 5"
-    python xray.py rows.jsonl --fix clean.jsonl                      the rows that pass, and a record of the others
-    python xray.py configs/sft.yaml                                  the rows of a training run, as that run sees them
-
-Exit status: 0; 1 where a rule named by --fail-on is broken; 2 for what can't be read and wrong usage. Rows are numbered
-from 0. --sql sees the table `data`: the set's columns and ours (_row, _split, _prompt, _response, _text, _characters,
-_tokens, _targets, _bits, _duplicate_of, _near_duplicate_of, _findings).
-"""
+"""Look at a data set before training on it: `python xray.py SRC`. What it is made of lives in inspection/xray/."""
 
 import argparse
 import json
@@ -27,10 +14,32 @@ if TYPE_CHECKING:
     from chat import Chat
 
 GENERATED_ROWS = 1000  # of an endless source
+EXAMPLES = """\
+  python xray.py databricks/databricks-dolly-15k --limit 2000      a data set of the hub, streamed
+  python xray.py rows.jsonl --out OUT                              also Parquet, CSV, text, shards, folders of them
+  python xray.py rows.jsonl --against held_out.jsonl               leakage between two sets
+  python xray.py rows.jsonl --model models/tiny                    bits per token of each row under a model
+  python xray.py rows.jsonl --sql "SELECT _row, _tokens FROM data ORDER BY _tokens DESC LIMIT 5"
+  python xray.py rows.jsonl --fix clean.jsonl                      the rows that pass, and a record of the others
+  python xray.py configs/sft.yaml                                  the rows of a training run, as that run sees them
+
+--sql sees the table `data`: the set's columns and ours (_row, from 0, _split, _prompt, _response, _text, _characters,
+_tokens, _targets, _bits, _duplicate_of, _near_duplicate_of, _findings).
+
+exit status:
+  0  the set was read
+  1  a finding named by --fail-on is there
+  2  something can't be read, or the command was used wrongly
+"""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = console.ArgumentParser(description=__doc__, usage="xray.py SRC [options]")
+    parser = console.ArgumentParser(
+        prog="xray.py",
+        usage="xray.py SRC [options]",
+        description="Look at a data set before training on it.",
+        examples=EXAMPLES,
+    )
     add = parser.add_argument
     add("src", metavar="SRC", help="hub id, file, folder, or the YAML of a training run")
     group = parser.add_argument_group("what is read")

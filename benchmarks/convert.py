@@ -85,7 +85,7 @@ def measure(model: Path, type: str, repeats: int, folder: Path) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
-    parser = console.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = console.ArgumentParser(prog="bench.py convert", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", metavar="SRC", help="directory or hub id (default: Qwen/Qwen3-0.6B)")
     parser.add_argument("--types", nargs="+", default=DEFAULT_TYPES, metavar="TYPE", help="as of convert.py")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="rounds of the two in turn (default: 3)")

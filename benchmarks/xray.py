@@ -95,7 +95,7 @@ def datasets_rows(path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    parser = console.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = console.ArgumentParser(prog="bench.py xray", description=" ".join(__doc__.partition("\n\n")[0].split()))
     parser.add_argument("--rows", type=int, default=200_000, metavar="N", help="default: 200,000")
     parser.add_argument("--text", type=Path, help="a text to take the words from")
     parser.add_argument("--tokenizer", default="models/tiny", metavar="SRC", help="default: models/tiny")

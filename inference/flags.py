@@ -20,11 +20,25 @@ def add_sampling_flags(parser: ArgumentParser) -> None:
     """How tokens are chosen; `inference/params.py`'s `sampling_flags` reads them."""
     group = parser.add_argument_group("sampling", "Defaults are the checkpoint's own, else the model card's advice.")
     add = group.add_argument
-    add("--temperature", type=float, metavar="X", help="0 is greedy")
+    add("--temperature", type=float, metavar="X", help="divides the logits; 0 is greedy")
     add("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0 is off")
-    add("--top-p", type=float, metavar="P", help="only the fewest tokens with probability P together; 1 is off")
+    add(
+        "--top-p", type=float, metavar="P", help="only the likeliest tokens that reach probability P together; 1 is off"
+    )
     add("--min-p", type=float, metavar="P", help="only tokens at least P times as likely as the likeliest; 0 is off")
-    add("--presence-penalty", type=float, metavar="X", help="against repetition, -2 to 2 (default: 0)")
-    add("--frequency-penalty", type=float, metavar="X", help="the same for each time that a token came (default: 0)")
-    add("--repetition-penalty", type=float, metavar="X", help="against repetition, a factor (default: 1)")
+    add(
+        "--presence-penalty",
+        type=float,
+        metavar="X",
+        help="taken off the logit of tokens in the reply so far, -2 to 2 (default: 0)",
+    )
+    add(
+        "--frequency-penalty", type=float, metavar="X", help="the same for each time that a token occurred (default: 0)"
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="divides the logits of tokens in prompt and reply (default: 1)",
+    )
     add("--seed", type=int, metavar="N", help="the same seed gives the same text (default: a new one each time)")

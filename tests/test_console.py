@@ -59,8 +59,7 @@ def test_closed_and_full_streams_are_no_traceback(tmp_path, arguments, redirecti
         assert file.read_text() == "the file's own", "a closed stream's number is not given to a file"
 
 
-COMMANDS = ("generate.py", "train.py", "convert.py", "evaluate.py", "audit.py", "xray.py", "lens.py")
-EXAMPLES = ("generate.py", "train.py", "convert.py", "evaluate.py")
+COMMANDS = ("generate.py", "serve.py", "train.py", "convert.py", "evaluate.py", "audit.py", "xray.py", "lens.py")
 BLOCKED = "import sys; sys.modules['torch'] = None; import runpy; sys.argv = sys.argv[1:]; "
 BLOCKED += "sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')"
 
@@ -75,13 +74,20 @@ def test_help_version_and_wrong_flags_need_no_pytorch(command):
 
     shown = run("--help")
     assert shown.returncode == 0 and "usage: " in shown.stdout and not shown.stderr
-    assert "examples:\n" in shown.stdout or command not in EXAMPLES
+    assert f"examples:\n  python {command} " in shown.stdout
     assert all(len(line) <= 120 for line in shown.stdout.splitlines())
     version = run("--version")
     assert (version.returncode, version.stdout) == (0, f"nanoqwen {console.project()['version']}\n")
     first = {"evaluate.py": ["tasks"], "audit.py": ["SRC"], "xray.py": ["SRC"]}.get(command, [])
     wrong = run(*first, "--hlep")
     assert wrong.returncode == 2 and "did you mean --help?" in wrong.stderr and wrong.stderr.count("\n") == 1
+
+
+def test_help_of_the_benchmarks_lists_their_subjects(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--help"])
+    bench.main()
+    shown = capsys.readouterr().out
+    assert all(f"    python bench.py {subject} " in shown.replace("[speed]", "speed") for subject in bench.SUBJECTS)
 
 
 @pytest.mark.parametrize("subject", bench.SUBJECTS)
