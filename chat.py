@@ -186,7 +186,14 @@ class Chat:
         ValueError where the template leaves out anything that the messages say.
         """
         asked, (answer,) = normalise(asked), normalise([answer])
+        if thinking is False and thinks(answer):
+            raise ValueError("enable_thinking is false, but this turn of the assistant thinks; keep one")
         thinking = thinks(answer) if thinking is None else thinking
+        content = answer.get("content") or ""
+        if content.lstrip().startswith(THINK_START) and THINK_END not in content:
+            raise ValueError(
+                f"the answer opens {THINK_START} and does not close it, as a reply that was cut short does"
+            )
         prompt = self.render_text(asked, thinking, tools)
         whole = self.render_text([*asked, answer], thinking, tools, add_generation_prompt=False)
         bare = prompt.rstrip().removesuffix(THINK_END).rstrip().removesuffix(THINK_START)  # without an empty thinking

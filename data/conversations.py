@@ -32,7 +32,8 @@ ANSWERED = ("completion", "response", "output", "answer")
 BESIDE = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs", "enable_thinking", "history")
 FIELDS = frozenset((*DIALOGUES, *TRANSCRIPTS, *ASKED, *ABOUT, *ANSWERED, *BESIDE, *REASONING))
 FIELDS |= {"chosen", "rejected", "label", "weight"}
-"""All fields that are read; others (an id, a category, a score) change nothing that is taught."""
+"""All fields that can be read; others (an id, a category, a score) change nothing that is taught. Of several answers,
+or forms of a question, the first counts: `Row` knows which were read."""
 SETTINGS = ("n", "model", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "max_tokens", "max_new_tokens")
 SETTINGS += ("max_completion_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs")
 SETTINGS += ("tool_choice", "response_format", "logit_bias", "stream", "thinking_budget")
@@ -42,6 +43,30 @@ UNREAD = ("documents", "loss_mask", "loss_masks", "weights", "loss_weights", "sa
 MINUS = "\u2212"
 NUMBER = re.compile(rf"(?<![\w.])[-{MINUS}]?(?:(?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?|\.\d+)|\d+(?:\.\d+)?")
 SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
+
+
+# A number in a fraction, a root or a power is not the value of what it stands in.
+IN_FORMULA = re.compile(r"(?:frac\s*\{[^{}]*\}\s*\{|sqrt\s*\{?|[/^]\s*[{(]?|\d[eE][+-]?)\s*$")
+
+
+class Row(dict):
+    """A row that knows which of its fields were read, so that those which were not can be named."""
+
+    def __init__(self, record: dict):
+        super().__init__(record)
+        self.read: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    @property
+    def unread(self) -> set[str]:
+        return {str(name) for name, value in self.items() if value is not None and name not in self.read}
 
 
 class Conversation(NamedTuple):
@@ -70,10 +95,7 @@ def conversation(record: Any) -> Conversation | None:
     """Messages up to the last turn of the assistant that is learnt (weight is not 0). None where nothing is: for an
     empty answer, of which Alpaca has a few, and where all weights are 0."""
     record = fields_of(record)
-    if str(record.get("label")).lower() in ("false", "0"):  # KTO's, which some tools write as a number or a text
-        raise ValueError(f"label is {str(record['label']).lower()}: this would teach an unwanted answer")
-    if record.get("weight") not in (None, 1):
-        raise ValueError(f"weight is {short(record['weight'])}, but rows have no weights of their own; messages have")
+    check_weight(record)
     messages = dialogue(record)
     if not messages or not turn(messages[-1]):  # then an answer may stand beside them
         messages = completed(record, messages) or messages or transcript(record)
@@ -94,16 +116,30 @@ def conversation(record: Any) -> Conversation | None:
     return Conversation(messages[: learnt[-1] + 1], *beside(record)) if learnt else None
 
 
+def check_weight(record: dict) -> None:
+    """ValueError for a row that is not to be learnt like the others."""
+    if str(record.get("label")).lower() in ("false", "0"):  # KTO's, which some tools write as a number or a text
+        raise ValueError(f"label is {str(record['label']).lower()}: this would teach an unwanted answer")
+    if record.get("weight") not in (None, 1):
+        raise ValueError(f"weight is {short(record['weight'])}, but rows have no weights of their own; messages have")
+
+
 def preference(record: Any) -> Preference | None:
     """None for pairs that differ in more than the last answer, or not at all; published sets have a few."""
     record = fields_of(record)
     if record.get("chosen") is None or record.get("rejected") is None:
         raise ValueError(f"has the fields {named(record)}, but a preference has chosen and rejected")
-    prompt = dialogue(record) or asked(record) or []
+    check_weight(record)
+    prompt = dialogue(record) or []
+    if not prompt or turn(prompt[-1]):  # UltraFeedback's messages are the prompt with the chosen answer
+        prompt = asked(record) or []
     both = [whole(prompt, record, name) for name in ("chosen", "rejected")]
     (*before, chosen), (*before_too, rejected) = (with_system(record, messages) for messages in both)
     if not before:
         raise ValueError("has no prompt, neither in a field of its own nor before the answers")
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if answer.get("weight") == 0:
+            raise ValueError(f"{name} has weight 0, but a preference is learnt from both answers")
     if not turn(chosen) or not turn(rejected) or before != before_too or chosen == rejected:
         return None
     return Preference(Conversation(before, *beside(record)), chosen, rejected)
@@ -115,9 +151,13 @@ def question(record: Any) -> tuple[Conversation, LastNumber]:
     if all(record.get(name) is None for name in ("question", "prompt")) or record.get("answer") is None:
         raise ValueError(f"has the fields {named(record)}, but a question has question and answer")
     answer = record["answer"]
-    truth = last_number(str(answer) if isinstance(answer, int | float) else text_of(record, "answer"))
+    text = str(answer) if isinstance(answer, int | float) else text_of(record, "answer")
+    truth = last_number(text)
     if truth is None:
         raise ValueError("answer has no number, so no reply can be checked")
+    at = list(NUMBER.finditer(text))[-1].start()
+    if IN_FORMULA.search(text[max(0, at - 40) : at]):
+        raise ValueError(f"answer {short(text[-60:])} ends in a fraction, a root or a power; write it as one number")
     return Conversation(asked(record, ("question", "prompt")), *beside(record)), LastNumber(truth)
 
 
@@ -126,6 +166,8 @@ def prompt(record: Any) -> Conversation:
     the assistant's, the reply continues it."""
     if isinstance(record, str):
         return Conversation([user(record)])
+    if isinstance(record, list):
+        record = {"messages": record}
     for name in SETTINGS:
         if fields_of(record).get(name) is not None:
             raise ValueError(f"{name} is a setting, which the command line gives for the whole file; leave it out")
@@ -165,8 +207,9 @@ def asked(record: dict, names: tuple[str, ...] = ASKED) -> list[Message] | None:
     name = next((name for name in names if record.get(name) is not None), None)
     if name is None:
         return None
-    other = name != "instruction" and record.get("instruction") is not None  # then context and input belong to that one
-    about = [text_of(record, field) for field in ABOUT if field != name and record.get(field) and not other]
+    # Beside an instruction, context and input belong to that one. (dict.get: it is only looked for, not read.)
+    other = name != "instruction" and dict.get(record, "instruction") is not None
+    about = [text_of(record, field) for field in ABOUT if not other and field != name and record.get(field)]
     if about and not isinstance(record[name], str):
         raise ValueError(f"{name} is a list of messages, so {' or '.join(ABOUT)} can't be appended to it")
     messages = as_messages(record[name], name, "user")
@@ -234,7 +277,7 @@ def beside(record: dict) -> tuple[list[dict] | None, bool | None]:
     if functions:  # OpenAI's older name
         tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in functions]
     options = record.get("chat_template_kwargs") or {}
-    if not isinstance(options, dict) or options.keys() - {"enable_thinking"}:
+    if not isinstance(options, dict) or any(options[name] for name in options.keys() - {"enable_thinking"}):
         raise ValueError(f"chat_template_kwargs is {short(options)}, of which only enable_thinking is known")
     stated = [place["enable_thinking"] for place in (options, record) if place.get("enable_thinking") is not None]
     if len(stated) > 1 and stated[0] != stated[1]:
@@ -259,7 +302,7 @@ def whole(prompt: list[Message], record: dict, name: str) -> list[Message]:
 
 def answer_of(record: dict, name: str) -> list[Message]:
     value = record[name]
-    asked = (record.get(field) for field in ASKED)
+    asked = (dict.get(record, field) for field in ASKED)
     if isinstance(value, str) and any(isinstance(text, str) and SPEAKER.search(text) for text in asked):
         value = value.removeprefix(" ")  # the space after "Assistant:"
     return as_messages(value, name, "assistant")

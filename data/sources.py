@@ -214,16 +214,17 @@ def read_items(
     """
     rows, items, too_long, unusable, odd, unread = 0, [], 0, 0, [], set()
     digest = hashlib.blake2b(digest_size=8)
-    for where, record in console.counted(found, f"{name}: rows"):
+    for where, given in console.counted(found, f"{name}: rows"):
         rows += 1
         try:
-            if isinstance(record, Unreadable):
-                raise record
+            if isinstance(given, Unreadable):
+                raise given
+            record = conversations.Row(given) if isinstance(given, dict) else given
             made = make(record)
         except ValueError as error:
             odd.append(f"{where}: {error}")
             continue
-        unread |= record.keys() - conversations.FIELDS
+        unread |= record.unread
         fitting = [item for item in made if item.length <= longest]
         too_long, unusable = too_long + len(made) - len(fitting), unusable + (not made)
         for item in fitting:
@@ -239,7 +240,7 @@ def read_items(
     console.notice(
         f"{name}: {rows:,} rows, {len(items):,} to learn from"
         + ("; left out: " + ", ".join(left_out) if left_out else "")
-        + (f"; fields that are not read: {', '.join(sorted(map(str, unread)))}" if unread else "")
+        + (f"; fields that are not read: {', '.join(sorted(unread))}" if unread else "")
     )
     if not items:
         raise ValueError(f"data: {name} has nothing to learn from; use other rows or a longer train.sequence")

@@ -3,8 +3,9 @@
 Chats, prompt files and training rows all pass through `normalise`. Fields that change the text, or what is learnt from
 it, are honoured or rejected by name, never dropped:
 
-    role            developer is system, human and prompter are user, gpt, model and ai are assistant,
-                    function, observation and tool_response are tool, each in capitals too; others are rejected
+    role            developer is system, human and prompter are user, gpt, chatgpt, bing, bard, model and ai are
+                    assistant, function, observation and tool_response are tool, each in capitals too; others are
+                    rejected
     from, value     ShareGPT's names of role and content; from: function_call holds a call as JSON
     content         a text, or a list of parts: texts are joined, thinking goes to the reasoning; images and
                     Anthropic's tool_use and tool_result are rejected
@@ -25,6 +26,7 @@ from typing import Any
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 OTHER_ROLES = {"developer": "system", "human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant"}
+OTHER_ROLES |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 OTHER_ROLES |= {"ai": "assistant", "function": "tool", "observation": "tool", "tool_response": "tool"}
 OTHER_ROLES |= {"function_call": "assistant"}
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the order of transformers' apply_chat_template
@@ -59,7 +61,7 @@ def normalise(messages: Any, place: str = "messages") -> list[Message]:
 def normalise_tools(tools: Any, place: str = "tools") -> list[dict] | None:
     """The tools as a template gets them, None if there are none. JSON texts are parsed."""
     tools = _parsed(tools, place) if isinstance(tools, str) and tools.strip() else tools
-    if tools is None or tools == "" or tools == []:
+    if tools in (None, "", [], {}):
         return None
     if isinstance(tools, dict):
         tools = [tools]

@@ -171,6 +171,14 @@ CALLED = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
         (preference, {"chosen": [], "rejected": "y"}, "chosen: an empty list"),
         (question, {"question": "Hi", "answer": "none"}, "answer has no number"),
         (question, {"problem": "Hi", "answer": "3"}, "a question has question and answer"),
+        (question, {"question": "Hi", "answer": "1/2"}, "'1/2' ends in a fraction"),
+        (question, {"question": "Hi", "answer": "so \\boxed{\\frac{14}{3}}"}, "ends in a fraction, a root or a power"),
+        (question, {"question": "Hi", "answer": "2\\sqrt{5}"}, "ends in a fraction"),
+        (question, {"question": "Hi", "answer": "10^{-3}"}, "ends in a fraction"),
+        (question, {"question": "Hi", "answer": "1e5"}, "ends in a fraction"),
+        (preference, {"prompt": "Hi", "chosen": "x", "rejected": "y", "label": False}, "label is false"),
+        (preference, {"prompt": "Hi", "chosen": "x", "rejected": "y", "weight": 0.3}, r"weight is 0\.3"),
+        (preference, {"prompt": "Hi", "chosen": [TELL | {"weight": 0}], "rejected": "y"}, "chosen has weight 0"),
         (prompt, {"prompt": "Hi", "temperature": 0}, "temperature is a setting"),
         (prompt, {"text": "Hi"}, "has the fields text, but a prompt is"),
     ],
@@ -229,7 +237,70 @@ def test_whatever_a_row_holds_it_is_read_or_refused():
                     conversation({"messages": [ASK, {"role": role, "content": "x"} | {field: value}, AGAIN, BYE]})
 
 
+ULTRAFEEDBACK = {  # HuggingFaceH4/ultrafeedback_binarized: the messages are the prompt and the chosen answer
+    "prompt": "Hi",
+    "prompt_id": "a",
+    "chosen": [ASK, TELL],
+    "rejected": [ASK, BYE],
+    "messages": [ASK, TELL],
+    "score_chosen": 8.0,
+    "score_rejected": 3.0,
+}
+
+
+def test_messages_that_hold_the_answer_are_no_prompt():
+    for record in (ULTRAFEEDBACK, {name: ULTRAFEEDBACK[name] for name in ("messages", "chosen", "rejected")}):
+        found = preference(record)
+        assert found.asked.messages == [ASK] and (found.chosen, found.rejected) == (TELL, BYE)
+
+
+@pytest.mark.parametrize(
+    ("make", "record", "unread"),
+    [
+        ("conversation", {"question": "a", "answer": "4", "response": "b", "id": 1, "extra": None}, {"answer", "id"}),
+        ("conversation", {"prompt": "a", "instruction": "b", "input": "c", "output": "d"}, {"instruction", "input"}),
+        ("conversation", {"instruction": "b", "input": "c", "output": "d", "text": "bcd"}, {"text"}),
+        ("conversation", {"messages": [ASK, TELL], "prompt": "a", "completion": "b"}, {"prompt", "completion"}),
+        ("conversation", {"messages": [ASK], "response": "b", "reasoning": "c", "tools": []}, set()),
+        ("preference", ULTRAFEEDBACK, {"prompt_id", "score_chosen", "score_rejected"}),
+        ("question", {"question": "a", "prompt": "b", "answer": "5", "solution": "c"}, {"prompt", "solution"}),
+    ],
+)
+def test_every_field_that_was_not_read_is_named(chat, capsys, make, record, unread):
+    read_items("rows", iter([("line 1", record)]), getattr(WrittenRows(chat), make), 999)
+    said = capsys.readouterr().err
+    assert said.rstrip().rpartition("not read: ")[2] == ", ".join(sorted(unread)) if unread else "not read" not in said
+
+
 # --- what is learnt ---
+
+
+def test_thinking_that_a_row_contradicts_or_does_not_end_is_refused(chat):
+    """Behind a closed thinking, or cut short, it would teach what no reply should be."""
+    rows, thought = WrittenRows(chat), TELL | {"reasoning": "Hm."}
+    for record in (
+        {"messages": [ASK, thought], "enable_thinking": False},
+        {"messages": [ASK, TELL | {"content": "<think>Hm.</think>Hello!"}], "enable_thinking": False},
+    ):
+        with pytest.raises(ValueError, match="enable_thinking is false, but this turn of the assistant thinks"):
+            rows.conversation(record)
+    for cut in ("<think>\nHm, and", "\n<think>Hm"):
+        with pytest.raises(ValueError, match="opens <think> and does not close it"):
+            rows.conversation({"prompt": "Hi", "completion": cut})
+        with pytest.raises(ValueError, match="opens <think> and does not close it"):
+            rows.preference({"prompt": "Hi", "chosen": "x", "rejected": cut})
+    (row,) = rows.conversation({"prompt": "Hi", "completion": "A <think> begins it.", "enable_thinking": True})
+    assert texts(chat, row)[1] == ["A <think> begins it.<|im_end|>"]
+
+
+def test_options_of_a_template_that_are_empty_change_nothing(chat):
+    """SmolTalk2's rows have them all."""
+    given = {"custom_instructions": "", "enable_thinking": False, "python_tools": [], "xml_tools": []}
+    found = conversation({"messages": [ASK, TELL], "chat_template_kwargs": given, "tools": {}})
+    assert found.thinking is False and found.tools is None
+    assert [message["role"] for message in prompt([ASK, TELL]).messages] == ["user", "assistant"]
+    for role in ("chatgpt", "Bard", "bing"):
+        assert conversation({"conversations": [ASK, {"from": role, "value": "x"}]}).messages[1]["role"] == "assistant"
 
 
 def texts(chat: Chat, row: Row) -> tuple[str, list[str]]:
