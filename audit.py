@@ -1,14 +1,7 @@
-"""Reads a model before it is run, and keeps what is verified apart from what is claimed.
+"""Reads a model before it is run, and keeps what is verified apart from what is claimed: `python audit.py SRC`.
 
-    python audit.py SRC                          a directory, a hub id (read by range requests) or a .gguf file
-    python audit.py SRC --out DIR                model_context.json, audit.md, audit.html and bom.cdx.json into DIR
-    python audit.py SRC --base SRC               was this made from that? byte-identical, or which tensors differ
-    python audit.py SRC --verify DIR             is it still what the manifest in DIR says?
-    python audit.py org/name --deep              a hub repository whole, weights included
-
-Exit status 0: everything listed was examined and nothing was found. 1: something was found. 2: something could not be
-examined, or the command was used wrongly. Nothing of the repository is run: pickles and code are read, templates are
-rendered in the sandbox, weights are data.
+Nothing of the repository is run: pickles and code are read, templates are rendered in the sandbox, weights are data.
+Arguments and exit statuses are in inspection/arguments.py.
 """
 
 import sys

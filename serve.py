@@ -35,7 +35,7 @@ def parse_arguments(arguments: list[str]):
     add("--api-key", metavar="KEY", help="what clients must send (default: NANOQWEN_API_KEY, else none)")
     add("--no-api-key", action="store_true", help="let other machines ask without a key")
     add = parser.add_argument_group("limits").add_argument
-    add("--max-batch", type=int, default=16, metavar="N", help="replies side by side (default: 16)")
+    add("--max-batch", type=int, default=16, metavar="N", help="replies at once (default: 16)")
     add("--context", type=int, metavar="N", help="most tokens of prompt and reply together (default: the model's)")
     add("--memory", type=int, metavar="MB", help="for the caches of replies (default: half of what is free)")
     add_sampling_flags(parser)
@@ -91,7 +91,8 @@ def main() -> None:
 
     def ready() -> None:
         where = f"http://{f'[{address}]' if ':' in address else address}:{port}"
-        console.notice(f"serve.py: {where} serves {name}: {describe(model)}; {options.max_batch} replies side by side")
+        what = f"{describe(model)}; {options.max_batch} replies at once; chat page at /, API at /v1"
+        console.notice(f"serve.py: {where} serves {name}: {what}")
 
     guarded = is_loopback(options.host) and options.api_key is None
     run(create_app(service, options.api_key, LOOPBACK | {options.host} if guarded else None), listening, ready)

@@ -12,8 +12,8 @@ EXAMPLES = """\
   python audit.py DIR --verify OUT                    is it still what the manifest in OUT says?
 
 exit status:
-  0  everything listed was examined and nothing was found
-  1  something was found
+  0  everything listed was examined; no finding is of medium or high severity
+  1  findings of medium or high severity
   2  something could not be examined, or the command was used wrongly
 """
 

@@ -30,8 +30,8 @@ SHOWN = (
     *("languages", "papers"),
 )
 VERDICTS = {
-    0: "everything listed was examined, and nothing was found",
-    1: "something was found",
+    0: "everything listed was examined; no finding is of medium or high severity",
+    1: "findings of medium or high severity",
     2: "something could not be examined",
 }
 
@@ -67,8 +67,10 @@ def verdict(manifest: dict[str, Any]) -> str:
     unseen = sum(not file["examined"] for file in manifest["files"])
     left = f"{unseen} {'file' if unseen == 1 else 'files'} could not be examined"
     if count:
-        return f"{count} {'thing was' if count == 1 else 'things were'} found" + (f", and {left}" if unseen else "")
-    return f"{left}; nothing was found in the others" if unseen else VERDICTS[manifest["status"]]
+        return f"{count} finding{'' if count == 1 else 's'} of medium or high severity" + (
+            f"; {left}" if unseen else ""
+        )
+    return f"{left}; no finding of medium or high severity in the others" if unseen else VERDICTS[manifest["status"]]
 
 
 def terminal(manifest: dict[str, Any], lines: list[str]) -> str:
