@@ -86,7 +86,7 @@ class Pace:
 
     def __init__(self):
         self.per_token = 0.0  # seconds that one more token adds to a pass
-        self._sums = np.zeros(5)  # of 1, tokens, seconds, tokens^2, tokens * seconds
+        self._sums = (0.0,) * 5  # of 1, tokens, seconds, tokens^2, tokens * seconds
 
     def piece(self, decoding: bool) -> int:
         """Tokens of prompts in the next pass; `decoding`: replies are running, and wait for it."""
@@ -100,7 +100,8 @@ class Pace:
         """A pass over so many tokens."""
         if self.per_token:  # one that stood still because the machine did says little about the next one
             seconds = min(seconds, 4 * (self._sums[2] / self._sums[0] + self.per_token * tokens))
-        self._sums = FORGET * self._sums + (1, tokens, seconds, tokens**2, tokens * seconds)
+        news = (1.0, tokens, seconds, tokens**2, tokens * seconds)
+        self._sums = tuple(FORGET * sum_ + new for sum_, new in zip(self._sums, news, strict=True))
         count, x, y, xx, xy = self._sums
         variance = xx / count - (x / count) ** 2
         if variance >= SPREAD:

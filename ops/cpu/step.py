@@ -12,7 +12,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -202,9 +202,8 @@ class Bound:
             return None
         outputs = 1 if last else T
         half = cache.keys[0].dtype == torch.float16
-        logits = self._run(
-            loaded, ids.numpy().ravel(), [T] * B, [outputs] * B, lengths, blocks, counts, max_len * D, half
-        )
+        batch = Batch(self, blocks, counts, max_len * D, half)
+        logits = batch.run(loaded, ids.flatten().tolist(), [T] * B, [outputs] * B, lengths)
         cache.advance(T)
         return logits.view(B, outputs, self.struct.lm_head.rows)
 
@@ -245,15 +244,8 @@ class Bound:
             return torch.empty(self.struct.num_hidden_layers, 2, part, dtype=torch.uint8, device="cpu")
         return torch.empty(self.struct.num_hidden_layers, 2, K * BLOCK * D, dtype=dtype or self.dtype, device="cpu")
 
-    def spans(
-        self,
-        loaded: ctypes.CDLL,
-        ids: list[list[int]],
-        lengths: list[int],
-        pages: list[list[Tensor]],
-        outputs: list[int],
-    ) -> Tensor:
-        """What `Spans` below does."""
+    def paged(self, pages: list[list[Tensor]]) -> "Batch":
+        """Sequences in the pages of `Spans`."""
         K, D = self.cache_shape
         one = pages[0][0]
         part = one.stride(1) * one.itemsize
@@ -262,41 +254,7 @@ class Bound:
         blocks = [keys, keys + part]
         if one.dtype == torch.uint8:
             blocks += [keys + K * BLOCK * D, keys + part + K * BLOCK * D]
-        counts, flat = list(map(len, ids)), np.fromiter(chain.from_iterable(ids), np.int64)
-        if not 0 <= flat.min() <= flat.max() < self.ids:
-            raise ValueError(f"token ids from {flat.min()} to {flat.max()}: not all are of the model's vocabulary")
-        room = [BLOCK * len(row) - length - count for row, length, count in zip(pages, lengths, counts, strict=True)]
-        assert min(room) >= 0 and all(0 <= n <= count for n, count in zip(outputs, counts, strict=True))
-        half = one.dtype == torch.float16
-        return self._run(loaded, flat, counts, outputs, lengths, blocks, list(map(len, pages)), BLOCK * D, half)
-
-    def _run(
-        self,
-        loaded: ctypes.CDLL,
-        ids: np.ndarray,
-        counts: list[int],
-        outputs: list[int],
-        lengths: list[int],
-        blocks: Sequence[np.ndarray],
-        blocks_each: list[int],
-        stride: int,
-        half: bool,
-    ) -> Tensor:
-        """Logits [all outputs, V] of the rows' tokens, `ids` one row after another.
-
-        `blocks`: addresses of keys, of values and (8 bits) of the scales of both, int64 [layers, blocks of all rows],
-        for each row as many as said. `half`: whether keys and values are float16.
-        """
-        B, tokens = len(counts), len(ids)
-        logits = torch.empty(sum(outputs), self.struct.lm_head.rows, dtype=self.dtype, device="cpu")
-        blocks = list(map(np.ascontiguousarray, blocks))
-        first, starts = (np.concatenate(([0], np.cumsum(numbers))) for numbers in (blocks_each, counts))
-        strides, lengths, outputs = np.full(B, stride), np.array(lengths), np.array(outputs)
-        held = KVCache(*_addresses(*blocks), *[None] * (4 - len(blocks)), half, blocks[0].shape[1])
-        held.first, held.strides, held.lengths = _addresses(first, strides, lengths)
-        given = Tokens(*_addresses(ids, starts, outputs), B, logits.data_ptr())
-        self.run(loaded, held, given, tokens)
-        return logits
+        return Batch(self, blocks, list(map(len, pages)), BLOCK * D, one.dtype == torch.float16)
 
     def run(self, loaded: ctypes.CDLL, held: KVCache, given: Tokens, tokens: int) -> None:
         """So many tokens in all through step.cpp."""
@@ -331,6 +289,48 @@ class Bound:
                 pass
 
 
+class Batch:
+    """Some sequences' keys and values and their next tokens, as step.cpp wants them. For more than one pass, since to
+    make it anew takes longer than all else that a token needs of Python.
+
+    blocks        addresses of keys, of values and (8 bits) of the scales of both, int64 [layers, blocks of all]
+    blocks_each   how many of these blocks are each sequence's
+    stride        numbers from one head's keys to those of the next
+    half          whether keys and values are float16
+    """
+
+    def __init__(self, bound: Bound, blocks: Sequence[np.ndarray], blocks_each: list[int], stride: int, half: bool):
+        self.bound, B = bound, len(blocks_each)
+        blocks = list(map(np.ascontiguousarray, blocks))
+        first, strides = np.concatenate(([0], np.cumsum(blocks_each))), np.full(B, stride)
+        self.lengths, self.starts, self.outputs = (
+            np.zeros(B, np.int64),
+            np.zeros(B + 1, np.int64),
+            np.zeros(B, np.int64),
+        )
+        self.ids = np.zeros(0, np.int64)
+        self.held = KVCache(*_addresses(*blocks), *[None] * (4 - len(blocks)), half, blocks[0].shape[1])
+        self.held.first, self.held.strides, self.held.lengths = _addresses(first, strides, self.lengths)
+        self.given = Tokens(None, *_addresses(self.starts, self.outputs), B)
+        self._kept = blocks, first, strides
+
+    def run(
+        self, loaded: ctypes.CDLL, ids: list[int], counts: list[int], outputs: list[int], lengths: list[int]
+    ) -> Tensor:
+        """Logits [all outputs, V] of the last `outputs[b]` of each sequence's next `counts[b]` ids, where it has
+        `lengths[b]` positions now. `ids`: those of all, one sequence after another."""
+        if len(ids) != len(self.ids):
+            self.ids = np.empty(len(ids), np.int64)
+            self.given.ids = self.ids.ctypes.data
+        self.ids[:], self.lengths[:], self.outputs[:] = ids, lengths, outputs
+        self.starts[1:] = list(accumulate(counts))
+        rows = self.bound.struct.lm_head.rows
+        logits = torch.empty(sum(outputs), rows, dtype=self.bound.dtype, device="cpu")
+        self.given.logits = logits.data_ptr()
+        self.bound.run(loaded, self.held, self.given, len(ids))
+        return logits
+
+
 class Running:
     """One sequence in a cache: `model(ids, cache)` without what `serving` asks before each pass.
 
@@ -339,17 +339,9 @@ class Running:
     are kept alive, and a module, weight or hook that is replaced meanwhile is not noticed.
     """
 
-    def __init__(self, model: nn.Module, bound: Bound, cache: Any, blocks: list[np.ndarray]):
-        self.bound, self.cache, self.loaded = bound, cache, library()
-        self.kept = weights_of(model)
-        self.kept += [cache.keys, cache.values, cache.key_scales, cache.value_scales, *blocks]
-        self.lengths, self.starts, self.outputs = np.zeros(1, np.int64), np.zeros(2, np.int64), np.zeros(1, np.int64)
-        first, strides = np.zeros(1, np.int64), np.full(1, cache.max_len * bound.cache_shape[1])
-        self.kept += [first, strides]
-        half = cache.keys[0].dtype == torch.float16
-        self.held = KVCache(*_addresses(*blocks), *[None] * (4 - len(blocks)), half, blocks[0].shape[1])
-        self.held.first, self.held.strides, self.held.lengths = _addresses(first, strides, self.lengths)
-        self.given = Tokens(None, *_addresses(self.starts, self.outputs), 1)
+    def __init__(self, model: nn.Module, bound: Bound, cache: Any, batch: Batch):
+        self.bound, self.cache, self.batch, self.loaded = bound, cache, batch, library()
+        self.kept = [weights_of(model), cache.keys, cache.values, cache.key_scales, cache.value_scales]
 
     def __call__(self, ids: Sequence[int], outputs: int) -> Tensor | None:
         """Logits [outputs, V] of the last ids, all of which the cache then holds. None for what `model` refuses."""
@@ -357,11 +349,7 @@ class Running:
         length = cache.lengths[0]
         if not 0 < count <= cache.max_len - length or not 0 <= min(ids) <= max(ids) < self.bound.ids:
             return None
-        numbers = np.array(ids, np.int64)
-        logits = torch.empty(outputs, self.bound.struct.lm_head.rows, dtype=self.bound.dtype, device="cpu")
-        self.lengths[0], self.starts[1], self.outputs[0] = length, count, outputs
-        self.given.ids, self.given.logits = numbers.ctypes.data, logits.data_ptr()
-        self.bound.run(self.loaded, self.held, self.given, count)
+        logits = self.batch.run(self.loaded, ids, [count], [outputs], [length])
         cache.advance(count)
         return logits
 
@@ -375,8 +363,11 @@ def running(model: nn.Module, cache: Any) -> Running | None:
     """For the tokens of one reply; None where the model or the cache, of one row, is not served here."""
     if not isinstance(model, nn.Module) or model.device.type != "cpu" or (bound := serving(model)) is None:
         return None
-    blocks = bound.blocks_of(cache, 1, [(cache.max_len - 1) // BLOCK + 1])
-    return None if blocks is None else Running(model, bound, cache, list(map(np.ascontiguousarray, blocks)))
+    count = (cache.max_len - 1) // BLOCK + 1
+    if (blocks := bound.blocks_of(cache, 1, [count])) is None:
+        return None
+    stride, half = cache.max_len * bound.cache_shape[1], cache.keys[0].dtype == torch.float16
+    return Running(model, bound, cache, Batch(bound, blocks, [count], stride, half))
 
 
 def _addresses(*arrays: np.ndarray) -> list[int]:
@@ -444,6 +435,8 @@ class Spans:
     def __init__(self, model: nn.Module, bound: Bound):
         self.bound, self.loaded, self.kept = bound, library(), weights_of(model)
         self.cache_dtype = model.cache_dtype
+        self._batch: Batch | None = None  # of the latest pass
+        self._pages: list[tuple[list[Tensor], int]] = []  # those of its sequences, and how many they were
 
     def new_page(self) -> Tensor:
         """Memory for keys and values of BLOCK positions of one sequence, [layers, 2, numbers]; not initialised."""
@@ -454,10 +447,19 @@ class Spans:
     ) -> Tensor:
         """→ logits [all outputs, V] in the model's dtype.
 
-        Sequence b has `lengths[b]` positions in its `pages[b]` (of `new_page`, BLOCK each), and room after them for its
-        `ids[b]`, the last `outputs[b]` of which have logits. Raises ValueError for an id outside of the vocabulary.
+        Sequence b has `lengths[b]` positions in its `pages[b]` (of `new_page`, BLOCK each; only ever appended to), and
+        room after them for its `ids[b]`, the last `outputs[b]` of which have logits. Raises ValueError for an id
+        outside of the vocabulary.
         """
-        return self.bound.spans(self.loaded, ids, lengths, pages, outputs)
+        counts, flat = list(map(len, ids)), list(chain.from_iterable(ids))
+        if not 0 <= min(flat) <= max(flat) < self.bound.ids:
+            raise ValueError(f"token ids from {min(flat)} to {max(flat)}: not all are of the model's vocabulary")
+        room = [BLOCK * len(row) - length - count for row, length, count in zip(pages, lengths, counts, strict=True)]
+        assert min(room) >= 0 and all(0 <= n <= count for n, count in zip(outputs, counts, strict=True))
+        same = len(pages) == len(self._pages)
+        if not (same and all(a is b and len(a) == n for a, (b, n) in zip(pages, self._pages, strict=True))):
+            self._batch, self._pages = self.bound.paged(pages), [(row, len(row)) for row in pages]
+        return self._batch.run(self.loaded, flat, counts, outputs, lengths)
 
 
 def spans(model: nn.Module) -> Spans | None:
