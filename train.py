@@ -4,22 +4,22 @@
     python train.py configs/toy.yaml --resume
     python train.py --keys                     lists every key of a config
 
-`stage` in the YAML is pretrain, sft, dpo or grpo. A batch's way: data/sources.py (rows) -> training/stages.py and
-batches.py (micro-batches of tensors) -> training/objectives.py (loss) -> the loop below.
+`stage` in the YAML is pretrain, sft, dpo or grpo. A step's data goes from data/sources.py (rows) through
+training/stages.py and batches.py (micro-batches of tensors) and training/objectives.py (loss) to the loop below.
 
 A run writes its folder `train.out`:
-    config.yaml      the resolved settings; --resume accepts others where they do not change the mathematics
-    metrics.jsonl    one object a step: step, loss (mean over the step's targets), tokens (up to here, no padding), ...
-    checkpoints/     the last `train.keep` checkpoints: the official layout, trainer.safetensors and trainer.json beside
+    config.yaml      the resolved settings; --resume accepts changes that leave the mathematics as it is
+    metrics.jsonl    one object a step: step, loss (mean over the step's targets), tokens (so far, without padding), ...
+    checkpoints/     the last `train.keep` checkpoints: the official layout, trainer.safetensors and trainer.json
                      (with lora the merged weights, and the adapters in adapter/)
-    latest           the last of them
-    loss.png         the curve
+    latest           a link to the last checkpoint
+    loss.png         the loss curve
     reference.safetensors   dpo: log-probabilities under the starting weights
     rows-*.jsonl     the rows of a streamed data set
 
 The data of a step is a pure function of its number (data/sources.py), so a checkpoint holds the weights, the
-optimizers' state, the random state and the step. A run that was killed at any moment and resumed is bit-identical to an
-uninterrupted one on a CPU.
+optimizers' state, the random state and the step. On a CPU, a run that was killed at any moment and resumed is
+bit-identical to an uninterrupted one.
 """
 
 import math
@@ -63,7 +63,7 @@ SLOW_SAVE = 15  # seconds; a step has to fit into torchrun's 30 as well
 
 
 class Trainer:
-    """A run, set up; `train` is the loop, `step` one round of it."""
+    """A run that is ready to start: `train` is the loop, `step` one iteration of it."""
 
     def __init__(self, settings: Settings, resume: bool):
         decide_source(settings)
@@ -87,7 +87,7 @@ class Trainer:
             self._make_trainable()
 
     def _make_trainable(self) -> None:
-        """The model wrapped for its processes, and its optimizers; of a resumed run with their state."""
+        """Wraps the model for its processes and builds its optimizers, with their saved state in a resumed run."""
         settings, train = self.settings, self.settings.train
         self.balance = self._balance()
         fused = "torch" if train.kernels == "auto" and train.compile else train.kernels  # a compiler fuses by itself
@@ -139,12 +139,12 @@ class Trainer:
             plot(run.metrics, run.path / "loss.png")
 
     def step(self, step: int) -> dict[str, Any]:
-        """One step over the rows of all processes, with one optimizer update or several; returns its record."""
+        """One step over the rows of all processes, with one or more optimizer updates; returns its metrics."""
         start, processes = time.perf_counter(), self.processes
         micro_batches = self.stage.batches(step - 1)
         lengths = torch.cat([real_lengths(batch) for batch in micro_batches])
-        own = (sum(batch.count for batch in micro_batches), int(lengths.sum()), int(lengths.square().sum()))
-        count, tokens, pairs = processes.sums(*own)  # what the loss is divided by; tokens; twice the positions seen
+        local = (sum(batch.count for batch in micro_batches), int(lengths.sum()), int(lengths.square().sum()))
+        count, tokens, squares = processes.sums(*local)  # what the loss is divided by; tokens; squared lengths
         factor = learning_rate_factor(step, self.settings.train.steps, self.settings.schedule)
         totals: dict[str, float] = {"loss": 0.0, "grad_norm": 0.0}
 
@@ -164,7 +164,7 @@ class Trainer:
             if not math.isfinite(loss) or not math.isfinite(norm):
                 good = f"; {self.run.latest} is the last good checkpoint" if self.run.latest.exists() else ""
                 raise ValueError(
-                    f"step {step}: the loss is {loss} and the gradient's norm {norm}; lower optimizer.lr or "
+                    f"step {step}: the loss is {loss} and the gradient norm {norm}; lower optimizer.lr or "
                     f"train.clip{good}"
                 )
             self.optimizers.step(factor)
@@ -180,13 +180,13 @@ class Trainer:
         record["tokens_per_second"] = tokens / seconds
         if peak := peak_flops(self.device):
             weights, attention = self.flops
-            operations = (weights * tokens + attention * pairs / 2) * self.stage.updates
+            operations = (weights * tokens + attention * squares / 2) * self.stage.updates  # / 2: attention is causal
             record["mfu"] = operations / seconds / (peak * processes.count)
         return record
 
     @torch.no_grad()
     def validation(self) -> dict[str, float]:
-        """The loss over unseen rows, each computed by one process, and what the objective measures on them."""
+        """The loss and the objective's other metrics over held-out rows, which the processes share."""
         total, count = 0.0, 0.0
         for index in range(self.settings.train.validate_batches):
             for batch in self.stage.validation_batches(index):
@@ -197,8 +197,8 @@ class Trainer:
         return {f"validation_{name}": value for name, value in measured.items()}
 
     def clip_gradients(self, limit: float) -> float:
-        """The norm of all gradients, which are scaled down to `limit` if it is longer. (clip_grad_norm_ would multiply
-        them by 1 if it is not, so that a GPU need not be waited for; here the norm is read anyway.)"""
+        """Scales the gradients down to a norm of `limit` if theirs is larger; returns their norm. (`clip_grad_norm_`
+        multiplies always, so that it need not wait for a GPU; here the norm is read anyway.)"""
         trained = [p for p in self.model.parameters() if p.grad is not None]
         total = nn.utils.get_total_norm([p.grad for p in trained])
         norm = float(full_tensor(total))
@@ -207,7 +207,7 @@ class Trainer:
         return norm
 
     def save(self, step: int) -> None:
-        """One checkpoint; every process has to call this."""
+        """Saves a checkpoint; every process must call this."""
         model, state = full_model(self.model, self.settings.train.parallel), self.optimizers.state()
         if self.processes.is_first:
             start, write = time.monotonic(), partial(write_model, model, self.settings)
@@ -219,7 +219,7 @@ class Trainer:
                 )
 
     def print_samples(self) -> None:
-        """Greedy samples: the model's answers (sft), or continuations (pretrain)."""
+        """Prints greedy samples: answers (sft) or continuations (pretrain)."""
         model = full_model(self.model, self.settings.train.parallel)
         greedy = SamplingParams(temperature=0, max_new_tokens=160)
         for prompt, ids in self.samples.items() if self.processes.is_first else ():
@@ -227,11 +227,11 @@ class Trainer:
             console.notice(f"> {prompt}\n{self.chat.decode(written, skip_special_tokens=True)}")
 
     def _sample_prompts(self) -> dict[str, list[int]]:
-        """The ids of each prompt. ValueError before the first step for one that the model can't take."""
-        asks = self.settings.stage != "pretrain"
+        """The ids of each prompt; ValueError for one that the model can't take."""
+        is_chat = self.settings.stage != "pretrain"
         found = {}
         for prompt in self.settings.train.sample_prompts:
-            ids = self.chat.render([{"role": "user", "content": prompt}]) if asks else self.chat.encode(prompt)
+            ids = self.chat.render([{"role": "user", "content": prompt}]) if is_chat else self.chat.encode(prompt)
             try:
                 found[prompt] = check_prompt(self.model, ids)
             except ValueError as error:
@@ -243,7 +243,7 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16) if enabled else nullcontext()
 
     def _measured(self) -> dict[str, float]:
-        """The objective's other figures, over all processes."""
+        """The objective's other metrics, averaged over all processes."""
         sums = {name: self.processes.sums(*held) for name, held in self.stage.objective.take_measured().items()}
         return {name: total / number for name, (total, number) in sums.items()}
 
@@ -275,10 +275,10 @@ def is_due(step: int, every: int) -> bool:
 
 
 def check_combinations(settings: Settings) -> None:
-    """ValueError for settings that are right by themselves but not together."""
+    """ValueError for settings that are valid by themselves but not together."""
     train, lora, stage = settings.train, settings.lora, settings.stage
     if train.parallel == "fsdp" and stage == "grpo":
-        raise ValueError("train.parallel fsdp shards the model, but stage grpo writes replies with it; set ddp")
+        raise ValueError("train.parallel fsdp shards the model, but stage grpo samples replies from it; set ddp")
     if train.parallel == "fsdp" and lora.rank:
         raise ValueError("train.parallel fsdp shards what is trained, but lora's weights are frozen; set ddp")
     betas = settings.optimizer.betas

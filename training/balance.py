@@ -5,11 +5,10 @@
 For expert i of E, fᵢ is how often a token in a layer chooses it and Pᵢ its mean probability, over all real tokens and
 all sparse layers (Switch Transformers, https://arxiv.org/abs/2101.03961, equation 4; for several experts a token as in
 transformers' load_balancing_loss_func). Both are those of a whole step, however it is cut into micro-batches and over
-processes (as Qwen3 was trained: https://arxiv.org/abs/2501.11873). f has no gradient, so what it takes is its value
-before the backward pass: with several micro-batches, a forward pass over them all, without the head, goes first.
+processes (as Qwen3 was trained: https://arxiv.org/abs/2501.11873). f has no gradient, but its value is needed before
+the backward pass: several micro-batches get a forward pass first, without the head.
 
-The gradient enters where the router's logits are made, and model.py knows nothing of it (as in Megatron's
-MoEAuxLossAutoScaler).
+The gradient is added at the router's logits, so model.py needs no code for it (as in Megatron's MoEAuxLossAutoScaler).
 """
 
 from typing import Any
@@ -24,7 +23,7 @@ from training.processes import Processes
 
 
 class Balance:
-    """Hooks on the routers of an objective's model. `begin` a step before its micro-batches are computed."""
+    """Hooks on the routers of an objective's model. Call `begin` before a step's micro-batches are computed."""
 
     def __init__(self, objective: Objective, coefficient: float, processes: Processes):
         self.coefficient, self.processes = coefficient, processes
@@ -40,7 +39,7 @@ class Balance:
             gate.register_forward_hook(self._routed)
 
     def begin(self, batches: list, tokens: float) -> None:
-        """The micro-batches of this process, and how many real tokens the step has over all processes."""
+        """This process's micro-batches, and the step's number of real tokens over all processes."""
         self.tokens, self.counts = tokens * self.layers, True
         self.sums.zero_()
         if len(batches) == 1 and self.processes.count == 1:
@@ -53,7 +52,7 @@ class Balance:
         self.processes.sum_tensor(self.sums)
 
     def loss(self) -> float:
-        """Of the step, without the coefficient: from 1 · top_k, where all experts are used alike, up to E."""
+        """The step's, without the coefficient: from top_k, where all experts are used equally, up to E."""
         frequency, probability = self.sums / self.tokens
         return self.experts * float((frequency * probability).sum())
 
@@ -62,7 +61,7 @@ class Balance:
         self.real = (torch.arange(length) < real_lengths(batch)[:, None]).flatten().to(batch.ids.device)
 
     def _leave(self) -> None:
-        """The forward pass is over: what is recomputed in the backward pass is not counted again."""
+        """Ends the count: what is recomputed in the backward pass is not counted again."""
         self.counts = False
 
     def _routed(self, gate: nn.Module, given: tuple, logits: Tensor) -> Tensor:
@@ -75,7 +74,7 @@ class Balance:
 
 
 class _Balanced(torch.autograd.Function):
-    """The logits [N, E] as they are; their gradient also has that of the balance loss."""
+    """The identity on logits [N, E]; the backward pass adds the gradient of the balance loss."""
 
     @staticmethod
     def forward(context, logits: Tensor, real: Tensor, balance: Balance) -> Tensor:

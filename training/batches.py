@@ -1,7 +1,7 @@
 """From rows to tensors: the batches that an objective takes.
 
 Each kind has `ids` and `targets` [B, T] and the `lengths` of its sequences, LongTensor [B] on the CPU (None: all T):
-padding lies behind and is never learnt. `count` is what its loss is divided by.
+padding is at the end and never a target. `count` is what its loss is divided by.
 """
 
 from typing import NamedTuple
@@ -63,9 +63,9 @@ class Rollouts(NamedTuple):
 
 
 def batches(rows: list[Row], parts: int, device: torch.device, end_of_text: int | None = None) -> list[Batch]:
-    """Rows of similar length together, in `parts` padded batches; the padding lies behind and is never learnt.
+    """Rows in at most `parts` padded batches, those of similar length together.
 
-    With `end_of_text` a token sees nothing before the last such token: documents packed in a row stay apart.
+    With `end_of_text`, tokens do not attend to anything before the last such token: each sees only its own document.
     """
     made = []
     for chosen in in_parts(rows, parts):
@@ -76,10 +76,10 @@ def batches(rows: list[Row], parts: int, device: torch.device, end_of_text: int 
 
 
 def packed_batch(sequences: list[Sequence[Row]], device: torch.device) -> Batch:
-    """Several rows to a sequence, none of which sees another.
+    """Several rows to a sequence; none attends to another.
 
-    Within a sequence a row does not begin at position 0. Rotary positions enter attention as differences alone
-    (RoFormer, section 3.4.1), so that its loss is that of the row by itself.
+    Within a sequence most rows do not begin at position 0. Attention depends only on differences of rotary positions
+    (RoFormer, section 3.4.1), so each row has the loss that it has by itself.
     """
     ids = padded([[token for row in rows for token in row.ids] for rows in sequences], 0)
     targets = padded([[token for row in rows for token in row.targets] for rows in sequences], IGNORED)
@@ -92,7 +92,7 @@ def lengths_of(rows: list[Row] | list[Sequence[Row]]) -> Tensor:
 
 
 def real_lengths(batch: Batch | Pairs | Rollouts) -> Tensor:
-    """How many tokens of each sequence are no padding: LongTensor [B]."""
+    """The length of each sequence without its padding: LongTensor [B]."""
     return torch.full((len(batch.ids),), batch.ids.shape[1]) if batch.lengths is None else batch.lengths
 
 
@@ -101,14 +101,14 @@ def padded_rows(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor]:
     return padded([row.ids for row in rows], 0).to(device), padded([row.targets for row in rows], IGNORED).to(device)
 
 
-def padded(rows: list, filling: int) -> Tensor:
+def padded(rows: list, fill: int) -> Tensor:
     """Rows of ids, as lists or numpy arrays -> LongTensor [rows, longest]"""
-    filled = torch.full((len(rows), max(map(len, rows))), filling)
+    filled = torch.full((len(rows), max(map(len, rows))), fill)
     for place, row in zip(filled, rows, strict=True):
         place[: len(row)] = torch.as_tensor(row)
     return filled
 
 
 def document_mask(document: Tensor) -> Tensor:
-    """document [B, T], which one each token belongs to -> bool [B, 1, T, T]: causal, and within one document."""
+    """document [B, T], the number of each token's document -> bool [B, 1, T, T]: causal, within one document."""
     return (document[:, :, None] == document[:, None, :]).tril()[:, None]

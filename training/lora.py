@@ -28,7 +28,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Adapted(nn.Module):
-    """A linear layer with its adapter: the base class of the two below, which bring `product`, the frozen x·Wᵀ + b."""
+    """A linear layer with its adapter: the base class of the two below, which define `product`, the frozen x·Wᵀ + b."""
 
     def adapt(self, rank: int, alpha: float, generator: torch.Generator, device: torch.device) -> None:
         self.lora_A = nn.Linear(self.in_features, rank, bias=False, device=device, dtype=torch.float32)
@@ -87,7 +87,7 @@ class QLoRALinear(Adapted, QuantizedLinear):
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x·Wᵀ of a quantised layer. The weight is dequantised again in the backward pass, so that none waits for it."""
+    """x·Wᵀ of a quantised layer. The backward pass dequantises the weight again, so nothing keeps it until then."""
 
     @staticmethod
     def forward(context, x: Tensor, layer: QuantizedLinear) -> Tensor:
@@ -126,13 +126,13 @@ def add_lora(model: Qwen3, rank: int, alpha: float, targets: list[str], seed: in
 
 
 def _is_base(module: nn.Module) -> bool:
-    """Whether an adapter can be added to it: the factors of other adapters are linear layers too, but not targets."""
+    """Whether a layer can get an adapter: the factors of other adapters are linear layers too, but can't."""
     return isinstance(module, nn.Linear | QuantizedLinear) and not isinstance(module, Adapted)
 
 
 @contextmanager
 def without_adapters(model: Qwen3) -> Iterator[None]:
-    """The model without what was trained: the reference of DPO and GRPO."""
+    """Turns the adapters off: the reference model of DPO and GRPO."""
     adapters = [module for module in model.modules() if isinstance(module, Adapted)]
     for module in adapters:
         module.enabled = False

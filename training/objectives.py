@@ -4,7 +4,7 @@
     dpo             DPO         -log sigmoid of the margin of each pair    sum over pairs
     grpo            GRPO        clipped ratio times advantage, and KL      sum over tokens, each with its share
 
-A batch's `count` is what its loss is divided by, so that a step's gradient does not depend on its micro-batches.
+A step's loss is divided by the sum of its batches' `count`, so its gradient does not depend on how it is cut.
 
 The logits of Qwen3's vocabulary would be the largest tensor of a training step (4 x 512 tokens x 151,936 x 4 bytes =
 1.2 GB, and as much again for their gradient). ops/cross_entropy.py never holds more than a chunk of them.
@@ -22,12 +22,15 @@ from training.batches import IGNORED, Batch, Pairs, Rollouts
 
 
 def target_losses(model: Qwen3, batch: Batch | Pairs | Rollouts, reduction: str, temperature: float = 1.0) -> Tensor:
-    """-log p of the batch's targets in row-major order, or their sum; `temperature` divides logits as in sampling."""
+    """-log p of the batch's N targets in row-major order, float32 [N], or their sum (`reduction` none or sum).
+
+    The logits are divided by `temperature`, as in sampling.
+    """
     x = model.model(batch.ids, mask=batch.mask)
-    taught = batch.targets != IGNORED
+    has_target = batch.targets != IGNORED
     head = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
-    x = x[taught] if temperature == 1.0 else x[taught] / temperature
-    return linear_cross_entropy(x, head.weight, batch.targets[taught], reduction=reduction, kernels=model.kernels)
+    x = x[has_target] if temperature == 1.0 else x[has_target] / temperature
+    return linear_cross_entropy(x, head.weight, batch.targets[has_target], reduction=reduction, kernels=model.kernels)
 
 
 def next_token_loss(model: Qwen3, batch: Batch) -> Tensor:
@@ -49,7 +52,7 @@ def answer_logprobs(model: Qwen3, batch: Pairs) -> Tensor:
 class Objective(nn.Module):
     """A model together with its loss, a batch -> float32 []: the module that DDP and FSDP wrap.
 
-    `measured` gathers other figures of the batches since it was last taken: name -> [sum, number].
+    `measured` accumulates other metrics until they are taken: name -> [sum, number].
     """
 
     def __init__(self, model: Qwen3):
@@ -124,18 +127,18 @@ class GRPO(Objective):
         losses = -torch.minimum(ratio * advantages, clipped * advantages)
         self.measure(clip_fraction=(clipped * advantages < ratio * advantages).detach())
         if batch.reference is not None:
-            further = batch.reference - logprobs
-            kl = further.exp() - further - 1  # unbiased and never negative (http://joschu.net/blog/kl-approx.html)
+            log_ratio = batch.reference - logprobs
+            kl = log_ratio.exp() - log_ratio - 1  # unbiased and never negative (http://joschu.net/blog/kl-approx.html)
             losses = losses + self.kl * kl
             self.measure(kl=kl.detach())
         return (losses * batch.shares[rows]).sum()
 
 
 def advantages(rewards: Tensor, group: int, divide_by_std: bool) -> Tensor:
-    """Each reply's reward above the mean of its group's, over their standard deviation (GRPO, section 4.1.2).
+    """Each reply's reward minus the mean of its group, over the group's standard deviation (GRPO, section 4.1.2).
 
-    rewards [B], the replies to one prompt side by side -> [B]. Without the division hard and easy questions count by
-    how far their rewards lie apart (Dr. GRPO, https://arxiv.org/abs/2503.20783, section 3.1).
+    rewards [B], the replies to one prompt side by side -> [B]. Without the division, a question
+    counts by the spread of its rewards (Dr. GRPO, https://arxiv.org/abs/2503.20783, section 3.1).
     """
     groups = rewards.view(-1, group)
     above = groups - groups.mean(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""How weights move: Muon and AdamW behind one step, their learning rates, and their state in checkpoints."""
+"""Muon and AdamW behind one `step`, their learning rates, and their state in checkpoints."""
 
 import math
 
@@ -13,12 +13,12 @@ TOGETHER = 2**22  # elements of matrices that Muon makes orthogonal at a time: m
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that FSDP may have sharded; every process has to call this."""
+    """The whole of a tensor that FSDP may have sharded; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def replicated(tensor: Tensor) -> Tensor:
-    """A sharded tensor as one that every process holds whole: Muon's products must not be summed in parts."""
+    """A sharded tensor, whole in every process: Muon's products must not be summed in parts."""
     return tensor.redistribute(placements=[Replicate()]) if isinstance(tensor, DTensor) else tensor
 
 
@@ -30,9 +30,9 @@ def sharded_like(model: Tensor, tensor: Tensor) -> Tensor:
 class Muon(torch.optim.Muon):
     """PyTorch's Muon, but matrices of one shape are orthogonalised together, and in `dtype`.
 
-    PyTorch's takes them one by one, always in bfloat16. That turns the last bit of a gradient into 2^-9 of an update,
-    so that processes whose gradients were summed in another order would diverge; and small matrices (96 x 96) take
-    five times as long alone as together.
+    PyTorch's takes them one by one, always in bfloat16. There a change in the last bit of a gradient changes the update
+    by 2^-9, so runs whose gradients are summed in another order would diverge; and small matrices (96 x 96) take five
+    times as long one by one as together.
 
     The update is that of https://kellerjordan.github.io/posts/muon/, scaled to the size of AdamW's by 0.2 times the
     root of the longer side (https://arxiv.org/abs/2502.16982), so that one learning rate serves both.
@@ -116,7 +116,7 @@ class Optimizers:
                 group["peak_lr"] = group["lr"]
 
     def step(self, factor: float) -> None:
-        """One update at `factor` times the peak learning rates; the gradients are gone afterwards."""
+        """One update at `factor` times the peak learning rates; clears the gradients."""
         for optimizer in self.all.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor

@@ -6,9 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 class Prefetcher:
     """A share of a source's rows (data/sources.py), made one step early, in a thread, up to those of step `end` - 1.
 
-    Making conversations is work for Python alone, a matrix product is none, so the two overlap. Rows are a pure
-    function of the step: which thread made them, and when, changes nothing. The source is only ever called from that
-    one thread, so it need not be thread-safe.
+    Making conversations needs the interpreter, a matrix product doesn't, so the two overlap. Rows are a pure function
+    of the step, whichever thread makes them. Only that thread calls the source, which need not be thread-safe.
     """
 
     def __init__(self, source, end: int, share: slice):

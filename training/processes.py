@@ -1,4 +1,4 @@
-"""This process among the others of a run, what is said when one of them fails, and the signals that end a run."""
+"""The processes of a run, the error messages when one of them fails, and the signals that stop a run."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ PATIENCE = timedelta(hours=1)  # how long the others wait while one process writ
 
 
 class Processes:
-    """This process among those that torchrun started, or alone. https://pytorch.org/docs/stable/elastic/run.html"""
+    """This process and the others that torchrun started, or one alone. https://pytorch.org/docs/stable/elastic/run.html"""
 
     def __init__(self, parallel: str, device: str):
         self.count, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -56,7 +56,7 @@ class Processes:
 
     @property
     def share(self) -> slice:
-        """The items of this process in a list that all processes see."""
+        """This process's items of a list that all processes have."""
         return slice(self.rank, None, self.count)
 
     def sum(self, value: float) -> float:
@@ -91,7 +91,7 @@ class Processes:
 def one_line_failures(settings: Settings, processes: Processes, latest: Path, loading: bool = False):
     """Out of memory, and the end of another process, as a ValueError that says what to do. Other errors pass.
 
-    `loading`: nothing is computed yet, so a step in smaller pieces would not help.
+    `loading`: nothing is computed yet, so smaller micro-batches would not help.
     """
     try:
         yield
@@ -107,7 +107,7 @@ def one_line_failures(settings: Settings, processes: Processes, latest: Path, lo
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has an error class for it; the CPU's allocator and MPS have not."""
+    """CUDA has an error class for it; the CPU's allocator and MPS don't."""
     said = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
 
@@ -166,7 +166,7 @@ class Stop:
             signal.signal(number, handler)
 
     def asked(self) -> bool:
-        """Whether any process was told to stop; every process has to ask."""
+        """Whether any process was told to stop; every process must call this."""
         return self.processes.sum(self.signal) > 0
 
     def _caught(self, number: int, frame: Any) -> None:

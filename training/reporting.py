@@ -61,7 +61,7 @@ def reports(run: Run, settings: Settings, is_first: bool) -> Iterator[Callable[[
     steps = settings.train.steps
     with (
         console.task_progress("step", steps, run.step, closing=True) as update,
-        weights_and_biases(run, settings) as also,
+        weights_and_biases(run, settings) as send,
     ):
         validation_loss = None
 
@@ -69,7 +69,7 @@ def reports(run: Run, settings: Settings, is_first: bool) -> Iterator[Callable[[
             nonlocal validation_loss
             validation_loss = record.get("validation_loss", validation_loss)
             run.log(record)
-            also(record)
+            send(record)
             update(record["step"], headline(record, validation_loss))
 
         yield log
@@ -99,7 +99,7 @@ def weights_and_biases(run: Run, settings: Settings) -> Iterator[Callable[[dict[
 
 
 def plot(metrics: Path, picture: Path) -> None:
-    """The loss over the steps, and the validation loss where there is one; for replies, the reward."""
+    """Draws the loss over the steps, and the validation loss if there is one; for grpo the reward."""
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]

@@ -1,12 +1,12 @@
 """The folder of a training run: resolved config, a line of metrics a step, checkpoints that are whole or absent.
 
-    config.yaml      the resolved settings; --resume accepts others where they do not change the mathematics
+    config.yaml      the resolved settings; --resume accepts changes that leave the mathematics as it is
     metrics.jsonl    one object a step
-    checkpoints/     the last ones: the official layout, trainer.safetensors and trainer.json beside it
+    checkpoints/     the last ones: the official layout, trainer.safetensors and trainer.json
     latest           a link to the last of them
 
-A kill at any moment leaves at most a temporary folder, half a line or steps past the last checkpoint; --resume removes
-them.
+A kill at any moment leaves at most a temporary folder, half a line, or metrics of steps after the last checkpoint;
+--resume removes them.
 """
 
 import errno
@@ -53,12 +53,12 @@ CONSEQUENCES = {  # of a change in the middle of a run, by the key's first part
 class Run:
     """One run, new or resumed.
 
-    `step` is that of its last checkpoint, 0 where there is none; `changed` the keys that were changed on resume, each
-    with its old and new value.
+    `step` is that of its last checkpoint, 0 if there is none; `changed` holds the keys that were changed on resume,
+    each with its old and new value.
     """
 
     def __init__(self, settings: Settings, resume: bool):
-        """Reads where the run stands; ValueError where these settings do not continue it."""
+        """Reads how far the run is; ValueError if it can't be continued with these settings."""
         self.path, self.keep = Path(settings.train.out), settings.train.keep
         self.latest, self.metrics, self.config = (self.path / n for n in ("latest", "metrics.jsonl", "config.yaml"))
         if self.latest.is_symlink() and not self.latest.exists():
@@ -72,7 +72,7 @@ class Run:
             self._check_changes(settings)
 
     def open(self, settings: Settings, resume: bool) -> None:
-        """Makes the folder ready for the next step; for one process, when all have read it."""
+        """Prepares the folder for the next step. One process calls this, once all have read the folder."""
         if resume and not self.exists:
             console.notice(f"{self.path} holds no run yet; starting from the beginning")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ class Run:
 
     @contextmanager
     def _damage(self, path: Path) -> Iterator[None]:
-        """Whatever a damaged file of the last checkpoint leads to, as a ValueError that says what to do."""
+        """Errors from a damaged file of the last checkpoint, as a ValueError that says what to do."""
         try:
             yield
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -139,8 +139,8 @@ class Run:
     def save(
         self, write_model: Callable[[Path], None], state: dict[str, Tensor], step: int, tokens: int, tokenizer: Path
     ) -> None:
-        """One checkpoint: what `write_model` writes, the tokenizer's files, the trainer's tensors and counters, and the
-        record of where it comes from."""
+        """Writes a checkpoint: the model (by `write_model`), the tokenizer's files, the trainer's tensors and counters,
+        and a record of its origin."""
         directory = self.path / "checkpoints" / f"step-{step:08d}"
         with disk_errors(directory):
             os.fsync(self.log_file.fileno())  # a checkpoint never knows more steps than the metrics
@@ -175,7 +175,7 @@ class Run:
 
 
 def origin(settings: Settings) -> tuple[dict[str, Any], dict[str, Path]]:
-    """What the record of every checkpoint says of the run, and the files that it starts from."""
+    """What the record of each checkpoint says about the run, and the files that the run starts from."""
     init = settings.model.init
     path = None if init is None else resolve(init).resolve()
     beside = [] if path is None else [path] if path.is_file() else [path / "config.json", *path.glob("*.safetensors")]
@@ -215,13 +215,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, OSError) as error:
         full = [os.strerror(number) for number in FULL_DISK if os.strerror(number) in str(error)]
-        raise OSError(
-            f"{path} can't be written ({(full or [error])[0]}); make room, then continue with --resume"
-        ) from None
+        reason, fix = (full[0], "make room, then continue") if full else (error, "continue")
+        raise OSError(f"{path} can't be written ({reason}); {fix} with --resume") from None
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """The files that make weights a checkpoint that can chat, from their folder or out of a .gguf file."""
+    """Copies the tokenizer's files and the chat template, from a folder or out of a .gguf file."""
     if source.is_file():
         for name, content in zip(TOKENIZER_FILES, GGUF(source).tokenizer(), strict=False):
             write_text(target / name, json.dumps(content, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""Which source a run's rows come from, by its settings."""
+"""Builds the source of a run's rows from its settings."""
 
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from training.schema import Settings
 
 
 def decide_source(settings: Settings) -> None:
-    """`data.source: auto` becomes what there is. ValueError for rows that are named but would not be read."""
+    """Resolves `data.source: auto`: shards if there are any, else the corpus. ValueError for rows that are named but
+    not read."""
     data = settings.data
     if data.source == "corpus" and data.train is not None:
         raise ValueError(
@@ -80,7 +81,7 @@ def build_source(settings: Settings, chat: Chat):
 
 
 def row_limits(settings: Settings) -> tuple[int, int]:
-    """How many items a step takes, and how many tokens the longest may have."""
+    """The items of a step, and the most tokens that one may have."""
     train, grpo = settings.train, settings.grpo
     if settings.stage != "grpo":
         return train.batch, train.sequence
@@ -94,7 +95,7 @@ def row_limits(settings: Settings) -> tuple[int, int]:
 
 
 def agreed(key: str, stated, found, whose: str):
-    """A key that is computed and saved with the run, so that continuing it with something else is refused."""
+    """The value of a key that is computed and saved with the run; ValueError if another one was stated."""
     if stated not in (None, found):
         raise ValueError(f"{key} is {stated}, but {whose} have {found}; use those it was made for, or leave it out")
     return found

@@ -1,10 +1,10 @@
-"""The four stages of training: the micro-batches of a step, and the objective that they go to.
+"""The four stages of training: each makes the micro-batches of a step and has an objective for them.
 
     pretrain, sft   rows of texts and conversations, packed several to a sequence if asked for
     dpo             pairs of answers, with their log-probabilities under the starting weights
-    grpo            questions, and the replies that the model itself writes to them, rewarded
+    grpo            replies that the model itself writes to questions, with their rewards
 
-A step's micro-batches are a pure function of its number and, for grpo, of the weights; so is what is drawn at random.
+A step's micro-batches, and what is random in them, are a pure function of its number and, for grpo, of the weights.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ class Stage:
         return Objective(self.model)
 
     def prepare(self, run: Run) -> None:
-        """Whatever needs the starting weights. At step 0 the model still has them."""
+        """Computes what needs the starting weights, which the model still has at step 0."""
 
     def batches(self, step: int) -> list:
         """The micro-batches of this process's share of one step (0 is the first)."""
@@ -82,8 +82,8 @@ class Stage:
         return [packed_batch(sequences, self.device) for sequences in chosen]
 
     def _rows(self, step: int, each: int = 1) -> list[Item]:
-        """This process's rows, each of which becomes `each` sequences: enough for as many micro-batches as the other
-        processes have, since FSDP computes them in step."""
+        """This process's rows, each of which becomes `each` sequences. ValueError for too few: each process needs as
+        many micro-batches as the others, since FSDP computes them in lockstep."""
         rows = self.prefetcher.rows(step)
         needed = self.micro_batches if self.processes.count > 1 else 1
         if self.settings.data.pack:  # these are the rows of all processes, and of micro-batches there may be fewer
@@ -199,7 +199,7 @@ class Sampled(NamedTuple):
 
 
 class RewardStage(Stage):
-    """GRPO: every question is answered `group` times, and each reply is compared with the others to its question."""
+    """GRPO: every question is answered `group` times, and each reply is compared with the others of its group."""
 
     def build_objective(self) -> GRPO:
         grpo = self.settings.grpo
@@ -222,7 +222,7 @@ class RewardStage(Stage):
         return []  # a loss over replies of its own says nothing; evaluate.py asks for right answers
 
     def _replies(self, prompts: list[list[int]], step: int) -> list[list[int]]:
-        """Each has a seed of its own, so that a resumed run, and one in other processes, writes the same ones."""
+        """Each reply has its own seed, so a resumed run, or one in more processes, writes the same replies."""
         grpo, seed = self.settings.grpo, self.settings.train.seed
         places = (divmod(row, grpo.group) for row in range(len(prompts)))
         questions = ((self.processes.rank + self.processes.count * question, reply) for question, reply in places)
@@ -236,14 +236,14 @@ class RewardStage(Stage):
         """float64 [replies]: in float32 the mean of equal rewards need not be one of them."""
         grpo, ends = self.settings.grpo, end_tokens(self.model)
         replies = [parse(self.chat, q.prompt, ids, q.thinking, ends) for q, ids in zip(asked, written, strict=True)]
-        worth = [reward(r, q.is_right, grpo.format_reward) for r, q in zip(replies, asked, strict=True)]
-        rewards = torch.tensor(worth, dtype=torch.float64)
+        values = [reward(r, q.is_right, grpo.format_reward) for r, q in zip(replies, asked, strict=True)]
+        rewards = torch.tensor(values, dtype=torch.float64)
         self.objective.measure(
             reward=rewards,
             correct=[q.is_right(r.answer) for r, q in zip(replies, asked, strict=True)],
             format_errors=[not r.well_formed for r in replies],
             length=[len(ids) for ids in written],
-            idle_groups=[len(set(worth[i : i + grpo.group])) == 1 for i in range(0, len(worth), grpo.group)],
+            idle_groups=[len(set(values[i : i + grpo.group])) == 1 for i in range(0, len(values), grpo.group)],
         )
         return rewards
 

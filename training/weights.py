@@ -1,4 +1,4 @@
-"""The weights of a run: what it starts from, the model in one piece, and what a checkpoint holds of it."""
+"""The weights of a run: its starting model, the unsharded model, and what a checkpoint saves."""
 
 import hashlib
 from copy import deepcopy
@@ -22,11 +22,11 @@ from training.sources import agreed
 
 
 def begin(settings: Settings, chat: Chat, processes: Processes, resume: bool) -> tuple[Run, Qwen3, Qwen3 | None]:
-    """The run, its model as it stands, and a frozen copy of the starting weights where GRPO's KL needs one."""
+    """The run, its model at the current step, and a frozen copy of the starting weights where GRPO's KL needs one."""
     lora, out = settings.lora, Path(settings.train.out)
-    compares = settings.stage == "grpo" and settings.grpo.kl > 0
+    needs_reference = settings.stage == "grpo" and settings.grpo.kl > 0
     is_new, model, reference = not (out / "latest").exists(), None, None
-    if is_new or lora.rank or compares:
+    if is_new or lora.rank or needs_reference:
         model = starting_model(settings, chat, processes.device)
     run = Run(settings, resume)
     processes.wait()  # every process has read the folder that the first one now writes
@@ -37,7 +37,7 @@ def begin(settings: Settings, chat: Chat, processes: Processes, resume: bool) ->
         if not is_new:
             load_adapter(model, run.latest / "adapter")
         return run, model, None
-    if compares:
+    if needs_reference:
         reference = deepcopy(model).requires_grad_(False)
     if not is_new:
         model = Qwen3.from_pretrained(run.latest.resolve(), dtype=torch.float32).to(processes.device).train()
@@ -47,8 +47,8 @@ def begin(settings: Settings, chat: Chat, processes: Processes, resume: bool) ->
 def starting_model(settings: Settings, chat: Chat, device: torch.device) -> Qwen3:
     """The model that a run starts from: a checkpoint, or random weights that depend on the seed alone.
 
-    In float32; under adapters, which leave the weights unchanged, in train.dtype. Where the run needs these very
-    weights again, their hash is agreed on as model.fingerprint.
+    In float32; with adapters, which leave the weights unchanged, in train.dtype. If a resumed run will need these exact
+    weights again, their hash becomes model.fingerprint.
     """
     if (settings.model.init is None) == (settings.model.config is None):
         raise ValueError("exactly one of model.init and model.config must be given")
@@ -92,7 +92,7 @@ def starting_model(settings: Settings, chat: Chat, device: torch.device) -> Qwen
 
 
 def full_model(model: Qwen3, parallel: str) -> Qwen3:
-    """The model in one piece, also where FSDP has sharded it; every process has to call this."""
+    """The unsharded model, also under FSDP; every process must call this."""
     if parallel != "fsdp":
         return model
     return with_weights(model, {name: full_tensor(tensor).cpu() for name, tensor in model.state_dict().items()})

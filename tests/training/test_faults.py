@@ -349,7 +349,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
         ):
             raise error
         assert "tmp" not in str(caught.value)
-    with pytest.raises(OSError, match=r"out can't be written \(.*gone.*\); make room"), disk_errors(Path("out")):
+    with pytest.raises(OSError, match=r"out can't be written \(.*gone.*\); continue with"), disk_errors(Path("out")):
         Path("gone").stat()
 
 
