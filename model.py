@@ -903,7 +903,7 @@ def refuse(checkpoint, defects: dict[str, list[str]], most: int = 6) -> None:
         return
     if [name for names in defects.values() for name in names] == [HEAD] and defects["missing"]:
         raise ValueError(f"{checkpoint.path}: missing: {HEAD}, so this model gives embeddings, not a next token")
-    if empty := [name for name, info in checkpoint.tensors.items() if 0 in info.shape]:
+    if empty := [entry.split(" [")[0] for entry in defects.get("mis-shaped", ()) if " [0] " in entry]:
         raise ValueError(f"{checkpoint.path}: {empty[0]} and others ({len(empty)} in all) were {SAVED_EMPTY}")
     for kind, names in defects.items():
         more = f" and {len(names) - most} more" if len(names) > most else ""

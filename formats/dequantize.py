@@ -19,8 +19,21 @@ from formats.tensors import TensorInfo
 from formats.view import View
 
 Parts = dict[str, torch.Tensor]  # last part of the name → tensor
+OWNERS = {  # the last part of a name that only one method's tensors have
+    "qweight": "GPTQ or AWQ",
+    "absmax": "bitsandbytes",
+    "SCB": "bitsandbytes",
+    "weight_packed": "compressed-tensors",
+    "weight_scale": "compressed-tensors or FP8",
+    "weight_scale_inv": "FP8",
+    "scale_weight": "ComfyUI's FP8",
+}
 ACTIVATION_SCALES = ("input_scale", "activation_scale", "k_scale", "v_scale")
 WHAT_NOW = "take the model's 16-bit version or its GGUF, FP8, AWQ or GPTQ form"
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Method(Protocol):
@@ -47,6 +60,11 @@ class Dequantized(View):
         self.tensors = {}
         for name, info in base.tensors.items():
             module, _, leaf = name.rpartition(".")
+            if leaf == "weight" and module not in modules and info.dtype.itemsize == 1:
+                raise ValueError(
+                    f"{self.path}: {name} is {short_dtype(info.dtype)}, but {module}.{method.key}, which says what it "
+                    "stands for, is missing"
+                )
             if module in modules and leaf in method.leaves:
                 if f"{module}.weight" not in self.tensors:
                     self.tensors[f"{module}.weight"] = TensorInfo(torch.float32, self._shape(module))
@@ -107,7 +125,7 @@ def _method(config: dict[str, Any], names: Iterable[str]) -> Method | None:
         return MLX(mlx)
     if not isinstance(given, dict):
         leaves = {name.rpartition(".")[2] for name in names}
-        for leaf, owner in (("qweight", "GPTQ or AWQ"), ("absmax", "bitsandbytes"), ("SCB", "bitsandbytes")):
+        for leaf, owner in OWNERS.items():
             if leaf in leaves:
                 raise ValueError(
                     f"config: the weights are quantised by {owner}, but there is no quantization_config to say how; "
@@ -146,7 +164,7 @@ class Scaled:
     def shape(self, infos: dict[str, TensorInfo], read: Callable[[str], torch.Tensor]) -> tuple[int, int]:
         dtype, shape = infos["weight"]
         if len(shape) != 2 or dtype.itemsize != 1:
-            raise ValueError(f"the weight is {str(dtype).removeprefix('torch.')}, not a matrix of float8 or int8")
+            raise ValueError(f"the weight is {short_dtype(dtype)}, not a matrix of float8 or int8")
         self._blocks(shape, infos[self.key].shape)
         return shape
 
@@ -196,6 +214,8 @@ def _compressed(config: dict[str, Any]) -> Scaled:
     blocks = {
         _block("block_structure", scheme.get("block_structure")) for scheme in schemes if isinstance(scheme, dict)
     }
+    if any(isinstance(scheme, dict) and scheme.get("symmetric") is False for scheme in schemes):
+        raise ValueError(f"config: asymmetric weights of compressed-tensors are not read here; {WHAT_NOW}")
     if len(blocks) > 1:
         raise ValueError("config: quantization_config.config_groups have several block_structures; one is implemented")
     return Scaled("weight_scale", *(blocks or {None}))

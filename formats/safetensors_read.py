@@ -27,6 +27,10 @@ MAX_NAME = 256  # characters; the official names stay below 60
 SHARD_NAME = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")
 
 
+# Where older AutoGPTQ and AutoAWQ say how they quantised; newer ones, in config.json.
+SEPARATE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+
+
 class SafetensorsFile:
     """One .safetensors file, its header checked, its data mapped copy-on-write (in-place changes stay private)."""
 
@@ -143,6 +147,9 @@ class Checkpoint:
     def __init__(self, path: Path):
         self.path = self.text_path = path
         self.config = read_json(path / "config.json")
+        for name, method in SEPARATE.items():
+            if self.config.get("quantization_config") is None and (path / name).is_file():
+                self.config["quantization_config"] = {"quant_method": method} | read_json(path / name)
         generation = path / "generation_config.json"
         self.generation_config = read_json(generation) if lexists(generation) else {}
         self.files = _weight_files(path)

@@ -400,12 +400,39 @@ def test_other_methods_are_named(plain, fields, line):
     assert line in str(error.value) and "\n" not in str(error.value) and str(plain) in str(error.value)
 
 
-def test_quantised_weights_without_a_config_are_named(plain):
-    quantise(plain, "gptq int4")
+@pytest.mark.parametrize(
+    ("form", "owner"),
+    [("gptq int4", "GPTQ or AWQ"), ("fp8", "FP8"), ("float8 rows", "compressed-tensors or FP8")],
+)
+def test_quantised_weights_without_a_config_are_named(plain, form, owner):
+    quantise(plain, form)
     config = json.loads((plain / "config.json").read_text())
     del config["quantization_config"]
     (plain / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="quantised by GPTQ or AWQ, but there is no quantization_config"):
+    with pytest.raises(ValueError, match=f"quantised by {owner}, but there is no quantization_config"):
+        Qwen3.from_pretrained(plain)
+
+
+@pytest.mark.parametrize(("form", "name"), [("gptq int4", "quantize_config.json"), ("awq", "quant_config.json")])
+def test_how_it_was_quantised_may_stand_in_a_file_of_its_own(plain, form, name):
+    quantise(plain, form)
+    expected, config = logits(Qwen3.from_pretrained(plain)), json.loads((plain / "config.json").read_text())
+    how = {key: value for key, value in config.pop("quantization_config").items() if key != "quant_method"}
+    (plain / "config.json").write_text(json.dumps(config))
+    (plain / name).write_text(json.dumps(how))
+    assert torch.equal(logits(Qwen3.from_pretrained(plain)), expected)
+
+
+def test_eight_bits_without_their_scale_are_no_weights(plain):
+    """Read as they stand they would be numbers of another size, and the replies nonsense."""
+    quantise(plain, "fp8")
+    weights = load_file(plain / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight_scale_inv"]
+    rewrite(plain, weights)
+    with pytest.raises(ValueError, match=r"up_proj\.weight is float8_e4m3fn, but .*up_proj\.weight_scale_inv, which"):
+        Qwen3.from_pretrained(plain)
+    rewrite(plain, weights, **compressed("int-quantized", symmetric=False))
+    with pytest.raises(ValueError, match="asymmetric weights of compressed-tensors"):
         Qwen3.from_pretrained(plain)
 
 
