@@ -4,6 +4,7 @@
 // exact, so they are those that vectors give one token, and what follows them, in floating point, is done in the same
 // order for both: no bit of a result depends on which of the two computed it.
 #pragma once
+#include "integers.h"
 #include "tiles.h"
 
 constexpr int SIDE = 16;          // tokens and rows of a tile
@@ -42,20 +43,6 @@ inline void store_tile(void* to) {
 template <int SUM, int ACTIVATIONS, int WEIGHTS>  // signed bytes
 inline void multiply_tiles() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(ACTIVATIONS), "i"(WEIGHTS));
-}
-
-// v[i][j] becomes v[j][i].
-inline void transpose(Unsigned v[16]) {
-    for (int i = 0; i < 16; i += 4) transpose_quarters(v + i);
-    __m512i four[16];
-    for (int i = 0; i < 16; i++) four[i] = (__m512i)v[i];
-    for (int j = 0; j < 4; j++) {
-        const __m512i a = _mm512_shuffle_i32x4(four[j], four[4 + j], 0x88), b = _mm512_shuffle_i32x4(four[j], four[4 + j], 0xdd);
-        const __m512i c = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0x88);
-        const __m512i d = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0xdd);
-        v[j] = (Unsigned)_mm512_shuffle_i32x4(a, c, 0x88), v[8 + j] = (Unsigned)_mm512_shuffle_i32x4(a, c, 0xdd);
-        v[4 + j] = (Unsigned)_mm512_shuffle_i32x4(b, d, 0x88), v[12 + j] = (Unsigned)_mm512_shuffle_i32x4(b, d, 0xdd);
-    }
 }
 
 // 64 bytes from `at` on of each of 16 rows, transposed to [16, rows, 4]; behind `end` zeros. A row that there isn't is the last.

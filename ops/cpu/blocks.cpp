@@ -194,11 +194,11 @@ struct Q6_KBlocks {
 
 }  // namespace
 
-const Products q8_0_products = groups_of<Q8_0Blocks>();
-const Products q4_0_products = groups_of<FourBits<18, 8>>();
-const Products q4_1_products = groups_of<FourBits<20, 0, true>>();
-const Products q5_0_products = groups_of<FiveBits<22, 16>>();
-const Products q5_1_products = groups_of<FiveBits<24, 0, true>>();
-const Products q4_k_products = groups_of<WithMinima<4>>();
-const Products q5_k_products = groups_of<WithMinima<5>>();
-const Products q6_k_products = groups_of<Q6_KBlocks>();
+const Products q8_0_products = blocks_of<Q8_0Blocks>();
+const Products q4_0_products = blocks_of<FourBits<18, 8>>();
+const Products q4_1_products = blocks_of<FourBits<20, 0, true>>();
+const Products q5_0_products = blocks_of<FiveBits<22, 16>>();
+const Products q5_1_products = blocks_of<FiveBits<24, 0, true>>();
+const Products q4_k_products = blocks_of<WithMinima<4>>();
+const Products q5_k_products = blocks_of<WithMinima<5>>();
+const Products q6_k_products = blocks_of<Q6_KBlocks>();

@@ -6,9 +6,13 @@
 //     total[lane] = fma(float(sum of a group) · the activations' scale, the weights' scale, total[lane])
 //     total[lane] = fma(the group's minimum, the sum of its activations, total[lane])                     where there is one
 //
-// A chunk has as many groups as a vector has lanes, and each lane is a group: the codes of a chunk are transposed, four
-// columns of each group to a vector, so that adding up the products of the vectors adds up each group. A few tokens
-// unpack and transpose a chunk when they meet it, many do so once for some rows: the same numbers in the same order.
+// and then the sum of the lanes. There are three ways to the same bits:
+//
+//     few tokens             each lane of a vector is a group of one row: the codes of a chunk, as many groups as there are
+//                            lanes, are transposed in registers when they are met (Chunk)
+//     many tokens            each lane is a row: 16 bits for each code, transposed once for all tokens (Panel), meet
+//                            activations that are spread over all lanes
+//     many tokens, with AMX  the same with 8 bits for each code (amx.h)
 #pragma once
 #include <array>
 #include <cfloat>
@@ -25,28 +29,46 @@ __attribute__((always_inline)) inline void each(Work work) {
     }(std::make_integer_sequence<int, COUNT>());
 }
 
-// Which group of a chunk has a lane: what `transpose` makes of it.
-constexpr int group_of(int lane, int group_size) {
+// Which group of a chunk a lane holds after `transpose`. PACKED: two codes of 4 bits to a byte, of which the lower ones are
+// the first half of a group.
+constexpr int group_of(int lane, int group_size, bool packed = false) {
     const int quarter = lane / 4, i = lane % 4;
-    if (LANES == 4 || (LANES == 8 && group_size == 32)) return lane;
-    if (group_size == 16) return LANES / 4 * i + quarter;
+    if (LANES == 4 || (LANES == 8 && group_size == 32 && !packed)) return lane;
+    if (group_size == 16 || packed) return LANES / 4 * i + quarter;
     return quarter / 2 * 8 + 2 * i + quarter % 2;
 }
+template <int GROUP, bool PACKED>
+constexpr auto LANE_OF = [] {  // of each group
+    std::array<int, LANES> lanes = {};
+    for (int lane = 0; lane < LANES; lane++) lanes[group_of(lane, GROUP, PACKED)] = lane;
+    return lanes;
+}();
 
 // A vector whose lanes are of(group) of their groups.
-template <class Result, int GROUP, class Of>
+template <class Result, int GROUP, bool PACKED = false, class Of>
 __attribute__((always_inline)) inline Result by_group(Of of) {
     return [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-        return Result{of(std::integral_constant<int, group_of(I, GROUP)>())...};
+        return Result{of(std::integral_constant<int, group_of(I, GROUP, PACKED)>())...};
     }(std::make_integer_sequence<int, LANES>());
 }
 
-// GROUP / 4 vectors of codes, column by column, into as many whose lanes are groups, four columns of each.
-template <int GROUP>
+inline Unsigned lower_nibbles(Unsigned bytes) { return bytes & 0x0f0f0f0f; }
+inline Unsigned upper_nibbles(Unsigned bytes) {
+#if LANES_OF_INTEGERS == 16 && defined(__GFNI__)
+    return (Unsigned)_mm512_gf2p8affine_epi64_epi8((__m512i)bytes, _mm512_set1_epi64(0x1020408000000000), 0);
+#else
+    return bytes >> 4 & 0x0f0f0f0f;
+#endif
+}
+
+// GROUP / 4 vectors of codes, column by column (PACKED: half as many, of bytes), into as many whose lanes are groups, four
+// columns of each.
+template <int GROUP, bool PACKED>
 __attribute__((always_inline)) inline void transpose(Unsigned* codes) {
+    constexpr int VECTORS = GROUP / (PACKED ? 8 : 4);
 #if defined(__AVX2__)
-    for (int i = 0; i < GROUP / 4; i += 4) transpose_quarters(codes + i);
-    for (int i = 0; GROUP == 32 && i < 4; i++) {
+    for (int i = 0; i < VECTORS; i += 4) transpose_quarters(codes + i);
+    for (int i = 0; VECTORS == 8 && i < 4; i++) {
         const Unsigned a = codes[i], b = codes[i + 4];
 #if LANES_OF_INTEGERS == 16
         codes[i] = (Unsigned)_mm512_shuffle_i32x4((__m512i)a, (__m512i)b, 0x88);
@@ -57,14 +79,16 @@ __attribute__((always_inline)) inline void transpose(Unsigned* codes) {
 #endif
     }
 #else
-    uint32_t words[LANES * GROUP / 4];
+    uint32_t words[LANES * VECTORS];
     std::memcpy(words, codes, sizeof words);
-    for (int i = 0; i < GROUP / 4; i++)
-        codes[i] = by_group<Unsigned, GROUP>([&](auto group) { return words[group * (GROUP / 4) + i]; });
+    for (int i = 0; i < VECTORS; i++)
+        codes[i] = by_group<Unsigned, GROUP, PACKED>([&](auto group) { return words[group * VECTORS + i]; });
 #endif
+    for (int i = 0; PACKED && i < VECTORS; i++)
+        codes[VECTORS + i] = upper_nibbles(codes[i]), codes[i] = lower_nibbles(codes[i]);
 }
 
-// LANES groups of a row, transposed. The numbers are (code - offset) · scale + minimum.
+// LANES groups of a row. The numbers are (code - offset) · scale + minimum.
 template <int GROUP>
 struct Chunk {
     Unsigned codes[GROUP / 4];
@@ -73,211 +97,323 @@ struct Chunk {
     static constexpr int64_t COLUMNS = LANES * GROUP;
     static int64_t count(int64_t columns) { return (columns + COLUMNS - 1) / COLUMNS; }
 };
-static_assert(sizeof(Chunk<16>) * 256 / Chunk<16>::COLUMNS <= 640);  // as unpacked_size in products.h expects
 
-// Activations. Of n, in whole chunks: for AMX their high bytes column by column, then their low ones; then [chunks,
-// GROUP / 4] vectors `a`, then `b` (see ExactSum), arranged as the codes are; then for each chunk a vector of the groups'
-// scales, of their sums as whole numbers, and of their sums.
-template <int GROUP>
+// Activations. Of n, in whole chunks: for AMX their high bytes group by group, then their low ones; then as words of 16 bits,
+// of each four columns 0, 2, 1, 3; then [chunks, GROUP / 4] vectors `a` and `b` (see ExactSum), arranged as the codes of a
+// chunk are; then for each chunk a vector of the groups' scales, of their sums as whole numbers times -8, and of their sums.
+template <int GROUP, bool PACKED>
 struct GroupedInputs {
     static constexpr int64_t BYTES = 4 * LANES, CHUNK_BYTES = GROUP / 4 * BYTES;
     static constexpr float MOST = 32639;  // 127 · 256 + 127
 
     struct Places {
-        int64_t chunks, low, a, b, scale, whole, sum, end;
+        int64_t chunks, low, words, a, b, scale, whole, sum, end;
         explicit Places(int64_t n)
-            : chunks(Chunk<GROUP>::count(n)), low(AMX * chunks * CHUNK_BYTES), a(2 * low), b(a + chunks * CHUNK_BYTES),
-              scale(b + chunks * CHUNK_BYTES), whole(scale + chunks * BYTES), sum(whole + chunks * BYTES),
-              end(rounded_up(sum + chunks * BYTES, LINE_BYTES) + LINE_BYTES) {}
+            : chunks(Chunk<GROUP>::count(n)), low(AMX * chunks * CHUNK_BYTES), words(2 * low), a(words + 2 * chunks * CHUNK_BYTES),
+              b(a + chunks * CHUNK_BYTES), scale(b + chunks * CHUNK_BYTES), whole(scale + chunks * BYTES),
+              sum(whole + chunks * BYTES), end(rounded_up(sum + chunks * BYTES, LINE_BYTES) + LINE_BYTES) {}
     };
     static int64_t bytes(int64_t n) { return Places(n).end; }
 
+    // The column of a group that has place i.
+    static constexpr int column_of(int i) { return !PACKED ? i : i < GROUP / 2 ? 2 * i : 2 * i - GROUP + 1; }
+
     static void prepare(const float* x, int64_t n, char* out) {
         const Places places(n);
-        for (int64_t at = 0; at < places.chunks; at++)
-            for (int lane = 0; lane < LANES; lane++) {
-                const int64_t column = at * Chunk<GROUP>::COLUMNS + group_of(lane, GROUP) * GROUP;
-                alignas(64) float padded[GROUP] = {};
-                const int64_t count = std::clamp(n - column, int64_t(0), int64_t(GROUP));
-                std::memcpy(padded, x + std::min(column, n), count * sizeof(float));
-                Vector largest = {}, nothing = {};
-                for (int i = 0; i < GROUP; i += LANES) {
-                    const Vector v = load(padded + i), size = v < 0.f ? -v : v;
-                    largest = size > largest ? size : largest;
-                    nothing += v - v;  // NaN where something is not finite
-                }
-                float most = 0;
-                for (int i = 0; i < LANES; i++) most = std::max(most, largest[i]);
-                const float scale = most / MOST, inverse = scale >= FLT_MIN && scale < INFINITY ? 1 / scale : 0;
-                alignas(64) int32_t whole[GROUP];
-                Integers total = {};
-                for (int i = 0; i < GROUP; i += LANES) {
-                    const Vector rounded = load(padded + i) * inverse + ROUND;
-                    const Integers q = (Integers)rounded - (Integers)(Vector{} + ROUND);
-                    std::memcpy(whole + i, &q, sizeof q);
-                    total += q;
-                }
-                int32_t sum_of_whole = 0;
-                for (int i = 0; i < LANES; i++) sum_of_whole += total[i];
-                alignas(64) char a[GROUP], b[GROUP];
-                for (int i = 0; i < GROUP; i++) ExactSum::place(a, b, i, whole[i]);
-                if (AMX) std::memcpy(out + column, a, GROUP), std::memcpy(out + places.low + column, b, GROUP);
-                char* to = out + at * CHUNK_BYTES + 4 * lane;
-                for (int i = 0; i < GROUP / 4; i++) {
-                    std::memcpy(to + i * BYTES + places.a, a + 4 * i, 4);
-                    std::memcpy(to + i * BYTES + places.b, b + 4 * i, 4);
-                }
-                const int64_t place = at * LANES + lane;
-                ((float*)(out + places.scale))[place] = scale + sum(nothing);
-                ((int32_t*)(out + places.whole))[place] = sum_of_whole;
-                ((float*)(out + places.sum))[place] = float(sum_of_whole) * scale;
+        for (int64_t group = 0; group < places.chunks * LANES; group++) {
+            const int64_t column = group * GROUP, at = group / LANES, lane = LANE_OF<GROUP, PACKED>[group % LANES];
+            alignas(64) float padded[GROUP] = {};
+            const float* from = x + column;
+            if (column + GROUP > n) {
+                std::memcpy(padded, x + std::min(column, n), std::max(n - column, int64_t(0)) * sizeof(float));
+                from = padded;
+            }
+            Vector most = {}, nothing = {};
+            for (int i = 0; i < GROUP; i += LANES) {
+                const Vector v = load(from + i), size = v < 0.f ? -v : v;
+                most = size > most ? size : most;
+                nothing += v - v;  // NaN where something is not finite
+            }
+            const float scale = largest(most) / MOST, inverse = scale >= FLT_MIN && scale < INFINITY ? 1 / scale : 0;
+            alignas(64) int32_t whole[GROUP], placed[GROUP];
+            Integers total = {};
+            for (int i = 0; i < GROUP; i += LANES) {
+                const Vector rounded = load(from + i) * inverse + ROUND;
+                const Integers q = (Integers)rounded - (Integers)(Vector{} + ROUND);
+                std::memcpy(whole + i, &q, sizeof q);
+                total += q;
+            }
+            for (int i = 0; i < GROUP; i++) placed[i] = whole[column_of(i)];
+            alignas(64) int16_t words[GROUP];
+            for (int i = 0; i < GROUP; i++) words[i] = placed[i / 4 * 4 + i % 2 * 2 + i / 2 % 2];
+            std::memcpy(out + places.words + 2 * column, words, sizeof words);
+            alignas(64) char a[GROUP], b[GROUP];
+            for (int i = 0; i < GROUP; i++) ExactSum::place(a, b, i, placed[i]);
+            if (AMX && choice.amx) std::memcpy(out + column, a, GROUP), std::memcpy(out + places.low + column, b, GROUP);
+            char* to = out + at * CHUNK_BYTES + 4 * lane;
+            for (int i = 0; i < GROUP / 4; i++) {
+                std::memcpy(to + i * BYTES + places.a, a + 4 * i, 4);
+                std::memcpy(to + i * BYTES + places.b, b + 4 * i, 4);
+            }
+            const int64_t place = at * LANES + lane;
+            const int32_t sum_of_whole = ::sum(total);
+            ((float*)(out + places.scale))[place] = scale + ::sum(nothing);
+            ((int32_t*)(out + places.whole))[place] = -8 * sum_of_whole;
+            ((float*)(out + places.sum))[place] = float(sum_of_whole) * scale;
+        }
+    }
+
+    // The numbers that they stand for.
+    static void values(const char* x, int64_t n, float* out) {
+        const Places places(n);
+        for (int64_t group = 0; group * GROUP < n; group++)
+            for (int i = 0; i < GROUP; i++) {
+                const int64_t column = group * GROUP + column_of(i / 4 * 4 + i % 2 * 2 + i / 2 % 2);
+                const int64_t place = group / LANES * LANES + LANE_OF<GROUP, PACKED>[group % LANES];
+                const float word = ((const int16_t*)(x + places.words))[group * GROUP + i];
+                if (column < n) out[column] = word * ((const float*)(x + places.scale))[place];
             }
     }
 
     // What R rows and N tokens add to their accumulators in chunk `at`.
-    template <class Type, int R, int N>
-    __attribute__((always_inline)) static void meet(const Chunk<GROUP>* const* w, const char* const* x, int64_t at,
-                                                    const Places& places, Vector total[N][R]) {
-        constexpr int ROWS = std::min(R, 4), TOKENS = R * N == 1 ? 1 : LANES == 16 ? std::min(N, 8 / ROWS) : 1;
-        each<R / ROWS>([&](auto rows) __attribute__((always_inline)) {
-            each<N / TOKENS>([&](auto tokens) __attribute__((always_inline)) {
-                some<Type, ROWS, TOKENS, R>(w + rows * ROWS, x + tokens * TOKENS, at, places,
-                                            &total[tokens * TOKENS][rows * ROWS]);
-            });
-        });
-    }
-
-    // As many as the registers hold sums of.
     template <class Type, int R, int N, int ALL>
-    __attribute__((always_inline)) static void some(const Chunk<GROUP>* const* w, const char* const* x, int64_t at,
-                                                    const Places& places, Vector* total) {
+    __attribute__((always_inline)) static void meet(const Chunk<GROUP> (&w)[R], const char* const* x, int64_t at,
+                                                    const Places& places, Vector (*total)[ALL], int first) {
         ExactSum sums[N][R];
+        each<N>([&](auto k) __attribute__((always_inline)) {
+            if (!Type::OFFSET) return;
+            const Integers whole = read<Integers>(x[k] + at * BYTES + places.whole) * (Type::OFFSET / 8);
+            for (auto& sum : sums[k]) sum.start(whole);
+        });
         each<GROUP / 4>([&](auto i) __attribute__((always_inline)) {
-            Unsigned codes[R];
-            each<R>([&](auto r) __attribute__((always_inline)) { codes[r] = w[r]->codes[i]; });
             each<N>([&](auto k) __attribute__((always_inline)) {
-                const char* a = x[k] + at * CHUNK_BYTES + i * BYTES;
-                const Integers one = read<Integers>(a + places.a), other = read<Integers>(a + places.b);
-                each<R>([&](auto r) __attribute__((always_inline)) { sums[k][r].add(codes[r], one, other); });
+                const char* from = x[k] + at * CHUNK_BYTES + i * BYTES;
+                const Integers a = read<Integers>(from + places.a), b = read<Integers>(from + places.b);
+                each<R>([&](auto r) __attribute__((always_inline)) { sums[k][r].add(w[r].codes[i], a, b); });
             });
         });
         each<N>([&](auto k) __attribute__((always_inline)) {
             const char* rest = x[k] + at * BYTES;
             const Vector scale = read<Vector>(rest + places.scale);
             each<R>([&](auto r) __attribute__((always_inline)) {
-                Integers whole = sums[k][r].whole();
-                if (Type::OFFSET) whole -= read<Integers>(rest + places.whole) * Type::OFFSET;
-                Vector& to = total[k * ALL + r];
-                to = fma(__builtin_convertvector(whole, Vector) * scale, w[r]->scale, to);
-                if (Type::MINIMA) to = fma(w[r]->minimum, read<Vector>(rest + places.sum), to);
+                Vector& to = total[k][first + r];
+                to = fma(__builtin_convertvector(sums[k][r].whole(), Vector) * scale, w[r].scale, to);
+                if (Type::MINIMA) to = fma(w[r].minimum, read<Vector>(rest + places.sum), to);
             });
         });
     }
 };
 
-// Chunks that were unpacked before, some rows of them: whatever their type is.
-template <int GROUP_, int OFFSET_, bool MINIMA_>
-struct Numbers {
-    static constexpr int GROUP = GROUP_, OFFSET = OFFSET_;
-    static constexpr bool MINIMA = MINIMA_;
-};
-template <class Type>
-struct Unpacked : GroupedInputs<Type::GROUP> {
-    explicit Unpacked(const Rows&) {}
-    static constexpr int ROWS = LANES == 16 ? 4 : 2, TOKENS = 4;
+// LANES rows, or as many as there are from `first` on, of codes with WIDTH bytes and their sign, for many tokens: [groups,
+// GROUP / 4, WIDTH, rows, 4 / WIDTH codes] weights (of two bytes: of each four columns 0 and 2, then 1 and 3), [groups, rows]
+// scales and minima.
+template <class Type, int WIDTH>
+struct Panel {
+    static constexpr int GROUP = Type::GROUP;
+    static constexpr bool PACKED = Type::PACKED;
+    typedef GroupedInputs<GROUP, PACKED> Form;
+    const typename Form::Places places;
+    const int64_t groups;
+    char* const weights;
+    Vector *const scales, *const minima;
+    char* const end;
 
-    template <int R, int N>
-    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, int64_t, Vector total[N][R]) const {
-        const typename GroupedInputs<Type::GROUP>::Places places(w.columns);
+    Panel(const Type& type, const Rows& w, int64_t first, int64_t rows, char* memory)
+        : places(w.columns), groups(w.columns / GROUP), weights(memory),
+          scales((Vector*)(weights + places.chunks * Chunk<GROUP>::COLUMNS * LANES * WIDTH)),
+          minima(scales + places.chunks * LANES), end((char*)(minima + Type::MINIMA * places.chunks * LANES)) {
         for (int64_t at = 0; at < places.chunks; at++) {
-            const Chunk<Type::GROUP>* here[R];
-            for (int r = 0; r < R; r++) here[r] = (const Chunk<Type::GROUP>*)(w.weight + r * w.row_bytes) + at;
-            GroupedInputs<Type::GROUP>::template meet<Type, R, N>(here, x, at, places, total);
+            Unsigned codes[GROUP / 4][LANES], scale[LANES], minimum[LANES];
+            for (int r = 0; r < LANES; r++) {
+                Chunk<GROUP> chunk;
+                type.unpack(from_row(w, std::min(first + r, rows - 1)), at, chunk);
+                for (int i = 0; i < GROUP / (PACKED ? 8 : 4); i++) codes[i][r] = chunk.codes[i];
+                scale[r] = (Unsigned)chunk.scale;
+                if (Type::MINIMA) minimum[r] = (Unsigned)chunk.minimum;
+            }
+            for (int i = 0; i < GROUP / (PACKED ? 8 : 4); i++) {
+                ::transpose(codes[i]);
+                for (int j = 0; j < LANES; j++) {
+                    const int64_t begin = at * Chunk<GROUP>::COLUMNS / 4, place = i * LANES + j;
+                    if constexpr (PACKED) {
+                        put(begin + place / 4 * 8 + place % 4, lower_nibbles(codes[i][j]));
+                        put(begin + place / 4 * 8 + place % 4 + 4, upper_nibbles(codes[i][j]));
+                    } else {
+                        put(begin + place, codes[i][j]);
+                    }
+                }
+            }
+            spread(scale, scales + at * LANES);
+            if (Type::MINIMA) spread(minimum, minima + at * LANES);
         }
     }
-    static float finish(const Rows&, int, float y) { return y; }
-};
+
+    void put(int64_t place, Unsigned codes) const {
+        char* to = weights + place * 4 * LANES * WIDTH;
+        if constexpr (WIDTH == 1) {
+            typedef uint8_t Bytes8 __attribute__((vector_size(4 * LANES)));
+            const auto with_sign = (Bytes8)codes - uint8_t(Type::OFFSET);
+            std::memcpy(to, &with_sign, sizeof with_sign);
+        } else {
+            typedef int16_t Words __attribute__((vector_size(4 * LANES)));
+            const Words even = (Words)(codes & 0x00ff00ff) - int16_t(Type::OFFSET);
+            const Words odd = (Words)(codes >> 8 & 0x00ff00ff) - int16_t(Type::OFFSET);
+            std::memcpy(to, &even, sizeof even), std::memcpy(to + sizeof even, &odd, sizeof odd);
+        }
+    }
+    static void spread(Unsigned (&of_rows)[LANES], Vector* to) {
+        ::transpose(of_rows);
+        for (int lane = 0; lane < LANES; lane++) to[group_of(lane, GROUP, PACKED)] = (Vector)of_rows[lane];
+    }
+
+    // A token's number for a group, in all lanes.
+    __attribute__((always_inline)) Vector all(const char* x, int64_t array, int64_t group) const {
+        const int64_t place = group / LANES * LANES + LANE_OF<GROUP, PACKED>[group % LANES];
+        return (Vector)(Integers{} + ((const int32_t*)(x + array))[place]);
+    }
+    // `total` with a group's sum in it.
+    __attribute__((always_inline)) Vector meet(const char* x, int64_t group, Integers whole, Vector total) const {
+        total = fma(__builtin_convertvector(whole, Vector) * all(x, places.scale, group), scales[group], total);
+        return Type::MINIMA ? fma(minima[group], all(x, places.sum, group), total) : total;
+    }
+
+    // y[N, COUNT · LANES] of a [N, ROWS] array = the products of N tokens with COUNT panels. Groups of the same lane follow
+    // one another, so that their totals stay in registers; lanes are added up as in sum(Vector).
+    template <int COUNT, int N>
+    static void multiply(const Panel* panels, const char* const* x, float* y) {
+        Vector total[N][COUNT], waiting[4][N][COUNT];
+        for (int i = 0; i < LANES; i++) {
+            int lane = 0;
+            for (int bit = 1; bit < LANES; bit *= 2) lane = 2 * lane + (i & bit ? 1 : 0);
+            each<N>([&](auto k) __attribute__((always_inline)) { for (auto& some : total[k]) some = Vector{}; });
+            for (int64_t group = group_of(lane, GROUP, PACKED); group < panels->groups; group += LANES) {
+                Integers sums[N][COUNT] = {};
+#pragma GCC unroll 4
+                for (int j = 0; j < GROUP / 2; j++) {
+                    Integers codes[COUNT];
+                    each<COUNT>([&](auto p) __attribute__((always_inline)) {
+                        codes[p] = read<Integers>(panels[p].weights + (group * GROUP / 2 + j) * 4 * LANES);
+                    });
+                    each<N>([&](auto k) __attribute__((always_inline)) {
+                        const char* words = x[k] + panels->places.words + group * GROUP * 2;
+                        const Integers two = Integers{} + ((const int32_t*)words)[j];
+                        each<COUNT>([&](auto p) __attribute__((always_inline)) { sums[k][p] = dot_words(sums[k][p], codes[p], two); });
+                    });
+                }
+                each<N>([&](auto k) __attribute__((always_inline)) {
+                    each<COUNT>([&](auto p) __attribute__((always_inline)) {
+                        total[k][p] = panels[p].meet(x[k], group, sums[k][p], total[k][p]);
+                    });
+                });
+            }
+            int level = 0;
+            for (; i >> level & 1; level++)
+                for (int k = 0; k < N; k++)
+                    for (int p = 0; p < COUNT; p++) total[k][p] = waiting[level][k][p] + total[k][p];
+            if (i < LANES - 1) std::memcpy(waiting[level], total, sizeof total);
+        }
+        for (int k = 0; k < N; k++)
+            for (int p = 0; p < COUNT; p++) store(y + k * ROWS + p * LANES, total[k][p]);
+    }
 
 #if AMX
-// 16 rows, unpacked for AMX: [groups, GROUP / 4, rows, 4] weights, [groups, rows] scales and minima; then room for the
-// activations of 16 tokens.
-template <int GROUP, bool MINIMA>
-struct Panel {
-    const typename GroupedInputs<GROUP>::Places places;
-    const int64_t groups;
-    char* weights;
-    Vector *scales, *minima;
-    char* copies;
-
-    Panel(int64_t columns, char* scratch)
-        : places(columns), groups(columns / GROUP), weights(scratch),
-          scales((Vector*)(weights + places.chunks * Chunk<GROUP>::COLUMNS * SIDE)),
-          minima(scales + places.chunks * LANES), copies((char*)(minima + MINIMA * places.chunks * LANES)) {}
-
-    // Chunk `at` of each row, column by column. Overwrites them.
-    void put(int64_t at, Unsigned (*codes)[SIDE], Unsigned* scale, Unsigned* minimum) const {
-        for (int i = 0; i < GROUP / 4; i++) {
-            ::transpose(codes[i]);
-            std::memcpy(weights + (at * Chunk<GROUP>::COLUMNS / 4 + i * LANES) * 64, codes[i], sizeof codes[i]);
-        }
-        ::transpose(scale);
-        for (int lane = 0; lane < LANES; lane++) scales[at * LANES + group_of(lane, GROUP)] = (Vector)scale[lane];
-        if (!MINIMA) return;
-        ::transpose(minimum);
-        for (int lane = 0; lane < LANES; lane++) minima[at * LANES + group_of(lane, GROUP)] = (Vector)minimum[lane];
-    }
-
-    // y[i, 0 .. 16] of a [count, ROWS] array.
-    void multiply(const char* const* x, int64_t count, float* y) const {
-        static constexpr auto LANE_OF = [] {
-            std::array<int, LANES> lane_of = {};
-            for (int lane = 0; lane < LANES; lane++) lane_of[group_of(lane, GROUP)] = lane;
-            return lane_of;
-        }();
+    // y[count, LANES] of a [count, ROWS] array.
+    void multiply_in_tiles(const char* const* x, int64_t count, float* y) const {
         for (int64_t i = 0; i < count;) {
             const int64_t tokens = std::min<int64_t>(count - i, SIDE);
             const TileRegisters registers(tokens, GROUP);
             for (; i + tokens <= count; i += tokens) {
-                const Spaced spaced(x + i, tokens, places.a, copies);
+                const Spaced spaced(x + i, tokens, places.words, end);
                 const char* of_token[SIDE];
                 for (int64_t k = 0; k < SIDE; k++) of_token[k] = x[i + std::min(k, tokens - 1)];
                 Vector total[SIDE];
                 by_groups<GROUP, 1>(
                     spaced, places.low, weights, groups, [](int64_t group, int) { return group * GROUP; },
-                    [](int lane) { return group_of(lane, GROUP); },
+                    [](int lane) { return group_of(lane, GROUP, PACKED); },
                     [&](int64_t group, int k, Integers whole, Vector sum) __attribute__((always_inline)) {
-                        const int64_t place = group / LANES * LANES + LANE_OF[group % LANES];
-                        auto all = [&](int64_t array) __attribute__((always_inline)) {
-                            return (Vector)_mm512_set1_ps(((const float*)(of_token[k] + array))[place]);
-                        };
-                        const Vector number = __builtin_convertvector(whole, Vector) * all(places.scale);
-                        sum = fma(number, scales[group], sum);
-                        return MINIMA ? fma(minima[group], all(places.sum), sum) : sum;
+                        return meet(of_token[k], group, whole, sum);
                     },
                     total);
                 for (int64_t k = 0; k < tokens; k++) store(y + (i + k) * ROWS, total[k]);
             }
         }
     }
-};
 #endif
+};
 
-// Rows where they lie, in blocks of Type::BLOCK columns and Type::BYTES bytes.
+// Rows where they lie. A type of weights has
+//
+//     GROUP, PACKED, OFFSET, MINIMA   see Chunk and group_of
+//     ROWS                            that one token may read together
+//     unpack(w, at, chunk)            chunk `at` of the first row of w, its codes column by column (PACKED: as they are)
+//     fetch(w, at, ahead)             prefetches the lines `ahead` bytes in front of that chunk
+template <class Type>
+struct Grouped : GroupedInputs<Type::GROUP, Type::PACKED> {
+    static constexpr int ROWS = Type::ROWS, TOKENS = 4, GROUP = Type::GROUP;
+    typedef GroupedInputs<GROUP, Type::PACKED> Form;
+    const Type type;
+    explicit Grouped(const Rows& w) : type(w) {}
+
+    template <int R, int N>
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, int64_t ahead, Vector total[N][R]) const {
+        const typename Form::Places places(w.columns);
+        constexpr int SOME = N == 1 && LANES == 16 ? std::min(R, 2) : 1;  // rows whose codes the registers hold
+        for (int64_t at = 0; at < places.chunks; at++)
+            each<R / SOME>([&](auto part) __attribute__((always_inline)) {
+                Chunk<GROUP> chunks[SOME];
+                each<SOME>([&](auto r) __attribute__((always_inline)) {
+                    const Rows row = from_row(w, part * SOME + r);
+                    if (ahead) type.fetch(row, at, ahead);
+                    type.unpack(row, at, chunks[r]);
+                    transpose<GROUP, Type::PACKED>(chunks[r].codes);
+                });
+                Form::template meet<Type, SOME, N>(chunks, x, at, places, total, part * SOME);
+            });
+    }
+    static float finish(const Rows&, int, float y) { return y; }
+
+    static constexpr int MANY = 5;
+    static void multiply_all(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch) {
+        if (count < MANY) return ::multiply<Grouped>(w, rows, x, count, y);
+        const Type type(w);
+#if AMX
+        if constexpr (GROUP == 32)  // of 16 columns a tile is a quarter full, and no faster than vectors
+            if (choice.amx && count >= AMX_FEWEST) {
+                for (int64_t row = 0; row < rows; row += LANES)
+                    Panel<Type, 1>(type, w, row, rows, (char*)scratch).multiply_in_tiles(x, count, y + row);
+                return;
+            }
+#endif
+        constexpr int MOST = LANES == 8 ? 6 : 8;  // what the registers hold sums of
+        for (int64_t row = 0; row < rows; row += 2 * LANES) {
+            const Panel<Type, 2> first(type, w, row, rows, (char*)scratch);
+            if (row + LANES >= rows) {
+                in_tiles<MOST>(count, [&](int64_t i, auto n) { first.template multiply<1, n>(&first, x + i, y + i * ::ROWS + row); });
+                continue;
+            }
+            const Panel<Type, 2> both[] = {first, {type, w, row + LANES, rows, first.end}};
+            in_tiles<MOST>(count, [&](int64_t i, auto n) { first.template multiply<2, n>(both, x + i, y + i * ::ROWS + row); });
+        }
+    }
+};
+
+// Rows in blocks of Type::BLOCK columns and Type::BYTES bytes.
 //
 //     codes<I>(p, first)             vector I of a chunk, column by column; p: the block in which it begins,
 //     scales(p, first), minima(…)    with the group `first` of that block
 template <class Type>
-struct InPlace : GroupedInputs<Type::GROUP> {
-    explicit InPlace(const Rows&) {}
-    static constexpr int ROWS = 1, TOKENS = 4, GROUP = Type::GROUP;
-    static constexpr int64_t COLUMNS = Chunk<GROUP>::COLUMNS, GROUPS = Type::BLOCK / GROUP;  // of a block
-    static constexpr int64_t BYTES = (LANES + GROUPS - 1) / GROUPS * Type::BYTES;            // of a chunk, at least
+struct InBlocks : Type {
+    using Type::GROUP;
+    static constexpr bool PACKED = false;
+    static constexpr int ROWS = 1;
+    static constexpr int64_t GROUPS = Type::BLOCK / GROUP;                         // of a block
+    static constexpr int64_t BYTES = (LANES + GROUPS - 1) / GROUPS * Type::BYTES;  // of a chunk, at least
+    explicit InBlocks(const Rows&) {}
 
-    // Column by column.
-    __attribute__((always_inline)) static void unpack_plain(const char* row, int64_t columns, int64_t at, Chunk<GROUP>& to) {
+    __attribute__((always_inline)) void unpack(const Rows& w, int64_t at, Chunk<GROUP>& to) const {
         const int64_t begin = at * LANES / GROUPS, first = GROUPS > LANES ? at * LANES % GROUPS : 0;
-        const int64_t left = columns / Type::BLOCK - begin;
-        const char* p = row + begin * Type::BYTES;
+        const int64_t left = w.columns / Type::BLOCK - begin;
+        const char* p = w.weight + begin * Type::BYTES;
         alignas(64) char last[BYTES];
         if (BYTES > Type::BYTES && left * Type::BYTES < BYTES) {
             std::memset(last, 0, sizeof last);
@@ -287,70 +423,19 @@ struct InPlace : GroupedInputs<Type::GROUP> {
         to.scale = Type::scales(p, first);
         if constexpr (Type::MINIMA) to.minimum = Type::minima(p, first);
     }
-    __attribute__((always_inline)) static void unpack(const char* row, int64_t columns, int64_t at, Chunk<GROUP>& to) {
-        unpack_plain(row, columns, at, to);
-        transpose<GROUP>(to.codes);
+    __attribute__((always_inline)) void fetch(const Rows& w, int64_t at, int64_t ahead) const {
+        for (int64_t line = 0; line < BYTES; line += 64)
+            __builtin_prefetch(w.weight + at * LANES / GROUPS * Type::BYTES + line + ahead);
     }
-
-    template <int R, int N>
-    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, int64_t ahead,
-                                                 Vector total[N][R]) const {
-        const typename GroupedInputs<GROUP>::Places places(w.columns);
-        for (int64_t at = 0; at < places.chunks; at++) {
-            for (int64_t line = 0; line < BYTES && ahead; line += 64)
-                __builtin_prefetch(w.weight + at * LANES / GROUPS * Type::BYTES + line + ahead);
-            Chunk<GROUP> chunk;
-            unpack(w.weight, w.columns, at, chunk);
-            const Chunk<GROUP>* here[R] = {&chunk};
-            GroupedInputs<GROUP>::template meet<Type, R, N>(here, x, at, places, total);
-        }
-    }
-    static float finish(const Rows&, int, float y) { return y; }
-
-    static constexpr int MANY = 5;
-    static void multiply_all(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y,
-                             float* scratch) {
-        if (count < MANY) return ::multiply<InPlace>(w, rows, x, count, y);
-#if AMX
-        if constexpr (GROUP == 32)  // of 16 columns a tile is a quarter full, and no faster than vectors
-            if (choice.amx && count >= AMX_FEWEST) return in_tiles_of_amx(w, rows, x, count, y, (char*)scratch);
-#endif
-        const int64_t width = Chunk<GROUP>::count(w.columns);
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t at = 0; at < width; at++)
-                unpack(w.weight + r * w.row_bytes, w.columns, at, ((Chunk<GROUP>*)scratch)[r * width + at]);
-        const Rows once = {(const char*)scratch, nullptr, width * int64_t(sizeof(Chunk<GROUP>)), w.columns, 0, {}};
-        ::multiply<Unpacked<Numbers<GROUP, Type::OFFSET, Type::MINIMA>>>(once, rows, x, count, y);
-    }
-
-#if AMX
-    static void in_tiles_of_amx(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y,
-                                char* scratch) {
-        typedef uint8_t Codes8 __attribute__((vector_size(64)));
-        const Panel<GROUP, Type::MINIMA> panel(w.columns, scratch);
-        for (int64_t row = 0; row < rows; row += SIDE) {
-            for (int64_t at = 0; at < panel.places.chunks; at++) {
-                Unsigned codes[GROUP / 4][SIDE], scale[SIDE], minimum[SIDE];
-                for (int r = 0; r < SIDE; r++) {
-                    Chunk<GROUP> chunk;
-                    unpack_plain(w.weight + std::min(row + r, rows - 1) * w.row_bytes, w.columns, at, chunk);
-                    for (int i = 0; i < GROUP / 4; i++) codes[i][r] = (Unsigned)((Codes8)chunk.codes[i] - Type::OFFSET);
-                    scale[r] = (Unsigned)chunk.scale;
-                    if (Type::MINIMA) minimum[r] = (Unsigned)chunk.minimum;
-                }
-                panel.put(at, codes, scale, minimum);
-            }
-            panel.multiply(x, count, y + row);
-        }
-    }
-#endif
 
     static void numbers(const char* row, int64_t columns, float* out) {
-        Chunk<GROUP> chunk;
+        const Rows w = {row, nullptr, 0, columns, 0, {}};
         for (int64_t at = 0; at < Chunk<GROUP>::count(columns); at++) {
-            unpack(row, columns, at, chunk);
+            Chunk<GROUP> chunk;
+            InBlocks(w).unpack(w, at, chunk);
+            transpose<GROUP, PACKED>(chunk.codes);
             for (int lane = 0; lane < LANES; lane++) {
-                const int64_t begin = at * COLUMNS + group_of(lane, GROUP) * GROUP;
+                const int64_t begin = at * Chunk<GROUP>::COLUMNS + group_of(lane, GROUP) * GROUP;
                 for (int i = 0; i < GROUP && begin < columns; i++) {
                     const int code = chunk.codes[i / 4][lane] >> i % 4 * 8 & 255;
                     const float number = float(code - Type::OFFSET) * chunk.scale[lane];
@@ -362,7 +447,7 @@ struct InPlace : GroupedInputs<Type::GROUP> {
 };
 
 template <class Type>
-constexpr Products groups_of() {
-    return {GroupedInputs<Type::GROUP>::bytes, GroupedInputs<Type::GROUP>::prepare, InPlace<Type>::multiply_all,
-            InPlace<Type>::numbers};
+constexpr Products blocks_of() {
+    typedef Grouped<InBlocks<Type>> Kind;
+    return {Kind::bytes, Kind::prepare, Kind::multiply_all, InBlocks<Type>::numbers};
 }

@@ -52,6 +52,7 @@ inline Integers dot_bytes(Integers sum, Unsigned codes, Integers x) {
 #if VNNI  // their high bytes, and their low ones
 struct ExactSum {
     Integers above = {}, below = {};
+    void start(Integers whole) { below = whole; }
     void add(Unsigned codes, Integers a, Integers b) { above = dot_bytes(above, codes, a), below = dot_bytes(below, codes, b); }
     Integers whole() const { return (above << 8) + below; }
     // The i-th activation of a vector.
@@ -63,6 +64,7 @@ struct ExactSum {
 #else  // of the even columns, and of the odd ones, in 16 bits
 struct ExactSum {
     Integers sum = {};
+    void start(Integers whole) { sum = whole; }
     void add(Unsigned codes, Integers a, Integers b) {
         sum = dot_words(dot_words(sum, (Integers)(codes & 0x00ff00ff), a), (Integers)(codes >> 8 & 0x00ff00ff), b);
     }
@@ -70,3 +72,45 @@ struct ExactSum {
     static void place(char* a, char* b, int i, int x) { ((int16_t*)(i % 2 ? b : a))[i / 2] = x; }
 };
 #endif
+
+// v[i][j] becomes v[j][i].
+inline void transpose(Unsigned v[LANES]) {
+#if LANES_OF_INTEGERS == 16
+    for (int i = 0; i < 16; i += 4) transpose_quarters(v + i);
+    __m512i four[16];
+    for (int i = 0; i < 16; i++) four[i] = (__m512i)v[i];
+    for (int j = 0; j < 4; j++) {
+        const __m512i a = _mm512_shuffle_i32x4(four[j], four[4 + j], 0x88), b = _mm512_shuffle_i32x4(four[j], four[4 + j], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0xdd);
+        v[j] = (Unsigned)_mm512_shuffle_i32x4(a, c, 0x88), v[8 + j] = (Unsigned)_mm512_shuffle_i32x4(a, c, 0xdd);
+        v[4 + j] = (Unsigned)_mm512_shuffle_i32x4(b, d, 0x88), v[12 + j] = (Unsigned)_mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+#elif LANES_OF_INTEGERS == 8
+    transpose_quarters(v), transpose_quarters(v + 4);
+    for (int j = 0; j < 4; j++) {
+        const Unsigned a = v[j], b = v[4 + j];
+        v[j] = (Unsigned)_mm256_permute2x128_si256((__m256i)a, (__m256i)b, 0x20);
+        v[4 + j] = (Unsigned)_mm256_permute2x128_si256((__m256i)a, (__m256i)b, 0x31);
+    }
+#else
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < i; j++) {
+            const uint32_t number = v[i][j];
+            v[i][j] = v[j][i], v[j][i] = number;
+        }
+#endif
+}
+
+// The largest of numbers that are not below zero.
+inline float largest(Vector x) {
+#if LANES_OF_INTEGERS == 16
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float lanes[LANES];
+    std::memcpy(lanes, &x, sizeof x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] = std::max(lanes[i], lanes[i + half]);
+    return lanes[0];
+#endif
+}

@@ -9,10 +9,12 @@
 //     float32              as they are                                               fma                   floats.cpp
 //     bfloat16             as they are, even and odd columns apart                   fma                   floats.cpp
 //     bfloat16             rounded to bfloat16                                       vdpbf16ps             floats.cpp
-//     8 or 4 bits          whole numbers of 16 bits, a scale for each token          vpdpbusd, vpmaddwd    codes.cpp
+//     8 bits, scaled rows  whole numbers of 16 bits, a scale for each token          vpdpbusd, vpmaddwd    codes.cpp
 //       … many tokens      the same                                                  tdpbssd               amx.h
-//     8 or 4 bits          as they are, or arranged for 4 bits                       fma, without AVX2     codes.cpp
-//     blocks of a GGUF     whole numbers of 16 bits, a scale for each group          vpdpbusd, vpmaddwd    groups.h
+//       … without AVX2     as they are                                               fma                   codes.cpp
+//     8 or 4 bits, groups  whole numbers of 16 bits, a scale for each group          vpdpbusd, vpmaddwd    groups.h
+//     blocks of a GGUF     the same                                                  the same              groups.h
+//       … many tokens      the same                                                  vpdpwssd, tdpbssd     groups.h, amx.h
 //
 // Codes are packed as in formats/compressed_tensors.py: one (the number + 128) to a byte, or two (the number + 8), the
 // lower four bits first. A group of columns, or the whole row, shares a scale.
@@ -81,13 +83,11 @@ struct Products {
     void (*multiply)(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch);
     void (*numbers)(const char* row, int64_t columns, float* out) = nullptr;  // a row's weights, as of an embedding
 };
-// Of a row: see floats.cpp, and Chunk in groups.h.
-inline int64_t unpacked_size(int64_t columns) {
-    return std::max(rounded_up(columns, 2 * LANES) + 16, (columns + 255) / 256 * 160);
-}
-// Rows of those, or what AMX needs: rows, their scales and 16 tokens, in whole blocks of 16 groups.
+// Numbers of a row: see floats.cpp.
+inline int64_t unpacked_size(int64_t columns) { return rounded_up(columns, 2 * LANES) + 16; }
+// Rows of those; or a Panel of groups.h for each row, or what AMX needs: rows, their scales and 16 tokens.
 inline int64_t scratch_size(int64_t columns) {
-    return std::max(ROWS * unpacked_size(columns), 28 * rounded_up(columns, 512) + 2048);
+    return std::max(ROWS * unpacked_size(columns), 20 * rounded_up(columns, 512) + 2048);
 }
 
 enum Form { FLOAT32, BFLOAT16, BFLOAT16_PAIRS, BYTES, GROUPED_BYTES, NIBBLES,
