@@ -11,8 +11,8 @@
     python bench.py serve       the server beside llama.cpp's; --soak MINUTES: whether it lasts
     python bench.py xray        rows a second of a look at a data set, beside duckdb, datasets and tokenizers
 
-`python bench.py SUBJECT --help` lists a subject's options; options alone are those of speed. Each subject is a file in
-benchmarks/. Every table with its command and machine is in docs/RESULTS.md.
+`python bench.py SUBJECT --help` lists a subject's options; options without a subject are those of speed. Each
+subject is a file in benchmarks/. Every table with its command and machine is in docs/RESULTS.md.
 """
 
 import signal
@@ -26,8 +26,6 @@ SUBJECTS = ("speed", "train", "tokens", "convert", "quality", "sampling", "start
 
 def main() -> None:
     subject, *options = sys.argv[1:] or ["speed"]
-    if subject in ("-h", "--help"):
-        return print(__doc__.strip())
     if subject.startswith("-"):  # options alone are those of the speed table
         if {"-h", "--help"} & set(sys.argv):
             print(__doc__)

@@ -85,9 +85,12 @@ def test_help_version_and_wrong_flags_need_no_pytorch(command):
 
 def test_help_of_the_benchmarks_lists_their_subjects(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", "--help"])
-    bench.main()
+    with pytest.raises(SystemExit) as end:
+        bench.main()
+    assert end.value.code == 0
     shown = capsys.readouterr().out
     assert all(f"    python bench.py {subject} " in shown.replace("[speed]", "speed") for subject in bench.SUBJECTS)
+    assert "\n  --deep [N] " in shown, "options without a subject are those of speed"
 
 
 @pytest.mark.parametrize("subject", bench.SUBJECTS)
