@@ -115,19 +115,14 @@ def figures(replies: list[Reply]) -> dict[str, float]:
     }
 
 
-def ours(model: Path, precision: str, threads: int, most: int) -> list[str]:
-    flags = ["--quantize", "int8"] if precision == "int8" else ["--dtype", "bfloat16"]
-    return [
-        sys.executable,
-        str(ROOT / "serve.py"),
-        "--model",
-        str(model),
-        "--port",
-        "{port}",
-        "--max-batch",
-        str(most),
-        *flags,
-    ]
+def model_flags(model: str, precision: str) -> list[str]:
+    """Of serve.py, and of generate.py."""
+    return ["--model", model, *(["--quantize", "int8"] if precision == "int8" else ["--dtype", "bfloat16"])]
+
+
+def ours(model: Path, precision: str, most: int) -> list[str]:
+    flags = ["--port", "{port}", "--max-batch", str(most)]
+    return [sys.executable, str(ROOT / "serve.py"), *model_flags(str(model), precision), *flags]
 
 
 def theirs(program: str, gguf: Path, threads: int, most: int, positions: int) -> list[str]:
@@ -141,21 +136,15 @@ def theirs(program: str, gguf: Path, threads: int, most: int, positions: int) ->
 LOADED: dict[str, Any] = {}
 
 
-def load_model(path: str, precision: str) -> None:
-    import torch
-
-    from formats.checkpoint import open_checkpoint
-    from model import load
+def load(path: str, precision: str) -> None:
+    from inference.flags import add_model_flags
+    from inference.load import load_model
     from ops.cpu.step import settle
-    from ops.devices import use_kernels
-    from ops.quant import quantize_
 
-    model = load(open_checkpoint(Path(path)), "cpu", torch.bfloat16)
-    if precision == "int8":
-        quantize_(model, "int8")
-    use_kernels(model, "auto", "bench.py")
-    settle(model)  # as the server's model is
-    LOADED["model"] = model
+    parser = console.ArgumentParser(prog="serve.py")
+    add_model_flags(parser)
+    LOADED["model"], _ = load_model(Path(path), parser.parse_args(model_flags(path, precision)))
+    settle(LOADED["model"])  # as the server's model is
 
 
 def reply(ids: list[int], tokens: int) -> Reply:
@@ -238,8 +227,8 @@ def measure(options: Any, model: Path, threads: int, worker: ProcessPoolExecutor
     with tempfile.TemporaryDirectory(dir=cache_directory(), prefix="converted-") as directory:
         model = with_words(model, Path(directory) / "model")
         for precision in options.precision:
-            worker.submit(load_model, str(model), precision).result()
-            servers = [("nanoqwen", precision, ours(model, precision, threads, most), "/health")]
+            worker.submit(load, str(model), precision).result()
+            servers = [("nanoqwen", precision, ours(model, precision, most), "/health")]
             if program is not None:
                 gguf = convert(model, Row("llama.cpp", PAIRS[precision]), Path(directory))
                 command = theirs(program, gguf, threads, most, options.prompt + options.tokens + 16)

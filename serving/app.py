@@ -34,6 +34,7 @@ from serving.wire import dumps
 BODY_BYTES = 8 << 20
 BODY_SECONDS = 30.0  # for a whole body to arrive
 SEND_SECONDS = 30.0  # for a client to take a piece of a stream
+MOST_CONNECTIONS = 1000
 OPEN = ("/", "/health")  # need no key
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -142,6 +143,9 @@ class Gate:
             await send(message)
 
         try:
+            if len(scope["state"].get("connections", ())) > MOST_CONNECTIONS:
+                message = f"more than {MOST_CONNECTIONS:,} connections are open; try again"
+                raise ApiError(503, message, code="too_many_connections", retry_after="1", connection="close")
             self.check(request)
             await self.app(scope, receive, count)
         except ApiError as error:
@@ -294,7 +298,7 @@ async def send_events(stream: Callable[[Outlet], Awaitable[None]], scope: Scope,
     await send({"type": "http.response.start", "status": 200, "headers": pairs})
     while transport.get_write_buffer_size():  # of answers before this one, to a client that did not wait for them
         await asyncio.sleep(0.01)
-    outlet = Outlet(transport, scope["http_version"] == "1.1", SEND_SECONDS)
+    outlet = scope["state"]["outlet"] = Outlet(transport, scope["http_version"] == "1.1", SEND_SECONDS)
     try:
         await stream(outlet)
         await outlet.drain()

@@ -17,15 +17,18 @@ from serving.wire import dumps
 
 HEADER_SECONDS = 30.0  # for the head of a request to arrive, from the connection or the answer before it
 LAST_SECONDS = 10  # that running replies have after SIGTERM
-MOST_CONNECTIONS = 1000
+LOOK_AGAIN = (0.02, 1.0)  # seconds between two looks at a connection whose client sends no more: at first, at most
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 for which a request that begins and does not go on ends. A request's state has its `transport`."""
+    """HTTP/1.1 for which a request that begins and does not go on ends, and a client may close its sending half.
+
+    A request's state has its `transport`, and the `connections` of the server.
+    """
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "transport": transport}
+        self.app_state = {**self.app_state, "transport": transport, "connections": self.connections}
         self._patience: asyncio.TimerHandle | None = None
         self._wait()
 
@@ -41,6 +44,30 @@ class Protocol(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._wait()
+
+    def eof_received(self) -> bool:
+        """The client sends no more. That it reads no more either is only told by the answer to what it is sent."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body or self.scope["http_version"] != "1.1":
+            return False
+        cycle.keep_alive = False
+        if (outlet := self.scope["state"].get("outlet")) is not None:
+            outlet.write(b":\n\n")  # a comment
+        elif not cycle.response_started:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # which clients skip (RFC 9110, 15.2)
+        self._look_for_reset(LOOK_AGAIN[0])
+        return True
+
+    def _look_for_reset(self, seconds: float) -> None:
+        def look() -> None:
+            if self.transport.is_closing():
+                return
+            if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.transport.abort()
+            else:
+                self._look_for_reset(min(2 * seconds, LOOK_AGAIN[1]))
+
+        self.loop.call_later(seconds, look)
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP gets an error in the API's form."""
@@ -66,9 +93,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: ASGIApp, ready: Callable[[], None] = lambda: None, last_seconds: int = LAST_SECONDS):
         settings = {"log_config": None, "log_level": "critical", "access_log": False, "server_header": False}
         settings |= {"http": Protocol, "ws": "none", "lifespan": "on", "proxy_headers": False}
-        super().__init__(
-            uvicorn.Config(app, **settings, timeout_graceful_shutdown=last_seconds, limit_concurrency=MOST_CONNECTIONS)
-        )
+        super().__init__(uvicorn.Config(app, **settings, timeout_graceful_shutdown=last_seconds))
         self.ready = ready
 
     @contextlib.contextmanager

@@ -231,6 +231,31 @@ def test_other_ways_to_say_http(running, serving):
         assert read_all(connection).startswith(b"HTTP/1.1 404 ")
 
 
+@pytest.mark.parametrize("stream", (True, False))
+def test_a_client_may_close_its_sending_half(running, stream):
+    """As `nc -N` does: it gets its answer. One that closes both halves is test_a_client_that_goes_frees_its_row."""
+    request = chat_request(stream=stream, max_tokens=60)
+    with connect(running) as connection:
+        connection.sendall(request)
+        wait_for(lambda: running.service.engine.running)
+        connection.shutdown(socket.SHUT_WR)
+        told = read_all(connection)
+    assert (b"data: [DONE]" if stream else b'"finish_reason":"length"') in told
+    assert told.count(b"HTTP/1.1 200 OK") == 1 and told.endswith(b"0\r\n\r\n" if stream else b"}")
+
+
+def test_more_connections_than_the_server_takes_are_a_503(serving, monkeypatch):
+    monkeypatch.setattr(app, "MOST_CONNECTIONS", 2)
+    with serving() as running, connect(running), connect(running):
+        wait_for(lambda: len(running.server.server_state.connections) == 2)
+        reply = httpx.get(f"{running.url}/health")
+        assert reply.status_code == 503 and reply.headers["retry-after"] == "1"
+        assert reply.json()["error"]["code"] == "too_many_connections"
+    monkeypatch.undo()
+    with serving() as running:
+        assert httpx.get(f"{running.url}/health").status_code == 200
+
+
 def test_a_wrong_key_is_a_401(serving):
     with serving(guard={"key": "secret", "hosts": None}) as running:
         for path in ("/v1/models", "/metrics", "/tokenizer_info", "/nothing"):
