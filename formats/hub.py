@@ -63,7 +63,8 @@ def cached(repo: str, revision: str | None, tokenizer_only: bool = False, tag: s
 
 def ggufs(folder: Path) -> list[str]:
     """The .gguf files in a directory and below it, as paths from there."""
-    return [file.relative_to(folder).as_posix() for file in folder.rglob("*.gguf") if not file.is_dir()]
+    found = (file for file in folder.rglob("*.gguf") if not file.is_dir() and not file.name.startswith("."))
+    return [file.relative_to(folder).as_posix() for file in found]
 
 
 def _whole(path: Path, tokenizer_only: bool) -> bool:

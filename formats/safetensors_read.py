@@ -11,14 +11,14 @@ import math
 import re
 from collections.abc import Iterator
 from os.path import lexists
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 import torch
 
 from formats.json_file import read_json
 from formats.mapping import map_file, release
-from formats.mistaken import PICKLE_SUFFIXES, mistaken
+from formats.mistaken import PICKLE_SUFFIXES, mistaken, other_weights
 from formats.shards import INDEX, SINGLE, weight_files
 from formats.tensors import DTYPES, TensorInfo
 
@@ -60,7 +60,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, tuple[int
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
-        is_whole = len(start) == 8 and length <= min(size - 8, MAX_HEADER)
+        is_whole = len(start) == 8 and 0 < length <= min(size - 8, MAX_HEADER)
         # A header of, say, 640 bytes begins like a pickle too: 640 is 0x0280, stored as 80 02.
         pickle = start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
         if pickle and not (is_whole and file.peek(1)[:1] == b"{"):
@@ -189,12 +189,15 @@ def _weight_files(path: Path) -> list[Path]:
         raise ValueError(f"{path}: {error}") from None
     if files:
         return [path / name for name in files]
-    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
+    names = [file.name for file in path.iterdir()]
+    pickles = sorted(name for name in names if PurePath(name).suffix in PICKLE_SUFFIXES and "openvino" not in name)
     if pickles:
         raise ValueError(
             f"{path}: only pickle weights ({pickles[0]}), which can run code and are never opened; "
             "get the safetensors version of this model"
         )
+    if found := other_weights([*names, *(file.name for file in path.glob("onnx/*.onnx"))]):
+        raise ValueError(f"{path}: no safetensors, {found}")
     raise ValueError(f"{path}: no weights; neither {SINGLE} nor {INDEX} nor another .safetensors file is there")
 
 

@@ -16,7 +16,8 @@ def weight_files(names: Iterable[str]) -> list[str]:
 
     ValueError names the shards that are missing, or the models where there are several.
     """
-    names = {name for name in names if PurePath(name).suffix == ".safetensors" and name not in NOT_MODELS}
+    stored = (name for name in names if PurePath(name).suffix.lower() == ".safetensors" and name not in NOT_MODELS)
+    names = {name for name in stored if not name.startswith(".")}  # macOS writes ._NAME beside a file
     if SINGLE in names:
         return [SINGLE]
     models: dict[str, list[str]] = {}

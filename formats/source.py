@@ -27,6 +27,11 @@ HUB_ID = re.compile(
     re.ASCII,
 )
 
+HUB_ADDRESS = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/:@?#]+/[^/:@?#]+)"
+    r"(?:/(?:tree|blob|resolve|raw)/(?P<revision>[^/:@?#]+)(?P<file>/[^:@?#]+\.gguf)?)?(?P<tag>:[^/:@?#]+)?/?(?:[?#].*)?"
+)
+
 
 def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = False) -> Path:
     """The local path of SRC: a directory in the official layout or a .gguf file. `place` is where SRC came from; with
@@ -50,7 +55,7 @@ def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = Fals
         if path.suffix in PICKLE_SUFFIXES:
             raise ValueError(f"{name}: a pickle by its name, which can run code and is never opened; get safetensors")
         raise ValueError(f"{name}: neither a directory nor a .gguf file; give the directory of config.json")
-    match = HUB_ID.fullmatch(str(src))
+    match = HUB_ID.fullmatch(_without_address(str(src)))
     if match is None:
         raise ValueError(f"{name}: no such directory or .gguf file, and not a hub id like {DEFAULT_MODEL}")
     try:
@@ -58,6 +63,16 @@ def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = Fals
     except (ValueError, OSError) as error:
         kind = HubUnreachable if isinstance(error, HubUnreachable) else ValueError
         raise kind(f"{name} is not a directory here; as a hub model: {error}") from error
+
+
+def _without_address(src: str) -> str:
+    """The hub id in the address of a page, `https://huggingface.co/org/name/tree/main`, or in ollama's spelling,
+    `hf.co/org/name:Q4_K_M`; anything else as it is."""
+    match = HUB_ADDRESS.fullmatch(src)
+    if match is None:
+        return src
+    file, revision, tag = (match[part] or "" for part in ("file", "revision", "tag"))
+    return match["repo"] + file + (f"@{revision}" if revision else "") + tag
 
 
 def resolve_default(src: str | Path | None) -> Path:

@@ -3,6 +3,7 @@
 They are untrusted: a file of another kind is rejected in one line that names it.
 """
 
+import codecs
 import json
 import re
 from pathlib import Path
@@ -30,7 +31,7 @@ def read_text(path: Path, limit: int) -> str:
 
 def decoded(place: str | Path, content: bytes) -> str:
     try:
-        return content.decode("utf-8")
+        return content.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: not UTF-8 at byte {error.start:,}; use the published one") from None
 
@@ -45,6 +46,7 @@ def load_tokenizer(source: str, tokenizer_json: bytes) -> Tokenizer:
 
     Bytes, as decoding 11 MB and encoding them for the library would take a tenth of a second.
     """
+    tokenizer_json = tokenizer_json.removeprefix(codecs.BOM_UTF8)
     try:
         affixed = False
         if AFFIX.search(tokenizer_json) or ESCAPED_LETTER.search(tokenizer_json):  # rare, and parsing takes 0.15 s
@@ -54,7 +56,7 @@ def load_tokenizer(source: str, tokenizer_json: bytes) -> Tokenizer:
         tokenizer = None if affixed else Tokenizer.from_buffer(tokenizer_json)
     except BaseException as error:
         reraise_unless_library(error)
-        if found := mistaken(tokenizer_json[:64]):
+        if found := mistaken(tokenizer_json[:64], is_json=True):
             raise ValueError(f"{source}: tokenizer.json is {found}") from None
         decoded(f"{source}: tokenizer.json", tokenizer_json)
         raise ValueError(f"{source}: tokenizer.json can't be read ({error}); use the published one") from None

@@ -249,7 +249,7 @@ FIRST, SECOND = ("a", "F32", [8], [0, 32]), ("b", "F32", [8], [32, 64])
 
 WEIGHTS = {
     "no weights": (removed("model.safetensors"), "no weights ... model.safetensors"),
-    "empty file": (replaced("model.safetensors", b""), "model.safetensors ... not a whole safetensors file"),
+    "empty file": (replaced("model.safetensors", b""), "model.safetensors ... empty, so its download did not finish"),
     "seven bytes": (replaced("model.safetensors", b"\1\0\0\0\0\0\0"), "not a whole safetensors file"),
     "cut in the header": (cut("model.safetensors", 100), "not a whole safetensors file"),
     "cut in the data": (cut("model.safetensors", -100), "past the end of the file"),
@@ -378,7 +378,7 @@ CONFIGS = {
     "config a folder": (in_place_of("config.json", Path.mkdir), "config.json: no such file"),
     "config a pipe": (in_place_of("config.json", os.mkfifo), "config.json: no such file"),
     "config points nowhere": (linked("config.json", "gone"), "config.json: no such file"),
-    "config empty": (replaced("config.json", ""), "config.json: not valid JSON"),
+    "config empty": (replaced("config.json", ""), "config.json: empty, so its download"),
     "config not JSON": (replaced("config.json", "{'vocab_size': 5}"), "config.json: not valid JSON"),
     "config not UTF-8": (replaced("config.json", b'{"a": "\xff"}'), "config.json: not valid JSON"),
     "config UTF-16": (replaced("config.json", '{"vocab_size": 5}'.encode("utf-16")), "config lacks hidden_size"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import oracle
@@ -527,3 +528,70 @@ def test_the_task_is_read_from_a_text_and_from_a_list(plain, form):
     for unread in (5, [], [None], {"a": 1}, ""):  # says nothing about the task
         rewrite(plain, load_file(plain / "model.safetensors"), architectures=unread)
         Qwen3.from_pretrained(plain)
+
+
+ZEROS, BLOCK = "all zeros, so its download did not finish", b"\0" * 4096
+
+
+@pytest.mark.parametrize(
+    ("start", "line"),
+    [
+        (b"", "empty, so its download did not finish"),
+        (BLOCK, ZEROS),
+        (b"Entry not found", "a text ('Entry not found'), perhaps a server's message"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a text ('<?xml"),
+        (b'{"error":"Repository not found"}', "a text ('{\"error"),
+        (b"../../blobs/" + b"5f" * 32, "a text ('../../blobs/5f5f"),
+        (b"\xfd7zXZ\0\0\4" + b"x" * 90, "compressed by xz"),
+        (b"BZh9" + b"\x91x" * 90, "compressed by bzip2"),
+        (b"7z\xbc\xaf\x27\x1c" + b"x" * 90, "a 7z archive"),
+        (b"\x89HDF\r\n\x1a\n" + b"x" * 90, "HDF5"),
+        (b"\0\5\x16\7" + b"x" * 90, "AppleDouble"),
+    ],
+)
+def test_no_weights_but_what_else(plain, start, line):
+    (plain / "model.safetensors").write_bytes(start)
+    with pytest.raises(ValueError) as error:
+        open_checkpoint(plain)
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("model.safetensors.incomplete", "an unfinished download; finish it"),
+        ("model.safetensors.crdownload", "an unfinished download; finish it"),
+        ("weights.npz", "MLX's form in NumPy arrays"),
+        ("onnx/model_q4.onnx", "ONNX, which needs onnxruntime"),
+        ("openvino_model.bin", "OpenVINO's"),
+        ("tf_model.h5", "TensorFlow's or Flax's"),
+        ("__0_0.distcp", "a shard of FSDP; join them"),
+        ("zero_to_fp32.py", "DeepSpeed's, beside its sharded state"),
+        ("pytorch_model.bin", "only pickle weights"),
+    ],
+)
+def test_weights_in_another_form_are_named(plain, name, line):
+    (plain / name).parent.mkdir(exist_ok=True)
+    (plain / "model.safetensors").rename(plain / name)
+    with pytest.raises(ValueError) as error:
+        open_checkpoint(plain)
+    assert line in str(error.value) and Path(name).name in str(error.value)
+
+
+def test_names_that_a_machine_has_changed(plain):
+    """What macOS writes beside a file, a browser's second copy, an editor's byte order mark."""
+    expected = logits(Qwen3.from_pretrained(plain))
+    weights = (plain / "model.safetensors").rename(plain / "Weights.Safetensors")
+    (plain / "._Weights.Safetensors").write_bytes(b"\0\5\x16\7")
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (plain / file).write_bytes(b"\xef\xbb\xbf" + (plain / file).read_bytes())
+    template = Chat.from_pretrained(plain).templates["default"]
+    (plain / "chat_template.jinja").write_text(template, encoding="utf-8-sig")
+    assert torch.equal(logits(Qwen3.from_pretrained(plain)), expected)
+    assert Chat.from_pretrained(plain).templates == {"default": template}
+    weights.rename(plain / "model.safetensors")
+    for other in ("Config.json", "config (1).json", "config copy.json"):
+        (plain / "config.json").rename(plain / other)
+        with pytest.raises(ValueError, match=f"config.json: no such file.*; rename {re.escape(other)}"):
+            open_checkpoint(plain)
+        (plain / other).rename(plain / "config.json")

@@ -296,7 +296,7 @@ def test_pickles_are_never_asked_for(server):
         ("org/..", "not a hub id"),
         ("org/näme", "not a hub id"),
         ("name", "not a hub id"),
-        ("https://huggingface.co/org/name", "not a hub id"),
+        ("https://example.org/org/name", "not a hub id"),
     ],
 )
 def test_unknown_models(server, src, line):
@@ -477,3 +477,28 @@ def test_a_folder_around_the_model_means_the_model(tmp_path):
     (tmp_path / "broken" / "1_Pooling").mkdir(parents=True)
     (tmp_path / "broken" / "1_Pooling" / "config.json").touch()
     assert source.resolve(tmp_path / "broken") == tmp_path / "broken"
+
+
+@pytest.mark.parametrize(
+    ("address", "meant"),
+    [
+        ("https://huggingface.co/Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("https://huggingface.co/Qwen/Qwen3-0.6B/", "Qwen/Qwen3-0.6B"),
+        ("hf.co/Qwen/Qwen3-0.6B/tree/v1?not-for-all-audiences=true", "Qwen/Qwen3-0.6B@v1"),
+        ("hf.co/Qwen/Qwen3-0.6B-GGUF:Q8_0", "Qwen/Qwen3-0.6B-GGUF:Q8_0"),
+        ("https://hf.co/a/b/resolve/main/sub/x-Q8_0.gguf?download=true", "a/b/sub/x-Q8_0.gguf@main"),
+        ("https://huggingface.co/datasets/a/b", None),
+        ("https://huggingface.co/Qwen", None),
+        ("https://example.org/Qwen/Qwen3-0.6B", None),
+    ],
+)
+def test_the_address_of_a_page_is_a_hub_id(monkeypatch, address, meant):
+    asked = []
+    monkeypatch.setattr(source, "_from_hub", lambda *given: asked.append(given[:3]) or Path())
+    if meant is None:
+        with pytest.raises(ValueError, match="not a hub id"):
+            source.resolve(address)
+    else:
+        source.resolve(address)
+        source.resolve(meant)
+        assert asked[0] == asked[1]
