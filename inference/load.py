@@ -108,7 +108,9 @@ def load_speculation(options: Namespace, chat: Chat, model: "Qwen3") -> "Specula
     path = resolve(options.draft, "--draft")
     tokens = [one.tokenizer.get_vocab(with_added_tokens=True) for one in (chat, Chat.from_pretrained(path))]
     if tokens[0] != tokens[1]:
-        raise ValueError(f"--draft {options.draft}: its tokenizer is another; a draft has to speak the same tokens")
+        raise ValueError(
+            f"--draft {options.draft}: its tokenizer is another; a draft model must have the same tokenizer"
+        )
     return Speculation(DraftModel(load(open_checkpoint(path), model.device, model.dtype), model.config.vocab_size))
 
 

@@ -288,8 +288,8 @@ async function importChat(file) {
     const known = Object.fromEntries(KNOBS.filter(([name, , least, most]) => typeof given[name] === "number" && given[name] >= least && given[name] <= most).map(([name]) => [name, given[name]]));
     const plain = { ...advised(), thinking_budget: null, seed: null };
     for (const name of Object.keys(known)) if (known[name] === plain[name]) delete known[name];
-    settings = { thinking: given.thinking !== false, ...known, ...(Array.isArray(given.stop) && given.stop.length && { stop: given.stop.map(String) }) };
-    startAnew();
+    const wanted = { thinking: given.thinking !== false, ...known, ...(Array.isArray(given.stop) && given.stop.length && { stop: given.stop.map(String) }) };
+    startAnew(new Chat(), wanted);
     let node = chat.nodes.get(0);
     for (const { role, content, reasoning_content: reasoning = "" } of messages) {
       if (role === "system") settings.system = content;
@@ -305,11 +305,15 @@ async function importChat(file) {
   }
 }
 
-function startAnew() {
+// Another chat in place of this one, which a click brings back until the next message is sent.
+function startAnew(next = new Chat(), given = settings) {
+  const before = [chat, settings];
   running?.abort.abort();
-  chat = new Chat();
+  [chat, settings] = [next, given];
   views.clear();
-  alertLine("");
+  const undo = h("button", { type: "button" }, "Undo");
+  undo.addEventListener("click", () => (startAnew(...before), alertLine(""), drawSwitches(), drawKnobs(), draw(), save(), $("ask").focus()));
+  alertLine(before[0].path.length ? "The chat was cleared." : "", undo);
 }
 
 // ---- The key, and the model ----

@@ -407,7 +407,15 @@ def test_a_chat_goes_to_the_terminal_and_back(view, server, tiny, tmp_path):
     session.params = replace(session.params, stop=("\n\n", "a\\n"))
     saved_chat.save(session, tmp_path / "back.json")
     view.click("#new")
+    assert view.locator("article").count() == 0 and "The chat was cleared" in view.inner_text("#alert")
+    view.click("#alert button")  # Undo
+    assert answer(view) == "It is 45." and view.locator("#alert").is_hidden()
     view.set_input_files("#file", tmp_path / "back.json")
+    view.wait_for_selector("#alert:has-text('The chat was cleared')")
+    view.click("#alert button")  # Undo, of the settings too
+    assert view.input_value("#system") == "Be brief." and view.input_value("#knob-thinking_budget") == ""
+    view.set_input_files("#file", tmp_path / "back.json")
+    view.wait_for_selector("#alert:has-text('The chat was cleared')")
     view.wait_for_selector(".markdown:has-text('It is 45.')")
     assert view.inner_text("summary").startswith("Thoughts") and view.input_value("#system") == "Be long."
     assert view.input_value("#knob-temperature") == "0.3" and view.input_value("#knob-thinking_budget") == "9"
