@@ -24,7 +24,7 @@ _EMBEDDING = re.compile(r"(?P<prefix>(?:.*\.)?)embed_tokens\.[^.]+")
 def official_names(stored: list[str]) -> dict[str, str]:
     """Official name → stored name. Names that are already official, or unknown here, are unchanged.
 
-    Left out are the rotary frequencies that older tools stored as a buffer (config.json states them), and the original
+    Left out are the rotary tables that older tools stored as buffers (config.json states them), and the original
     of a layer that PEFT trained as a whole. ValueError for an adapter that was saved unmerged beside its base.
     """
     adapter = next((name for name in stored if ".lora_" in name), None)
@@ -33,7 +33,8 @@ def official_names(stored: list[str]) -> dict[str, str]:
             f"{adapter} is part of an adapter beside its base's weights, without the alpha that it is merged with; "
             "save the merged model (merge_and_unload in PEFT), or the adapter by itself"
         )
-    left_out = ("rotary_emb.inv_freq", ".original_module.weight", ".original_module.bias")
+    tables = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")
+    left_out = (*(f"rotary_emb.{table}" for table in tables), ".original_module.weight", ".original_module.bias")
     bare = {name: PEFT.sub("", WRAPPERS.sub("", name)) for name in stored if not name.endswith(left_out)}
     prefixes = {match["prefix"] for name in bare.values() if (match := _EMBEDDING.fullmatch(name))}
     if len(prefixes) == 1:

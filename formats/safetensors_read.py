@@ -224,6 +224,6 @@ def _check_index(path: Path, actual: dict[str, str]) -> None:
     if wrong:
         name = wrong[0]
         raise ValueError(
-            f"{index}: tensor {name} is stated in {stated.get(name)} but is in {actual.get(name)} "
-            f"({len(wrong)} such tensors); the index belongs to other shards"
+            f"{index}: tensor {name} is stated in {stated.get(name, 'no file')} but is in "
+            f"{actual.get(name, 'no file')} ({len(wrong)} such tensors); the index belongs to other shards"
         )

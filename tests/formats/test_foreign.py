@@ -155,7 +155,8 @@ def test_experts_in_one_tensor_a_layer(tmp_path, transposed):
 
 def test_rotary_frequencies_as_a_buffer(plain):
     expected, weights = logits(Qwen3.from_pretrained(plain)), load_file(plain / "model.safetensors")
-    rewrite(plain, weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)})
+    tables = {f"model.rotary_emb.{name}": torch.ones(16) for name in ("original_inv_freq", "cos_cached", "sin_cached")}
+    rewrite(plain, weights | tables | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)})
     assert torch.equal(logits(Qwen3.from_pretrained(plain)), expected)
 
 
