@@ -134,6 +134,10 @@ def run(files: list[str], sample: int | None, seed: int, workers: int, out: Path
             copy_checkout(folder)
             folders.put(folder)
 
+        for file in dict.fromkeys(file for file, *_ in chosen):
+            if tested(folder, file, (ROOT / file).read_text(encoding="utf-8")) != "survived":
+                sys.exit(f"{file}: its tests fail without a mutant: {TESTS[file]}")
+
         def one(place: tuple[str, str, int]) -> dict:
             file, operator, occurrence = place
             record = {"file": file, "operator": operator, "occurrence": occurrence}
