@@ -211,7 +211,13 @@ class Trainer:
         model, state = full_model(self.model, self.settings.train.parallel), self.optimizers.state()
         if self.processes.is_first:
             start, write = time.monotonic(), partial(write_model, model, self.settings)
-            self.run.save(write, state, step, self.tokens, resolve(self.settings.model.tokenizer, tokenizer_only=True))
+            self.run.save(
+                write,
+                state,
+                step,
+                self.tokens,
+                resolve(self.settings.model.tokenizer, "model.tokenizer", tokenizer_only=True),
+            )
             if self.processes.count > 1 and (seconds := time.monotonic() - start) > SLOW_SAVE:
                 console.notice(
                     f"saving took {seconds:.0f} s, but torchrun kills its processes 30 s after SIGTERM unless it is "

@@ -544,7 +544,7 @@ SHARDS = {
     "absent": (shard_named("gone.safetensors"), f"{INDEX}: shard gone.safetensors is not there; download it"),
     "wrong shard": (sharded(same_shard), f"{INDEX}: tensor model.norm.weight is stated in"),
     "in two shards": (sharded(twice), "tensor model.norm.weight is also in model-00001-of-00002.safetensors"),
-    "not in the index": (sharded(lambda m, path: m.pop(NORM)), "tensor model.norm.weight is stated in no file but is in"),
+    "not in the index": (sharded(lambda m, path: m.pop(NORM)), "tensor model.norm.weight is stated in no file but"),
     "only in the index": (sharded(lambda m, path: m.update(x=m[NORM])), "tensor x is stated in ... but is in no file"),
     "a shard cut short": (
         sharded(lambda m, path: cut("model-00002-of-00002.safetensors", -8)(path)),

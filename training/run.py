@@ -177,7 +177,7 @@ class Run:
 def origin(settings: Settings) -> tuple[dict[str, Any], dict[str, Path]]:
     """What the record of each checkpoint says about the run, and the files that the run starts from."""
     init = settings.model.init
-    path = None if init is None else resolve(init).resolve()
+    path = None if init is None else resolve(init, "model.init").resolve()
     beside = [] if path is None else [path] if path.is_file() else [path / "config.json", *path.glob("*.safetensors")]
     files = {file.name: file for file in beside if file.is_file() and file.name not in TRAINER_FILES}
     source = {"model": init, "path": path and str(path), "revision": snapshot_commit(path)}
