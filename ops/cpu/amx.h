@@ -7,7 +7,6 @@
 #include "integers.h"
 #include "tiles.h"
 
-constexpr int SIDE = 16;          // tokens and rows of a tile
 constexpr int64_t SUMS = 1024;    // bytes of a tile of sums, int32 [tokens, rows]
 constexpr int64_t AMX_FEWEST = 16;  // tokens: fewer are as fast by vectors, as the weights need not be transposed for them
 
@@ -28,6 +27,16 @@ struct TileRegisters {
         shapes.rows[6] = shapes.rows[7] = bytes / 4;
         asm volatile("ldtilecfg %0" ::"m"(shapes));
     }
+    // Of register i rows[i] with so many bytes each.
+    TileRegisters(const uint8_t (&rows)[8], const uint8_t (&bytes)[8]) {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {};
+        } shapes;
+        std::copy(bytes, bytes + 8, shapes.row_bytes), std::copy(rows, rows + 8, shapes.rows);
+        asm volatile("ldtilecfg %0" ::"m"(shapes));
+    }
     ~TileRegisters() { asm volatile("tilerelease"); }
 };
 template <int TO>
@@ -37,12 +46,16 @@ inline void load_tile(const char* from, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TO) : "memory");
 }
 template <int FROM>
-inline void store_tile(void* to) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(int64_t(64)), "i"(FROM) : "memory");
+inline void store_tile(void* to, int64_t stride = 64) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(FROM) : "memory");
 }
 template <int SUM, int ACTIVATIONS, int WEIGHTS>  // signed bytes
 inline void multiply_tiles() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(ACTIVATIONS), "i"(WEIGHTS));
+}
+template <int SUM, int A, int B>  // pairs of bfloat16
+inline void multiply_pairs() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
 }
 
 // 64 bytes from `at` on of each of 16 rows, transposed to [16, rows, 4]; behind `end` zeros. A row that there isn't is the last.

@@ -18,7 +18,7 @@ static bool has_amx() { return false; }
 
 Choice choice = [] {
     Choice before_measuring = {};
-    before_measuring.amx = has_amx();
+    before_measuring.bfloat16 = BFLOAT16, before_measuring.amx = has_amx();
     for (auto& tuning : before_measuring.tuning) tuning = {1, 4096};
     return before_measuring;
 }();
@@ -27,9 +27,9 @@ extern "C" {
 extern const int form_count = FORMS;
 
 // 0; 1 where this processor (or what the library was compiled for) has no such instruction.
-int choose_pairs(int pairs) {
-    if (pairs && !has_pairs) return 1;
-    choice.pairs = pairs;
+int choose_bfloat16(int form) {
+    if (form == BFLOAT16_PAIRS ? !has_pairs : form == BFLOAT16_TILES && !(has_tiles && has_amx())) return 1;
+    choice.bfloat16 = Form(form);
     return 0;
 }
 int choose_amx(int amx) {  // likewise
@@ -56,12 +56,13 @@ int product(const Linear* w, const float* x, int64_t count, float* y, int thread
     {
         const int64_t parts = omp_get_num_threads(), part = omp_get_thread_num();
         const int64_t each = rounded_up((w->rows + parts - 1) / parts, ROWS), end = std::min(w->rows, (part + 1) * each);
-        float* out = results.at(part * count * ROWS);
+        float *out = results.at(part * count * ROWS), *own = unpacked.at(part * scratch);
+        if (PRODUCTS[form]->arrange) PRODUCTS[form]->arrange(inputs.get(), count, w->columns, own);
         for (int64_t row = part * each; row < end; row += ROWS) {
             const int64_t n = std::min(end - row, ROWS);
             const Rows some = {(const char*)w->weight + row * w->row_bytes, (const bfloat16*)w->scale + row * w->groups,
-                               w->row_bytes, w->columns, w->groups, choice.tuning[form]};
-            PRODUCTS[form]->multiply(some, n, inputs.get(), count, out, unpacked.at(part * scratch));
+                               w->row_bytes, w->columns, w->groups, tuning_of(form, row + n == end)};
+            PRODUCTS[form]->multiply(some, n, inputs.get(), count, out, own);
             for (int64_t i = 0; i < count; i++) std::copy(out + i * ROWS, out + i * ROWS + n, y + i * w->rows + row);
         }
     }

@@ -9,6 +9,7 @@
 //     float32              as they are                                               fma                   floats.cpp
 //     bfloat16             as they are, even and odd columns apart                   fma                   floats.cpp
 //     bfloat16             rounded to bfloat16                                       vdpbf16ps             floats.cpp
+//     bfloat16             a sum of two bfloat16                                     tdpbf16ps             floats.cpp
 //     8 bits, scaled rows  whole numbers of 16 bits, a scale for each token          vpdpbusd, vpmaddwd    codes.cpp
 //       … many tokens      the same                                                  tdpbssd               amx.h
 //       … without AVX2     as they are                                               fma                   codes.cpp
@@ -82,38 +83,47 @@ struct Products {
     // y[i, r] = row r times the activations of token i; rows <= ROWS, y [count, ROWS], scratch [scratch_size(columns)]
     void (*multiply)(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch);
     void (*numbers)(const char* row, int64_t columns, float* out) = nullptr;  // a row's weights, as of an embedding
+    // What `multiply` wants to find in its scratch memory, the same for all rows.
+    void (*arrange)(const char* const* x, int64_t count, int64_t columns, float* scratch) = nullptr;
 };
-// Numbers of a row: see floats.cpp.
+// Numbers of a row: see floats.cpp. (Tiled, with 16 tokens or 16 copies beside 32 rows, takes as much.)
 inline int64_t unpacked_size(int64_t columns) { return rounded_up(columns, 2 * LANES) + 16; }
 // Rows of those; or a Panel of groups.h for each row, or what AMX needs: rows, their scales and 16 tokens.
 inline int64_t scratch_size(int64_t columns) {
     return std::max(ROWS * unpacked_size(columns), 20 * rounded_up(columns, 512) + 2048);
 }
 
-enum Form { FLOAT32, BFLOAT16, BFLOAT16_PAIRS, BYTES, GROUPED_BYTES, NIBBLES,
+enum Form { FLOAT32, BFLOAT16, BFLOAT16_PAIRS, BFLOAT16_TILES, BYTES, GROUPED_BYTES, NIBBLES,
             FLOAT16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, FORMS };
-extern const Products float32_products, bfloat16_products, pair_products;           // floats.cpp
+extern const Products float32_products, bfloat16_products, pair_products, tile_products;  // floats.cpp
 extern const Products byte_products, grouped_byte_products, nibble_products;        // codes.cpp
 extern const Products float16_products, q8_0_products, q4_0_products, q4_1_products, q5_0_products, q5_1_products,
     q4_k_products, q5_k_products, q6_k_products;                                    // blocks.cpp
-extern const bool has_pairs;                                                        // whether pair_products may be used
+extern const bool has_pairs, has_tiles;  // whether pair_products and, where AMX is granted, tile_products may be used
 inline const Products* const PRODUCTS[FORMS] = {
-    &float32_products, &bfloat16_products, &pair_products, &byte_products, &grouped_byte_products, &nibble_products,
-    &float16_products, &q8_0_products,     &q4_0_products, &q4_1_products, &q5_0_products,         &q5_1_products,
-    &q4_k_products,    &q5_k_products,     &q6_k_products};
+    &float32_products, &bfloat16_products, &pair_products, &tile_products, &byte_products, &grouped_byte_products,
+    &nibble_products,  &float16_products,  &q8_0_products, &q4_0_products, &q4_1_products, &q5_0_products,
+    &q5_1_products,    &q4_k_products,     &q5_k_products, &q6_k_products};
+
+constexpr int SIDE = 16;  // rows and columns of a tile of AMX
 
 // What was chosen for this machine: see library.py.
 struct Choice {
     Tuning tuning[FORMS];
-    bool pairs;  // bfloat16 weights meet activations as bfloat16
-    bool amx;    // many tokens meet weights in tiles of AMX: with the same bits, only faster
+    Form bfloat16;  // of the three for bfloat16 weights
+    bool amx;       // many tokens meet codes in tiles of AMX: with the same bits, only faster
 };
 extern Choice choice;
 
 inline Form form_of(const Linear& w) {
     if (w.blocks) return Form(w.blocks);
-    if (!w.scale) return w.bits == 32 ? FLOAT32 : choice.pairs ? BFLOAT16_PAIRS : BFLOAT16;
+    if (!w.scale) return w.bits == 32 ? FLOAT32 : choice.bfloat16;
     return w.bits == 4 ? NIBBLES : w.groups > 1 ? GROUPED_BYTES : BYTES;
+}
+
+// How some rows are read, which may be the last of those that are. Tiles fetch the next ones.
+inline Tuning tuning_of(Form form, bool last) {
+    return form == BFLOAT16_TILES ? Tuning{ROWS, last ? 0 : -1} : choice.tuning[form];
 }
 
 // The form of the activations that some weights meet: several kinds take those of the first of them.

@@ -27,7 +27,6 @@
 constexpr int64_t FEW = 16;       // tokens: so few each thread prepares for itself, rather than wait for another
 constexpr int64_t AT_ONCE = 512;  // tokens: bounds the memory of a long prompt
 constexpr int64_t QUERIES = 48;   // of a prompt, that go through a block of positions together
-constexpr int64_t SIDE_BY_SIDE = 4;  // rows that a few tokens may read together: see Tuning
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What ops/cpu/step.py hands over. `void*` is a tensor of the model's dtype; nullptr where the model has none.
@@ -264,13 +263,15 @@ class Step {
     template <class At, class Put>
     void rows(const Linear& w, int64_t begin, int64_t end, const Inputs& x, int64_t count, At at, Put put) {
         const Form form = form_of(w);
+        float* scratch = unpacked.at(0, scratch_size(w.columns));
         for (int64_t i = 0; i < count; i++) inputs_of[i] = x.at(at(i), w.columns, activations_of(w));
+        if (PRODUCTS[form]->arrange) PRODUCTS[form]->arrange(inputs_of.data(), count, w.columns, scratch);
         for (int64_t row = begin; row < end; row += ROWS) {
             const int64_t n = std::min(end - row, ROWS);
             const Rows some = {(const char*)w.weight + row * w.row_bytes, (const bfloat16*)w.scale + row * w.groups,
-                               w.row_bytes, w.columns, w.groups, choice.tuning[form]};
+                               w.row_bytes, w.columns, w.groups, tuning_of(form, row + n == end)};
             float* all = results.at(0, count * ROWS);
-            PRODUCTS[form]->multiply(some, n, inputs_of.data(), count, all, unpacked.at(0, scratch_size(w.columns)));
+            PRODUCTS[form]->multiply(some, n, inputs_of.data(), count, all, scratch);
             for (int64_t i = 0; i < count; i++) {
                 float* y = all + i * ROWS;
                 for (int64_t r = 0; w.bias && r < n; r++) y[r] += to_float(((const T*)w.bias)[row + r]);
@@ -279,10 +280,15 @@ class Step {
         }
     }
 
+    // Rows that are read together, of which a thread claims whole units.
+    static int64_t unit_of(const Linear& w, int64_t count) {
+        return count > FEW ? ROWS : form_of(w) == BFLOAT16_TILES ? SIDE : 4;
+    }
+
     // weight·x + bias of `count` tokens.
     template <class Put>
     void linear(const Linear& w, const Inputs& x, int64_t count, Put put) {
-        const int64_t unit = count > FEW ? ROWS : SIDE_BY_SIDE;
+        const int64_t unit = unit_of(w, count);
         sharing.share((w.rows + unit - 1) / unit, unit * w.row_bytes, [&](int64_t begin, int64_t end) {
             rows(w, begin * unit, std::min(end * unit, w.rows), x, count, [](int64_t i) { return i; }, put);
         });
@@ -466,8 +472,8 @@ class Step {
             route(block.gate, x);
         else
             alone();
-        const int64_t pairs = first[experts], width = block.experts[0].up_proj.rows, unit = pairs > FEW ? ROWS : SIDE_BY_SIDE;
-        const int64_t units = (width + unit - 1) / unit;
+        const int64_t pairs = first[experts], width = block.experts[0].up_proj.rows;
+        const int64_t unit = unit_of(block.experts[0].up_proj, pairs), units = (width + unit - 1) / unit;
         sharing.share(experts * units, 2 * unit * block.experts[0].up_proj.row_bytes, [&](int64_t begin, int64_t end) {
             for (int64_t e = begin / units; e * units < end; e++)
                 up(block.experts[e], e, std::max(begin - e * units, int64_t(0)) * unit,
@@ -479,7 +485,7 @@ class Step {
         auto& hidden = prepared(pairs, width, forms, [&](int64_t pair, float* out) {
             std::memcpy(out, shared.gate.at(pair * width, width), width * sizeof(float));
         });
-        const int64_t piece = pairs > FEW ? ROWS : SIDE_BY_SIDE;
+        const int64_t piece = unit_of(block.experts[0].down_proj, pairs);
         sharing.share((C + piece - 1) / piece, piece * sizes.experts * block.experts[0].down_proj.row_bytes,
                       [&](int64_t begin, int64_t end) {
                           for (int64_t e = 0; e < experts; e++)

@@ -1,13 +1,14 @@
 """Which variant of each row product this machine runs: measured once, in a fraction of a second, and kept.
 
 How many rows a token reads side by side and how far ahead it fetches changes its speed by half on one processor and
-not at all on another, but no bit of a result. Whether bfloat16 weights meet activations in float32 or as bfloat16
-(vdpbf16ps, where there is one) does change results; it is measured on many tokens, where it decides a prompt's time.
+not at all on another, but no bit of a result. How bfloat16 weights meet activations does change results: in float32, as
+bfloat16 (vdpbf16ps) or as a sum of two bfloat16 in the tiles of AMX, where there are such instructions. It is measured
+on many tokens, where it decides a prompt's time; tiles are taken where they are as fast for a single token too.
 
 What was chosen lies beside the compiled library as JSON. NANOQWEN_STEP_VARIANT sets it by hand: `measure` measures
 again, `default` measures nothing, `2/1024` reads two rows side by side and 1,024 bytes ahead in every kind, and
-`pairs` or `floats`, alone or behind a comma, says how bfloat16 weights are multiplied, and `vectors` behind all that
-leaves the tiles of AMX unused, which give the same bits faster where there are many tokens.
+`floats`, `pairs` or `tiles`, alone or behind a comma, says how bfloat16 weights are multiplied, and `vectors` behind
+the first two leaves AMX unused, which gives other weights the same bits faster where there are many tokens.
 """
 
 import ctypes
@@ -27,7 +28,7 @@ import torch
 from formats.files import write_text
 from formats.gguf.types import FORMATS
 
-SCHEMA = "nanoqwen/variant/1"
+SCHEMA = "nanoqwen/variant/2"
 KINDS = {  # name: bits, columns of a group (0: no scales, None: one for each row), as a Linear of ops/cpu/products.h
     "float32": (32, 0),
     "bfloat16": (16, 0),
@@ -35,18 +36,21 @@ KINDS = {  # name: bits, columns of a group (0: no scales, None: one for each ro
     "int8 in groups": (8, 32),
     "int4": (4, 32),
 }
-FORMS = {"F32": 0, "BF16": 1, "F16": 6, "Q8_0": 7, "Q4_0": 8, "Q4_1": 9, "Q5_0": 10, "Q5_1": 11}  # in products.h
-FORMS |= {"Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
+BFLOAT16 = {"floats": 1, "pairs": 2, "tiles": 3}  # how bfloat16 weights are multiplied: a Form in products.h
+FORMS = {"F32": 0, "BF16": 1, "F16": 7, "Q8_0": 8, "Q4_0": 9, "Q4_1": 10, "Q5_0": 11, "Q5_1": 12}  # in products.h
+FORMS |= {"Q4_K": 13, "Q5_K": 14, "Q6_K": 15}
 BLOCKS = tuple(name for name, form in FORMS.items() if form > 1)  # types of a GGUF that have a form of their own
 ALL = (*KINDS, *BLOCKS)
 CANDIDATES = ((1, 0), (1, 1024), (1, 2048), (1, 4096), (2, 0), (2, 2048), (2, 4096), (4, 0), (4, -1))  # see Tuning
 OF_BLOCKS = CANDIDATES[:4]  # rows of blocks are read one by one
 DEFAULT = (1, 2048)
 WORTH = 1.03  # a candidate has to be so much faster than the default
-PAIRS_WORTH = 1.15  # float32 products are more exact
+BFLOAT16_WORTH = 1.15  # times as fast with many tokens: float32 products are more exact
+TILES_LOSS = 1.03  # times as long one token may take by them
 HUGE_PAGES_WORTH = 1.1  # times as fast as pages of 4 KB, for weights to move there (ops/memory.py)
 COLUMNS, WINDOW, TURNS, MANY = 1024, 16 << 20, 3, 256
 FEW_BYTES = 1 << 18  # of weights that many tokens meet, in the cache
+MATRIX = 1 << 22  # bytes, as those of a model: where each begins tiles wait for memory, a stream of one row less
 READERS = ((1, 0), (1, 2048), (1, 4096), (2, 2048), (4, -1))
 READ_BYTES = 256 << 20  # far above the caches of all but the largest servers, small enough for a laptop
 HUGE = 2 << 20  # bytes of a huge page on x86-64 and aarch64
@@ -67,15 +71,15 @@ def apply(loaded: ctypes.CDLL, path: Path, linear: type[ctypes.Structure]) -> di
         chosen = measure(loaded, linear)
         write_text(kept, json.dumps(chosen, indent=1) + "\n")
     if not choose(loaded, chosen, linear):
-        raise ValueError(f"NANOQWEN_STEP_VARIANT={asked}: this processor has no products of bfloat16 pairs")
+        raise ValueError(f"NANOQWEN_STEP_VARIANT={asked}: this processor has no such products of bfloat16 weights")
     vectors = asked.endswith("vectors")
     chosen["amx"] = not loaded.choose_amx(not vectors) and not vectors
     return chosen
 
 
 def choose(loaded: ctypes.CDLL, chosen: dict[str, Any], linear: type[ctypes.Structure]) -> bool:
-    """False where this processor has no products of bfloat16 pairs, which are chosen."""
-    if loaded.choose_pairs(chosen["pairs"]):
+    """False where this processor has no such products of bfloat16 weights as are chosen."""
+    if loaded.choose_bfloat16(BFLOAT16[chosen["bfloat16"]]):
         return False
     for name, (together, ahead) in chosen["tuning"].items():
         loaded.choose_tuning(loaded.form_of_linear(_linear(linear, name)), together, ahead)
@@ -86,20 +90,22 @@ def by_hand(asked: str) -> dict[str, Any] | None:
     """What NANOQWEN_STEP_VARIANT says; None where something is to be measured or read."""
     if asked in ("", "measure"):
         return None
-    match = re.fullmatch(r"(default|[124]/(?:-1|\d{1,5}))?,?(pairs|floats)?,?(vectors)?", asked)
+    match = re.fullmatch(r"(default|[124]/(?:-1|\d{1,5}))?,?(?:(tiles)|(pairs|floats)?,?(vectors)?)", asked)
     if not match:
         raise ValueError(
-            f"NANOQWEN_STEP_VARIANT={asked}: give measure, default, pairs, floats, vectors or rows/bytes ahead: 2/1024"
+            f"NANOQWEN_STEP_VARIANT={asked}: give measure, default, floats, pairs, tiles, vectors, "
+            "or rows/bytes ahead: 2/1024"
         )
     tuning = list(map(int, match[1].split("/"))) if match[1] and match[1] != "default" else list(DEFAULT)
-    return {"schema": SCHEMA, "pairs": match[2] == "pairs", "tuning": dict.fromkeys(ALL, tuning), "by_hand": asked}
+    bfloat16 = match[2] or match[3] or "floats"
+    return {"schema": SCHEMA, "bfloat16": bfloat16, "tuning": dict.fromkeys(ALL, tuning), "by_hand": asked}
 
 
 def read(path: Path) -> dict[str, Any] | None:
     """What was chosen before; None where there is nothing, or nothing whole."""
     try:
         chosen = json.loads(path.read_text())
-        good = chosen["schema"] == SCHEMA and set(chosen["tuning"]) == set(ALL) and type(chosen["pairs"]) is bool
+        good = chosen["schema"] == SCHEMA and set(chosen["tuning"]) == set(ALL) and chosen["bfloat16"] in BFLOAT16
         good = good and all((*map(int, tuning),) in CANDIDATES for tuning in chosen["tuning"].values())
         return chosen if good and float(chosen["huge_page_gain"]) > 0 else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -110,10 +116,13 @@ def describe(chosen: dict[str, Any]) -> str:
     """In a few words, for --stats and bench.py: `bfloat16 2 rows, 2,048 B ahead; …`."""
     words: dict[str, list[str]] = {}
     for name, (together, ahead) in chosen["tuning"].items():
+        if (name, chosen["bfloat16"]) == ("bfloat16", "tiles"):  # which have no such variants
+            continue
         fetched = "no prefetch" if not ahead else "next rows ahead" if ahead < 0 else f"{ahead:,} B ahead"
         words.setdefault(f"{together} row{'s' * (together > 1)}, {fetched}", []).append(name)
     said = "; ".join(f"{', '.join(names)}: {variant}" for variant, names in words.items())
-    return said + ("; bfloat16 as pairs" if chosen["pairs"] else "") + ("; AMX" if chosen.get("amx") else "")
+    said += "" if chosen["bfloat16"] == "floats" else f"; bfloat16: {chosen['bfloat16']}"
+    return said + ("; AMX" if chosen.get("amx") else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,20 +156,22 @@ def fill(size: int, huge: bool) -> torch.Tensor:
 def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 * WINDOW) -> dict[str, Any]:
     """Times each kind's candidates on memory that is in no cache, by turns; the best time of each counts.
 
-    One thread and its own processor time, so that other programs on the same cores disturb it as little as possible.
+    One thread and its own processor time, so that other programs on the same cores disturb it as little as possible;
+    all threads only for a token by tiles beside one in float32, as these differ where one thread waits for memory.
     """
-    loaded.choose_pairs(0)
+    loaded.choose_bfloat16(BFLOAT16["floats"])
     x, y = torch.randn(MANY, COLUMNS), torch.empty(max(WINDOW // 512, MANY * FEW_BYTES // 2 // COLUMNS))
     scales = torch.full((size // 16,), 0.01, dtype=torch.bfloat16)
     memory, at = fill(size, huge=False), 0
 
-    def seconds(kind: str, tuning: tuple[int, int], weights: torch.Tensor, count: int = 1) -> float:
+    def seconds(kind: str, tuning: Iterable[int], weights: torch.Tensor, count: int = 1, threads: int = 1) -> float:
         layer = _linear(linear, kind, weights.data_ptr(), scales.data_ptr(), len(weights) // row_bytes(kind))
         loaded.choose_tuning(loaded.form_of_linear(layer), *tuning)
-        start = time.thread_time()
-        if loaded.product(layer, x.data_ptr(), count, y.data_ptr(), 1):
+        clock = time.thread_time if threads == 1 else time.perf_counter
+        start = clock()
+        if loaded.product(layer, x.data_ptr(), count, y.data_ptr(), threads):
             raise MemoryError("not enough memory to measure the row products")
-        return time.thread_time() - start
+        return clock() - start
 
     def cold(memory: torch.Tensor) -> torch.Tensor:  # the part that was read longest ago
         nonlocal at
@@ -191,15 +202,21 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 
         first = min(times, key=times.__getitem__)
         tuning[kind] = list(first if times[first] * WORTH < times[DEFAULT] else DEFAULT)
         best[kind] = round((WINDOW // 4 if kind in BLOCKS else WINDOW) / times[first])
-    few = memory[:FEW_BYTES]
-    floats = min(seconds("bfloat16", DEFAULT, few, MANY) for _ in range(5 * TURNS))
-    pairs = float("inf")
-    if not loaded.choose_pairs(1):
-        pairs = min(seconds("bfloat16", DEFAULT, few, MANY) for _ in range(5 * TURNS))
-        loaded.choose_pairs(0)
+    few, many, one = memory[:FEW_BYTES], {}, dict.fromkeys(("floats", "tiles"), float("inf"))
+    for name, form in BFLOAT16.items():
+        if not loaded.choose_bfloat16(form):
+            many[name] = min(seconds("bfloat16", DEFAULT, few, MANY) for _ in range(5 * TURNS))
+    for name in 3 * TURNS * list(one) if "tiles" in many else ():
+        loaded.choose_bfloat16(BFLOAT16[name])
+        one[name] = min(
+            one[name], seconds("bfloat16", tuning["bfloat16"], cold(memory)[:MATRIX], 1, torch.get_num_threads())
+        )
+    if "tiles" in many and one["tiles"] > TILES_LOSS * one["floats"]:
+        del many["tiles"]
+    fastest_of = min(many, key=many.__getitem__)
     return {
         "schema": SCHEMA,
-        "pairs": pairs * PAIRS_WORTH < floats,
+        "bfloat16": fastest_of if many[fastest_of] * BFLOAT16_WORTH < many["floats"] else "floats",
         "tuning": tuning,
         "huge_page_gain": round(gain, 3),
         "bytes_per_second": best,  # one thread

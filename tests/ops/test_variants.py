@@ -61,16 +61,31 @@ def test_products_are_pytorchs_and_the_same_bits_in_every_variant(kind, columns,
     w, weight, _kept = layer(kind, 71, columns)
     x = torch.randn(43, columns)
     expected = x.double() @ weight.T
-    for pairs in [0, 1] if kind == "bfloat16" else [0]:
-        if loaded.choose_pairs(pairs):
+    for name, form in variants.BFLOAT16.items():
+        if loaded.choose_bfloat16(form) or (kind != "bfloat16" and name != "floats"):
             continue
         found = product(loaded, w, x)
-        assert (found - expected).abs().max() < expected.abs().max() * (4e-3 if pairs else 1e-4)
+        assert (found - expected).abs().max() < expected.abs().max() * (4e-3 if name == "pairs" else 1e-4)
         for tuning in TUNINGS:
             loaded.choose_tuning(loaded.form_of_linear(w), *tuning)
             assert torch.equal(product(loaded, w, x[:1], threads=2), found[:1]), tuning
-        for count in (2, 3, 5, 16, 17):
+        for count in (2, 3, 5, 8, 9, 16, 17, 32, 33):
             assert torch.equal(product(loaded, w, x[:count]), found[:count])
+
+
+@pytest.mark.parametrize("columns", [7, 40, 128])
+def test_numbers_out_of_range_are_the_same_bits_alone_and_together(columns, loaded):
+    torch.manual_seed(0)
+    w, _weight, _kept = layer("bfloat16", 19, columns)
+    x = torch.randn(43, columns)
+    x[3, 2], x[4, 5], x[5], x[6] = torch.inf, torch.nan, 1e-39, 3.4e38
+    for form in variants.BFLOAT16.values():
+        if not loaded.choose_bfloat16(form):
+            found = product(loaded, w, x)
+            assert not found[[3, 4]].isfinite().any() and found[7:].isfinite().all() and (found[5].abs() < 1e-36).all()
+            for start, count in ((3, 1), (4, 1), (5, 1), (6, 1), (2, 7), (0, 16), (1, 32)):
+                alone = product(loaded, w, x[start : start + count].contiguous())
+                assert torch.equal(alone.view(torch.int32), found[start : start + count].view(torch.int32))
 
 
 def test_a_choice_is_measured_once_and_kept(loaded, tmp_path, monkeypatch):
@@ -91,22 +106,23 @@ def test_a_choice_is_measured_once_and_kept(loaded, tmp_path, monkeypatch):
     said = variants.describe(chosen)
     assert "ahead" in said or "no prefetch" in said
     kept = library.with_suffix(".json")
-    for count, damage in enumerate(("", "{}", '{"schema": "nanoqwen/variant/1"}', "[1]", "\x00"), 2):
+    for count, damage in enumerate(("", "{}", '{"schema": "nanoqwen/variant/2"}', "[1]", "\x00"), 2):
         kept.write_text(damage)
         variants.apply(loaded, library, built.Linear)
         assert len(calls) == count and json.loads(kept.read_text())["schema"] == variants.SCHEMA
 
 
-@pytest.mark.parametrize("asked", ["3/0", "fast", "1/-2", "pairs,1/0", "1/123456"])
+@pytest.mark.parametrize("asked", ["3/0", "fast", "1/-2", "pairs,1/0", "1/123456", "tiles,vectors"])
 def test_a_variant_that_there_is_none_of_is_a_mistake(asked):
     with pytest.raises(ValueError, match="NANOQWEN_STEP_VARIANT"):
         variants.by_hand(asked)
 
 
 def test_a_variant_by_hand():
-    assert variants.by_hand("2/1024,pairs")["tuning"]["int4"] == [2, 1024] and variants.by_hand("pairs")["pairs"]
-    assert not variants.by_hand("default")["pairs"] and variants.by_hand("measure") is None
-    assert variants.by_hand("4/-1,pairs,vectors")["pairs"] and not variants.by_hand("vectors")["pairs"]
+    assert variants.by_hand("2/1024,pairs")["tuning"]["int4"] == [2, 1024] and variants.by_hand("measure") is None
+    for asked in ("default", "pairs", "vectors", "4/-1,pairs,vectors", "tiles", "1/0,tiles"):
+        expected = next((name for name in variants.BFLOAT16 if name in asked), "floats")
+        assert variants.by_hand(asked)["bfloat16"] == expected
 
 
 def huge_bytes(address: int, size: int) -> int:

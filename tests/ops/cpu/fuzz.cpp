@@ -256,7 +256,7 @@ int main(int, char** arguments) {
     const int64_t first = std::atol(arguments[1]), count = std::atol(arguments[2]);
     for (int64_t seed = first; seed < first + count; seed++) {
         generator.seed(seed);
-        choose_pairs(has_pairs && any(0, 1));
+        choose_bfloat16(BFLOAT16), choose_bfloat16(one_of({BFLOAT16, BFLOAT16_PAIRS, BFLOAT16_TILES, BFLOAT16_TILES}));
         seed % 2 ? model<float>(seed) : model<bfloat16>(seed);
     }
     std::printf("%ld models\n", count);

@@ -21,8 +21,9 @@ void compare(const char* name, const Linear& w, const std::vector<double>& numbe
     const int64_t rows = w.rows, columns = w.columns, most = 39;
     std::vector<float> x(most * columns), all(most * rows), some(most * rows);
     for (auto& number : x) number = normal();
-    for (int pairs = 0; pairs <= (w.bits == 16); pairs++) {
-        if (choose_pairs(pairs)) continue;
+    for (int form : {BFLOAT16, BFLOAT16_PAIRS, BFLOAT16_TILES}) {
+        if (choose_bfloat16(form) || (w.bits != 16 && form != BFLOAT16)) continue;
+        const bool pairs = form == BFLOAT16_PAIRS;
         if (product(&w, x.data(), most, all.data(), 1)) std::abort();
         double error = 0, largest = 0;
         for (int64_t k = 0; k < most; k++)
@@ -38,14 +39,14 @@ void compare(const char* name, const Linear& w, const std::vector<double>& numbe
                 if (w.blocks && together + ahead != 1) continue;  // rows of blocks are read one by one
                 choose_tuning(form_of(w), together, ahead);
                 for (int amx = 0; amx < 2 && !choose_amx(amx); amx++)
-                    for (int64_t count : {1, 2, 3, 4, 7, 17, 39}) {
+                    for (int64_t count : {1, 2, 3, 4, 7, 8, 9, 16, 17, 32, 33}) {
                         product(&w, x.data(), count, some.data(), 1);
                         same = same && !std::memcmp(some.data(), all.data(), count * rows * sizeof(float));
                     }
             }
         const bool near = error < largest * (pairs ? 4e-3 : 1e-4);
         if (!near || !same) std::printf("FAILED: ");
-        std::printf("%s, %ld columns%s: error %.1e%s\n", name, long(columns), pairs ? ", pairs" : "", error / largest,
+        std::printf("%s, %ld columns%s: error %.1e%s\n", name, long(columns), pairs ? ", pairs" : form == BFLOAT16_TILES ? ", tiles" : "", error / largest,
                     same ? "" : ", other bits when computed together");
         if (!near || !same) std::exit(1);
         for (float y : all) digest = (digest ^ read<uint32_t>(&y)) * 1099511628211u;
