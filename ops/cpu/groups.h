@@ -98,44 +98,42 @@ struct Chunk {
     static int64_t count(int64_t columns) { return (columns + COLUMNS - 1) / COLUMNS; }
 };
 
-// Activations. Of n, in whole chunks: for AMX their high bytes group by group, then their low ones; then as words of 16 bits,
-// of each four columns 0, 2, 1, 3; then [chunks, GROUP / 4] vectors `a` and `b` (see ExactSum), arranged as the codes of a
-// chunk are; then for each chunk a vector of the groups' scales, of their sums as whole numbers times -8, and of their sums.
+// Activations. Of n, in whole chunks: for AMX their high bytes group by group, then their low ones; for each chunk a vector of
+// the groups' scales, of their sums, and of their sums as whole numbers times -8; then all as words of 16 bits, of each four
+// columns 0, 2, 1, 3; then [chunks, GROUP / 4] vectors `a` and `b` (see ExactSum), arranged as the codes of a chunk are.
 template <int GROUP, bool PACKED>
 struct GroupedInputs {
     static constexpr int64_t BYTES = 4 * LANES, CHUNK_BYTES = GROUP / 4 * BYTES;
     static constexpr float MOST = 32639;  // 127 · 256 + 127
 
     struct Places {
-        int64_t chunks, low, words, a, b, scale, whole, sum, end;
+        int64_t chunks, low, scale, sum, whole, words, a, b, end;
         explicit Places(int64_t n)
-            : chunks(Chunk<GROUP>::count(n)), low(AMX * chunks * CHUNK_BYTES), words(2 * low), a(words + 2 * chunks * CHUNK_BYTES),
-              b(a + chunks * CHUNK_BYTES), scale(b + chunks * CHUNK_BYTES), whole(scale + chunks * BYTES),
-              sum(whole + chunks * BYTES), end(rounded_up(sum + chunks * BYTES, LINE_BYTES) + LINE_BYTES) {}
+            : chunks(Chunk<GROUP>::count(n)), low(AMX * chunks * CHUNK_BYTES), scale(2 * low), sum(scale + chunks * BYTES),
+              whole(sum + chunks * BYTES), words(whole + chunks * BYTES), a(words + 2 * chunks * CHUNK_BYTES),
+              b(a + chunks * CHUNK_BYTES), end(rounded_up(b + chunks * CHUNK_BYTES, LINE_BYTES) + LINE_BYTES) {}
     };
     static int64_t bytes(int64_t n) { return Places(n).end; }
-
-    // The column of a group that has place i.
-    static constexpr int column_of(int i) { return !PACKED ? i : i < GROUP / 2 ? 2 * i : 2 * i - GROUP + 1; }
 
     static void prepare(const float* x, int64_t n, char* out) {
         const Places places(n);
         for (int64_t group = 0; group < places.chunks * LANES; group++) {
             const int64_t column = group * GROUP, at = group / LANES, lane = LANE_OF<GROUP, PACKED>[group % LANES];
-            alignas(64) float padded[GROUP] = {};
+            alignas(64) float padded[GROUP];
             const float* from = x + column;
             if (column + GROUP > n) {
-                std::memcpy(padded, x + std::min(column, n), std::max(n - column, int64_t(0)) * sizeof(float));
+                std::memset(padded, 0, sizeof padded);
+                if (column < n) std::memcpy(padded, from, (n - column) * sizeof(float));
                 from = padded;
             }
-            Vector most = {}, nothing = {};
+            Integers most = {};  // as bits, so that what is not finite is larger than all else
             for (int i = 0; i < GROUP; i += LANES) {
-                const Vector v = load(from + i), size = v < 0.f ? -v : v;
+                const Integers size = (Integers)load(from + i) & 0x7fffffff;
                 most = size > most ? size : most;
-                nothing += v - v;  // NaN where something is not finite
             }
-            const float scale = largest(most) / MOST, inverse = scale >= FLT_MIN && scale < INFINITY ? 1 / scale : 0;
-            alignas(64) int32_t whole[GROUP], placed[GROUP];
+            const int32_t bits = largest(most);
+            const float scale = read<float>(&bits) / MOST, inverse = scale >= FLT_MIN && scale < INFINITY ? 1 / scale : 0;
+            alignas(64) int32_t whole[GROUP];
             Integers total = {};
             for (int i = 0; i < GROUP; i += LANES) {
                 const Vector rounded = load(from + i) * inverse + ROUND;
@@ -143,13 +141,17 @@ struct GroupedInputs {
                 std::memcpy(whole + i, &q, sizeof q);
                 total += q;
             }
-            for (int i = 0; i < GROUP; i++) placed[i] = whole[column_of(i)];
-            alignas(64) int16_t words[GROUP];
-            for (int i = 0; i < GROUP; i++) words[i] = placed[i / 4 * 4 + i % 2 * 2 + i / 2 % 2];
-            std::memcpy(out + places.words + 2 * column, words, sizeof words);
+            alignas(64) int16_t placed[GROUP];
+            for (int i = 0; i < GROUP / 2 && PACKED; i++) placed[i] = whole[2 * i], placed[GROUP / 2 + i] = whole[2 * i + 1];
+            for (int i = 0; i < GROUP && !PACKED; i++) placed[i] = whole[i];
             alignas(64) char a[GROUP], b[GROUP];
-            for (int i = 0; i < GROUP; i++) ExactSum::place(a, b, i, placed[i]);
+            ExactSum::place<GROUP>(placed, a, b);
             if (AMX && choice.amx) std::memcpy(out + column, a, GROUP), std::memcpy(out + places.low + column, b, GROUP);
+            uint64_t fours[GROUP / 4];
+            std::memcpy(fours, placed, sizeof fours);
+            for (auto& four : fours)
+                four = (four & 0xffff00000000ffff) | (four & 0xffff0000) << 16 | (four >> 16 & 0xffff0000);
+            std::memcpy(out + places.words + 2 * column, fours, sizeof fours);
             char* to = out + at * CHUNK_BYTES + 4 * lane;
             for (int i = 0; i < GROUP / 4; i++) {
                 std::memcpy(to + i * BYTES + places.a, a + 4 * i, 4);
@@ -157,7 +159,7 @@ struct GroupedInputs {
             }
             const int64_t place = at * LANES + lane;
             const int32_t sum_of_whole = ::sum(total);
-            ((float*)(out + places.scale))[place] = scale + ::sum(nothing);
+            ((float*)(out + places.scale))[place] = scale;
             ((int32_t*)(out + places.whole))[place] = -8 * sum_of_whole;
             ((float*)(out + places.sum))[place] = float(sum_of_whole) * scale;
         }
@@ -168,7 +170,9 @@ struct GroupedInputs {
         const Places places(n);
         for (int64_t group = 0; group * GROUP < n; group++)
             for (int i = 0; i < GROUP; i++) {
-                const int64_t column = group * GROUP + column_of(i / 4 * 4 + i % 2 * 2 + i / 2 % 2);
+                const int placed = i / 4 * 4 + i % 2 * 2 + i / 2 % 2;
+                const int in_group = !PACKED ? placed : placed < GROUP / 2 ? 2 * placed : 2 * placed - GROUP + 1;
+                const int64_t column = group * GROUP + in_group;
                 const int64_t place = group / LANES * LANES + LANE_OF<GROUP, PACKED>[group % LANES];
                 const float word = ((const int16_t*)(x + places.words))[group * GROUP + i];
                 if (column < n) out[column] = word * ((const float*)(x + places.scale))[place];
@@ -323,15 +327,13 @@ struct Panel {
             const int64_t tokens = std::min<int64_t>(count - i, SIDE);
             const TileRegisters registers(tokens, GROUP);
             for (; i + tokens <= count; i += tokens) {
-                const Spaced spaced(x + i, tokens, places.words, end);
-                const char* of_token[SIDE];
-                for (int64_t k = 0; k < SIDE; k++) of_token[k] = x[i + std::min(k, tokens - 1)];
+                const Spaced spaced(x + i, tokens, places.whole, end);
                 Vector total[SIDE];
                 by_groups<GROUP, 1>(
                     spaced, places.low, weights, groups, [](int64_t group, int) { return group * GROUP; },
                     [](int lane) { return group_of(lane, GROUP, PACKED); },
                     [&](int64_t group, int k, Integers whole, Vector sum) __attribute__((always_inline)) {
-                        return meet(of_token[k], group, whole, sum);
+                        return meet(spaced.first + k * spaced.stride, group, whole, sum);
                     },
                     total);
                 for (int64_t k = 0; k < tokens; k++) store(y + (i + k) * ROWS, total[k]);

@@ -55,10 +55,9 @@ struct ExactSum {
     void start(Integers whole) { below = whole; }
     void add(Unsigned codes, Integers a, Integers b) { above = dot_bytes(above, codes, a), below = dot_bytes(below, codes, b); }
     Integers whole() const { return (above << 8) + below; }
-    // The i-th activation of a vector.
-    static void place(char* a, char* b, int i, int x) {
-        const int high = (x + 128) >> 8;
-        ((int8_t*)a)[i] = high, ((int8_t*)b)[i] = x - 256 * high;
+    template <int N>
+    static void place(const int16_t* x, char* a, char* b) {
+        for (int i = 0; i < N; i++) a[i] = int16_t(x[i] + 128) >> 8, b[i] = x[i];
     }
 };
 #else  // of the even columns, and of the odd ones, in 16 bits
@@ -69,7 +68,10 @@ struct ExactSum {
         sum = dot_words(dot_words(sum, (Integers)(codes & 0x00ff00ff), a), (Integers)(codes >> 8 & 0x00ff00ff), b);
     }
     Integers whole() const { return sum; }
-    static void place(char* a, char* b, int i, int x) { ((int16_t*)(i % 2 ? b : a))[i / 2] = x; }
+    template <int N>
+    static void place(const int16_t* x, char* a, char* b) {
+        for (int i = 0; i < N / 2; i++) ((int16_t*)a)[i] = x[2 * i], ((int16_t*)b)[i] = x[2 * i + 1];
+    }
 };
 #endif
 
@@ -102,12 +104,11 @@ inline void transpose(Unsigned v[LANES]) {
 #endif
 }
 
-// The largest of numbers that are not below zero.
-inline float largest(Vector x) {
+inline int32_t largest(Integers x) {
 #if LANES_OF_INTEGERS == 16
-    return _mm512_reduce_max_ps((__m512)x);
+    return _mm512_reduce_max_epi32((__m512i)x);
 #else
-    float lanes[LANES];
+    int32_t lanes[LANES];
     std::memcpy(lanes, &x, sizeof x);
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) lanes[i] = std::max(lanes[i], lanes[i + half]);
