@@ -24,7 +24,7 @@ from data.shard_format import END_OF_TEXT
 from data.sources import ALL, Item, Pair, Question, Row, fingerprint, row_of
 from formats.files import atomic_file
 from inference.decode import end_tokens
-from inference.engine import Engine, generate_batch
+from inference.engine import Engine, Pace, generate_batch
 from inference.params import SamplingParams
 from inference.replies import parse
 from model import Qwen3
@@ -198,6 +198,14 @@ class Sampled(NamedTuple):
         return self.row.length
 
 
+class Steady(Pace):
+    """Prompts in pieces of a constant length. By measured times the pieces, and so the last bits of logits and
+    the replies, would depend on how busy the machine is, and a resumed run would not be bit-identical."""
+
+    def measured(self, tokens: int, seconds: float) -> None:
+        pass
+
+
 class RewardStage(Stage):
     """GRPO: every question is answered `group` times, and each reply is compared with the others of its group."""
 
@@ -230,7 +238,9 @@ class RewardStage(Stage):
         digests = (hashlib.blake2b(name, digest_size=8).digest() for name in names)
         limits = {"temperature": grpo.temperature, "max_new_tokens": grpo.max_new_tokens}
         params = [SamplingParams(**limits, seed=int.from_bytes(digest) >> 1) for digest in digests]
-        return generate_batch(self.model, prompts, params, engine=Engine(self.model, grpo.rollout_batch))
+        engine = Engine(self.model, grpo.rollout_batch)
+        engine.pace = Steady()
+        return generate_batch(self.model, prompts, params, engine=engine)
 
     def _rewards(self, asked: list[Question], written: list[list[int]]) -> Tensor:
         """float64 [replies]: in float32 the mean of equal rewards need not be one of them."""

@@ -20,6 +20,7 @@ from inference.decode import end_tokens
 from inference.replies import parse
 from model import Qwen3
 from training.rewards import reward
+from training.stages import Steady
 
 PIECES = pieces_of(TINY)
 STAGES = {
@@ -229,6 +230,13 @@ def test_what_the_losses_of_replies_are_divided_by(config, average):
     again = stage.batches(0)
     assert all(torch.equal(a.ids, b.ids) and torch.equal(a.old, b.old) for a, b in zip(parts, again, strict=True))
     assert not torch.equal(stage.batches(1)[0].ids[:, :30], parts[0].ids[:, :30])
+
+
+def test_the_pieces_of_prompts_do_not_depend_on_the_clock():
+    pace, before = Steady(), [Steady().piece(decoding) for decoding in (True, False)]
+    pace.measured(64, 9.0)
+    pace.measured(1, 1e-6)
+    assert [pace.piece(decoding) for decoding in (True, False)] == before
 
 
 def test_parsed_replies():
