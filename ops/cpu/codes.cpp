@@ -241,13 +241,14 @@ struct RowBytes : AsTheyAre {
 
 constexpr int64_t SCALES_AHEAD = 512;  // bytes: a second stream, at an eighth of the speed
 
-template <int BITS>
+// SIZE: 32, or 16 for groups that are no multiple of 32, such as those of a head in 4 bits (ops/head.py).
+template <int BITS, int SIZE>
 struct Codes {
-    static constexpr int GROUP = 32, OFFSET = 1 << (BITS - 1), ROWS = LANES == 16 ? 4 : 2;
-    static constexpr bool PACKED = BITS == 4, MINIMA = false;
+    static constexpr int GROUP = SIZE, OFFSET = 1 << (BITS - 1), ROWS = LANES == 16 ? 4 : 2;
+    static constexpr bool PACKED = BITS == 4 && GROUP == 32, MINIMA = false;
     static constexpr int64_t BYTES = LANES * GROUP * BITS / 8;  // of a chunk
 
-    const int64_t repeats, step;  // groups of 32 with one scale; scales of a chunk, or 0 where it may be none or a part
+    const int64_t repeats, step;  // groups with one scale; scales of a chunk, or 0 where it may be none or a part
     // For each lane the place of its scale in the upper half, of the lower half's one that is taken for zero.
     alignas(64) std::array<uint16_t, 2 * LANES> spread = {};
 
@@ -264,7 +265,12 @@ struct Codes {
             std::memset(last, 0, sizeof last);
             p = (const char*)std::memcpy(last, p, left);
         }
-        each<BYTES / (4 * LANES)>([&](auto i) __attribute__((always_inline)) { to.codes[i] = read<Unsigned>(p + i * sizeof(Unsigned)); });
+        alignas(64) uint8_t codes[LANES * GROUP];
+        if (BITS == 4 && !PACKED) {
+            for (int i = 0; i < BYTES; i++) codes[2 * i] = p[i] & 15, codes[2 * i + 1] = (uint8_t)p[i] >> 4;
+            p = (const char*)codes;
+        }
+        each<GROUP / (PACKED ? 8 : 4)>([&](auto i) __attribute__((always_inline)) { to.codes[i] = read<Unsigned>(p + i * sizeof(Unsigned)); });
         to.scale = scales(w, at);
     }
 
@@ -325,5 +331,7 @@ constexpr Products codes_of() { return {Form::bytes, Form::prepare, Kind::multip
 }  // namespace
 
 const Products byte_products = codes_of<RowBytes, RowBytes>();
-const Products grouped_byte_products = codes_of<Grouped<Codes<8>>, Codes<8>>();
-const Products nibble_products = codes_of<Grouped<Codes<4>>, Codes<4>>();
+const Products grouped_byte_products = codes_of<Grouped<Codes<8, 32>>, Codes<8, 32>>();
+const Products nibble_products = codes_of<Grouped<Codes<4, 32>>, Codes<4, 32>>();
+const Products grouped_byte_16_products = codes_of<Grouped<Codes<8, 16>>, Codes<8, 16>>();
+const Products nibble_16_products = codes_of<Grouped<Codes<4, 16>>, Codes<4, 16>>();

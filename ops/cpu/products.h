@@ -94,16 +94,19 @@ inline int64_t scratch_size(int64_t columns) {
 }
 
 enum Form { FLOAT32, BFLOAT16, BFLOAT16_PAIRS, BFLOAT16_TILES, BYTES, GROUPED_BYTES, NIBBLES,
-            FLOAT16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, FORMS };
+            FLOAT16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K,
+            GROUPED_BYTES_16, NIBBLES_16, FORMS };  // groups whose size is no multiple of 32
 extern const Products float32_products, bfloat16_products, pair_products, tile_products;  // floats.cpp
-extern const Products byte_products, grouped_byte_products, nibble_products;        // codes.cpp
+extern const Products byte_products, grouped_byte_products, nibble_products, grouped_byte_16_products,
+    nibble_16_products;                                                             // codes.cpp
 extern const Products float16_products, q8_0_products, q4_0_products, q4_1_products, q5_0_products, q5_1_products,
     q4_k_products, q5_k_products, q6_k_products;                                    // blocks.cpp
 extern const bool has_pairs, has_tiles;  // whether pair_products and, where AMX is granted, tile_products may be used
 inline const Products* const PRODUCTS[FORMS] = {
     &float32_products, &bfloat16_products, &pair_products, &tile_products, &byte_products, &grouped_byte_products,
     &nibble_products,  &float16_products,  &q8_0_products, &q4_0_products, &q4_1_products, &q5_0_products,
-    &q5_1_products,    &q4_k_products,     &q5_k_products, &q6_k_products};
+    &q5_1_products,    &q4_k_products,     &q5_k_products, &q6_k_products,
+    &grouped_byte_16_products, &nibble_16_products};
 
 constexpr int SIDE = 16;  // rows and columns of a tile of AMX
 
@@ -118,18 +121,21 @@ extern Choice choice;
 inline Form form_of(const Linear& w) {
     if (w.blocks) return Form(w.blocks);
     if (!w.scale) return w.bits == 32 ? FLOAT32 : choice.bfloat16;
-    return w.bits == 4 ? NIBBLES : w.groups > 1 ? GROUPED_BYTES : BYTES;
+    if (w.bits == 8 && w.groups == 1) return BYTES;
+    const bool small = w.columns / w.groups % 32;
+    return w.bits == 4 ? (small ? NIBBLES_16 : NIBBLES) : (small ? GROUPED_BYTES_16 : GROUPED_BYTES);
 }
 
 // How some rows are read, which may be the last of those that are. Tiles fetch the next ones.
 inline Tuning tuning_of(Form form, bool last) {
-    return form == BFLOAT16_TILES ? Tuning{ROWS, last ? 0 : -1} : choice.tuning[form];
+    if (form == BFLOAT16_TILES) return {ROWS, last ? 0 : -1};
+    return choice.tuning[form == NIBBLES_16 ? NIBBLES : form == GROUPED_BYTES_16 ? GROUPED_BYTES : form];
 }
 
 // The form of the activations that some weights meet: several kinds take those of the first of them.
 inline Form activations_of(const Linear& w) {
     const Form form = form_of(w);
-    return form == FLOAT16 ? FLOAT32 : form >= Q8_0 && form < Q6_K ? Q8_0 : form;
+    return form == FLOAT16 ? FLOAT32 : form >= Q8_0 && form < Q6_K ? Q8_0 : form > Q6_K ? Q6_K : form;
 }
 
 // Vectors of activations in the forms that the weights want.

@@ -130,8 +130,9 @@ int main() {
         check("float32", 32, 0, columns), check("bfloat16", 16, 0, columns), check("int8", 8, 0, columns);
         check("int8 in groups of 32", 8, 32, columns), check("int8 in groups of 4", 8, 4, columns);
         check("int4 in groups of 32", 4, 32, columns), check("int4 in groups of 8", 4, 8, columns);
+        check("int8 in groups of 16", 8, 16, columns), check("int4 in groups of 16", 4, 16, columns);
     }
-    for (int64_t group : {64, 128, 192, 256, 768}) {
+    for (int64_t group : {48, 64, 128, 192, 256, 768}) {
         check("int8 in large groups", 8, group, 2304 / group * group), check("int4 in large groups", 4, group, 2304 / group * group);
     }
     for (int64_t columns : {32, 800, 1280}) {
