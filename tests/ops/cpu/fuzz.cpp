@@ -217,7 +217,7 @@ void model(int64_t seed) {
                 const int64_t count = in_pieces ? any(1, total - at) : total, outputs = any(1, count);
                 auto found = run<T>(m, {{&other, part(b, at, count), outputs}});
                 at += count;
-                CHECK(!std::memcmp(found.data(), &expected[b][(at - outputs) * V], found.size() * sizeof(T)),
+                CHECK(!std::memcmp(found.data(), expected[b].data() + (at - outputs) * V, found.size() * sizeof(T)),
                       "seed %ld row %ld: %ld tokens to %ld are other bits than one by one", seed, b, count, at);
             }
         }
@@ -244,7 +244,7 @@ void model(int64_t seed) {
         for (size_t i = 0; i < rows.size(); i++) {
             const int64_t b = who[i], outputs = rows[i].outputs, count = rows[i].ids.size();
             CHECK(b >= compared || std::equal((char*)&found[at], (char*)(&found[at] + outputs * V),
-                                              (char*)&expected[b][(done[b] - outputs) * V]),
+                                              (char*)(expected[b].data() + (done[b] - outputs) * V)),
                   "seed %ld row %ld of %ld: %ld tokens to %ld are other bits than alone", seed, b, B, count, done[b]);
             at += outputs * V;
         }
