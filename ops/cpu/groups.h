@@ -13,6 +13,8 @@
 //     many tokens            each lane is a row: 16 bits for each code, transposed once for all tokens (Panel), meet
 //                            activations that are spread over all lanes
 //     many tokens, with AMX  the same with 8 bits for each code (amx.h)
+//
+// All three stand here, which makes the file long, because they have to round alike.
 #pragma once
 #include <array>
 #include <cfloat>
