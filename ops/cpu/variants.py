@@ -28,7 +28,7 @@ import torch
 from formats.files import write_text
 from formats.gguf.types import FORMATS
 
-SCHEMA = "nanoqwen/variant/2"
+SCHEMA = "nanoqwen/variant/3"
 KINDS = {  # name: bits, columns of a group (0: no scales, None: one for each row), as a Linear of ops/cpu/products.h
     "float32": (32, 0),
     "bfloat16": (16, 0),
@@ -46,7 +46,7 @@ OF_BLOCKS = CANDIDATES[:4]  # rows of blocks are read one by one
 DEFAULT = (1, 2048)
 WORTH = 1.03  # a candidate has to be so much faster than the default
 BFLOAT16_WORTH = 1.15  # times as fast with many tokens: float32 products are more exact
-TILES_LOSS = 1.03  # times as long one token may take by them
+TILES_WORTH, TILES_LOSS = 1.5, 1.1  # so much faster with many tokens, so much longer with one: tiles are taken
 HUGE_PAGES_WORTH = 1.1  # times as fast as pages of 4 KB, for weights to move there (ops/memory.py)
 COLUMNS, WINDOW, TURNS, MANY = 1024, 16 << 20, 3, 256
 FEW_BYTES = 1 << 18  # of weights that many tokens meet, in the cache
@@ -211,8 +211,8 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 
         one[name] = min(
             one[name], seconds("bfloat16", tuning["bfloat16"], cold(memory)[:MATRIX], 1, torch.get_num_threads())
         )
-    if "tiles" in many and one["tiles"] > TILES_LOSS * one["floats"]:
-        del many["tiles"]
+    if one["tiles"] > TILES_LOSS * one["floats"] or many.get("tiles", 0) * TILES_WORTH > many["floats"]:
+        many.pop("tiles", None)
     fastest_of = min(many, key=many.__getitem__)
     return {
         "schema": SCHEMA,

@@ -80,6 +80,21 @@ def http(running):
         yield http
 
 
+@pytest.fixture(autouse=True)
+def said(request):
+    """The server's line about a test's last request is written before the next test looks at standard error."""
+    yield
+    if "running" not in request.fixturenames:
+        return
+
+    async def turns() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    loop = request.getfixturevalue("running").service.worker.loop
+    asyncio.run_coroutine_threadsafe(turns(), loop).result(10)
+
+
 @pytest.fixture
 def idle(running):
     """After the test no row is taken and nothing is queued."""
