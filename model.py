@@ -898,19 +898,18 @@ def _check_task(config: Config) -> None:
 
 def refuse(checkpoint, defects: dict[str, list[str]], most: int = 6) -> None:
     """One ValueError that lists all defects, if there are any."""
-    found = []
     if not any(defects.values()):
         return
     if [name for names in defects.values() for name in names] == [HEAD] and defects["missing"]:
         raise ValueError(f"{checkpoint.path}: missing: {HEAD}, so this model gives embeddings, not a next token")
     if empty := [entry.split(" [")[0] for entry in defects.get("mis-shaped", ()) if " [0] " in entry]:
         raise ValueError(f"{checkpoint.path}: {empty[0]} and others ({len(empty)} in all) were {SAVED_EMPTY}")
+    found = []
     for kind, names in defects.items():
         more = f" and {len(names) - most} more" if len(names) > most else ""
         found += [f"{kind}: {', '.join(names[:most])}{more}"] if names else []
-    if found:
-        place = f"{checkpoint.path}: weights that do not fit config.json (take both from the same source)"
-        raise ValueError(f"{place}: {'; '.join(found)}")
+    place = f"{checkpoint.path}: weights that do not fit config.json (take both from the same source)"
+    raise ValueError(f"{place}: {'; '.join(found)}")
 
 
 def _fits(info, slot: Tensor) -> bool:

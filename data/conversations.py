@@ -29,11 +29,8 @@ TRANSCRIPTS = ("prompt", "text")
 ASKED = ("prompt", "instruction", "question", "query", "input")
 ABOUT = ("context", "input")
 ANSWERED = ("completion", "response", "output", "answer")
-BESIDE = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs", "enable_thinking", "history")
-FIELDS = frozenset((*DIALOGUES, *TRANSCRIPTS, *ASKED, *ABOUT, *ANSWERED, *BESIDE, *REASONING))
-FIELDS |= {"chosen", "rejected", "label", "weight"}
-"""All fields that can be read; others (an id, a category, a score) change nothing that is taught. Of several answers,
-or forms of a question, the first counts: `Row` knows which were read."""
+"""Of several answers, or forms of a question, the first counts: `Row` knows which were read. Fields that are not (an
+id, a category, a score) change nothing that is taught."""
 SETTINGS = ("n", "model", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "max_tokens", "max_new_tokens")
 SETTINGS += ("max_completion_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty", "logprobs")
 SETTINGS += ("tool_choice", "response_format", "logit_bias", "stream", "thinking_budget")

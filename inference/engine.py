@@ -339,6 +339,18 @@ def free_bytes(model: Qwen3) -> int:
     return available_memory() or 8 << 30
 
 
+def one_each(name: str, given: Any, count: int) -> list:
+    """A list with an entry for each of `count` prompts, all None where nothing is given."""
+    if given is None:
+        return [None] * count
+    if isinstance(given, str | dict) or not isinstance(given, Iterable):
+        raise ValueError(f"{name} is a {type(given).__name__}; give a list of them, one for each prompt")
+    entries = list(given)
+    if len(entries) != count:
+        raise ValueError(f"{name} has {len(entries)} entries for {count} prompts; give one for each")
+    return entries
+
+
 def generate_batch(
     model: Qwen3,
     prompts: Sequence[Sequence[int]],
@@ -361,13 +373,11 @@ def generate_batch(
     prompts = list(prompts)
     if not prompts:
         return []
-    lists = [[params] * len(prompts) if isinstance(params, SamplingParams) else params, intervene, until]
-    for at, (name, given) in enumerate(zip(("params", "intervene", "until"), lists, strict=True)):
-        if given is not None and (isinstance(given, str | dict) or not isinstance(given, Iterable)):
-            raise ValueError(f"{name} is a {type(given).__name__}; give a list of them, one for each prompt")
-        lists[at] = [None] * len(prompts) if given is None else list(given)
-        if len(lists[at]) != len(prompts):
-            raise ValueError(f"{name} has {len(lists[at])} entries for {len(prompts)} prompts; give one for each")
+    each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+    lists = [
+        one_each(name, given, len(prompts))
+        for name, given in (("params", each), ("intervene", intervene), ("until", until))
+    ]
     replies = [Reply(model, ids, p, chat, put_in, end) for ids, p, put_in, end in zip(prompts, *lists, strict=True)]
     engine = engine or Engine(model, len(replies))
     try:

@@ -76,10 +76,12 @@ def penalize(logits: np.ndarray, params: SamplingParams, said: Said) -> np.ndarr
     return logits
 
 
-def check_finite(largest: float) -> None:
-    """Raises NotFinite where the largest of some logits is not finite."""
+def find_likeliest(row: Row) -> tuple[int, float]:
+    """The first index of the largest logit, and that logit. Raises NotFinite where it is not finite."""
+    index, largest = row.largest()
     if not math.isfinite(largest):
         raise NotFinite("the model's logits are not finite; float16 overflows on some models: try --dtype float32")
+    return index, largest
 
 
 def weigh(row: Row, largest: float, temperature: float) -> None:
@@ -120,8 +122,7 @@ def row_of(logits: Tensor) -> Row:
 
 def candidates(row: Row, params: SamplingParams) -> np.ndarray | None:
     """Makes of logits the weights of `distribution` before top-p and min-p, the largest being 1 → its ids."""
-    ids, (likeliest, largest) = None, row.largest()
-    check_finite(largest)
+    ids, (likeliest, largest) = None, find_likeliest(row)
     if params.temperature == 0:
         row.keep(np.int64([likeliest]))
         row.numbers[0] = 1
@@ -182,9 +183,7 @@ def sample(logits: Tensor, params: SamplingParams, uniforms: Uniforms, said: Sai
     if said is not None and is_penalized(params):
         penalize(row.copy(), params, said)
     if params.temperature == 0:
-        likeliest, largest = row.largest()
-        check_finite(largest)
-        return likeliest
+        return find_likeliest(row)[0]
     ids = candidates(row, params)
     if row.size == 1:
         index = 0

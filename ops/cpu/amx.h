@@ -16,17 +16,9 @@ constexpr int64_t AMX_FEWEST = 16;  // tokens: fewer are as fast by vectors, as 
 // The tile registers of this thread: 0 to 3 sums [tokens, rows], 4 and 5 activations [tokens, bytes], 6 and 7 weights
 // [bytes / 4, rows, 4]. (GCC 12's own functions for these instructions don't say what they read and write.)
 struct TileRegisters {
-    TileRegisters(int64_t tokens, int64_t bytes) {
-        struct alignas(64) {
-            uint8_t palette = 1, start_row = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {64, 64, 64, 64, 0, 0, 64, 64};
-            uint8_t rows[16] = {};
-        } shapes;
-        shapes.row_bytes[4] = shapes.row_bytes[5] = bytes;
-        std::fill(shapes.rows, shapes.rows + 6, tokens);
-        shapes.rows[6] = shapes.rows[7] = bytes / 4;
-        asm volatile("ldtilecfg %0" ::"m"(shapes));
-    }
+    TileRegisters(uint8_t tokens, uint8_t bytes)
+        : TileRegisters({tokens, tokens, tokens, tokens, tokens, tokens, uint8_t(bytes / 4), uint8_t(bytes / 4)},
+                        {64, 64, 64, 64, bytes, bytes, 64, 64}) {}
     // Of register i rows[i] with so many bytes each.
     TileRegisters(const uint8_t (&rows)[8], const uint8_t (&bytes)[8]) {
         struct alignas(64) {
@@ -85,15 +77,15 @@ struct Spaced {
 
 // The products of up to 16 tokens with 16 rows whose scales are those of groups of columns: [16 tokens], lanes are rows.
 //
-//     weights [groups, PIECES, BYTES / 4, 16 rows, 4]; at(group, piece): where its BYTES activations begin in a token's
-//     high bytes; `low`: from these to the low bytes; group_of(lane): of a block of 16 groups, in vectors' own order
+//     weights [groups, BYTES / 4, 16 rows, 4]; activations in a token's high bytes, BYTES to a group; `low`: from these to
+//     the low bytes; group_of(lane): of a block of 16 groups, in vectors' own order
 //     meet(group, token, sum, total): `total` with the group's whole number in it
 //
 // The tiles' registers are those of TileRegisters(tokens, BYTES). While vectors take in one group's sums, the tiles are
 // at work on the next group.
-template <int64_t BYTES, int PIECES, class At, class GroupOf, class Meet>
+template <int64_t BYTES, class GroupOf, class Meet>
 __attribute__((always_inline)) inline void by_groups(const Spaced& x, int64_t low, const char* weights, int64_t groups,
-                                                     At at, GroupOf group_of, Meet meet, Vector (&total)[SIDE]) {
+                                                     GroupOf group_of, Meet meet, Vector (&total)[SIDE]) {
     alignas(64) Integers sums[2][2][SIDE];
     Vector waiting[4][SIDE];  // for their neighbours: lanes are added up as in sum(Vector)
     auto lane_of = [](int i) { return (i & 1) << 3 | (i & 2) << 1 | (i & 4) >> 1 | (i & 8) >> 3; };
@@ -104,11 +96,9 @@ __attribute__((always_inline)) inline void by_groups(const Spaced& x, int64_t lo
         for (; next >= groups; next = group_of(lane_of(next_lane)))
             if (++next_lane == LANES) return;
         zero_tile<ABOVE>(), zero_tile<BELOW>();
-        for (int piece = 0; piece < PIECES; piece++) {
-            load_tile<6>(weights + (next * PIECES + piece) * BYTES * SIDE, 64);
-            load_tile<4>(x.first + at(next, piece), x.stride), load_tile<5>(x.first + at(next, piece) + low, x.stride);
-            multiply_tiles<ABOVE, 4, 6>(), multiply_tiles<BELOW, 5, 6>();
-        }
+        const char* high = x.first + next * BYTES;
+        load_tile<6>(weights + next * BYTES * SIDE, 64), load_tile<4>(high, x.stride), load_tile<5>(high + low, x.stride);
+        multiply_tiles<ABOVE, 4, 6>(), multiply_tiles<BELOW, 5, 6>();
         store_tile<ABOVE>(sums[turn][0]), store_tile<BELOW>(sums[turn][1]);
         next += LANES;
     };

@@ -333,9 +333,8 @@ struct Panel {
                 const char* inputs[SIDE];  // a tile without 16 tokens has its last one again
                 for (int64_t k = 0; k < SIDE; k++) inputs[k] = x[i + std::min(k, tokens - 1)];
                 Vector total[SIDE];
-                by_groups<GROUP, 1>(
-                    spaced, places.low, weights, groups, [](int64_t group, int) { return group * GROUP; },
-                    [](int lane) { return group_of(lane, GROUP, PACKED); },
+                by_groups<GROUP>(
+                    spaced, places.low, weights, groups, [](int lane) { return group_of(lane, GROUP, PACKED); },
                     [&](int64_t group, int k, Integers whole, Vector sum) __attribute__((always_inline)) {
                         return meet(inputs[k], group, whole, sum);
                     },

@@ -3,7 +3,7 @@
 How many rows a token reads side by side and how far ahead it fetches changes its speed by half on one processor and
 not at all on another, but no bit of a result. How bfloat16 weights meet activations does change results: in float32, as
 bfloat16 (vdpbf16ps) or as a sum of two bfloat16 in the tiles of AMX, where there are such instructions. It is measured
-on many tokens, where it decides a prompt's time; tiles are taken where they are as fast for a single token too.
+on many tokens, where it decides a prompt's time; tiles, which are slower for a single token, have a bound for that.
 
 What was chosen lies beside the compiled library as JSON. NANOQWEN_STEP_VARIANT sets it by hand: `measure` measures
 again, `default` measures nothing, `2/1024` reads two rows side by side and 1,024 bytes ahead in every kind, and
@@ -202,17 +202,17 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 
         first = min(times, key=times.__getitem__)
         tuning[kind] = list(first if times[first] * WORTH < times[DEFAULT] else DEFAULT)
         best[kind] = round((WINDOW // 4 if kind in BLOCKS else WINDOW) / times[first])
-    few, many, one = memory[:FEW_BYTES], {}, dict.fromkeys(("floats", "tiles"), float("inf"))
+    few, many = memory[:FEW_BYTES], {}
     for name, form in BFLOAT16.items():
         if not loaded.choose_bfloat16(form):
             many[name] = min(seconds("bfloat16", DEFAULT, few, MANY) for _ in range(5 * TURNS))
-    for name in 3 * TURNS * list(one) if "tiles" in many else ():
-        loaded.choose_bfloat16(BFLOAT16[name])
-        one[name] = min(
-            one[name], seconds("bfloat16", tuning["bfloat16"], cold(memory)[:MATRIX], 1, torch.get_num_threads())
-        )
-    if one["tiles"] > TILES_LOSS * one["floats"] or many.get("tiles", 0) * TILES_WORTH > many["floats"]:
-        many.pop("tiles", None)
+    if "tiles" in many:
+        one, threads = dict.fromkeys(("floats", "tiles"), float("inf")), torch.get_num_threads()
+        for name in 3 * TURNS * list(one):
+            loaded.choose_bfloat16(BFLOAT16[name])
+            one[name] = min(one[name], seconds("bfloat16", tuning["bfloat16"], cold(memory)[:MATRIX], 1, threads))
+        if one["tiles"] > TILES_LOSS * one["floats"] or many["tiles"] * TILES_WORTH > many["floats"]:
+            del many["tiles"]
     fastest_of = min(many, key=many.__getitem__)
     return {
         "schema": SCHEMA,

@@ -26,8 +26,6 @@ typedef uint32_t Unsigned __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef uint64_t Pairs __attribute__((vector_size(4 * LANES)));
-typedef uint32_t HalfUnsigned __attribute__((vector_size(2 * LANES)));
-typedef uint16_t Quarters __attribute__((vector_size(LANES)));
 
 struct bfloat16 {
     uint16_t bits;
@@ -192,41 +190,6 @@ inline void transpose_quarters(Unsigned v[4]) {
 #undef UNPACKED
 }
 #endif
-
-// Of each four lanes: two sums of neighbours in a, then two in b.
-inline Integers add_neighbours(Integers a, Integers b) {
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-    const __m512 even = _mm512_shuffle_ps((__m512)a, (__m512)b, 0x88), odd = _mm512_shuffle_ps((__m512)a, (__m512)b, 0xdd);
-    return (Integers)even + (Integers)odd;
-#elif defined(__AVX2__)
-    return (Integers)_mm256_hadd_epi32((__m256i)a, (__m256i)b);
-#else
-    Integers result;
-    for (int lane = 0; lane < LANES; lane++) {
-        const Integers& from = lane & 2 ? b : a;
-        const int first = lane / 4 * 4 + lane % 2 * 2;
-        result[lane] = from[first] + from[first + 1];
-    }
-    return result;
-#endif
-}
-
-// Lanes of four: sums of those that are neighbours in a, then of those in b.
-inline Integers add_fours(Integers a, Integers b) {
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-    const __m512i even = _mm512_shuffle_i32x4((__m512i)a, (__m512i)b, 0x88), odd = _mm512_shuffle_i32x4((__m512i)a, (__m512i)b, 0xdd);
-    return (Integers)even + (Integers)odd;
-#else
-    constexpr int HALF = LANES / 2;
-    Integers result = {};
-    for (int lane = 0; lane < LANES && LANES >= 8; lane++) {
-        const Integers& from = lane < HALF ? a : b;
-        const int first = lane % HALF / 4 * 8 + lane % 4;
-        result[lane] = from[first] + from[first + 4];
-    }
-    return result;
-#endif
-}
 
 constexpr float ROUND = 12582912;  // 1.5 · 2^23: what is added to it is rounded to a whole number, in its low bits
 

@@ -9,10 +9,25 @@ import pytest
 
 import data.documents
 from chat import Chat
-from data.conversations import FIELDS, conversation, last_number, preference, prompt, question
+from data.conversations import (
+    ABOUT,
+    ANSWERED,
+    ASKED,
+    DIALOGUES,
+    TRANSCRIPTS,
+    conversation,
+    last_number,
+    preference,
+    prompt,
+    question,
+)
 from data.sources import IGNORED, Listed, Pair, Row, WrittenRows, read_items, records
+from formats.messages import REASONING
 
 ROOT = Path(__file__).parent.parent.parent
+BESIDE = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs", "enable_thinking", "history")
+FIELDS = {*DIALOGUES, *TRANSCRIPTS, *ASKED, *ABOUT, *ANSWERED, *BESIDE, *REASONING}
+FIELDS |= {"chosen", "rejected", "label", "weight"}
 ASK, TELL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 BE = {"role": "system", "content": "Be."}
 AGAIN, BYE = {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Goodbye!"}
