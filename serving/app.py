@@ -296,8 +296,13 @@ async def send_events(stream: Callable[[Outlet], Awaitable[None]], scope: Scope,
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     transport = scope["state"]["transport"]
     await send({"type": "http.response.start", "status": 200, "headers": pairs})
-    while transport.get_write_buffer_size():  # of answers before this one, to a client that did not wait for them
-        await asyncio.sleep(0.01)
+    try:
+        async with asyncio.timeout(SEND_SECONDS):
+            while transport.get_write_buffer_size():  # of answers before this one, to a client that did not wait
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        transport.abort()
+        raise Gone from None
     outlet = scope["state"]["outlet"] = Outlet(transport, scope["http_version"] == "1.1", SEND_SECONDS)
     try:
         await stream(outlet)

@@ -1,5 +1,6 @@
 """Clients that are wrong, slow, gone or strangers: each is answered or cut off, and nobody else notices."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -370,3 +371,24 @@ def test_nothing_is_left_over(serving):
                 time.sleep(0.05)
         wait_until_idle(running.service)
     assert set(threading.enumerate()) <= before
+
+
+def test_a_client_that_leaves_answers_unread_is_cut_off_before_its_stream(monkeypatch):
+    class Full:
+        aborted = False
+
+        def get_write_buffer_size(self) -> int:
+            return 1
+
+        def abort(self) -> None:
+            self.aborted = True
+
+    async def send(message) -> None:
+        assert message["type"] == "http.response.start"
+
+    monkeypatch.setattr(app, "SEND_SECONDS", 0.05)
+    transport = Full()
+    waiting = app.send_events(lambda outlet: pytest.fail("began"), {"state": {"transport": transport}}, send)
+    with pytest.raises(app.Gone):
+        asyncio.run(asyncio.wait_for(waiting, 10))
+    assert transport.aborted
