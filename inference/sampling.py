@@ -196,9 +196,12 @@ def sample(logits: Tensor, params: SamplingParams, uniforms: Uniforms, said: Sai
 
 
 def top_logprobs(logits: Tensor, token: int, most: int) -> tuple[float, list[tuple[int, float]]]:
-    """-> (natural log probability of a token, the `most` likeliest ones with theirs, falling), from logits [V]."""
+    """-> (natural log probability of a token, the `most` likeliest ones with theirs, falling), from logits [V].
+
+    Raises NotFinite for logits that are not finite.
+    """
     row = row_of(logits)
-    value, (_, largest), most = float(logits[token]), row.largest(), min(most, row.size)
+    value, (_, largest), most = float(logits[token]), find_likeliest(row), min(most, row.size)
     pairs = []
     if most:
         ids = row.narrow(most).tolist()

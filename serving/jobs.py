@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from inference.decode import new_cache
+from inference.sampling import NotFinite
 from model import Qwen3
 
 PIECE = 128  # positions of one piece; their logits are 78 MB at Qwen3's vocabulary
@@ -35,6 +36,8 @@ def score(model: Qwen3, ids: Sequence[int], entry: Callable[[Tensor, int], dict]
 def embed(model: Qwen3, prompts: Sequence[Sequence[int]], dimensions: int | None) -> Iterator[None]:
     """Returns the embedding of each prompt, float32: the last token's final hidden state, its first `dimensions`
     numbers, L2-normalised. It is sentence-transformers' recipe for Qwen3-Embedding (arXiv:2506.05176).
+
+    Raises NotFinite.
     """
     found = []
     for ids in prompts:
@@ -43,6 +46,8 @@ def embed(model: Qwen3, prompts: Sequence[Sequence[int]], dimensions: int | None
             states = _piece(model, ids[start : start + PIECE], cache, logits=False)
             yield
         found.append(torch.nn.functional.normalize(states[-1, :dimensions].float(), dim=-1).cpu())
+        if not found[-1].isfinite().all():
+            raise NotFinite("the model's final hidden state is not finite; try --dtype float32")
     return found
 
 

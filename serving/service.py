@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from chat import Chat
-from inference.decode import add_end_token, end_tokens
+from inference.decode import add_end_token, damage, end_tokens
 from inference.engine import Engine
 from inference.load import packed_as, parameters
 from inference.params import SamplingParams, recommended
+from inference.sampling import NotFinite
 from model import Qwen3
 from serving.choice import Asked, Choice, News
 from serving.errors import ApiError, refused
@@ -112,7 +113,7 @@ class Service:
         }
 
     async def compute(self, job: Iterator[None]) -> Any:
-        """What a job of serving/jobs.py returns. ApiError 429 where too many wait."""
+        """What a job of serving/jobs.py returns. ApiError 429 where too many wait, 500 where a number is not finite."""
         if self.computing >= self.queue:
             raise ApiError(
                 429, f"{self.computing:,} requests are waiting; try again", code="queue_full", retry_after="1"
@@ -120,6 +121,8 @@ class Service:
         self.computing += 1
         try:
             return await self.worker.compute(job)
+        except NotFinite as error:
+            raise ApiError(500, f"this could not be computed: {damage(self.model) or error}") from None
         finally:
             self.computing -= 1
 

@@ -251,6 +251,9 @@ def test_logits_that_overflowed_are_an_error_that_names_the_fix():
         params = SamplingParams(temperature=temperature)
         with pytest.raises(ValueError, match="--dtype float32"):
             sample(torch.tensor([0.0, bad]), params, params.uniforms())
+    for bad, size in itertools.product((torch.nan, torch.inf, -torch.inf), (2, 50 * BLOCK)):  # NaN ended the process
+        with pytest.raises(ValueError, match="--dtype float32"):
+            top_logprobs(torch.full((size,), bad), 0, 5)
 
 
 def test_numbers_of_numpy_are_numbers_and_other_kinds_are_named():

@@ -1,6 +1,7 @@
 """Clients that are wrong, slow, gone or strangers: each is answered or cut off, and nobody else notices."""
 
 import asyncio
+import copy
 import json
 import socket
 import threading
@@ -10,6 +11,7 @@ from contextlib import suppress
 import httpx
 import openai
 import pytest
+import torch
 from conftest import wait_until_idle
 
 from benchmarks import hostile
@@ -29,6 +31,20 @@ def test_malformed_bodies_are_answered(running, capfd):
     wait_until_idle(running.service)
     told = capfd.readouterr().err
     assert "defect" not in told and "<|im_end|>" not in told and "hi" not in told.split()
+
+
+def test_a_model_that_is_not_finite_is_named_and_ends_nothing(tiny, serving, capfd):
+    """Its logits under a prompt once ended the process: the likeliest of NaN were looked for behind the end."""
+    model, chat = copy.deepcopy(tiny[0]), tiny[1]
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    asked = {"/v1/completions": {"prompt": "one two", "max_tokens": 0, "echo": True, "logprobs": 5}}
+    asked |= {"/v1/embeddings": {"input": "one"}, "/v1/chat/completions": {"messages": ENDLESS["messages"]}}
+    with serving(model=(model, chat), pooling=True) as broken:
+        for path, body in asked.items():
+            answer = httpx.post(broken.url + path, json=body, timeout=60)
+            assert answer.status_code == 500 and "up_proj.weight" in answer.json()["error"]["message"], path
+    assert "defect" not in capfd.readouterr().err
 
 
 def head(path: str, length: int, more: str = "") -> bytes:
