@@ -104,9 +104,42 @@ def notice(message: str) -> None:
     """One line to the person at the terminal that is neither a result nor an error. Where nobody reads it any more (the
     terminal is gone, or the pipe's reader), the command goes on in silence."""
     try:
-        print(message, file=sys.stderr, flush=True)
+        print(folded(message, sys.stderr), file=sys.stderr, flush=True)
     except OSError:
         _discard(sys.stderr)
+
+
+def folded(text: str, stream: TextIO) -> str:
+    """A text as `stream` shows it: where that is a terminal, its long lines are broken between words. No word is cut,
+    so that a path can still be copied; anywhere else a line stays one line."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):  # not a terminal, or a stream without a file
+        return text
+    return "\n".join(piece for line in text.split("\n") for piece in _fold(line, columns))
+
+
+def _fold(line: str, columns: int) -> Iterator[str]:
+    if columns < 1 or _cells(line) <= columns:  # some terminals say 0: unknown
+        yield line
+        return
+    begun, *words = line.split(" ")
+    for word in words:
+        longer = f"{begun} {word}"
+        if begun.strip() and _cells(longer) > columns:
+            yield begun
+            longer = word
+        begun = longer
+    yield begun
+
+
+def _cells(text: str) -> int:
+    """How many columns a terminal needs: Chinese characters and emoji take two."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 def counted(items: Iterable[T], what: str, every: float = 15.0) -> Iterator[T]:

@@ -7,7 +7,7 @@ formats/merge.py adds the adapter to it. Needs no PyTorch.
 import math
 import re
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from formats.hub import ADAPTER_FILES
 from formats.json_file import read_json
@@ -107,12 +107,20 @@ def text_path(path: Path, adapter: Path | None = None) -> Path:
     return path
 
 
-def parse_name(stored: str) -> tuple[str, str]:
-    """Official module and part (`lora_A`, `lora_B`, `lora_embedding_A`, …, or `weight`, `bias`) of a stored name."""
-    name = stored.removeprefix(PREFIX)
-    name = re.sub(r"\.(?:base_layer|modules_to_save|original_module)(?:\.default)?(?=\.)", "", name)
-    match = re.fullmatch(r"(.+)\.(lora_\w+)(?:\.default)?(?:\.weight)?", name)
-    if match:
-        return match[1], match[2]
+class StoredName(NamedTuple):
+    """What a stored name is of: an official module, a part of it (`lora_A`, `lora_embedding_B`, …, `weight`), and
+    the adapter's own name, where it was left in (`q_proj.lora_A.NAME.weight`)."""
+
+    module: str
+    part: str
+    adapter: str | None
+
+
+def parse_name(stored: str) -> StoredName:
+    name = re.sub(r"\.(?:base_layer|original_module)(?=\.)", "", stored.removeprefix(PREFIX))
+    if match := re.fullmatch(r"(.+)\.(lora_\w+)(?:\.(?!weight$)([^.]+))?(?:\.weight)?", name):
+        return StoredName(*match.groups())
+    if match := re.fullmatch(r"(.+)\.modules_to_save(?:\.([^.]+))?\.(\w+)", name):
+        return StoredName(match[1], match[3], match[2])
     module, _, leaf = name.rpartition(".")
-    return module, leaf
+    return StoredName(module, leaf, None)

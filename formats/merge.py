@@ -33,13 +33,17 @@ class Merged(View):
         self.files = [*base.files, directory / WEIGHTS, self._adapter.path]
         self.text_path = directory if (directory / "tokenizer.json").is_file() else base.text_path
         self._parts: dict[str, dict[str, str]] = defaultdict(dict)  # official name → part → stored name
+        adapters = set()
         for stored in self._file.tensors:
-            module, part = parse_name(WRAPPERS.sub("", stored))
+            module, part, adapter = parse_name(WRAPPERS.sub("", stored))
+            adapters.add(adapter)
             if part not in KNOWN:
                 self._fail(f"{stored} is not part of a LoRA adapter that can be merged here")
             self._parts[f"{module}.{'bias' if part == 'bias' else 'weight'}"][part] = stored
         if not self._parts:
             self._fail("no tensors in it")
+        if len(named := sorted(adapters - {None})) > 1:
+            self._fail(f"{len(named)} adapters in it ({', '.join(named[:8])}); save the one that is meant by itself")
         self.tensors = dict(base.tensors)
         for name, parts in self._parts.items():
             self._check(name, parts)

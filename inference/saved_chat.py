@@ -4,11 +4,14 @@
      "settings": {"thinking": bool, "thinking_budget": N | null, "temperature": X, ...}}
 
 The settings are those of SamplingParams and what a chat can set besides. `load` reads an untrusted file: all of it is
-checked before any of it is used. `{"messages": [...]}` alone is a chat too, with the settings as they are.
+checked before any of it is used. `{"messages": [...]}` alone is a chat too, with the settings as they are. A chat that
+would leave less than an eighth of the context free is continued without its earliest turns.
 """
 
 import json
+from bisect import bisect_left
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +32,9 @@ def save(session: Session, path: Path) -> None:
     write_text(path, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
 
 
-def load(session: Session, path: Path) -> bool:
-    """Continues the file's chat in the session. Returns whether `save` wrote it, so that it may be written again.
+def load(session: Session, path: Path) -> tuple[bool, int]:
+    """Continues the file's chat in the session. Returns whether `save` wrote it and all of it is there, so that it may
+    be written again; and how many of its messages are not, for want of room.
 
     Raises ValueError, and leaves everything as it was, where the file is no chat for this model.
     """
@@ -39,14 +43,34 @@ def load(session: Session, path: Path) -> bool:
         messages = _messages(record.get("messages"))
         settings = _settings(session, record.get("settings", {}))
         thinking = settings.pop("thinking")
+        whole = len(messages)
         if not session.raw:
-            check_prompt(session.model, session.chat.render(messages, thinking))
+            messages = _fitting(session, messages, thinking)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     session.reset()
     session.messages, session.system = messages, [m for m in messages[:1] if m["role"] == "system"]
     session.thinking, session.thinking_budget, session.params = thinking, settings["budget"], settings["params"]
-    return "schema" in record
+    return "schema" in record and len(messages) == whole, whole - len(messages)
+
+
+def _fitting(session: Session, messages: list[dict[str, str]], thinking: bool) -> list[dict[str, str]]:
+    """The messages, without as many of the earliest turns as the context has no room for; the system message stays.
+
+    PromptTooLong where the last turn alone is too long, ValueError where the template rejects the messages.
+    """
+    context = session.model.config.context_length
+    system = [m for m in messages[:1] if m["role"] == "system"]
+    starts = [number for number, m in enumerate(messages) if m["role"] == "user" and number > len(system)]
+    choices = [messages, *([*system, *messages[start:]] for start in starts)]
+    lengths = cache(lambda number: len(session.chat.render(choices[number], thinking)))
+    for most in (context - context // 8, context):
+        first = bisect_left(range(len(choices)), True, key=lambda number, most=most: lengths(number) <= most)
+        if first < len(choices):
+            break
+    chosen = choices[min(first, len(choices) - 1)]
+    check_prompt(session.model, session.chat.render(chosen, thinking))
+    return chosen
 
 
 def _read(path: Path) -> dict[str, Any]:

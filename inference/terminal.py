@@ -58,9 +58,12 @@ class TerminalChat:
 
     def __init__(self, session: Session, reader: Reader, screen: TextIO, *, as_json=False, stats=False, remembers=True):
         self.session, self.reader, self.as_json, self.stats, self.remembers = session, reader, as_json, stats, remembers
-        self.say = partial(print, file=screen, flush=True)
+        self.screen = screen
         self.last: Answer | None = None
         self.file: Path | None = None  # of this chat: /save writes it again
+
+    def say(self, text: str) -> None:
+        print(console.folded(text, self.screen), file=self.screen, flush=True)
 
     def run(self, first: str | None = None) -> None:
         """Until the person leaves. `first` is a message that is already there."""
@@ -115,7 +118,10 @@ class TerminalChat:
             with echo_off():
                 self.last = show(self.session, ask, self.as_json, self.stats)
         except PromptTooLong as error:
-            self.say(f"The chat is full: {error}, or start over with /reset.")
+            self.say(
+                f"The chat is full: {error}, start over with /reset, or /save and /load it, "
+                "which continues with its latest messages."
+            )
         except BrokenPipeError:
             raise
         except (ValueError, OSError) as error:
@@ -226,10 +232,13 @@ class TerminalChat:
         if not name:
             raise ValueError("/load needs the name of a file that /save wrote")
         path = _path(name)
-        ours = saved_chat.load(self.session, path)
+        ours, left_out = saved_chat.load(self.session, path)
         self.file, self.last = path if ours else None, None
         count = len(self.session.messages)
         self.say(f"loaded {path}: {count} message{'' if count == 1 else 's'}")
+        if left_out:
+            context = f"{self.session.model.config.context_length:,} tokens"
+            self.say(f"{left_out} earlier ones stayed in the file, to leave room in this model's context of {context}")
 
 
 def _path(name: str) -> Path:

@@ -1,8 +1,13 @@
 """What all commands share: streams that are closed or full, arguments that are wrong, and answers without PyTorch."""
 
+import fcntl
+import io
 import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -141,6 +146,27 @@ def test_a_mistyped_flag_is_answered_with_the_nearest(arguments, said):
     with pytest.raises(ValueError) as error:
         parser.parse_args(arguments)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("columns", [80, 40, 0])
+def test_a_terminal_gets_long_notices_broken_between_words(columns):
+    ours, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    path = "/a/folder/whose/name/is/longer/than/forty/columns/model.safetensors"
+    text = (
+        f"program.py: error: {path}: not a whole file; get it again, 模型的权重不完整 请再次下载这个文件 or\n  indented"
+    )
+    with os.fdopen(terminal, "w") as stream:
+        shown = console.folded(text, stream)
+    os.close(ours)
+    assert console.folded(text, io.StringIO()) == text, "anywhere else a line stays one line"
+    assert shown.replace("\n", " ") == text.replace("\n", " ") and path in shown and shown.endswith("\n  indented")
+    if columns == 0:
+        assert shown == text
+        return
+    lines = shown.split("\n")
+    wide = [sum(1 + (c > "\u2e80") for c in line) for line in lines if path not in line]
+    assert max(wide) <= columns and len(lines) > 3
 
 
 def test_an_error_of_the_system_is_the_file_and_what_is_wrong_with_it(tmp_path):

@@ -1,6 +1,7 @@
 """PEFT adapters: merged as PEFT merges them (its own merge_and_unload gave the same bits), or refused by name."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -98,6 +99,27 @@ def test_an_embedding_and_a_head(base, tmp_path):
     assert torch.equal(merged.read(name), (plain.read(name).float() + 2 * (b @ a).T).bfloat16())
     name = f"{HEAD}.weight"
     assert torch.equal(merged.read(name), (plain.read(name).float() + 2 * product(weights, HEAD)).bfloat16())
+
+
+@pytest.mark.parametrize("name", ["default", "weight", "my-adapter"])
+def test_the_name_that_peft_knows_an_adapter_by(base, tmp_path, name):
+    """Written by torch.save and others straight from the state_dict, where PEFT's own files leave it out."""
+    plain = pair(Q, 64, 48) | {
+        f"{EMBEDDING}.lora_embedding_A": random(4, 512),
+        f"{EMBEDDING}.lora_embedding_B": random(48, 4),
+        f"{Q}.lora_magnitude_vector": random(64).abs(),
+        f"{HEAD}.weight": random(512, 48, seed=1),
+    }
+    named = {re.sub(r"(\.lora_\w+)", rf"\1.{name}", key): value for key, value in plain.items()}
+    named[f"{HEAD}.modules_to_save.{name}.weight"] = named.pop(f"{HEAD}.weight")
+    if name != "weight":  # an embedding's parts have no leaf, so this one can't be told from none
+        assert not set(named) & set(plain)
+    first, second = (open_checkpoint(adapter(tmp_path / n, base, w)) for n, w in (("a", plain), ("b", named)))
+    for key in first.tensors:
+        assert torch.equal(first.read(key), second.read(key)), key
+    other = {key.replace("lora_A.", "lora_A.other."): value for key, value in pair(DOWN, 48, 112).items()}
+    with pytest.raises(ValueError, match=rf"2 adapters in it \(.*{name}.*\); save the one"):
+        open_checkpoint(adapter(tmp_path / "c", base, named | other))
 
 
 def test_a_tied_head_that_was_adapted_is_a_head_of_its_own(tmp_path):

@@ -186,6 +186,34 @@ def test_a_saved_chat_goes_on_as_it_was(session, tmp_path):
         session.params, session.system = before, []
 
 
+def test_a_chat_that_filled_the_context_goes_on_with_its_latest_turns(session, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, long = tmp_path / "full.json", "word " * 12
+    shown = typed(session, "/system Be brief.", *[f"{number} {long}" for number in range(99)], f"/save {path}")
+    assert "/save and /load it, which continues" in shown
+    stored = json.loads(path.read_text())["messages"]
+    context = session.model.config.context_length
+    try:
+        shown = typed(session, f"/load {path}")
+        kept = session.messages
+        assert f"{len(stored) - len(kept)} earlier ones stayed in the file" in shown and len(kept) < len(stored)
+        assert kept[0] == stored[0] and kept[1]["role"] == "user" and kept[1:] == stored[1 - len(kept) :]
+        used = len(session.chat.render(kept))
+        more = len(session.chat.render([kept[0], *stored[-len(kept) - 1 :]]))
+        assert used <= context - context // 8 < more, "as many as leave an eighth free"
+        shown = typed(session, f"/load {path}", "and?", "/save")
+        assert len(questions(session)) == len(kept) // 2 + 1 and "saved chat-" in shown
+        assert json.loads(path.read_text())["messages"] == stored, "the file keeps all"
+    finally:
+        session.set_system(None)
+    words = 100 * (context - 30) // len(session.chat.encode("word " * 100))
+    whole = {"messages": [{"role": "user", "content": "word " * words}]}
+    path.write_text(json.dumps(whole))
+    typed(session, f"/load {path}")
+    assert session.messages == whole["messages"], "a single turn that fits, however little is left"
+    session.reset()
+
+
 STRANGE = {
     "empty": b"",
     "binary": bytes(range(256)),
