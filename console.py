@@ -5,6 +5,7 @@ Results go to standard output; everything that this file prints goes to standard
 
 import argparse
 import difflib
+import errno
 import gc
 import os
 import re
@@ -224,12 +225,20 @@ def reason(error: BaseException) -> str:
     return one_line(text if error.filename is None else f"{os.fsdecode(error.filename)}: {text}")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python and the system have error classes for it; of PyTorch's allocators CUDA's alone does. All say it."""
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    said = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED", "failed to map segment")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a command's `main` and ends the process.
 
-    What a user can fix (`ValueError`, `OSError`, a package that is not installed) is one line on standard error and
-    exit status 2. Every other exception is a defect of ours and keeps its traceback. Ctrl-C is 130. A reader that
-    closed the pipe is no error, nor is a standard stream that was closed from the beginning.
+    What a user can fix (`ValueError`, `OSError`, too little memory, a package that is not installed) is one line on
+    standard error and exit status 2. Every other exception is a defect of ours and keeps its traceback. Ctrl-C is 130.
+    A reader that closed the pipe is no error, nor is a standard stream that was closed from the beginning.
     """
     program = Path(sys.argv[0]).name
     # Importing PyTorch makes some hundred thousand objects and next to no garbage, but at Python's threshold of 700
@@ -255,6 +264,14 @@ def run(main: Callable[[], None]) -> NoReturn:
         status = 2
     except (ValueError, OSError) as error:
         notice(f"{program}: error: {reason(error)}")
+        status = 2
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if is_out_of_memory(error):
+            notice(f"{program}: error: out of memory ({one_line(str(error)) or 'in Python'})")
+        elif "can't start new thread" in str(error):
+            notice(f"{program}: error: the system allows no more threads (ulimit -u), or has no memory for one")
+        else:
+            raise
         status = 2
     try:
         sys.stdout.flush()

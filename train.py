@@ -73,8 +73,8 @@ class Trainer:
         keep_freed_memory()
         self.processes = Processes(train.parallel, train.device)
         self.device = self.processes.device
-        check_combinations(settings)
-        self.chat = Chat.from_pretrained(settings.model.tokenizer)
+        check_combinations(settings, self.processes.count)
+        self.chat = Chat.from_pretrained(resolve(settings.model.tokenizer, "model.tokenizer", tokenizer_only=True))
         source, latest = build_source(settings, self.chat), Path(train.out) / "latest"
         with one_line_failures(settings, self.processes, latest, loading=True):
             self.run, self.model, reference = begin(settings, self.chat, self.processes, resume)
@@ -280,8 +280,8 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def check_combinations(settings: Settings) -> None:
-    """ValueError for settings that are valid by themselves but not together."""
+def check_combinations(settings: Settings, processes: int = 1) -> None:
+    """ValueError for settings that are valid by themselves but not together, or not in so many processes."""
     train, lora, stage = settings.train, settings.lora, settings.stage
     if train.parallel == "fsdp" and stage == "grpo":
         raise ValueError("train.parallel fsdp shards the model, but stage grpo samples replies from it; set ddp")
@@ -296,6 +296,15 @@ def check_combinations(settings: Settings) -> None:
         raise ValueError(
             f"schedule.warmup {settings.schedule.warmup} and schedule.decay {settings.schedule.decay} are more than "
             "all steps; lower one of them"
+        )
+    needed = 1 if settings.data.pack else -(-train.accumulate // processes)
+    each = settings.grpo.group if stage == "grpo" else 1
+    least = processes * each * -(-needed // each)
+    if processes > 1 and train.batch < least:
+        questions = f", {train.batch // each} questions," if stage == "grpo" else ""
+        raise ValueError(
+            f"train.batch {train.batch}{questions} is too small for {processes} processes with {needed} micro-batches "
+            f"each; raise it to {least}, or lower train.accumulate or the number of processes"
         )
 
 

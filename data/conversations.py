@@ -2,11 +2,13 @@
 
     messages       {"messages": [{"role", "content"}, ...]}          OpenAI, UltraChat
                    {"conversations": [{"from", "value"}, ...]}       ShareGPT
+                   {"conversation": [{"system", "input", "output", "output_with_loss"}, ...]}    XTuner
     asked          {"prompt"}, {"question"}, {"query"}, {"instruction"} or {"input"}: a text, a list of messages, or a
                    transcript "\n\nHuman: ...\n\nAssistant:" (hh-rlhf); {"input"} or {"context"} beside them is
                    appended (Alpaca, Dolly), {"history"} holds earlier pairs of turns (LLaMA-Factory)
     answered       {"completion"}, {"response"}, {"output"} or {"answer"}: a text or a list of messages, all of whose
-                   turns are learnt, while none of the prompt's is (TRL)
+                   turns are learnt, while none of the prompt's is (TRL); {"answers"}: calls [{"name", "arguments"}] as
+                   JSON (xLAM, APIGen)
     preference     {"chosen", "rejected"}: texts, messages or whole dialogues, with or without a prompt of its own
     question       {"question" or "prompt", "answer"}                GSM8K: the answer's last number is what counts
 
@@ -40,8 +42,7 @@ UNREAD = ("documents", "loss_mask", "loss_masks", "weights", "loss_weights", "sa
 MINUS = "\u2212"
 NUMBER = re.compile(rf"(?<![\w.])[-{MINUS}]?(?:(?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?|\.\d+)|\d+(?:\.\d+)?")
 SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
-
-
+RESULT = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
 # A number in a fraction, a root or a power is not the value of what it stands in.
 IN_FORMULA = re.compile(r"(?:frac\s*\{[^{}]*\}\s*\{|sqrt\s*\{?|[/^]\s*[{(]?|\d[eE][+-]?)\s*$")
 
@@ -188,7 +189,37 @@ def dialogue(record: dict) -> list[Message] | None:
     name = next((name for name in DIALOGUES if record.get(name) is not None), None)
     if name is None:
         return None
-    return with_system(record, complete(normalise(from_json(record[name]), name), name))
+    return with_system(record, messages_of(from_json(record[name]), name))
+
+
+def messages_of(given: Any, name: str) -> list[Message]:
+    """Normalised messages, in any of the forms of a dialogue."""
+    if isinstance(given, list | tuple) and given and all(isinstance(pair, dict) and "output" in pair for pair in given):
+        given = [message for number, pair in enumerate(given) for message in exchange(pair, f"{name}[{number}]")]
+    return bare_results(complete(normalise(given, name), name))
+
+
+def exchange(pair: dict, place: str) -> list[dict]:
+    """XTuner's question and answer, and the system message before them."""
+    for name in pair.keys() - {"system", "input", "output", "output_with_loss"}:
+        if pair[name] is not None:
+            raise ValueError(f"{place}.{name}: beside input and output only system and output_with_loss are known")
+    if not pair.get("input"):
+        raise ValueError(f"{place}: has no input; texts without a question are for stage pretrain")
+    system = [{"role": "system", "content": pair["system"]}] if pair.get("system") else []
+    answer = {"role": "assistant", "content": pair["output"], "weight": pair.get("output_with_loss")}
+    return [*system, {"role": "user", "content": pair["input"]}, answer]
+
+
+def bare_results(messages: list[Message]) -> list[Message]:
+    """The results of tools that a row has already wrapped for the template (Hermes), without the wrapping, each in a
+    message of its own: the template would wrap them once more, in a form that no model ever sees."""
+    bare = []
+    for message in messages:
+        content = message.get("content") or ""
+        wrapped = RESULT.findall(content) if message["role"] == "tool" and not RESULT.sub("", content).strip() else []
+        bare += [message | {"content": result} for result in wrapped] or [message]
+    return bare
 
 
 def from_json(value: Any) -> Any:
@@ -221,13 +252,24 @@ def completed(record: dict, asking: list[Message] | None = None) -> list[Message
     """Question and answer; of the assistant's turns only those of the answer are learnt. `asking`: the question."""
     name = next((name for name in ANSWERED if record.get(name) is not None), None)
     question = asked(record) if asking is None else asking
-    if name is None or question is None:
+    calls = calls_of(record) if name is None else None
+    if question is None or (name is None and calls is None):
         return None
-    answer = answer_of(record, name)
+    if name is None:
+        name, answer = "answers", normalise([{"role": "assistant", "tool_calls": calls}], "answers")
+    else:
+        answer = answer_of(record, name)
     reasoning = {field: record[field] for field in REASONING if record.get(field) is not None}
     if reasoning and turn(answer[0]) and not thinks(answer[0]):  # in a column of its own
         answer = [*normalise([answer[0] | reasoning], name), *answer[1:]]
     return [message | ({"weight": 0} if turn(message) else {}) for message in question] + answer
+
+
+def calls_of(record: dict) -> list | None:
+    """The calls under `answers`; None for answers of another kind (SQuAD's are spans of a text)."""
+    calls = from_json(dict.get(record, "answers"))
+    is_calls = isinstance(calls, list) and all(isinstance(call, dict) and "name" in call for call in calls)
+    return from_json(record["answers"]) if is_calls else None
 
 
 def transcript(record: dict) -> list[Message] | None:
@@ -245,7 +287,7 @@ def history(record: dict) -> list[Message]:
         raise ValueError(f"history is {short(pairs)}, not a list of pairs (asked, answered)")
     roles = ("user", "assistant")
     turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
-    return complete(normalise(turns, "history"), "history") if turns else []
+    return messages_of(turns, "history") if turns else []
 
 
 def with_system(record: dict, messages: list[Message]) -> list[Message]:
@@ -310,7 +352,7 @@ def as_messages(value: Any, field: str, role: str) -> list[Message]:
     if not isinstance(value, str):
         if not isinstance(value, list | tuple | dict):
             raise ValueError(f"{field} is {short(value)}, neither a text nor a list of messages")
-        return complete(normalise([value] if isinstance(value, dict) else value, field), field)
+        return messages_of([value] if isinstance(value, dict) else value, field)
     text = f"\n\n{value}" if value.startswith("Human: ") and "\n\nAssistant:" in value else value
     system, *turns = SPEAKER.split(text)
     asks = role == "user" and text.rstrip().endswith("\n\nAssistant:")

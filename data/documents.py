@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from console import is_out_of_memory
 from formats.download import reach
 
 MOST_OF_LINE = 64 << 20  # bytes of a line that tells what a file is
@@ -117,6 +118,8 @@ def _parquet(path: Path, field: str | None) -> Records:
             for number, record in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
                 yield f"{path}: row {number:,}", without_padding(record)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if is_out_of_memory(error) or getattr(error, "errno", None):  # the machine's failure, not the file's
+            raise
         raise ValueError(f"{path}: can't be read as Parquet ({error}); download it again") from None
 
 
@@ -130,6 +133,8 @@ def open_data_set(name: str, split: str | None, config: str | None) -> Any:
     try:
         return datasets.load_dataset(name, config, split=split, revision=revision or None, streaming=True)
     except Exception as error:  # classes of datasets, huggingface_hub, fsspec, httpx and pyarrow
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{name}: can't be opened as a data set ({error})") from None
 
 
@@ -141,6 +146,8 @@ def _data_set(name: str, split: str, config: str | None) -> Records:
         except StopIteration:
             return
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(f"{name}: the stream ended at row {number:,} ({error}); run the command again") from None
         yield f"{name}: row {number:,}", without_padding(row)
 

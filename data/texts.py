@@ -33,6 +33,7 @@ import console
 from data.documents import read_documents, split_documents
 from data.shard_format import END_OF_TEXT, MOST_TOKENS, write_pieces
 from formats.files import publish
+from formats.tokenizer_files import reraise_unless_library
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # given to a process at a time, whichever is reached first
 
@@ -48,8 +49,7 @@ def load_tokenizer(source: Path) -> Tokenizer:
     try:
         return plain(Tokenizer.from_file(str(path)))
     except BaseException as error:  # the library raises no narrower class, and its panics are no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+        reraise_unless_library(error)
         raise ValueError(f"--tokenizer {path}: can't be read ({error}); replace it by the published one") from None
 
 

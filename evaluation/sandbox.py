@@ -4,6 +4,7 @@ These are limits against accidents: endless loops, memory, files left behind. Th
 process has the user's rights and network; run tasks with code in a container where that matters.
 """
 
+import errno
 import os
 import subprocess
 import sys
@@ -14,7 +15,10 @@ SECONDS, MEMORY, FILE = 10, 1 << 30, 1 << 24  # bytes
 LIMITED = f"""
 import resource
 for kind, most in (("CPU", {SECONDS}), ("AS", {MEMORY}), ("FSIZE", {FILE}), ("CORE", 0)):
-    resource.setrlimit(getattr(resource, "RLIMIT_" + kind), (most, most))
+    number = getattr(resource, "RLIMIT_" + kind)
+    hard = resource.getrlimit(number)[1]
+    most = most if hard < 0 else min(most, hard)
+    resource.setrlimit(number, (most, most))
 """
 
 
@@ -31,8 +35,12 @@ def passes(code: str, seconds: float = SECONDS) -> bool:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        except (OSError, ValueError):  # more code than an argument holds, or a null byte in it
+        except ValueError:  # a null byte in the code
             return False
+        except OSError as error:
+            if error.errno != errno.E2BIG:  # the machine's failure, not the program's
+                raise
+            return False  # more code than an argument holds
         try:
             return process.wait(seconds) == 0
         except subprocess.TimeoutExpired:

@@ -31,12 +31,13 @@ MEMORY = 1 << 30  # bytes of address space, where the system enforces it (Linux 
 class TemplateSandbox:
     """Renders templates in a child process with limited time and memory and without files.
 
-    One JSON line goes to the child, [template, variables], and one comes back, {"text"} or {"error"}. After an error
-    or a death the next rendering gets a new child.
+    The child's first line is a JSON text: why it can't render, or "". Then one JSON line goes to it, [template,
+    variables], and one comes back, {"text"} or {"error"}. After an error or a death the next rendering has a new child.
     """
 
     def __init__(self):
         self._child: subprocess.Popen | None = None
+        self._is_ready = False
         self._lock = threading.Lock()
 
     def start(self) -> subprocess.Popen:
@@ -49,11 +50,12 @@ class TemplateSandbox:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
-            self._end = weakref.finalize(self, _end_child, self._child)
+            self._end, self._is_ready = weakref.finalize(self, _end_child, self._child), False
         return self._child
 
     def render(self, template: str, variables: dict[str, Any]) -> str:
-        """The rendered text. The message of a ValueError says what "the chat template" did."""
+        """The rendered text. A ValueError says what "the chat template" did; an OSError, that the child could not start
+        or was killed, which is not the template's fault."""
         try:
             request = json.dumps([template, variables], ensure_ascii=False)
         except (RecursionError, ValueError, TypeError) as error:
@@ -61,16 +63,23 @@ class TemplateSandbox:
         if len(request) > CHARACTERS:
             raise ValueError(f"can be given {CHARACTERS:,} characters, not {len(request):,}; shorten the messages")
         with self._lock:
-            child, reply = self.start(), {}
+            child, reply, failure = self.start(), {}, ""
             try:
-                reply = _exchange(child, request)
+                failure = "" if self._is_ready else _failure_to_start(child)
+                self._is_ready = not failure
+                reply = {} if failure else _exchange(child, request)
             finally:
                 if "text" not in reply:  # after Ctrl-C too: a late reply must not answer the next request
                     status = self._stop()
         if "text" in reply:
             return reply["text"]
+        if failure:
+            ended = f" (exit status {status})" if status != -signal.SIGKILL else ""
+            raise OSError(f"the process that renders chat templates can't start: {failure}{ended}")
+        if status == -signal.SIGKILL and not reply:
+            raise OSError("the process that renders chat templates was killed, as systems do when memory is short")
         error = reply.get("error", f"ended its process (exit status {status})")
-        if status in (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM) and not reply:
+        if status in (-signal.SIGXCPU, -signal.SIGALRM) and not reply:
             error = f"ran for more than {CPU_SECONDS} s of processor time or {SECONDS} s in all"
         error = "".join(character if character.isprintable() else " " for character in error[:300])
         raise ValueError(f"{error}; fix the template or the messages, or use --raw")
@@ -90,12 +99,28 @@ def _end_child(child: subprocess.Popen) -> int:
     return child.wait()
 
 
+def _failure_to_start(child: subprocess.Popen) -> str:
+    try:
+        return str(json.loads(_line(child, CHARACTERS)))[:200]
+    except ValueError:
+        return "it ended before it said why, perhaps for want of memory"
+
+
+def _line(child: subprocess.Popen, most: int) -> bytes:
+    """The child's next line; b"" when it has ended."""
+    line = child.stdout.readline(most)
+    if not line:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(1)  # so that its exit status is its own and not that of being ended here
+    return line
+
+
 def _exchange(child: subprocess.Popen, request: str) -> dict[str, str]:
     """The child's reply, or {} if it died. The reply is untrusted too: its size and form are checked."""
     try:
         child.stdin.write(request.encode("utf-8", "surrogatepass") + b"\n")
         child.stdin.flush()
-        reply = json.loads(child.stdout.readline(6 * CHARACTERS + 100))
+        reply = json.loads(_line(child, 6 * CHARACTERS + 100))
     except (BrokenPipeError, ValueError, RecursionError):
         return {}
     return reply if isinstance(reply, dict) and all(isinstance(value, str) for value in reply.values()) else {}
@@ -103,31 +128,55 @@ def _exchange(child: subprocess.Popen, request: str) -> dict[str, str]:
 
 def _serve_templates() -> None:
     """The child: sets its limits before it reads any untrusted input, then answers one request after another."""
-    import resource
+    try:
+        import resource
 
-    import jinja2
-
-    environment = template_environment()
-    compiled = lru_cache(maxsize=4)(environment.from_string)
-    with suppress(jinja2.TemplateError):  # triggers what is imported or read on first use, before files are blocked
-        environment.from_string("{{ raise_exception(strftime_now('%Z')) }}").render()
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+        compiled = lru_cache(maxsize=4)(_prepared().from_string)
+        memory = _lowered("RLIMIT_AS", MEMORY)
+        _lowered("RLIMIT_CORE", 0)
+        _lowered("RLIMIT_NOFILE", 0)
+        failure = ""
+    except Exception as error:  # of memory, or of an installation
+        failure = "out of memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
+    print(json.dumps(failure), flush=True)
+    if failure:
+        sys.exit(1)
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     for request in sys.stdin.buffer:
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + CPU_SECONDS, hard))
+        seconds = int(time.process_time()) + 1 + CPU_SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds if hard < 0 else min(seconds, hard), hard))
         signal.alarm(SECONDS)  # which ends the process
         try:
             template, variables = json.loads(request.decode("utf-8", "surrogatepass"))
             reply = {"text": _rendered(compiled(template), variables)}
         except MemoryError:
-            reply = {"error": f"needs more than {MEMORY >> 20} MiB of memory"}
+            reply = {"error": f"needs more than {memory >> 20} MiB of memory"}
         except Exception as error:
             reply = {"error": f"failed ({type(error).__name__}: {str(error)[:200]})"}
         sys.stdout.write(json.dumps(reply) + "\n")
         sys.stdout.flush()
         signal.alarm(0)
+
+
+def _prepared() -> "jinja2.Environment":
+    """The environment, with all that is imported or read on first use, before files are blocked."""
+    import jinja2
+
+    environment = template_environment()
+    with suppress(jinja2.TemplateError):
+        environment.from_string("{{ raise_exception(strftime_now('%Z')) }}").render()
+    return environment
+
+
+def _lowered(kind: str, most: int) -> int:
+    """Sets a limit of this process, which stays below one that it was started with; returns it."""
+    import resource
+
+    number = getattr(resource, kind)
+    hard = resource.getrlimit(number)[1]
+    most = most if hard < 0 else min(most, hard)  # -1 is no limit
+    resource.setrlimit(number, (most, most))
+    return most
 
 
 def _rendered(template: "jinja2.Template", variables: dict[str, Any]) -> str:

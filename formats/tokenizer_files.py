@@ -70,7 +70,10 @@ def load_tokenizer(source: str, tokenizer_json: bytes) -> Tokenizer:
 
 
 def reraise_unless_library(error: BaseException) -> None:
-    """A panic of the tokenizers library is a BaseException without a public class; Ctrl-C and exits pass through."""
+    """A panic of the tokenizers library is a BaseException without a public class; Ctrl-C, exits and want of memory
+    pass through."""
+    if isinstance(error, MemoryError):
+        raise error
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 

@@ -688,14 +688,42 @@ def test_ctrl_c_in_a_rendering_does_not_disturb_the_next(sandbox, monkeypatch):
     assert sandbox.render("next", {}) == "next"
 
 
-def test_a_rendering_that_waits_is_ended_by_the_clock(monkeypatch):
-    """Processor time alone would let a child sleep for ever."""
-    code = "import time, formats.template as t; t.SECONDS = 1; t._rendered = lambda *given: time.sleep(60); "
+@pytest.fixture
+def child_with(monkeypatch):
     real = subprocess.Popen
-    monkeypatch.setattr(
-        "formats.template.subprocess.Popen",
-        lambda command, **options: real([sys.executable, "-c", code + "t._serve_templates()"], **options),
-    )
+
+    def use(code: str) -> None:
+        command = [
+            sys.executable,
+            "-c",
+            f"import os, resource, time, formats.template as t; {code}; t._serve_templates()",
+        ]
+        monkeypatch.setattr("formats.template.subprocess.Popen", lambda _, **options: real(command, **options))
+
+    return use
+
+
+def test_the_machines_failures_are_not_blamed_on_the_template(child_with):
+    limit = "resource.setrlimit(resource.RLIMIT_AS, ({0}, {0}))"
+    child_with(limit.format(300 << 20))
+    sandbox = TemplateSandbox()
+    assert sandbox.render("{{ 1 }}", {}) == "1"
+    with pytest.raises(ValueError, match="needs more than 300 MiB of memory"):
+        sandbox.render("{{ 'x' * 10**9 }}", {})
+    ends = {
+        limit.format(1 << 20): "can't start: (out of memory|ImportError: .*failed to map segment)",
+        "os._exit(3)": r"can't start: it ended before it said why, .* \(exit status 3\)",
+        "t._rendered = lambda *_: os.kill(os.getpid(), 9)": "was killed, as systems do when memory is short",
+    }
+    for code, said in ends.items():
+        child_with(code)
+        with pytest.raises(OSError, match=f"the process that renders chat templates {said}"):
+            TemplateSandbox().render("{{ 1 }}", {})
+
+
+def test_a_rendering_that_waits_is_ended_by_the_clock(child_with):
+    """Processor time alone would let a child sleep for ever."""
+    child_with("t.SECONDS = 1; t._rendered = lambda *given: time.sleep(60)")
     start = time.monotonic()
     with pytest.raises(ValueError, match="s in all"):
         TemplateSandbox().render("{{ 1 }}", {})

@@ -97,19 +97,13 @@ def one_line_failures(settings: Settings, processes: Processes, latest: Path, lo
         yield
     except (RuntimeError, MemoryError) as error:
         message = str(error).partition("\n")[0]
-        if is_out_of_memory(error):
+        if console.is_out_of_memory(error):
             advice = LOADING_ADVICE if loading else f"{memory_advice(settings, processes.count)}, then --resume"
             raise ValueError(f"out of memory on {processes.device} ({message}); {advice}") from None
         if processes.count > 1 and is_lost_peer(error):
             again = f"continue from {latest} with --resume" if latest.exists() else "start again with --resume"
             raise ValueError(f"another process of this run ended, see its own message ({message}); {again}") from None
         raise
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has an error class for it; the CPU's allocator and MPS don't."""
-    said = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in said)
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -58,7 +58,7 @@ def starting_model(settings: Settings, chat: Chat, device: torch.device) -> Qwen
     tokens = {"eos_token_id": chat.eos_token_id, "pad_token_id": chat.tokenizer.token_to_id(END_OF_TEXT)}
     if settings.model.init is not None:
         dtype = getattr(torch, settings.train.dtype) if settings.lora.rank else torch.float32
-        model = Qwen3.from_pretrained(settings.model.init, dtype=dtype)
+        model = Qwen3.from_pretrained(resolve(settings.model.init, "model.init"), dtype=dtype)
         if model.config.quantization_config is not None and not settings.lora.rank:
             raise ValueError(
                 f"model.init {settings.model.init} has quantised weights, which can't be trained themselves; train "

@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from console import is_out_of_memory
 from data import documents
 from data.sources import matches
 
@@ -291,6 +292,8 @@ def _stream_batches(part: Part, first: int, left: int | None) -> Iterator[Batch 
             yield Batch(part.split, rows, with_plain_texts(table), f"{part.split}: row {done + 1:,}")
             done += table.num_rows
     except Exception as error:  # classes of datasets, huggingface_hub, fsspec, httpx and pyarrow
+        if is_out_of_memory(error):
+            raise
         why = f"the stream ended here ({error}); run the command again"
         if not done:
             raise ValueError(f"{part.split}: {why}") from None

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from console import notice
+from console import is_out_of_memory, notice
 from formats.files import atomic_file
 from ops.compiler import find_compiler
 from ops.cpu import variants
@@ -128,7 +128,9 @@ def library() -> ctypes.CDLL | None:
         path = build(directory)
         try:
             loaded = load(path)
-        except OSError:  # damaged, or from a machine that only looks like this one
+        except OSError as error:  # damaged, or from a machine that only looks like this one
+            if is_out_of_memory(error):
+                raise
             path.unlink(missing_ok=True)
             loaded = load(build(directory))
     except (OSError, RuntimeError, ValueError) as error:

@@ -27,7 +27,7 @@ from formats.messages import REASONING
 ROOT = Path(__file__).parent.parent.parent
 BESIDE = ("system", "system_prompt", "tools", "functions", "chat_template_kwargs", "enable_thinking", "history")
 FIELDS = {*DIALOGUES, *TRANSCRIPTS, *ASKED, *ABOUT, *ANSWERED, *BESIDE, *REASONING}
-FIELDS |= {"chosen", "rejected", "label", "weight"}
+FIELDS |= {"chosen", "rejected", "label", "weight", "answers"}
 ASK, TELL = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
 BE = {"role": "system", "content": "Be."}
 AGAIN, BYE = {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Goodbye!"}
@@ -53,6 +53,15 @@ def chat() -> Chat:
         ({"messages": [ASK], "completion": "Hello!"}, [ASK, TELL]),
         ({"conversations": [ASK, TELL, AGAIN], "response": BYE}, [ASK, TELL | {"weight": 0}, AGAIN, BYE]),
         ({"messages": [ASK, TELL], "question": "Why?", "answer": "So."}, [ASK, TELL]),
+        (  # XTuner's
+            {
+                "conversation": [
+                    {"system": "Be.", "input": "Hi", "output": "Hello!", "output_with_loss": False},
+                    {"input": "Bye", "output": "Goodbye!"},
+                ]
+            },
+            [BE, ASK, TELL | {"weight": 0}, AGAIN, BYE],
+        ),
         ({"messages": json.dumps([ASK, TELL])}, [ASK, TELL]),
         ({"messages": [ASK, TELL, AGAIN, BYE | {"masked": True}]}, [ASK, TELL]),
         ({"messages": [ASK, TELL | {"masked": False}]}, [ASK, TELL | {"weight": 1}]),
@@ -172,6 +181,10 @@ CALLED = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
         (conversation, {"messages": [ASK, TELL | {"function_calls": "f()"}]}, "function_calls: .* tool_calls"),
         (conversation, {"messages": [ASK, TELL | {"masked": True, "weight": 1}]}, "masked differ|weight and masked"),
         (conversation, {"messages": [ASK, TELL], "tools": "{"}, "tools: '{' is not JSON"),
+        (conversation, {"conversation": [{"input": "", "output": "x"}]}, r"conversation\[0\]: has no input"),
+        (conversation, {"conversation": [{"input": "a", "output": "x", "sep": "."}]}, r"\[0\]\.sep: beside input and"),
+        (conversation, {"question": "a", "answers": {"text": ["x"]}}, "has the fields question, answers"),
+        (conversation, {"query": "a", "answers": '["x"]'}, "has the fields query, answers"),
         (conversation, {"messages": [ASK, TELL], "tools": [{}], "functions": [{}]}, "has tools and functions"),
         (conversation, {"messages": [ASK, TELL], "chat_template_kwargs": {"x": 1}}, "only enable_thinking is known"),
         (conversation, {"messages": [BE, ASK, TELL], "system": "Do."}, "a system message in system and another one"),
@@ -219,6 +232,8 @@ def test_whatever_a_row_holds_it_is_read_or_refused():
         {"a": 1},
         [{"role": []}],
         [{"role": "user"}],
+        [{"output": 3}],
+        [{"name": []}],
         [ASK],
         [ASK, TELL],
     ]
@@ -392,6 +407,35 @@ def test_tools_are_in_the_prompt_and_calls_are_learnt(chat, tools):
     assert all("lookup" in texts(chat, row)[0] for row in pair)
     (asked,) = WrittenRows(chat).question({"question": "Hi", "answer": "1", "functions": [TOOLS[0]["function"]]})
     assert asked.prompt == chat.render([ASK], tools=TOOLS)
+
+
+def test_calls_under_answers_are_learnt(chat):
+    """Salesforce/xlam-function-calling-60k: query, and as JSON texts the tools and the calls that answer it."""
+    tools = [{"name": "lookup", "description": "d", "parameters": {"a": {"type": "int, optional", "default": "0"}}}]
+    record = {
+        "id": 3,
+        "query": "Hi",
+        "answers": '[{"name": "lookup", "arguments": {"a": 1}}]',
+        "tools": json.dumps(tools),
+    }
+    (row,) = WrittenRows(chat).conversation(record)
+    (same,) = WrittenRows(chat).conversation({"messages": [ASK, LOOK], "tools": tools})
+    assert texts(chat, row) == texts(chat, same) and '"a": 1}}\n</tool_call><|im_end|>' in texts(chat, row)[1][0]
+    assert WrittenRows(chat).conversation(record | {"answers": "[]"}) == []
+
+
+def test_results_that_a_row_has_wrapped_are_not_wrapped_twice(chat):
+    """NousResearch/hermes-function-calling-v1."""
+    wrapped = "<tool_response>\n42\n</tool_response>\n<tool_response>\n43\n</tool_response>\n"
+    turns = [("human", "Hi"), ("gpt", "Wait."), ("tool", wrapped), ("gpt", "Hello!")]
+    found = conversation({"conversations": [{"from": who, "value": said} for who, said in turns]})
+    results = [{"role": "tool", "content": number} for number in ("42", "43")]
+    assert found.messages == [ASK, TELL | {"content": "Wait."}, *results, TELL]
+    assert "<tool_response>\n42\n</tool_response>\n<tool_response>\n43\n</tool_response><|im_end|>" in chat.render_text(
+        found.messages
+    )
+    kept = {"role": "tool", "content": "See <tool_response>42</tool_response>"}
+    assert conversation({"messages": [ASK, TELL, kept, TELL]}).messages[2] == kept
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", None])

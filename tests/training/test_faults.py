@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,9 +19,12 @@ from runs import CONFIG, Fault, in_child, in_processes, metrics, run, send, sett
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import console
 import train
 import training.run
 from data.corpus.tokenizer import TINY
+from data.documents import read_records
+from formats.tokenizer_files import load_tokenizer
 from model import Qwen3
 from ops import cross_entropy
 from training.processes import Processes, Stop, one_line_failures
@@ -212,6 +216,46 @@ def test_out_of_memory_is_one_line_wherever_it_happens(answers, monkeypatch, whe
     with pytest.raises(ValueError, match=r"out of memory on cpu \(not enough memory for 64 tokens\)") as caught:
         run(answers, *chosen)
     assert advice in str(caught.value)
+
+
+def test_out_of_memory_is_not_blamed_on_files(monkeypatch, capsys, tmp_path):
+    """What fails for want of memory in a reader, and where nothing wraps it, is one line that says so."""
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("formats.tokenizer_files.Tokenizer", SimpleNamespace(from_buffer=full))
+    with pytest.raises(MemoryError):
+        load_tokenizer("here", b"{}")
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", full)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(MemoryError):
+        list(read_records(str(tmp_path / "a.parquet"), "train", None))
+    for failure, said in (
+        (MemoryError(), "out of memory (in Python)"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "out of memory (Def",
+        ),
+        (RuntimeError("can't start new thread"), "the system allows no more threads (ulimit -u)"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            console.run(partial(raise_, failure))
+        assert said in capsys.readouterr().err
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+def test_too_many_processes_for_a_step_are_refused_before_anything_is_loaded(answers):
+    chosen = settings(answers, "stage=grpo", "train.batch=8", "grpo.group=4")
+    train.check_combinations(chosen, processes=2)
+    with pytest.raises(ValueError, match=r"batch 8, 2 questions, is too small for 3 processes .* raise it to 12"):
+        train.check_combinations(chosen, processes=3)
+    for changed in (["train.accumulate=8"], ["train.accumulate=1", "train.batch=1"]):
+        with pytest.raises(ValueError, match="too small for 2 processes"):
+            train.check_combinations(settings(answers, *changed), processes=2)
 
 
 @pytest.mark.parametrize("prompt", ["''", "word " * 1100], ids=["empty", "too long"])
