@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from inference.params import SamplingParams, recommended
 from inference.sampling import FEW, Said, distribution, draw, draw_kept, penalized, sample, top_logprobs
 from ops.cpu import row as row_module
 from ops.cpu.library import library
-from ops.cpu.row import BLOCK, Row
+from ops.cpu.row import BLOCK, SUMS, Row
 
 SETTINGS = list(itertools.product((0.3, 0.6, 1.7), (0, 1, 5, 20), (1.0, 0.95, 0.5, 0.0), (0.0, 0.05, 0.4)))
 
@@ -140,6 +141,23 @@ def test_a_draw_takes_every_token_with_a_weight_and_no_other():
     weights[places[-1]] = 0
     assert draw(row_of(weights), Given(math.nextafter(1.0, 0))) == places[-2]
     assert draw(row_of(weights), Given(1.0)) == places[-2]  # rounding can put it there
+
+    weights = np.zeros(3 * BLOCK, np.float32)
+    weights[[BLOCK, BLOCK + SUMS, 2 * BLOCK]] = [1, 0.75 * 2**-23, 1]  # the second block's sum is rounded up
+    between = (1 + 0.9 * 2**-23) / (2 + 2**-23)
+    assert draw(row_of(weights), Given(between)) == BLOCK + SUMS  # the last of its block, not one of the next
+
+
+def test_logits_are_read_where_they_are_unless_the_temperature_leaves_float32(monkeypatch):
+    """A copy of 151,936 numbers for each token is what the passes in C++ are there to save."""
+    copied = []
+    monkeypatch.setattr(Row, "copy", lambda row: copied.append(row.size) or row.numbers)
+    for temperature in (2.0, 0.6, 1e-30):
+        params = SamplingParams(temperature=temperature, seed=1)
+        sample(torch.tensor([1.0, 3.0, 2.9]), params, params.uniforms())
+    assert not copied
+    sample(torch.tensor([1.0, 3.0, 2.9]), replace(params, temperature=1e-38), params.uniforms())
+    assert copied == [3]
 
 
 def test_random_numbers_ahead_are_those_of_the_seed():

@@ -7,8 +7,9 @@ from torch import Tensor
 from data.packing import dealt, packed
 from data.sources import Row
 from model import Config, Qwen3
+from ops import cross_entropy
 from ops.cross_entropy import linear_cross_entropy
-from training.batches import batches, packed_batch
+from training.batches import batches, packed_batch, real_lengths
 from training.objectives import DPO, GRPO, IGNORED, Batch, Pairs, Rollouts, advantages, next_token_loss, target_losses
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -63,6 +64,25 @@ def test_single_losses_and_their_gradients_are_those_of_the_whole(chunk):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 5), (torch.bfloat16, 10)])
+def test_logits_take_no_more_memory_at_once_than_they_may(dtype, rows, monkeypatch):
+    sizes, errors = [], cross_entropy._errors
+    monkeypatch.setattr(
+        cross_entropy, "_errors", lambda logits, *rest: sizes.append(len(logits)) or errors(logits, *rest)
+    )
+    x, weight, targets = torch.randn(23, 12, dtype=dtype), torch.randn(50, 12, dtype=dtype), torch.randint(50, (23,))
+    for limit, expected in ((5 * 50 * 4, [rows] * (23 // rows) + [3]), (1, [1] * 23)):
+        monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", {"cpu": limit})
+        sizes.clear()
+        linear_cross_entropy(x, weight, targets)
+        assert sizes == expected
+
+
+def test_a_batch_without_lengths_has_no_padding(answers):
+    assert real_lengths(Batch(*answers)).tolist() == [12] * 4
+    assert real_lengths(Batch(*answers, lengths=torch.tensor([7, 11, 5, 10]))).tolist() == [7, 11, 5, 10]
+
+
 def test_frozen_head(model, answers):
     """Adapters leave the head as it is; only the hidden states need gradients."""
     model.requires_grad_(False)
@@ -77,7 +97,9 @@ def test_frozen_head(model, answers):
 def test_dpo(model, answers, nll):
     reference = torch.tensor([-10.0, -20.0, -15.0, -30.0])
     objective = DPO(model, beta=0.3, nll=nll)
-    loss = objective(Pairs(*answers, reference))
+    pairs = Pairs(*answers, reference)
+    loss = objective(pairs)
+    assert pairs.count == 2  # what a step divides its loss by
     logprobs = dense_logprobs(model, *answers)
     expected, margins = torch.zeros((), dtype=torch.float64), []
     for chosen, rejected in ((0, 1), (2, 3)):
