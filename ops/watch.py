@@ -32,7 +32,7 @@ ATTRIBUTES = {
     "MoE": ("top_k", "norm_topk_prob"),
     "RMSNorm": ("eps",),
     "Linear": (),
-    "Embedding": (),
+    "Embedding": ("max_norm",),
     "QuantizedLinear": ("bits", "in_features", "out_features"),
     "BlockLinear": ("format", "shape"),
     "BlockEmbedding": ("format", "shape"),
@@ -90,7 +90,7 @@ class Watch:
         return all(place.get(name) is known for place, name, known in self.code) and self._look() == self.seen
 
     def _look(self) -> tuple | None:
-        """None where something is hooked or gone."""
+        """None where something is hooked or gone, or has no address."""
         if any(owner.get(name) is not module for owner, name, module in self.containers):
             return None
         modules = [self.model(), *[owner.get(name) for owner, name in self.places]]
@@ -99,6 +99,10 @@ class Watch:
         attributes = [m.__dict__ for m in modules]
         holders = [attributes[index] for index in self.holders]
         tensors = [t for a in holders for t in (*a["_parameters"].values(), *a["_buffers"].values()) if t is not None]
+        try:
+            places = list(map(Tensor.data_ptr, tensors))
+        except RuntimeError:  # a sparse tensor has none
+            return None
         return (
             list(map(type, modules)),
             list(map(len, attributes)),
@@ -106,7 +110,7 @@ class Watch:
             list(map(len, self.owners)),
             [owner[name].__dict__.get(attribute) for owner, name, attribute in self.attributes],
             list(map(type, tensors)),
-            list(map(Tensor.data_ptr, tensors)),
+            places,
             [t.shape for t in tensors],
             list(map(Tensor.stride, tensors)),
             [t.dtype for t in tensors],
@@ -118,6 +122,11 @@ class Watch:
 def _insides(module: nn.Module) -> tuple[dict, ...]:
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     return (module._parameters, module._buffers, module._modules, *hooks)
+
+
+def has_no_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has no address: a sparse one, one of torch.func.vmap."""
+    return tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_watched() -> bool:
@@ -163,5 +172,9 @@ def _reason(model: nn.Module, allowed: str) -> str | None:
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and type(tensor) not in (Tensor, nn.Parameter):
                 return f"{name}.{key} is a {type(tensor).__qualname__}"
+            if tensor is not None and has_no_memory(tensor):
+                return f"{name}.{key} has no memory of its own (a tensor that is sparse, or of vmap)"
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            return f"{name} has a max_norm"
     hooked = is_watched() or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     return "a hook looks at its modules or operations" if hooked else None

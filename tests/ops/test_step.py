@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 
 import model as qwen3
@@ -377,13 +378,37 @@ def override_a_method(model):
     attention.norm_rotate = lambda q, k, shared: (2 * q.transpose(1, 2), k.transpose(1, 2))
 
 
+def sparse_weight(model):
+    layer = model.model.layers[1].mlp.down_proj
+    layer.weight = nn.Parameter(layer.weight.relu().to_sparse(), requires_grad=False)
+
+
+def bounded_embedding(model):
+    model.model.embed_tokens.max_norm = 0.5
+
+
+def prune_one(model):
+    prune.l1_unstructured(model.model.layers[1].mlp.down_proj, "weight", amount=0.5)
+
+
 def fewer_layers(model):
     model.model.layers = model.model.layers[:2]
 
 
 @pytest.mark.parametrize(
     "change",
-    [transpose_data, another_eps, eps_of_one, parametrize_one, subclass, property_weight, override_a_method],
+    [
+        transpose_data,
+        another_eps,
+        eps_of_one,
+        parametrize_one,
+        subclass,
+        property_weight,
+        override_a_method,
+        sparse_weight,
+        bounded_embedding,
+        prune_one,
+    ],
     ids=lambda change: change.__name__,
 )
 @pytest.mark.parametrize("before", [False, True])
