@@ -11,6 +11,7 @@ where the largest logits are, and of many tokens one is drawn before it is asked
 import math
 import threading
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from inference.params import SamplingParams, Uniforms
-from ops.cpu.row import BLOCK, Row
+from ops.cpu.row import BLOCK, Penalties, Row
 
 FEW = 2048  # probabilities that are sorted
 
@@ -31,24 +32,18 @@ class Said:
     """The ids of a prompt and of the reply so far, as the penalties look at them: each once, whatever the length."""
 
     def __init__(self, prompt: Iterable[int] = (), reply: Iterable[int] = ()):
-        self._place: dict[int, int] = {}  # in the two arrays
-        self.ids, self.times = array("q"), array("q")  # times: in the reply
-        for token in prompt:
-            self._count(token, 0)
+        self.ids = array("i", sorted(set(prompt)))
+        self.times = array("i", bytes(self.ids.itemsize * len(self.ids)))  # how often in the reply
         for token in reply:
             self.add(token)
 
     def add(self, token: int) -> None:
         """The reply's next token."""
-        self._count(token, 1)
-
-    def _count(self, token: int, times: int) -> None:
-        place = self._place.setdefault(token, len(self.ids))
-        if place == len(self.ids):
-            self.ids.append(token)
-            self.times.append(times)
-        else:
-            self.times[place] += times
+        place = bisect_left(self.ids, token)
+        if place == len(self.ids) or self.ids[place] != token:
+            self.ids.insert(place, token)
+            self.times.insert(place, 0)
+        self.times[place] += 1
 
 
 def is_penalized(params: SamplingParams) -> bool:
@@ -56,24 +51,13 @@ def is_penalized(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
 
 
-def penalized(logits: np.ndarray, params: SamplingParams, said: Said) -> np.ndarray:
-    """Logits [V] with what was said before made less likely; the input is not changed."""
-    return penalize(logits.copy(), params, said)
-
-
-def penalize(logits: np.ndarray, params: SamplingParams, said: Said) -> np.ndarray:
-    """The same in place."""
-    if not said.ids or not is_penalized(params):
-        return logits
-    ids, times = np.frombuffer(said.ids, np.int64), np.frombuffer(said.times, np.int64)
-    scores = logits[ids]
-    if params.repetition_penalty != 1.0:
-        factor = np.float32(params.repetition_penalty)
-        scores = np.maximum(scores, 0) / factor + np.minimum(scores, 0) * factor
-    scores -= np.float32(params.presence_penalty) * (times > 0)
-    scores -= np.float32(params.frequency_penalty) * times.astype(np.float32)
-    logits[ids] = scores
-    return logits
+def penalties(params: SamplingParams, said: Said | None) -> Penalties | None:
+    """What these settings take off the logits of what was said; None where that is nothing."""
+    if said is None or not said.ids or not is_penalized(params):
+        return None
+    return Penalties(
+        said.ids, said.times, params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+    )
 
 
 def find_likeliest(row: Row) -> tuple[int, float]:
@@ -84,25 +68,27 @@ def find_likeliest(row: Row) -> tuple[int, float]:
     return index, largest
 
 
-def weigh(row: Row, largest: float, temperature: float) -> None:
-    """The logits, the largest of which this is, become weights: 1 for the largest."""
+def scale(row: Row, largest: float, temperature: float) -> tuple[np.float32, np.float32]:
+    """What `Row.weigh` makes weights with, 1 for the largest logit: the factor, and that logit."""
     factor = 1 / temperature
     if not max(factor, factor * abs(largest)) < 3e38:  # float32 ends there
         numbers = row.copy()
         with np.errstate(over="ignore"):
             numbers[:] = (numbers.astype(np.float64) - largest) / temperature
         factor, largest = 1.0, 0.0
-    row.weigh(np.float32(factor), np.float32(largest))
+    return np.float32(factor), np.float32(largest)
 
 
-def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray]:
+def distribution(
+    logits: np.ndarray, params: SamplingParams, said: Said | None = None
+) -> tuple[np.ndarray | None, np.ndarray]:
     """What one draw chooses from: float32 logits [V] → ids [n] in ascending order, or None for all; weights [n].
 
     Weights are 0 where a filter dropped a token, else proportional to the probabilities. Greedy is the one likeliest
     token with weight 1. Raises NotFinite for logits that are not finite.
     """
     row = Row(len(logits))
-    row.take(torch.from_numpy(logits))
+    row.take(torch.from_numpy(logits), penalties(params, said))
     ids = candidates(row, params)
     row.drop(params.top_p, params.min_p)
     return ids, row.numbers
@@ -111,12 +97,12 @@ def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray
 _of_thread = threading.local()
 
 
-def row_of(logits: Tensor) -> Row:
+def row_of(logits: Tensor, taken_off: Penalties | None = None) -> Row:
     """This thread's, with these logits [V]."""
     row = getattr(_of_thread, "row", None)
     if row is None or row.capacity != len(logits):
         row = _of_thread.row = Row(len(logits))
-    row.take(logits)
+    row.take(logits, taken_off)
     return row
 
 
@@ -129,12 +115,12 @@ def candidates(row: Row, params: SamplingParams) -> np.ndarray | None:
         return np.int64([likeliest])
     if 0 < params.top_k < row.size:
         ids = row.narrow(params.top_k)
-    weigh(row, largest, params.temperature)
+    factor, largest = scale(row, largest, params.temperature)
     if params.min_p > 0 and params.top_p == 1:  # then nothing else needs the unlikely tokens
-        likely = row.numbers >= np.float32(params.min_p)
-        if np.count_nonzero(likely) <= FEW:
-            places = row.keep(np.flatnonzero(likely))
-            ids = places if ids is None else ids[places]
+        places = row.weigh_likely(factor, largest, np.float32(params.min_p), FEW)
+        if places is not None:
+            return places if ids is None else ids[places]
+    row.weigh(factor, largest)
     return ids
 
 
@@ -179,9 +165,7 @@ def draw_kept(row: Row, params: SamplingParams, uniforms: Uniforms) -> int:
 
 def sample(logits: Tensor, params: SamplingParams, uniforms: Uniforms, said: Said | None = None) -> int:
     """One token id from logits [V]; `said`: what came before, for the penalties."""
-    row = row_of(logits)
-    if said is not None and is_penalized(params):
-        penalize(row.copy(), params, said)
+    row = row_of(logits, penalties(params, said))
     if params.temperature == 0:
         return find_likeliest(row)[0]
     ids = candidates(row, params)

@@ -14,7 +14,7 @@ import torch
 from chat import Chat
 from inference.decode import check_prompt
 from inference.params import SamplingParams
-from inference.sampling import Said, distribution, penalized
+from inference.sampling import Said, distribution
 from inspection.lens.attribution import attribution
 from inspection.lens.spans import prompt_spans, reply_spans, starts
 from inspection.lens.trace import trace
@@ -117,7 +117,7 @@ def _alternatives(
         place = begin + at
         probabilities = np.exp(row - row.max())
         probabilities /= probabilities.sum()
-        kept, weights = distribution(penalized(row, params, Said(ids[:begin], ids[begin:place])), params)
+        kept, weights = distribution(row, params, Said(ids[:begin], ids[begin:place]))
         chances = np.zeros(len(row), np.float64)
         chances[slice(None) if kept is None else kept] = weights / weights.sum()
         best = np.argsort(-probabilities, kind="stable")[:SHOWN].tolist()

@@ -37,7 +37,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 BLOCK = 256  # positions of a cache that lie side by side
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Mirrors of the structs of step.cpp (ctypes), field by field; `load` compares every size and offset.
+# Mirrors of the structs of the C++ (ctypes), field by field; `load` compares every size and offset.
 
 
 class Linear(ctypes.Structure):
@@ -77,16 +77,23 @@ class Tokens(ctypes.Structure):
     _fields_ = [("ids", c_void_p), ("starts", c_void_p), ("outputs", c_void_p), ("B", c_int64), ("logits", c_void_p)]
 
 
+class Logits(ctypes.Structure):
+    _fields_ = [("x", c_void_p), ("bits", c_int64), ("size", c_int64)]
+    _fields_ += [("ids", c_void_p), ("times", c_void_p), ("count", c_int64)]
+    _fields_ += [(name, c_float) for name in ("repetition", "presence", "frequency")]
+
+
 ROW = {  # what the functions of row.cpp take
-    "copy": (c_void_p, c_int64, c_int64, c_void_p),
-    "largest": (c_void_p, c_int64, c_int64, c_void_p),
-    "best": (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p),
-    "weigh": (c_void_p, c_int64, c_int64, c_float, c_float, c_void_p, c_void_p),
+    "copy": (POINTER(Logits), c_void_p),
+    "largest": (POINTER(Logits), c_void_p),
+    "best": (POINTER(Logits), c_void_p, c_int64, c_void_p, c_void_p),
+    "weigh": (POINTER(Logits), c_float, c_float, c_void_p, c_void_p),
+    "likely": (POINTER(Logits), c_float, c_float, c_float, c_int64, c_void_p, c_void_p),
     "below": (c_void_p, c_int64, c_float, c_int64, c_void_p),
     "cut": (c_void_p, c_int64, c_float, c_int64, c_void_p),
     "drop": (c_void_p, c_int64, c_double, c_float),
 }
-MIRRORS = (Linear, Attention, MLP, Block, Qwen3, KVCache, Tokens)
+MIRRORS = (Linear, Attention, MLP, Block, Qwen3, KVCache, Tokens, Logits)
 
 
 def layout() -> list[int]:

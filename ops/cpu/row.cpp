@@ -1,6 +1,8 @@
 // Passes over a row of logits; ops/cpu/row.py says what each is, and does the same in NumPy to the bit.
 //
 // So nothing here is fused, a sum has the same order whatever the width of vectors, and rows are whole blocks.
+#include "row.h"
+
 #include <functional>
 #include <vector>
 
@@ -11,18 +13,40 @@ namespace {
 constexpr int64_t BLOCK = 512;
 constexpr int SUMS = 16;  // running sums of a block
 
-// A block of logits, from i on of n numbers of either kind; behind them -inf.
-inline const float* as_floats(const void* x, int64_t bits, int64_t i, int64_t n, float* room) {
-    const int64_t count = std::min(BLOCK, n - i);
-    if (bits == 32 && count == BLOCK) return (const float*)x + i;
-    int64_t k = 0;
-    if (bits == 32)
-        std::memcpy(room, (const float*)x + i, (k = count) * sizeof(float));
-    for (; k + LANES <= count; k += LANES) store(room + k, load((const bfloat16*)x + i + k));
-    for (; k < count; k++) room[k] = to_float(((const bfloat16*)x)[i + k]);
-    std::fill(room + count, room + BLOCK, -INFINITY);
-    return room;
-}
+// Blocks of logits as float32, one after another or some of them, with the penalties; behind the last logit -inf.
+class Blocks {
+   public:
+    explicit Blocks(const Logits& logits, int64_t first = 0)
+        : of(logits), said(std::lower_bound(of.ids, of.ids + of.count, first)) {}
+
+    // The block from i on; i never falls. Overwritten by the next call.
+    const float* operator()(int64_t i) {
+        const int64_t count = std::min(BLOCK, of.size - i);
+        const int32_t* const end = of.ids + of.count;
+        while (said < end && *said < i) said++;
+        const bool penalized = said < end && *said < i + count;
+        if (of.bits == 32 && count == BLOCK && !penalized) return (const float*)of.x + i;
+        int64_t k = 0;
+        if (of.bits == 32)
+            std::memcpy(room, (const float*)of.x + i, (k = count) * sizeof(float));
+        for (; k + LANES <= count; k += LANES) store(room + k, load((const bfloat16*)of.x + i + k));
+        for (; k < count; k++) room[k] = to_float(((const bfloat16*)of.x)[i + k]);
+        std::fill(room + count, room + BLOCK, -INFINITY);
+        for (; said < end && *said < i + count; said++) {
+            const int32_t times = of.times[said - of.ids];
+            float& x = room[*said - i];
+            x = std::max(x, 0.f) / of.repetition + std::min(x, 0.f) * of.repetition;
+            x -= of.presence * (times > 0);
+            x -= of.frequency * times;
+        }
+        return room;
+    }
+
+   private:
+    const Logits& of;
+    const int32_t* said;  // the next one
+    float room[BLOCK];
+};
 
 // The sum of value(i, x[i]) over the vectors of a block.
 template <class Value>
@@ -57,19 +81,17 @@ inline Vector exponential(Vector x) {
 }  // namespace
 
 extern "C" {
-void row_copy(const void* x, int64_t bits, int64_t n, float* to) {
-    for (int64_t i = 0; i < n; i += BLOCK) {
-        const float* some = as_floats(x, bits, i, n, to + i);
-        if (some != to + i) std::memcpy(to + i, some, BLOCK * sizeof(float));
-    }
+void row_copy(const Logits* x, float* to) {
+    Blocks block(*x);
+    for (int64_t i = 0; i < x->size; i += BLOCK) std::memcpy(to + i, block(i), BLOCK * sizeof(float));
 }
 
 // The first index of the largest number, or one of NaN.
-int64_t row_largest(const void* x, int64_t bits, int64_t n, float* tops) {
-    float room[BLOCK];
+int64_t row_largest(const Logits* x, float* tops) {
+    Blocks block(*x);
     int64_t best = 0, blocks = 0;
-    for (int64_t i = 0; i < n; i += BLOCK, blocks++) {
-        const float* some = as_floats(x, bits, i, n, room);
+    for (int64_t i = 0; i < x->size; i += BLOCK, blocks++) {
+        const float* some = block(i);
         Vector most = load(some);
         Integers bad = most != most;
         for (int64_t k = LANES; k < BLOCK; k += LANES) {
@@ -82,20 +104,51 @@ int64_t row_largest(const void* x, int64_t bits, int64_t n, float* tops) {
         tops[blocks] = any ? NAN : largest;
         if (!(tops[best] >= tops[blocks]) && tops[best] == tops[best]) best = blocks;
     }
-    const float* some = as_floats(x, bits, best * BLOCK, n, room);
+    Blocks again(*x, best * BLOCK);
+    const float* some = again(best * BLOCK);
     int64_t k = 0;
     while (some[k] == some[k] && some[k] != tops[best]) k++;
     return best * BLOCK + k;
 }
 
-void row_weigh(const void* x, int64_t bits, int64_t n, float factor, float largest, float* weights, float* sums) {
-    float room[BLOCK];
-    for (int64_t i = 0; i < n; i += BLOCK)
-        sums[i / BLOCK] = block_sum(as_floats(x, bits, i, n, room), [&](int64_t k, Vector some) {
+void row_weigh(const Logits* x, float factor, float largest, float* weights, float* sums) {
+    Blocks block(*x);
+    for (int64_t i = 0; i < x->size; i += BLOCK)
+        sums[i / BLOCK] = block_sum(block(i), [&](int64_t k, Vector some) {
             const Vector e = exponential(some * factor - largest);
             store(weights + i + k, e);
             return e;
         });
+}
+
+// Ascending indexes of the weights that are at least `least`, and those weights; returns how many. -1, with nothing
+// written to `weights`, where they are more than `most`.
+int64_t row_likely(const Logits* x, float factor, float largest, float least, int64_t most, int64_t* ids, float* weights) {
+    Blocks block(*x);
+    std::vector<float> likely;
+    // In a block with nothing larger no exponential is asked for: it is right to 1e-6, above the smallest numbers.
+    const float bound = least > 1e-30f ? std::log(least) - 1e-3f : -INFINITY;
+    for (int64_t i = 0; i < x->size; i += BLOCK) {
+        const float* some = block(i);
+        Vector top = load(some) * factor - largest;
+        for (int64_t k = LANES; k < BLOCK; k += LANES) {
+            const Vector v = load(some + k) * factor - largest;
+            top = v > top ? v : top;
+        }
+        float highest = top[0];
+        for (int lane = 1; lane < LANES; lane++) highest = std::max(highest, top[lane]);
+        if (!(highest >= bound)) continue;
+        for (int64_t k = 0; k < BLOCK; k += LANES) {
+            const Vector e = exponential(load(some + k) * factor - largest);
+            for (int lane = 0; lane < LANES; lane++)
+                if (e[lane] >= least && i + k + lane < x->size) {
+                    if ((int64_t)likely.size() == most) return -1;
+                    ids[likely.size()] = i + k + lane, likely.push_back(e[lane]);
+                }
+        }
+    }
+    std::copy(likely.begin(), likely.end(), weights);
+    return likely.size();
 }
 
 int64_t row_below(const float* weights, int64_t blocks, float weight, int64_t index, float* sums) {
@@ -119,19 +172,19 @@ void row_cut(float* weights, int64_t blocks, float weight, int64_t index, float*
 
 // Ascending indexes of the numbers that are at least the count-th largest, and those numbers; returns how many.
 // `count` is at most the number of blocks.
-int64_t row_best(const void* x, int64_t bits, int64_t n, const float* tops, int64_t count, int64_t* ids, float* best) {
-    float room[BLOCK];
-    std::vector<float> largest(tops, tops + (n + BLOCK - 1) / BLOCK);
+int64_t row_best(const Logits* x, const float* tops, int64_t count, int64_t* ids, float* best) {
+    Blocks block(*x);
+    std::vector<float> largest(tops, tops + (x->size + BLOCK - 1) / BLOCK);
     auto bound_of = [&](std::vector<float>& numbers) {
         std::nth_element(numbers.begin(), numbers.begin() + count - 1, numbers.end(), std::greater<float>());
         return numbers[count - 1];
     };
     float bound = bound_of(largest);  // at least `count` blocks have one of these
     int64_t found = 0;
-    for (int64_t i = 0; i < n; i += BLOCK) {
+    for (int64_t i = 0; i < x->size; i += BLOCK) {
         if (tops[i / BLOCK] < bound) continue;
-        const float* some = as_floats(x, bits, i, n, room);
-        for (int64_t k = 0; k < std::min(BLOCK, n - i); k++)
+        const float* some = block(i);
+        for (int64_t k = 0; k < std::min(BLOCK, x->size - i); k++)
             if (some[k] >= bound) ids[found] = i + k, best[found++] = some[k];
     }
     std::vector<float> numbers(best, best + found);

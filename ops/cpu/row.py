@@ -6,12 +6,14 @@ is: in a block 16 running sums, whose halves are added to each other, then quart
 """
 
 import ctypes
+from array import array
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ops.cpu.library import Chosen
+from ops.cpu.library import Chosen, Logits
 
 BLOCK = 512  # numbers
 SUMS = 16  # running sums of a block
@@ -24,6 +26,26 @@ LOWEST = np.float32(-104)  # exp of less is 0 in float32
 def compiled() -> ctypes.CDLL | None:
     """The C++ library, where something else has already asked for it."""
     return Chosen.library
+
+
+class Penalties(NamedTuple):
+    """What is taken off the logits of tokens that were said; inference/params.py explains the three numbers."""
+
+    ids: array  # int32, each once, ascending
+    times: array  # int32, how often in the reply
+    repetition: float
+    presence: float
+    frequency: float
+
+
+def penalize(logits: np.ndarray, penalties: Penalties) -> None:
+    """Float32 logits [V], in place."""
+    ids, times = np.frombuffer(penalties.ids, np.int32), np.frombuffer(penalties.times, np.int32)
+    scores, factor = logits[ids], np.float32(penalties.repetition)
+    scores = np.maximum(scores, 0) / factor + np.minimum(scores, 0) * factor
+    scores -= np.float32(penalties.presence) * (times > 0)
+    scores -= np.float32(penalties.frequency) * times.astype(np.float32)
+    logits[ids] = scores
 
 
 class Row:
@@ -39,25 +61,37 @@ class Row:
         self._memory, self._ids = np.empty(blocks * BLOCK, np.float32), np.empty(capacity, np.int64)
         self._of_blocks = np.empty((3, blocks), np.float32)
         self._places = [array.ctypes.data for array in (self._memory, self._ids, *self._of_blocks)]
-        self.capacity = capacity
+        self.capacity, self._logits = capacity, Logits()
         self._resize(capacity)
 
-    def take(self, logits: Tensor) -> None:
-        """The next row: a tensor [size] of any dtype and device. float32 and bfloat16 are read where they are."""
+    def take(self, logits: Tensor, penalties: Penalties | None = None) -> None:
+        """The next row: a tensor [size] of any dtype and device. float32 and bfloat16 are read where they are, and
+        the penalties made in each pass, so that nothing is copied for a few tokens."""
         if self.size != len(logits):
             self._resize(len(logits))
-        self._given, self._bits = logits, BITS.get(logits.dtype)
-        if compiled() and self._bits and logits.is_cpu and logits.is_contiguous():
-            self._from = logits.data_ptr()
+        bits = BITS.get(logits.dtype)
+        if compiled() and bits and logits.is_cpu and logits.is_contiguous():
+            self._given = logits, penalties
+            self._read(logits.data_ptr(), bits, penalties)
+            return
+        logits = logits.detach()
+        if bits == 16 and logits.is_cpu:  # the upper half of a float32; copy_ would wake a thread
+            wide = self.numbers.view(np.uint32)
+            wide[:] = logits.view(torch.int16).numpy().view(np.uint16)
+            np.left_shift(wide, 16, out=wide)
         else:
-            logits = logits.detach()
-            if self._bits == 16 and logits.is_cpu:  # the upper half of a float32; copy_ would wake a thread
-                wide = self.numbers.view(np.uint32)
-                wide[:] = logits.view(torch.int16).numpy().view(np.uint16)
-                np.left_shift(wide, 16, out=wide)
-            else:
-                torch.from_numpy(self.numbers).copy_(logits)
-            self._own()
+            torch.from_numpy(self.numbers).copy_(logits)
+        if penalties is not None:
+            penalize(self.numbers, penalties)
+        self._own()
+
+    def _read(self, place: int, bits: int, penalties: Penalties | None = None) -> None:
+        """What the passes read."""
+        of = self._logits
+        of.x, of.bits, of.size, of.count = place, bits, self.size, 0
+        if penalties is not None:
+            (of.ids, of.count), (of.times, _) = penalties.ids.buffer_info(), penalties.times.buffer_info()
+            of.repetition, of.presence, of.frequency = penalties[2:]
 
     def _resize(self, size: int) -> None:
         self.size, self.blocks = size, -(-size // BLOCK)
@@ -68,19 +102,20 @@ class Row:
     def _own(self) -> None:
         """What is in `numbers` are now the logits."""
         self.all[self.size :] = -np.inf
-        self._given, self._from, self._bits = None, self._places[0], 32
+        self._given = None
+        self._read(self._places[0], 32)
 
     def copy(self) -> np.ndarray:
-        """The logits as float32 [size], which may be changed."""
+        """The logits, less the penalties, as float32 [size], which may be changed."""
         if self._given is not None:
-            compiled().row_copy(self._from, self._bits, self.size, self._places[0])
+            compiled().row_copy(self._logits, self._places[0])
             self._own()
         return self.numbers
 
     def largest(self) -> tuple[int, float]:
         """The first index of the largest logit, or one of NaN, and that logit. Fills `tops`, those of each block."""
         if loaded := compiled():
-            index = loaded.row_largest(self._from, self._bits, self.size, self._places[2])
+            index = loaded.row_largest(self._logits, self._places[2])
         else:
             np.max(self.all.reshape(-1, BLOCK), axis=1, out=self.tops)
             block = int(self.tops.argmax())
@@ -92,10 +127,10 @@ class Row:
         memory, ids, tops, *_ = self._places
         loaded = compiled()
         if loaded and count <= self.blocks:
-            left = loaded.row_best(self._from, self._bits, self.size, tops, count, ids, memory)
+            left = loaded.row_best(self._logits, tops, count, ids, memory)
             self._resize(left)
             self._own()
-            return self._ids[:left]
+            return self._ids[:left].copy()
         logits = self.copy()
         return self.keep(np.flatnonzero(logits >= np.partition(logits, -count)[-count]))
 
@@ -111,11 +146,33 @@ class Row:
         """Logits, of which `largest` is the largest, become exp((logit - largest) · factor). Fills `sums`."""
         memory, _, _, sums, _ = self._places
         if loaded := compiled():
-            loaded.row_weigh(self._from, self._bits, self.size, factor, factor * largest, memory, sums)
+            loaded.row_weigh(self._logits, factor, factor * largest, memory, sums)
         else:
             with np.errstate(over="ignore", invalid="ignore"):
                 self.all[:] = exponentials(self.all * factor - factor * largest)
             self.sums[:] = block_sums(self.all)
+
+    def weigh_likely(self, factor: np.float32, largest: np.float32, least: np.float32, most: int) -> np.ndarray | None:
+        """As `weigh`, of the tokens alone whose weight is at least this → their ascending ids; no `sums`.
+
+        None, and nothing is done, where they are more than `most`.
+        """
+        if loaded := compiled():
+            memory, ids, *_ = self._places
+            left = loaded.row_likely(self._logits, factor, factor * largest, least, most, ids, memory)
+            if left < 0:
+                return None
+            found = self._ids[:left]
+        else:
+            with np.errstate(over="ignore", invalid="ignore"):
+                weights = exponentials(self.numbers * factor - factor * largest)
+            found = np.flatnonzero(weights >= least)
+            if len(found) > most:
+                return None
+            self.numbers[: len(found)] = weights[found]
+        self._resize(len(found))
+        self._own()
+        return found
 
     def below(self, weight: np.float32, index: int) -> float:
         """The sum of the weights that are smaller than this one, and of the equal ones up to an index."""

@@ -22,6 +22,7 @@
 
 #include "attention.h"
 #include "quantize.h"
+#include "row.h"
 #include "threads.h"
 
 constexpr int64_t FEW = 16;       // tokens: so few each thread prepares for itself, rather than wait for another
@@ -635,7 +636,9 @@ const int64_t layout[] = {
     FIELD(KVCache, value_scales), FIELD(KVCache, half), FIELD(KVCache, blocks), FIELD(KVCache, first), FIELD(KVCache, strides),
     FIELD(KVCache, lengths),
     sizeof(Tokens), FIELD(Tokens, ids), FIELD(Tokens, starts), FIELD(Tokens, outputs), FIELD(Tokens, B),
-    FIELD(Tokens, logits), BLOCK, -1};
+    FIELD(Tokens, logits),
+    sizeof(Logits), FIELD(Logits, x), FIELD(Logits, bits), FIELD(Logits, size), FIELD(Logits, ids), FIELD(Logits, times),
+    FIELD(Logits, count), FIELD(Logits, repetition), FIELD(Logits, presence), FIELD(Logits, frequency), BLOCK, -1};
 
 int step_float32(const Qwen3* model, const KVCache* cache, const Tokens* tokens, int threads) {
     return step<float>(*model, *cache, *tokens, threads);

@@ -10,7 +10,7 @@ import torch
 from transformers.generation import logits_process as oracle
 
 from inference.params import SamplingParams, recommended
-from inference.sampling import FEW, Said, distribution, draw, draw_kept, penalized, sample, top_logprobs
+from inference.sampling import FEW, Said, distribution, draw, draw_kept, penalties, sample, top_logprobs
 from ops.cpu import row as row_module
 from ops.cpu.library import library
 from ops.cpu.row import BLOCK, SUMS, Row
@@ -33,7 +33,7 @@ def test_filters_agree_with_transformers(temperature, top_k, top_p, min_p):
         for step in chain:
             scores = step(seen[None], scores)
         expected = scores[0].softmax(-1).numpy()
-        found = probabilities(penalized(logits.numpy(), params, Said(seen[:20].tolist(), seen[20:].tolist())), params)
+        found = probabilities(logits.numpy(), params, Said(seen[:20].tolist(), seen[20:].tolist()))
         assert np.array_equal(found > 0, expected > 0)
         assert np.allclose(found, expected, atol=1e-6)
 
@@ -56,9 +56,15 @@ def row_of(weights: np.ndarray) -> Row:
     return row
 
 
-def probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+def penalized(logits: np.ndarray, params: SamplingParams, said: Said) -> np.ndarray:
+    row = Row(len(logits))
+    row.take(torch.from_numpy(logits), penalties(params, said))
+    return row.copy()
+
+
+def probabilities(logits: np.ndarray, params: SamplingParams, said: Said | None = None) -> np.ndarray:
     """Of all tokens: float32 [V]."""
-    ids, weights = distribution(logits, params)
+    ids, weights = distribution(logits, params, said)
     found = np.zeros(len(logits), np.float32)
     found[slice(None) if ids is None else ids] = weights / weights.sum()
     return found
@@ -176,6 +182,9 @@ def test_the_passes_in_cpp_are_those_in_numpy_to_the_bit(size, scale, monkeypatc
     logits = (scale * torch.randn(size, generator=generator)).bfloat16()
     logits[::3] = logits[0]
     logits[1::7] = -torch.inf
+    said = torch.randint(0, size, (size // 9 + 1,), generator=generator).tolist()
+    params = SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2)
+    less = penalties(params, Said(said[::2], [0, size - 1, *said, *said[1::3]]))
 
     def passes(logits: torch.Tensor) -> list:
         row = Row(size)
@@ -197,6 +206,18 @@ def test_the_passes_in_cpp_are_those_in_numpy_to_the_bit(size, scale, monkeypatc
             row.weigh(np.float32(0.7), np.float32(largest))
             row.drop(top_p, min_p)
             found += [row.numbers.copy(), row.total()]
+        for least, most in ((0.3, size), (0.9, size), (1e-40, size), (0.0, size), (1.0, 1), (0.1, 2)):
+            row.take(logits, less)
+            factor, highest = np.float32(0.7), np.float32(row.largest()[1])
+            places = row.weigh_likely(factor, highest, np.float32(least), most)
+            found.append(row.copy().copy() if places is None else [*places, *row.numbers])
+            row.take(logits, less)
+            row.weigh(factor, highest)
+            likely = np.flatnonzero(row.numbers >= np.float32(least))
+            assert (len(likely) > most) == (places is None)
+            assert places is None or found[-1] == [*likely, *row.numbers[likely]]
+        row.take(logits, less)
+        found += [*row.largest(), row.tops.copy(), row.narrow(few).copy(), row.numbers.copy()]
         return found
 
     compiled, exact = passes(logits), ((logits.double() - logits.max()) * np.float32(0.7)).exp().numpy()

@@ -14,7 +14,7 @@ from chat import Chat
 from inference.decode import ThinkingBudget, generate, steps
 from inference.engine import generate_batch
 from inference.params import SamplingParams
-from inference.sampling import Said, distribution, penalized
+from inference.sampling import Said, distribution
 from inference.session import Session
 from inference.speculate import DraftModel, PromptLookup, Speculation, common_prefix
 from model import Config, KVCache, Qwen3
@@ -128,7 +128,7 @@ def exact_distribution(model: Qwen3, ids: list[int], params: SamplingParams) -> 
                 longer[reply] = share
                 continue
             logits = model(torch.tensor([[*ids, *reply]]))[0, -1].float()
-            _, weights = distribution(penalized(logits.detach().numpy(), params, Said(ids, reply)), params)
+            _, weights = distribution(logits.detach().numpy(), params, Said(ids, reply))
             for token, weight in enumerate(weights):
                 longer[(*reply, token)] = share * weight / weights.sum()
         found = longer
