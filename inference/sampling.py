@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from inference.params import SamplingParams, Uniforms
-from ops.cpu.row import BLOCK, Penalties, Row
+from ops.cpu.row import Penalties, Row
 
 FEW = 2048  # probabilities that are sorted
 
@@ -55,9 +55,7 @@ def penalties(params: SamplingParams, said: Said | None) -> Penalties | None:
     """What these settings take off the logits of what was said; None where that is nothing."""
     if said is None or not said.ids or not is_penalized(params):
         return None
-    return Penalties(
-        said.ids, said.times, params.repetition_penalty, params.presence_penalty, params.frequency_penalty
-    )
+    return Penalties(said.ids, said.times, params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
 
 
 def find_likeliest(row: Row) -> tuple[int, float]:
@@ -99,9 +97,9 @@ _of_thread = threading.local()
 
 def row_of(logits: Tensor, taken_off: Penalties | None = None) -> Row:
     """This thread's, with these logits [V]."""
-    row = getattr(_of_thread, "row", None)
-    if row is None or row.capacity != len(logits):
-        row = _of_thread.row = Row(len(logits))
+    row, size = getattr(_of_thread, "row", None), logits.shape[0]
+    if row is None or row.capacity != size:
+        row = _of_thread.row = Row(size)
     row.take(logits, taken_off)
     return row
 
@@ -128,17 +126,9 @@ def draw(row: Row, uniforms: Uniforms) -> int:
     """An index with a chance proportional to its weight: one random number compared with the running sum.
 
     Since the running sum goes in the order of the ids, a last-bit difference in the logits (another device, a batch)
-    almost never changes the token. The sums of blocks come first, then the weights inside one block.
+    almost never changes the token.
     """
-    ends = row.sums.cumsum(dtype=np.float64)
-    drawn = uniforms.next() * ends[-1]
-    block = int(np.searchsorted(ends, drawn, side="right"))
-    if block < len(ends):
-        inside = row.all[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
-        index = int(np.searchsorted(inside + (ends[block - 1] if block else 0.0), drawn, side="right"))
-        if index < len(inside):
-            return block * BLOCK + index
-    return int(np.flatnonzero(row.all[: (block + 1) * BLOCK])[-1])  # rounding put the number at the very end
+    return row.draw(uniforms.next())
 
 
 def draw_kept(row: Row, params: SamplingParams, uniforms: Uniforms) -> int:

@@ -89,6 +89,7 @@ ROW = {  # what the functions of row.cpp take
     "best": (POINTER(Logits), c_void_p, c_int64, c_void_p, c_void_p),
     "weigh": (POINTER(Logits), c_float, c_float, c_void_p, c_void_p),
     "likely": (POINTER(Logits), c_float, c_float, c_float, c_int64, c_void_p, c_void_p),
+    "draw": (c_void_p, c_void_p, c_int64, c_double),
     "below": (c_void_p, c_int64, c_float, c_int64, c_void_p),
     "cut": (c_void_p, c_int64, c_float, c_int64, c_void_p),
     "drop": (c_void_p, c_int64, c_double, c_float),

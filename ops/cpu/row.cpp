@@ -151,6 +151,21 @@ int64_t row_likely(const Logits* x, float factor, float largest, float least, in
     return likely.size();
 }
 
+// The index of the first weight up to which their sum is larger than this share of the whole; see row.py's `draw`.
+int64_t row_draw(const float* weights, const float* sums, int64_t blocks, double share) {
+    double whole = 0, before = 0, inside = 0;
+    for (int64_t i = 0; i < blocks; i++) whole += sums[i];
+    const double drawn = share * whole;
+    int64_t block = 0;
+    while (block < blocks && !(before + sums[block] > drawn)) before += sums[block++];
+    const int64_t start = block * BLOCK, end = std::min(block + 1, blocks) * BLOCK;
+    for (int64_t i = start; i < end; i++)
+        if ((inside += weights[i]) + before > drawn) return i;
+    for (int64_t i = end - 1; i > 0; i--)
+        if (weights[i] != 0) return i;
+    return 0;
+}
+
 int64_t row_below(const float* weights, int64_t blocks, float weight, int64_t index, float* sums) {
     for (int64_t block = 0; block < blocks; block++)
         sums[block] = block_sum(weights + block * BLOCK, [&](int64_t, Vector some) { return some < weight ? some : Vector{}; });

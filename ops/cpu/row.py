@@ -67,8 +67,9 @@ class Row:
     def take(self, logits: Tensor, penalties: Penalties | None = None) -> None:
         """The next row: a tensor [size] of any dtype and device. float32 and bfloat16 are read where they are, and
         the penalties made in each pass, so that nothing is copied for a few tokens."""
-        if self.size != len(logits):
-            self._resize(len(logits))
+        (size,) = logits.shape  # a Tensor's `len` takes 30 µs between two tokens, where its code is in no cache
+        if self.size != size:
+            self._resize(size)
         bits = BITS.get(logits.dtype)
         if compiled() and bits and logits.is_cpu and logits.is_contiguous():
             self._given = logits, penalties
@@ -173,6 +174,22 @@ class Row:
         self._resize(len(found))
         self._own()
         return found
+
+    def draw(self, share: float) -> int:
+        """The index of the first weight up to which their running sum is larger than this share of the whole, from 0
+        to 1. The sums of blocks come first, then the weights inside one block."""
+        memory, _, _, sums, _ = self._places
+        if loaded := compiled():
+            return loaded.row_draw(memory, sums, self.blocks, share)
+        ends = self.sums.cumsum(dtype=np.float64)
+        drawn = share * ends[-1]
+        block = int(np.searchsorted(ends, drawn, side="right"))
+        if block < len(ends):
+            inside = self.all[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
+            index = int(np.searchsorted(inside + (ends[block - 1] if block else 0.0), drawn, side="right"))
+            if index < len(inside):
+                return block * BLOCK + index
+        return int(np.flatnonzero(self.all[: (block + 1) * BLOCK])[-1])  # rounding put the number at the very end
 
     def below(self, weight: np.float32, index: int) -> float:
         """The sum of the weights that are smaller than this one, and of the equal ones up to an index."""

@@ -196,6 +196,7 @@ def test_the_passes_in_cpp_are_those_in_numpy_to_the_bit(size, scale, monkeypatc
         row.take(logits)
         row.weigh(np.float32(0.7), np.float32(largest))
         found += [row.all.copy(), row.sums.copy(), row.total()]
+        found += [row.draw(share) for share in (0.0, 1e-9, 0.3, 0.5, math.nextafter(1.0, 0), 1.0)]
         for index in (likeliest, size // 2, 0):
             weight = row.all[index]
             found.append(row.below(weight, index))
