@@ -638,6 +638,11 @@ class Decoder(nn.Module):
         return Pass(cos, sin, mask, causal, cache, positions)
 
 
+def check_lengths(cache: KVCache) -> None:
+    if not isinstance(cache.lengths, list | tuple) or not all(type(length) is int for length in cache.lengths):
+        raise ValueError(f"the cache's lengths are {cache.lengths!r:.80}; give a list with a whole number for each row")
+
+
 def check_ids(model: "Qwen3", ids: Any, cache: KVCache | None) -> None:
     """One ValueError for what is wrong with the arguments of `Qwen3.forward`, in a few microseconds.
 
@@ -673,6 +678,7 @@ def check_ids(model: "Qwen3", ids: Any, cache: KVCache | None) -> None:
     shape = (len(ids), config.num_key_value_heads, cache.max_len, config.head_dim)
     if len(cache.keys) != config.num_hidden_layers or keys.shape[1::2] != shape[1::2]:
         raise ValueError("the cache was made for a model of another shape; make it from this model's config")
+    check_lengths(cache)
     if len(cache.lengths) != shape[0]:
         raise ValueError(f"the cache has {len(cache.lengths)} rows, but ids has {shape[0]}")
     if keys.device != model.device:

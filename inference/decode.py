@@ -18,7 +18,7 @@ from chat import EARLY_STOP_TEXT, Chat, ReplyStream
 from formats.tensors import all_finite
 from inference.params import SamplingParams, Uniforms, recommended
 from inference.sampling import NotFinite, Said, is_penalized, sample
-from model import Config, KVCache, Qwen3
+from model import Config, KVCache, Qwen3, check_lengths
 from ops.cpu.step import Running, running
 
 PREFILL_CHUNK = 2048  # prompt tokens that go through the model at once; bounds the memory of a long prompt
@@ -76,6 +76,8 @@ def steps(
         raise ValueError(f"speculation is a {type(speculation).__name__}; give Speculation(PromptLookup())")
     if cache is not None and not isinstance(cache, KVCache):
         raise ValueError(f"cache is a {type(cache).__name__}, not a KVCache(model.config, ...)")
+    if cache is not None:
+        check_lengths(cache)
     if cache is not None and cache.lengths[0] >= len(ids):
         held = f"the cache holds {cache.lengths[0]:,} positions, but the prompt has {len(ids):,}"
         raise ValueError(f"{held}; truncate it, so that at least one is left to compute")

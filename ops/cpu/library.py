@@ -146,8 +146,16 @@ def library() -> ctypes.CDLL | None:
         notice(f"no compiled C++, so PyTorch computes instead and is slower: {error}")
         return None
     Chosen.variant = variants.apply(loaded, path, Linear)
+    _after_fork()
     Chosen.library = loaded
     return loaded
+
+
+@cache
+def _after_fork() -> None:
+    """A forked process has none of its parent's threads, and OpenMP would wait for them for ever: one thread there."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def load(path: Path) -> ctypes.CDLL:

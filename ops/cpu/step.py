@@ -184,6 +184,8 @@ class Bound:
             raise NotServed(f"a tensor {what} where {list(shape)} of {dtype or self.dtype} was expected")
         if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_neg() or tensor.is_conj():
             raise NotServed(f"a tensor {list(shape)} that is not in the CPU's memory row by row")
+        if tensor.untyped_storage().nbytes() < (tensor.storage_offset() + tensor.numel()) * tensor.itemsize:
+            raise NotServed(f"a tensor {list(shape)} whose memory was given back")  # as FSDP does between two passes
         return tensor.data_ptr()
 
     def _keep(self, thing: Any) -> Any:
@@ -230,11 +232,11 @@ class Bound:
                 if not fits or not tensor.is_cpu or not tensor.is_contiguous():
                     return None
         places = np.concatenate([np.arange(count) * BLOCK + K * max_len * row for row, count in enumerate(counts)])
-        return [
-            np.array([tensor.data_ptr() for tensor in part])[:, None] + places * (part[0].shape[3] * part[0].itemsize)
-            for part in (keys, values, *scales)
-            if part
-        ]
+        parts = [part for part in (keys, values, *scales) if part]
+        begin = [np.array([tensor.data_ptr() for tensor in part])[:, None] for part in parts]
+        if not all(map(np.all, begin)):  # memory that was given back
+            return None
+        return [at + places * (part[0].shape[3] * part[0].itemsize) for at, part in zip(begin, parts, strict=True)]
 
     def page(self, dtype: torch.dtype | None) -> Tensor:
         """What `Spans.new_page` says."""
@@ -341,13 +343,16 @@ class Running:
 
     def __init__(self, model: nn.Module, bound: Bound, cache: Any, batch: Batch):
         self.bound, self.cache, self.batch, self.loaded = bound, cache, batch, library()
-        self.kept = [weights_of(model), cache.keys, cache.values, cache.key_scales, cache.value_scales]
+        self.max_len, self.weights = cache.max_len, weights_of(model)
+        self.keys, self.kept = cache.keys, cache.tensors
 
     def __call__(self, ids: Sequence[int], outputs: int) -> Tensor | None:
         """Logits [outputs, V] of the last ids, all of which the cache then holds. None for what `model` refuses."""
         cache, count = self.cache, len(ids)
         length = cache.lengths[0]
-        if not 0 < count <= cache.max_len - length or not 0 <= min(ids) <= max(ids) < self.bound.ids:
+        if type(length) is not int or not 0 <= length < length + count <= self.max_len or cache.keys is not self.keys:
+            return None  # a cache that was changed or has grown meanwhile
+        if not 0 <= min(ids) <= max(ids) < self.bound.ids:
             return None
         logits = self.batch.run(self.loaded, ids, [count], [outputs], [length])
         cache.advance(count)

@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 
 import model as qwen3
+from inference.decode import generate
 from model import Config, KVCache, Linear, Qwen3
 from ops.cpu import library as built
 from ops.cpu import step as ops_step
@@ -814,6 +815,63 @@ def test_a_reply_has_the_models_own_bits(dtype):
             cache.truncate(end - back)
     assert run(ids[:39], 1) is None and run([301], 1) is None and run([-1], 1) is None and run([], 1) is None
     assert caches[0].lengths == [262]
+
+
+@pytest.mark.parametrize("length", [-1, -300, 9, 2**62, 2**63, 1.5, True, None, "3", torch.tensor(3)])
+def test_a_cache_with_lengths_that_are_none_is_one_error(length):
+    """A reply with a length of -2 wrote before the cache and ended the process."""
+    model = random_model()
+    for call in (
+        lambda cache: model(torch.tensor([[3, 4]]), cache),
+        lambda cache: list(generate(model, [3] * 11, cache=cache)),
+    ):
+        cache = KVCache(model.config, 1, 10)
+        cache.lengths = [length]
+        with pytest.raises(ValueError, match=r"length|are used|the cache holds"):
+            call(cache)
+
+
+def test_a_cache_that_grows_during_a_reply_goes_on_as_what_it_is_then():
+    model, caches = random_model(), [KVCache(random_model().config, 1, 8) for _ in range(2)]
+    run, ids = ops_step.running(model, caches[0]), list(range(12))
+    expected = model(torch.tensor([ids]), KVCache(model.config, 1, 12))[0]
+    assert torch.equal(run(ids[:6], 6), expected[:6]) and run(ids[6:], 6) is None
+    caches[0].grow(12)
+    assert run(ids[6:], 6) is None  # it still has the old memory
+    assert torch.equal(model(torch.tensor([ids[6:]]), caches[0])[0], expected[6:])
+
+
+FORKS = """
+import os, sys, torch
+sys.path[:0] = ["tests/ops"]
+from test_step import KVCache, ops_step, random_model
+ops_step.BYTES_PER_THREAD = 1
+torch.set_num_threads(2)
+model, ids = random_model(), torch.arange(60)[None]
+expected = model(ids, KVCache(model.config))
+if (child := os.fork()) == 0:
+    os._exit(not torch.equal(model(ids, KVCache(model.config)), expected))
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_does_not_wait_for_its_parents_threads():
+    forked = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS], timeout=300, check=False)
+    assert forked.returncode == 0
+
+
+def test_memory_that_was_given_back_is_not_read():
+    """FSDP does so with weights between two passes."""
+    model, ids = random_model(), torch.tensor([[3]])
+    model(ids, KVCache(model.config))
+    storage = model.model.layers[1].mlp.up_proj.weight.untyped_storage()
+    for size in (0, 16):
+        storage.resize_(size)
+        assert "given back" in ops_step.why(model)
+    model, cache = random_model(), KVCache(model.config)
+    cache.values[1].untyped_storage().resize_(0)
+    assert ops_step.step(model, ids, cache) is None and ops_step.running(model, cache) is None
 
 
 def test_a_weight_that_is_replaced_during_a_reply_counts_for_the_next_one():
