@@ -805,7 +805,7 @@ def load(checkpoint, device="cpu", dtype: torch.dtype | None = None, check_value
     """
     model, defects = skeleton(checkpoint)
     stored, in_blocks = checkpoint.tensors, {}
-    if dtype is None and checkpoint.path.suffix == ".gguf" and torch.device(device).type == "cpu":
+    if dtype is None and checkpoint.path.is_file() and torch.device(device).type == "cpu":
         from ops.blocks import swap_blocks
 
         dtype = torch.bfloat16 if model.config.dtype == "bfloat16" else torch.float32

@@ -25,10 +25,7 @@ def open_checkpoint(path: str | Path, adapter: str | Path | None = None) -> Any:
         if adapter is not None:
             raise ValueError(f"{path}: an adapter itself; give its base as the model, or merge them in turn")
         path, adapter = AdapterConfig(path).base(), path
-    if path.suffix == ".gguf" and path.is_file():
-        checkpoint = GGUF(path)
-    else:
-        checkpoint = dequantized(SplitExperts(OfficialNames(Checkpoint(path))))
+    checkpoint = GGUF(path) if path.is_file() else dequantized(SplitExperts(OfficialNames(Checkpoint(path))))
     if adapter is not None:
         checkpoint = Merged(unpacked(checkpoint), Path(adapter))
     if checkpoint.config.get("tie_word_embeddings") is True and HEAD in checkpoint.tensors:

@@ -21,6 +21,9 @@ KEPT_FIELDS = (
     *("exponential_decay_length_penalty", "begin_suppress_tokens", "cross_attention_hidden_size", "pruned_heads"),
     *("tie_encoder_decoder", "finetuning_task", "prefix", "tf_legacy_loss", "use_bfloat16"),
 )
+# Other names of the same; None: nothing is stated that the weights don't say themselves.
+DTYPE_SPELLINGS = {"auto": None, "float8_e4m3fn": None, "float8_e5m2": None, "float": "float32", "double": "float64"}
+DTYPE_SPELLINGS |= {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 def published_spelling(given: dict[str, Any]) -> dict[str, Any]:
@@ -29,11 +32,15 @@ def published_spelling(given: dict[str, Any]) -> dict[str, Any]:
     ValueError where a file has both spellings and they disagree: there is no telling which one was meant.
     """
     given = dict(given)
+    for name in ("torch_dtype", "dtype"):
+        if isinstance(dtype := given.get(name), str):
+            dtype = dtype.removeprefix("torch.")  # as str(torch.bfloat16) has it
+            given[name] = DTYPE_SPELLINGS.get(dtype, dtype)
+    if given.get("hidden_act") == "swish":
+        given["hidden_act"] = "silu"
     for new, old in (("num_local_experts", "num_experts"), ("torch_dtype", "dtype")):
         if (value := given.pop(new, None)) is not None:
             given[old] = agreed({new: value, old: given.get(old)})
-    if isinstance(dtype := given.get("dtype"), str):
-        given["dtype"] = dtype.removeprefix("torch.")  # as str(torch.bfloat16) has it
     flat, nested = (_rope_settings(name, given.get(name)) for name in ("rope_scaling", "rope_parameters"))
     given.pop("rope_parameters", None)
     thetas = {"rope_theta": given.get("rope_theta"), "rope_scaling.rope_theta": flat.get("rope_theta")}

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 import torch
 
+from console import notice
 from formats.compressed_tensors import PackQuantized, read_quantization_config
-from formats.tensors import TensorInfo
+from formats.tensors import WHAT_NOW, TensorInfo
 from formats.view import View
 
 Parts = dict[str, torch.Tensor]  # last part of the name → tensor
@@ -29,7 +30,6 @@ OWNERS = {  # the last part of a name that only one method's tensors have
     "scale_weight": "ComfyUI's FP8",
 }
 ACTIVATION_SCALES = ("input_scale", "activation_scale", "k_scale", "v_scale")
-WHAT_NOW = "take the model's 16-bit version or its GGUF, FP8, AWQ or GPTQ form"
 
 
 def short_dtype(dtype: torch.dtype) -> str:
@@ -101,8 +101,22 @@ class Dequantized(View):
             self.base.release(stored)
 
 
+class Plain(View):
+    """A checkpoint of plain numbers whose config still says how they were once quantised, as a merge may leave it."""
+
+    def __init__(self, base: Any):
+        super().__init__(base)
+        self.config = {key: value for key, value in base.config.items() if key != "quantization_config"}
+        method = str(base.config["quantization_config"].get("quant_method"))[:40]
+        notice(f"{self.path}: no weight is quantised, although config.json says so ({method}); read as they are")
+
+
 def dequantized(checkpoint: Any) -> Any:
     """The checkpoint, with weights that can be loaded into a model. ValueError names an unsupported method."""
+    infos = checkpoint.tensors.items()
+    plain = all(info.dtype.itemsize > 1 and name.endswith((".weight", ".bias")) for name, info in infos)
+    if plain and isinstance(checkpoint.config.get("quantization_config"), dict):
+        return Plain(checkpoint)
     try:
         method = _method(checkpoint.config, checkpoint.tensors)
     except ValueError as error:

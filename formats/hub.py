@@ -62,9 +62,13 @@ def cached(repo: str, revision: str | None, tokenizer_only: bool = False, tag: s
 
 
 def ggufs(folder: Path) -> list[str]:
-    """The .gguf files in a directory and below it, as paths from there."""
-    found = (file for file in folder.rglob("*.gguf") if not file.is_dir() and not file.name.startswith("."))
-    return [file.relative_to(folder).as_posix() for file in found]
+    """The .gguf files in a directory and up to four below it, as paths from there; hidden folders are left out."""
+    found = []
+    for place, folders, files in os.walk(folder):  # what can't be read is passed over
+        below = Path(place).relative_to(folder)
+        folders[:] = sorted(name for name in folders if not name.startswith(".")) if len(below.parts) < 4 else []
+        found += [(below / name).as_posix() for name in files if name.endswith(".gguf") and not name.startswith(".")]
+    return found
 
 
 def _whole(path: Path, tokenizer_only: bool) -> bool:

@@ -20,7 +20,7 @@ from formats.json_file import read_json
 from formats.mapping import map_file, release
 from formats.mistaken import PICKLE_SUFFIXES, mistaken, other_weights
 from formats.shards import INDEX, SINGLE, weight_files
-from formats.tensors import DTYPES, TensorInfo
+from formats.tensors import DTYPES, OTHER_DTYPES, WHAT_NOW, TensorInfo
 
 MAX_HEADER = 32_000_000  # bytes; the names of 10^5 tensors stay far below, and parsing it stays within a gigabyte
 MAX_NAME = 256  # characters; the official names stay below 60
@@ -124,6 +124,8 @@ def _read_entry(path: str | Path, name: str, entry: Any, data: int) -> tuple[Ten
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         _fail(path, f"tensor {name} lacks dtype, shape or data_offsets")
+    if isinstance(dtype, str) and dtype in OTHER_DTYPES:
+        raise ValueError(f"{path}: tensor {name} is of the type {dtype}, which is not read here; {WHAT_NOW}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         _fail(path, f"tensor {name} has dtype {str(dtype)[:40]!r}, which is not one of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(map(_is_count, (*shape, start, end))):
@@ -157,9 +159,9 @@ class Checkpoint:
         self._part: dict[str, SafetensorsFile] = {}
         for part in self._parts:
             for name in part.tensors:
-                if name in self._part:
-                    _fail(part.path, f"tensor {name} is also in {self._part[name].path.name}")
-                self._part[name] = part
+                first = self._part.setdefault(name, part)
+                if first is not part and not _same(first, part, name):
+                    _fail(part.path, f"tensor {name} is also in {first.path.name}, with other values")
         self.tensors = {name: part.tensors[name] for name, part in self._part.items()}
         self.shards = {name: part.path.name for name, part in self._part.items()}
         _check_index(path, self.shards)
@@ -177,6 +179,17 @@ class Checkpoint:
         for name in self.tensors:
             yield name, self.read(name)
             self.release(name)
+
+
+def _same(first: SafetensorsFile, second: SafetensorsFile, name: str) -> bool:
+    """Whether two files hold the same bytes under a name, as shards do that share a tensor."""
+    if first.tensors[name] != second.tensors[name]:
+        return False
+    values = [file.read(name).reshape(-1).view(torch.uint8) for file in (first, second)]
+    same = torch.equal(*values)
+    for file in (first, second):
+        file.release(name)
+    return same
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -5,13 +5,18 @@ model (`checkpoint-500`, `snapshots/COMMIT`) means that. Of several .gguf files 
 repository a tag selects one: `DIR:Q4_K_M`, `org/name:Q4_K_M`, or its whole name, `org/name/FILE.gguf`. A hub model is
 taken from the local Hugging Face cache when complete there, and downloaded otherwise (formats/hub.py): data files
 only (JSON, safetensors, GGUF, the template's text), never code, never pickles.
+
+A file is what its content says: a GGUF under any name, Ollama's manifest of one, or a part of the directory it is in.
 """
 
+import os
 import re
 from pathlib import Path
+from typing import NoReturn
+from urllib.parse import unquote
 
 from console import notice
-from formats import hub
+from formats import hub, ollama
 from formats.gguf.files import choose
 from formats.hub import ADAPTER_FILES, TOKENIZER_FILES
 from formats.hub import HubUnreachable as HubUnreachable
@@ -28,9 +33,13 @@ HUB_ID = re.compile(
 )
 
 HUB_ADDRESS = re.compile(
-    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[^/:@?#]+/[^/:@?#]+)"
-    r"(?:/(?:tree|blob|resolve|raw)/(?P<revision>[^/:@?#]+)(?P<file>/[^:@?#]+\.gguf)?)?(?P<tag>:[^/:@?#]+)?/?(?:[?#].*)?"
+    r"(?:https?://|ssh://git@|git@)?(?:www\.)?(?:huggingface\.co|hf\.co)[/:](?:models/)?(?P<repo>[^/:@?#]+/[^/:@?#]+?)"
+    r"(?:\.git)?(?:/(?:tree|blob|resolve|raw|commit)/(?P<revision>[^/:@?#]+)"
+    r"(?:(?P<file>/[^:@?#]+\.gguf)|/[^:@?#]+)?)?(?P<tag>:[^/:@?#]+)?/?(?:[?#].*)?"
 )
+OTHER_ADDRESS = re.compile(r"[a-z0-9+]+://|(?:[\w-]+\.)+(?:com|cn|co|org|ai|net)/", re.IGNORECASE)
+SHORT_NAME = re.compile(r"(?:.*/)?qwen(?P<version>\d[\d.]*)[:-](?P<size>\d[\w.-]*)", re.IGNORECASE)  # Ollama's too
+LAYOUT = ("*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES, ADAPTER_FILES[0])  # files of a directory
 
 
 def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = False) -> Path:
@@ -41,7 +50,7 @@ def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = Fals
     """
     if not isinstance(src, str | Path):
         raise ValueError(f"{place} is a {type(src).__name__}; give a directory, a hub id or a .gguf file")
-    name, path = f"{place} {src}", Path(src).expanduser()
+    name, path = f"{place} {src}", _local(str(src))
     folder, _, tag = str(path).rpartition(":")
     if _kind(path) is None and folder and _kind(Path(folder)) == "directory":
         return _gguf_of(name, Path(folder), tag)
@@ -50,14 +59,10 @@ def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = Fals
             path = _of_run(path)
             only_ggufs = not _has_safetensors(path) and any(hub.ggufs(path))
             return _gguf_of(name, path, None) if only_ggufs else _below(name, path)
-        if path.suffix == ".gguf":
-            return path
-        if path.suffix in PICKLE_SUFFIXES:
-            raise ValueError(f"{name}: a pickle by its name, which can run code and is never opened; get safetensors")
-        raise ValueError(f"{name}: neither a directory nor a .gguf file; give the directory of config.json")
-    match = HUB_ID.fullmatch(_without_address(str(src)))
+        return _of_file(name, path)
+    match = HUB_ID.fullmatch(_without_address(str(src).strip().rstrip("/")))
     if match is None:
-        raise ValueError(f"{name}: no such directory or .gguf file, and not a hub id like {DEFAULT_MODEL}")
+        _not_found(name, str(src).strip())
     try:
         return _from_hub(match["repo"], match["revision"], match["file"] or match["tag"], tokenizer_only)
     except (ValueError, OSError) as error:
@@ -65,14 +70,56 @@ def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = Fals
         raise kind(f"{name} is not a directory here; as a hub model: {error}") from error
 
 
+def _local(src: str) -> Path:
+    """SRC as a path: `~` is a home directory where there is one, `file://` an address of this machine."""
+    path = Path(unquote(src.removeprefix("file://")) if src.startswith("file:///") else src)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no home directory, or no such user
+        return path
+
+
+def _of_file(name: str, path: Path) -> Path:
+    """What a file stands for; ValueError says what it is where that is no model."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if path.suffix == ".gguf" or start.startswith(b"GGUF"):
+        return path
+    if (model := ollama.model_of_manifest(path, start)) is not None:
+        return model
+    if any(path.match(pattern) for pattern in LAYOUT):
+        if any((path.parent / config).is_file() for config in ("config.json", ADAPTER_FILES[0])):
+            return path.parent
+        raise ValueError(f"{name}: one file of a model, without the config.json that belongs beside it; add that")
+    if path.suffix in PICKLE_SUFFIXES:
+        raise ValueError(f"{name}: a pickle by its name, which can run code and is never opened; get safetensors")
+    if start.startswith(b"MZqFpD"):
+        raise ValueError(f"{name}: a llamafile, a program with a .gguf inside; unpack it (unzip FILE '*.gguf')")
+    if (base := ollama.from_of_modelfile(start)) is not None:
+        raise ValueError(f"{name}: a Modelfile of Ollama; give what its FROM names, {base}")
+    raise ValueError(f"{name}: neither a directory nor a .gguf file; give the directory of config.json")
+
+
+def _not_found(name: str, src: str) -> NoReturn:
+    if OTHER_ADDRESS.match(src):
+        fix = "not a hub id, and no address of a model's page there; download the files and give their directory"
+        raise ValueError(f"{name}: {fix} (for a mirror of the hub set HF_ENDPOINT)")
+    short = SHORT_NAME.fullmatch(src)
+    hint = f"; did you mean Qwen/Qwen{short['version']}-{short['size'].replace('b', 'B')}?" if short else ""
+    raise ValueError(f"{name}: no such directory or .gguf file, and not a hub id like {DEFAULT_MODEL}{hint}")
+
+
 def _without_address(src: str) -> str:
-    """The hub id in the address of a page, `https://huggingface.co/org/name/tree/main`, or in ollama's spelling,
-    `hf.co/org/name:Q4_K_M`; anything else as it is."""
+    """The hub id in the address of a page, `https://huggingface.co/org/name/tree/main` (or of HF_ENDPOINT's mirror),
+    in `hf://org/name`, or in Ollama's spelling, `hf.co/org/name:Q4_K_M`; anything else as it is."""
+    if (mirror := os.environ.get("HF_ENDPOINT", "").rstrip("/")) and src.startswith(f"{mirror}/"):
+        src = src.replace(mirror, "https://huggingface.co", 1)
+    src = src.removeprefix("hf://models/").removeprefix("hf://")
     match = HUB_ADDRESS.fullmatch(src)
-    if match is None:
+    if match is None or match["repo"].startswith(("datasets/", "spaces/")):
         return src
     file, revision, tag = (match[part] or "" for part in ("file", "revision", "tag"))
-    return match["repo"] + file + (f"@{revision}" if revision else "") + tag
+    return match["repo"] + file + (f"@{unquote(revision)}" if revision else "") + tag
 
 
 def resolve_default(src: str | Path | None) -> Path:
@@ -119,6 +166,9 @@ def _below(name: str, path: Path) -> Path:
         listed = ", ".join(str(folder.relative_to(path)) for folder in found[:8])
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
         raise ValueError(f"{name}: no model itself, but there are {listed}{more} in it; give one of them")
+    if not found and (models := ollama.manifests(path)):
+        listed = ", ".join(map(str, models[:8])) + (f" and {len(models) - 8} more" if len(models) > 8 else "")
+        raise ValueError(f"{name}: Ollama's models; give the manifest of one: {listed}")
     return found[0] if found else path
 
 

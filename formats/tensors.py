@@ -20,12 +20,18 @@ DTYPES = {
     "U16": torch.uint16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,  # AMD's
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+OTHER_DTYPES = ("C64", "F4", "F6_E2M3", "F6_E3M2")  # the format knows these too, but no model here has them
 
 
 # A tensor of no elements in a checkpoint: known from DeepSpeed, and no damage that another download would mend.
 SAVED_EMPTY = "saved empty, as DeepSpeed's ZeRO-3 does before it gathers them (its zero_to_fp32.py makes them whole)"
+
+
+WHAT_NOW = "take the model's 16-bit version or its GGUF, FP8, AWQ or GPTQ form"  # where a form is not read here
 
 
 class TensorInfo(NamedTuple):

@@ -245,7 +245,10 @@ def _path(name: str) -> Path:
     """A file's name as a person types it: with quotes around it, or ~ for the home folder."""
     if len(name) > 2 and name[0] == name[-1] and name[0] in "\"'":
         name = name[1:-1]
-    return Path(name).expanduser()
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # no home directory, or no such user
+        raise ValueError(f"{name}: {error}") from None
 
 
 def chat(session: Session, first: str | None = None, **settings) -> None:

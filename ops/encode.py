@@ -114,7 +114,7 @@ def lossless(checkpoint: Any) -> Cast:
     """
     dtypes = {name: info.dtype for name, info in checkpoint.tensors.items()}
     matrices = {info.dtype for info in checkpoint.tensors.values() if len(info.shape) > 1}
-    if checkpoint.path.suffix == ".gguf" and len(matrices) == 1:
+    if checkpoint.path.is_file() and len(matrices) == 1:
         (dtype,) = matrices
         vectors = [name for name, info in checkpoint.tensors.items() if len(info.shape) == 1]
         if all(_fits(checkpoint.read(name), dtype) for name in vectors):

@@ -673,7 +673,7 @@ COMMANDS = {
         "--model|{model}/config.json|hi",
         "config.json: neither a directory nor a .gguf file; give the directory",
     ),
-    "the weights": ("--model|{model}/model.safetensors|hi", "neither a directory nor a .gguf file; give the directory"),
+    "a text": (f"--model|{__file__}|hi", "neither a directory nor a .gguf file; give the directory"),
     "a pickle": ("--model|{tmp}/weights.pt|hi", "weights.pt: a pickle"),
     "a checkpoint's pickle": ("--model|{tmp}/pytorch_model.bin|hi", "pytorch_model.bin: a pickle"),
     "an empty folder": ("--model|{tmp}|hi", "{tmp}: no tokenizer.json"),

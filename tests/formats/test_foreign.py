@@ -81,6 +81,34 @@ def test_the_only_safetensors_file_is_the_model(plain):
     assert torch.equal(logits(Qwen3.from_pretrained(plain)), expected)
 
 
+def test_shards_that_share_a_tensor(plain):
+    expected = logits(Qwen3.from_pretrained(plain))
+    first, second, _ = shard(plain)
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: tensor}, second)
+    assert torch.equal(logits(Qwen3.from_pretrained(plain)), expected)
+    save_file(load_file(second) | {name: tensor + 1}, second)
+    with pytest.raises(ValueError, match=r"is also in model-00001-of-00003\.safetensors, with other values"):
+        Qwen3.from_pretrained(plain)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"torch_dtype": "torch.float32", "dtype": "float32"},
+        {"torch_dtype": "auto", "dtype": None},
+        {"torch_dtype": "fp32", "dtype": "float"},
+        {"dtype": "float8_e4m3fn"},
+        {"hidden_act": "swish"},
+    ],
+)
+def test_fields_under_other_spellings(plain, fields):
+    expected = logits(Qwen3.from_pretrained(plain))
+    rewrite(plain, load_file(plain / "model.safetensors"), **fields)
+    model = Qwen3.from_pretrained(plain)
+    assert model.dtype == torch.float32 and torch.equal(logits(model), expected)
+
+
 def test_tensors_that_were_saved_empty_are_named(plain):
     weights = load_file(plain / "model.safetensors")
     rewrite(plain, {name: torch.empty(0) if "mlp" in name else tensor for name, tensor in weights.items()})
@@ -396,7 +424,8 @@ def test_a_quantised_form_converts_on(plain, form, to, monkeypatch, capsys):
     ],
 )
 def test_other_methods_are_named(plain, fields, line):
-    rewrite(plain, load_file(plain / "model.safetensors"), **fields)
+    packed = {"model.layers.0.mlp.up_proj.weight": torch.zeros(160, 32, dtype=torch.uint8)}
+    rewrite(plain, load_file(plain / "model.safetensors") | packed, **fields)
     with pytest.raises(ValueError) as error:
         Qwen3.from_pretrained(plain)
     assert line in str(error.value) and "\n" not in str(error.value) and str(plain) in str(error.value)
@@ -438,6 +467,17 @@ def test_eight_bits_without_their_scale_are_no_weights(plain):
         Qwen3.from_pretrained(plain)
 
 
+@pytest.mark.parametrize("form", ["bitsandbytes", "gptq", "fp8", "compressed-tensors", "torchao", None])
+def test_plain_weights_beside_a_quantization_config_are_plain(plain, form, capsys):
+    """A merged adapter's config often keeps that of the 4-bit base which it was trained on."""
+    expected, weights = logits(Qwen3.from_pretrained(plain)), load_file(plain / "model.safetensors")
+    form_of_packed = {"format": "pack-quantized", "config_groups": {}}
+    rewrite(plain, weights, quantization_config={"quant_method": form, "bits": 4} | form_of_packed)
+    model = Qwen3.from_pretrained(plain)
+    assert torch.equal(logits(model), expected) and model.config.quantization_config is None
+    assert f"no weight is quantised, although config.json says so ({form})" in capsys.readouterr().err
+
+
 def test_biases_of_zeros_that_the_model_does_not_have(plain):
     """AutoGPTQ stores them for every layer, in the official Qwen2.5-*-GPTQ-Int4 too."""
     quantise(plain, "gptq int4")
@@ -467,6 +507,15 @@ def test_a_file_of_another_kind_is_called_what_it_is(plain, name, start, line):
         Chat.from_pretrained(plain)
         Qwen3.from_pretrained(plain)
     assert "\n" not in str(error.value) and name in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["C64", "F4", "F6_E2M3"])
+def test_types_of_the_format_that_no_model_has_are_named(plain, form):
+    start, rest = (plain / "model.safetensors").read_bytes().split(b'"F32"', 1)
+    start = (int.from_bytes(start[:8], "little") + len(form) - 3).to_bytes(8, "little") + start[8:]
+    (plain / "model.safetensors").write_bytes(start + f'"{form}"'.encode() + rest)
+    with pytest.raises(ValueError, match=f"is of the type {form}, which is not read here; take the model's 16-bit"):
+        Qwen3.from_pretrained(plain)
 
 
 def test_containers_under_each_others_names(plain):

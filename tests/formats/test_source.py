@@ -1,5 +1,6 @@
 """formats/source.py and formats/hub.py against a hub of our own: what is asked for, what is kept, what is said."""
 
+import hashlib
 import json
 import os
 import pty
@@ -17,6 +18,7 @@ from local_hub import COMMITS, Handler, Hub, use
 
 from chat import Chat
 from formats import download, hub, source
+from formats.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FORBIDDEN = {
@@ -487,6 +489,14 @@ def test_a_folder_around_the_model_means_the_model(tmp_path):
         ("hf.co/Qwen/Qwen3-0.6B/tree/v1?not-for-all-audiences=true", "Qwen/Qwen3-0.6B@v1"),
         ("hf.co/Qwen/Qwen3-0.6B-GGUF:Q8_0", "Qwen/Qwen3-0.6B-GGUF:Q8_0"),
         ("https://hf.co/a/b/resolve/main/sub/x-Q8_0.gguf?download=true", "a/b/sub/x-Q8_0.gguf@main"),
+        ("https://huggingface.co/a/b/blob/main/config.json", "a/b@main"),
+        ("https://huggingface.co/a/b/resolve/refs%2Fpr%2F1/model.safetensors?download=true", "a/b@refs/pr/1"),
+        ("https://huggingface.co/a/b/commit/" + "c" * 40, "a/b@" + "c" * 40),
+        ("https://huggingface.co/a/b.git", "a/b"),
+        ("git@hf.co:a/b.git", "a/b"),
+        ("hf://a/b@v1", "a/b@v1"),
+        ("hf://models/a/b", "a/b"),
+        (" a/b/\n", "a/b"),
         ("https://huggingface.co/datasets/a/b", None),
         ("https://huggingface.co/Qwen", None),
         ("https://example.org/Qwen/Qwen3-0.6B", None),
@@ -502,3 +512,89 @@ def test_the_address_of_a_page_is_a_hub_id(monkeypatch, address, meant):
         source.resolve(address)
         source.resolve(meant)
         assert asked[0] == asked[1]
+
+
+def test_a_mirrors_address_is_followed_where_the_hub_is_that_mirror(monkeypatch):
+    monkeypatch.setattr(source, "_from_hub", lambda *asked: asked)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    with pytest.raises(
+        ValueError, match=r"no address of a model's page there; .*for a mirror of the hub set HF_ENDPOINT"
+    ):
+        source.resolve("https://hf-mirror.com/a/b/tree/main")
+    monkeypatch.setenv("HF_ENDPOINT", "https://hf-mirror.com/")
+    assert source.resolve("https://hf-mirror.com/a/b/tree/v1")[:2] == ("a/b", "v1")
+
+
+@pytest.mark.parametrize("name", ["qwen3:0.6b", "Qwen3-0.6B", "library/nothing/qwen3:0.6b", "hf:Qwen/Qwen3-0.6B"])
+def test_a_name_without_its_organisation_is_answered_with_the_whole(name):
+    with pytest.raises(ValueError, match=r"did you mean Qwen/Qwen3-0\.6B\?"):
+        source.resolve(name)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "https://huggingface.co/datasets/a/b", "s3://a/b", "\0"])
+def test_what_can_be_no_model_is_one_line(name):
+    with pytest.raises(ValueError, match="not a hub id"):
+        source.resolve(name)
+
+
+def test_a_file_of_a_directory_means_the_directory(tiny_checkpoint, tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert source.resolve(tiny_checkpoint / name) == tiny_checkpoint
+    assert source.resolve(f"file://{tiny_checkpoint}") == tiny_checkpoint
+    alone = tmp_path / "model.safetensors"
+    alone.write_bytes((tiny_checkpoint / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"without the config\.json that belongs beside it"):
+        source.resolve(alone)
+
+
+@pytest.fixture
+def ollama(tmp_path) -> tuple[Path, Path]:
+    """Ollama's folder with one model, and that model's manifest."""
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "m", "qwen3")
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    content = (tmp_path / "m").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    root = tmp_path / "ollama" / "models"
+    manifest = root / "manifests/registry.ollama.ai/library/qwen3/0.6b"
+    for folder in (root / "blobs", manifest.parent):
+        folder.mkdir(parents=True)
+    (root / "blobs" / f"sha256-{digest}").write_bytes(content)
+    kinds = {"license": "a" * 64, "model": digest, "params": "b" * 64}
+    prefix = "application/vnd.ollama.image."
+    layers = [{"mediaType": prefix + kind, "digest": f"sha256:{value}"} for kind, value in kinds.items()]
+    manifest.write_text(json.dumps({"schemaVersion": 2, "layers": layers}))
+    return root.parent, manifest
+
+
+def test_ollamas_models_are_ggufs_without_a_suffix(ollama, tmp_path):
+    folder, manifest = ollama
+    blob = next((folder / "models" / "blobs").iterdir())
+    assert source.resolve(blob) == source.resolve(manifest) == blob
+    for place in (folder, folder / "models", folder / "models" / "blobs"):
+        with pytest.raises(ValueError, match=rf"Ollama's models; give the manifest of one: .*{manifest.name}"):
+            source.resolve(place)
+    modelfile = tmp_path / "Modelfile"
+    modelfile.write_text(f'# a comment\n\nFROM "{blob}"\nPARAMETER temperature 0.6\n')
+    with pytest.raises(ValueError, match=f"a Modelfile of Ollama; give what its FROM names, {blob}$"):
+        source.resolve(modelfile)
+    for name in ("model", "pytorch_model.bin", "X.GGUF"):
+        (tmp_path / name).write_bytes(blob.read_bytes())
+        assert source.resolve(tmp_path / name) == tmp_path / name
+        with pytest.raises(ValueError, match=r"no token_embd\.weight"):  # it was read as a GGUF
+            open_checkpoint(tmp_path / name)
+    manifest.write_text("{}")
+    (tmp_path / "x.llamafile").write_bytes(b"MZqFpD=" + bytes(99))
+    for path, line in ((manifest, "neither a directory nor"), (tmp_path / "x.llamafile", "a llamafile, a program")):
+        with pytest.raises(ValueError, match=line):
+            source.resolve(path)
+
+
+def test_looking_for_ggufs_goes_four_folders_deep(tmp_path):
+    for place in ("a/b/c/d", "a/b/c/d/e", ".hidden"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / place / "m.gguf").touch()
+    assert hub.ggufs(tmp_path) == ["a/b/c/d/m.gguf"]
