@@ -669,10 +669,6 @@ def test_text(name, checkpoint, monkeypatch, capsys):
 COMMANDS = {
     "absent path": ("--model|{tmp}/gone|hi", "--model {tmp}/gone: no such directory or .gguf file"),
     "absent relative path": ("--model|./gone|hi", "--model ./gone: no such directory or .gguf file"),
-    "a file": (
-        "--model|{model}/config.json|hi",
-        "config.json: neither a directory nor a .gguf file; give the directory",
-    ),
     "a text": (f"--model|{__file__}|hi", "neither a directory nor a .gguf file; give the directory"),
     "a pickle": ("--model|{tmp}/weights.pt|hi", "weights.pt: a pickle"),
     "a checkpoint's pickle": ("--model|{tmp}/pytorch_model.bin|hi", "pytorch_model.bin: a pickle"),
