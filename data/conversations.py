@@ -24,7 +24,8 @@ from contextlib import suppress
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from formats.messages import NOT_TEXT, REASONING, Message, normalise, normalise_tools, short, thinks
+from data.last_number import LastNumber, true_number
+from formats.messages import REASONING, Message, is_not_text, normalise, normalise_tools, short, thinks
 
 DIALOGUES = ("messages", "conversations", "conversation")
 TRANSCRIPTS = ("prompt", "text")
@@ -39,12 +40,10 @@ SETTINGS += ("tool_choice", "response_format", "logit_bias", "stream", "thinking
 """Fields of a request that would change the reply; a prompt file gets them from the command line."""
 UNREAD = ("documents", "loss_mask", "loss_masks", "weights", "loss_weights", "sample_weight")
 """Fields that would change the text or what is learnt of it, and that are not supported."""
-MINUS = "\u2212"
-NUMBER = re.compile(rf"(?<![\w.])[-{MINUS}]?(?:(?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?|\.\d+)|\d+(?:\.\d+)?")
 SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
+SWITCH = {"on": True, "off": False}
+"""Nemotron's `reasoning`: whether the answer thinks."""
 RESULT = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
-# A number in a fraction, a root or a power is not the value of what it stands in.
-IN_FORMULA = re.compile(r"(?:frac\s*\{[^{}]*\}\s*\{|sqrt\s*\{?|[/^]\s*[{(]?|\d[eE][+-]?)\s*$")
 
 
 class Row(dict):
@@ -72,15 +71,6 @@ class Conversation(NamedTuple):
     tools: list[dict] | None = None
     thinking: bool | None = None
     """What the row asks the template for; None: nothing."""
-
-
-class LastNumber(NamedTuple):
-    """Whether the last number of a reply is the right one."""
-
-    right: Decimal
-
-    def __call__(self, reply: str) -> bool:
-        return last_number(reply) == self.right
 
 
 class Preference(NamedTuple):
@@ -116,8 +106,9 @@ def conversation(record: Any) -> Conversation | None:
 
 def check_weight(record: dict) -> None:
     """ValueError for a row that is not to be learnt like the others."""
-    if str(record.get("label")).lower() in ("false", "0"):  # KTO's, which some tools write as a number or a text
-        raise ValueError(f"label is {str(record['label']).lower()}: this would teach an unwanted answer")
+    for name in ("label", "kto_tag", "desirable"):  # KTO's, which some tools write as a number or a text
+        if str(record.get(name)).lower() in ("false", "0"):
+            raise ValueError(f"{name} is {str(record[name]).lower()}: this would teach an unwanted answer")
     if record.get("weight") not in (None, 1):
         raise ValueError(f"weight is {short(record['weight'])}, but rows have no weights of their own; messages have")
 
@@ -149,14 +140,8 @@ def question(record: Any) -> tuple[Conversation, LastNumber]:
     if all(record.get(name) is None for name in ("question", "prompt")) or record.get("answer") is None:
         raise ValueError(f"has the fields {named(record)}, but a question has question and answer")
     answer = record["answer"]
-    text = str(answer) if isinstance(answer, int | float) else text_of(record, "answer")
-    truth = last_number(text)
-    if truth is None:
-        raise ValueError("answer has no number, so no reply can be checked")
-    at = list(NUMBER.finditer(text))[-1].start()
-    if IN_FORMULA.search(text[max(0, at - 40) : at]):
-        raise ValueError(f"answer {short(text[-60:])} ends in a fraction, a root or a power; write it as one number")
-    return Conversation(asked(record, ("question", "prompt")), *beside(record)), LastNumber(truth)
+    text = str(answer) if isinstance(answer, int | float | Decimal) else text_of(record, "answer")
+    return Conversation(asked(record, ("question", "prompt")), *beside(record)), LastNumber(true_number(text))
 
 
 def prompt(record: Any) -> Conversation:
@@ -175,12 +160,6 @@ def prompt(record: Any) -> Conversation:
     return Conversation(messages, *beside(record))
 
 
-def last_number(text: str) -> Decimal | None:
-    """`So 1,234.50 dollars` -> 1234.5; a minus counts where no number or word stands before it."""
-    found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace(MINUS, "-")) if found else None
-
-
 # --- parts of a row ---
 
 
@@ -189,7 +168,10 @@ def dialogue(record: dict) -> list[Message] | None:
     name = next((name for name in DIALOGUES if record.get(name) is not None), None)
     if name is None:
         return None
-    return with_system(record, messages_of(from_json(record[name]), name))
+    given = from_json(record[name])
+    if name == "conversations" and isinstance(given, list) and all(isinstance(text, str) for text in given):  # LIMA
+        given = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(given)]
+    return with_system(record, messages_of(given, name))
 
 
 def messages_of(given: Any, name: str) -> list[Message]:
@@ -259,7 +241,7 @@ def completed(record: dict, asking: list[Message] | None = None) -> list[Message
         name, answer = "answers", normalise([{"role": "assistant", "tool_calls": calls}], "answers")
     else:
         answer = answer_of(record, name)
-    reasoning = {field: record[field] for field in REASONING if record.get(field) is not None}
+    reasoning = {field: record[field] for field in REASONING if record.get(field) not in (None, *SWITCH)}
     if reasoning and turn(answer[0]) and not thinks(answer[0]):  # in a column of its own
         answer = [*normalise([answer[0] | reasoning], name), *answer[1:]]
     return [message | ({"weight": 0} if turn(message) else {}) for message in question] + answer
@@ -304,7 +286,7 @@ def with_system(record: dict, messages: list[Message]) -> list[Message]:
 
 def beside(record: dict) -> tuple[list[dict] | None, bool | None]:
     """-> (tools, thinking). ValueError for fields that would change the text and are not supported."""
-    for name in NOT_TEXT:
+    for name in filter(is_not_text, record):
         if record.get(name):
             raise ValueError(f"has {name}, and only text can be learnt")
     for name in UNREAD:
@@ -319,8 +301,9 @@ def beside(record: dict) -> tuple[list[dict] | None, bool | None]:
     if not isinstance(options, dict) or any(options[name] for name in options.keys() - {"enable_thinking"}):
         raise ValueError(f"chat_template_kwargs is {short(options)}, of which only enable_thinking is known")
     stated = [place["enable_thinking"] for place in (options, record) if place.get("enable_thinking") is not None]
-    if len(stated) > 1 and stated[0] != stated[1]:
-        raise ValueError("enable_thinking and that of chat_template_kwargs differ; keep one")
+    stated += [SWITCH[record["reasoning"]]] if dict.get(record, "reasoning") in list(SWITCH) else []
+    if any(value != stated[0] for value in stated):
+        raise ValueError("enable_thinking, that of chat_template_kwargs, and reasoning differ; keep one")
     thinking = stated[0] if stated else None
     if thinking not in (None, True, False):
         raise ValueError(f"enable_thinking is {short(thinking)}, neither true nor false")

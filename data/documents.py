@@ -14,6 +14,7 @@ from typing import Any
 
 from console import is_out_of_memory
 from formats.download import reach
+from formats.mistaken import foreign, mistaken
 
 MOST_OF_LINE = 64 << 20  # bytes of a line that tells what a file is
 Documents = Callable[[], Iterator[str]]
@@ -27,7 +28,7 @@ class Unreadable(ValueError):
 
 def read_documents(source: str, field: str, split: str, config: str | None) -> Iterator[str]:
     """The documents of one source, in its order. ValueError names the file, and the line or row."""
-    if Path(source).suffix == ".txt" and Path(source).is_file():
+    if Path(source).suffix.lower() == ".txt" and Path(source).is_file():
         return _text(_filled(Path(source)))
     return (_field(record, field, place) for place, record in read_records(source, split, config, field))
 
@@ -35,12 +36,15 @@ def read_documents(source: str, field: str, split: str, config: str | None) -> I
 def read_records(source: str, split: str, config: str | None, field: str | None = None) -> Records:
     """The records of one source; of a Parquet file only the column `field`, where that is given."""
     path = Path(source)
-    readers = {".jsonl": _json, ".json": _json, ".parquet": partial(_parquet, field=field)}
+    readers = {".jsonl": _json, ".ndjson": _json, ".json": _json, ".parquet": partial(_parquet, field=field)}
+    suffix = path.suffix.lower()
     if path.is_file():
-        if path.suffix not in readers:
-            raise ValueError(f"{path}: the kinds of files are .txt, {', '.join(readers)}; rename it to what it is")
-        return readers[path.suffix](_filled(path))
-    if not path.is_dir() and (path.suffix in (".txt", *readers) or not is_data_set(source)):
+        if suffix not in readers:
+            raise ValueError(
+                f"{path}: the kinds of files are .txt, {', '.join(readers)}; convert it, or rename it to what it is"
+            )
+        return readers[suffix](_filled(path))
+    if not path.is_dir() and (suffix in (".txt", *readers) or not is_data_set(source)):
         raise ValueError(f"{source}: neither a file, nor a folder, nor the id of a data set (owner/name)")
     return _data_set(source, split, config)
 
@@ -65,6 +69,11 @@ def _text(path: Path) -> Iterator[str]:
 
 def _json_lines(path: Path) -> Records:
     with path.open("rb") as file:
+        start = file.peek(64)[:64]
+        if found := foreign(start):
+            raise ValueError(f"{path}: is {found}")
+        if (encoding := json.detect_encoding(start)) not in ("utf-8", "utf-8-sig"):
+            raise ValueError(f"{path}: is {encoding.upper()}; convert it to UTF-8 (iconv)")
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
@@ -90,7 +99,7 @@ def is_json_list(lines: Iterator[bytes], suffix: str) -> bool:
 
 def _json(path: Path) -> Records:
     with path.open("rb") as file:
-        is_list = is_json_list(iter(partial(file.readline, MOST_OF_LINE), b""), path.suffix)
+        is_list = is_json_list(iter(partial(file.readline, MOST_OF_LINE), b""), path.suffix.lower())
     return _json_list(path) if is_list else _json_lines(path)
 
 
@@ -98,9 +107,11 @@ def _json_list(path: Path) -> Records:
     try:
         records = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        raise ValueError(f"{path}: is {_mistaken(path, is_json=True) or f'not JSON ({error})'}") from None
     if not isinstance(records, list):
-        raise ValueError(f"{path}: a JSON {type(records).__name__} where a list of records is expected")
+        raise ValueError(
+            f"{path}: a JSON {type(records).__name__} where a list of records is expected; save that alone"
+        )
     for number, record in enumerate(records, 1):
         yield f"{path}: item {number:,}", record
 
@@ -120,7 +131,15 @@ def _parquet(path: Path, field: str | None) -> Records:
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if is_out_of_memory(error) or getattr(error, "errno", None):  # the machine's failure, not the file's
             raise
-        raise ValueError(f"{path}: can't be read as Parquet ({error}); download it again") from None
+        found = _mistaken(path)
+        problem = f"is {found}" if found else f"can't be read as Parquet ({error}); download it again"
+        raise ValueError(f"{path}: {problem}") from None
+
+
+def _mistaken(path: Path, is_json: bool = False) -> str | None:
+    with path.open("rb") as file:
+        start = file.read(64)
+    return None if start.startswith(b"PAR1") else mistaken(start, is_json)  # Parquet's mark
 
 
 def open_data_set(name: str, split: str | None, config: str | None) -> Any:

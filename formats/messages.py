@@ -21,6 +21,7 @@ Fields that are null are left out; others (name, ...) are passed on to the templ
 """
 
 import json
+import re
 from typing import Any
 
 Message = dict[str, Any]
@@ -45,7 +46,7 @@ CALL_PARTS = {
     "tool_use": "the message's tool_calls: [{name, arguments}]",
     "tool_result": "a message of its own: role tool, content, tool_call_id",
 }
-NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios", "refusal", "reasoning_details")
+MEDIA = re.compile(r"(image|img|picture|video|audio)s?(_?(path|url|file|name|id|bytes)s?)?", re.IGNORECASE)
 
 
 def normalise(messages: Any, place: str = "messages") -> list[Message]:
@@ -74,6 +75,11 @@ def normalise_tools(tools: Any, place: str = "tools") -> list[dict] | None:
     return tools
 
 
+def is_not_text(name: Any) -> bool:
+    """Whether a field of this name, of a message or a row, holds what belongs to a chat and can't be said in it."""
+    return name in ("refusal", "reasoning_details") or (isinstance(name, str) and MEDIA.fullmatch(name) is not None)
+
+
 def thinks(message: Message) -> bool:
     """Whether a normalised assistant turn has any reasoning, in its field or before a `</think>`."""
     before, closed, _ = (message.get("content") or "").partition("</think>")
@@ -92,8 +98,8 @@ def _message(given: Any, place: str) -> Message:
     for other, name in (("from", "role"), ("value", "content")):
         if other in message:
             message.setdefault(name, message.pop(other))
-    for name in NOT_TEXT:
-        if message.get(name):
+    for name in filter(is_not_text, message):
+        if message[name]:
             raise ValueError(f"{place}.{name}: {short(message[name])} is not text; only text is supported")
     for name in PARTLY:
         if name in message:
@@ -101,6 +107,8 @@ def _message(given: Any, place: str) -> Message:
     for name, where in ELSEWHERE.items():
         if message.get(name):
             raise ValueError(f"{place}.{name}: write them {where}")
+    if message.get("channel", "final") != "final":  # of OpenAI's harmony; the others are reasoning and calls
+        raise ValueError(f"{place}.channel: {short(message['channel'])}: reasoning belongs in reasoning_content")
     role = message["role"].lower() if isinstance(message.get("role"), str) else None
     if role == "function_call":
         message["tool_calls"] = _parsed(message.pop("content", None), f"{place}.value")

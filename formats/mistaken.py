@@ -45,9 +45,8 @@ def other_weights(names: Iterable[str]) -> str | None:
     return None
 
 
-def mistaken(start: bytes, is_json: bool = False) -> str | None:
-    """What a file that begins so is, and what to do; None where nothing is known but that it is damaged. `is_json`: a
-    text that begins like JSON is nothing else."""
+def foreign(start: bytes) -> str | None:
+    """What a file that begins so is, and what to do, where no file of weights, JSON or rows does; None elsewhere."""
     if not start.strip(b"\0"):
         return f"{'all zeros' if start else 'empty'}, so its download did not finish; download it again"
     if start.startswith(POINTERS):
@@ -57,6 +56,14 @@ def mistaken(start: bytes, is_json: bool = False) -> str | None:
     for magic, what in CONTAINERS.items():
         if start.startswith(magic):
             return what
+    return None
+
+
+def mistaken(start: bytes, is_json: bool = False) -> str | None:
+    """What a file that can't be read and begins so is, and what to do; None where nothing is known but that it is
+    damaged. `is_json`: a text that begins like JSON is nothing else."""
+    if what := foreign(start):
+        return what
     if start[8:9] == b"{" and not any(start[5:8]):
         return "a safetensors file by its first bytes; call it model.safetensors, in a folder with its config.json"
     text = start.decode("utf-8", "ignore")  # the end may be half a character

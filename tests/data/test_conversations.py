@@ -1,6 +1,7 @@
 """Rows of other people's data: their shapes, what of them is learnt, and bad ones."""
 
 import contextlib
+import gzip
 import json
 import os
 from pathlib import Path
@@ -16,11 +17,11 @@ from data.conversations import (
     DIALOGUES,
     TRANSCRIPTS,
     conversation,
-    last_number,
     preference,
     prompt,
     question,
 )
+from data.last_number import last_number, true_number
 from data.sources import IGNORED, Listed, Pair, Row, WrittenRows, read_items, records
 from formats.messages import REASONING
 
@@ -53,6 +54,7 @@ def chat() -> Chat:
         ({"messages": [ASK], "completion": "Hello!"}, [ASK, TELL]),
         ({"conversations": [ASK, TELL, AGAIN], "response": BYE}, [ASK, TELL | {"weight": 0}, AGAIN, BYE]),
         ({"messages": [ASK, TELL], "question": "Why?", "answer": "So."}, [ASK, TELL]),
+        ({"conversations": ["Hi", "Hello!", "Bye"], "source": "x"}, [ASK, TELL]),  # LIMA
         (  # XTuner's
             {
                 "conversation": [
@@ -131,6 +133,40 @@ def test_questions():
     assert is_right("It is 1005.") and is_right("5, no: $1,005.00") and not is_right("1005 or 5") and not is_right("")
 
 
+def test_the_value_of_an_answer():
+    values = {
+        "\\$1,234.50": "1234.50",
+        "\\boxed{45^\\circ}": "45",
+        "12 \\text{ cm}": "12",
+        "2 + 3 = 5": "5",
+        "6 m/s": "6",
+    }
+    values |= {"\\left(7\\right)": "7", "so 3 and 4 make 7.": "7", "答案是 5": "5", "8 (eight)": "8", "99\\%": "99"}
+    assert {text: str(true_number(text)) for text in values} == values
+    several = [
+        "(1, 2)",
+        "10:30",
+        "2024-05-06",
+        "1 000",
+        "#### 3, 5",
+        "so \\boxed{[2,5]}",
+        "1.234,5",
+        "10,\\!000",
+        "7 or 8",
+    ]
+    for text in [*several, "5!", "\\pm 3", "3\\pi", "x^2+3", "1101_2"]:
+        with pytest.raises(ValueError, match="write it as one"):
+            true_number(text)
+
+
+def test_a_switch_of_reasoning_is_no_reasoning():
+    """Llama-Nemotron-Post-Training-Dataset's `reasoning`."""
+    row = {"input": [ASK], "output": "Hello!", "reasoning": "off", "system_prompt": "Be."}
+    assert conversation(row) == ([BE, ASK, TELL], None, False)
+    row |= {"output": "<think>\nHm.\n</think>\nHello!", "reasoning": "on"}
+    assert conversation(row)[1:] == (None, True) and "reasoning_content" not in conversation(row).messages[-1]
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [
@@ -181,6 +217,18 @@ CALLED = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
         (conversation, {"messages": [ASK, TELL | {"function_calls": "f()"}]}, "function_calls: .* tool_calls"),
         (conversation, {"messages": [ASK, TELL | {"masked": True, "weight": 1}]}, "masked differ|weight and masked"),
         (conversation, {"messages": [ASK, TELL], "tools": "{"}, "tools: '{' is not JSON"),
+        (
+            conversation,
+            {"messages": [ASK, TELL | {"channel": "analysis"}]},
+            "channel: 'analysis': reasoning belongs in",
+        ),
+        (conversation, {"instruction": "a", "output": "x", "kto_tag": False}, "kto_tag is false: this would teach"),
+        (conversation, {"question": "a", "answer": "x", "image_path": "x.jpg"}, "has image_path, and only text"),
+        (
+            conversation,
+            {"prompt": "a", "response": "<think>b</think>c", "reasoning": "off", "enable_thinking": True},
+            "enable_thinking, that of chat_template_kwargs, and reasoning differ",
+        ),
         (conversation, {"conversation": [{"input": "", "output": "x"}]}, r"conversation\[0\]: has no input"),
         (conversation, {"conversation": [{"input": "a", "output": "x", "sep": "."}]}, r"\[0\]\.sep: beside input and"),
         (conversation, {"question": "a", "answers": {"text": ["x"]}}, "has the fields question, answers"),
@@ -533,6 +581,27 @@ def test_the_same_rows_in_every_kind_of_file(tmp_path, chat, capsys):
     assert read(tmp_path / "a.jsonl", chat, limit=6)[1] not in digests
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", '{"prompt": "a", "completion": "b"}\n'.encode("utf-16"), "is UTF-16; convert it"),
+        ("a.ndjson", '{"prompt": "a", "completion": "b"}\n'.encode("utf-16-le"), "is UTF-16-LE; convert it"),
+        ("a.JSONL", gzip.compress(b"{}\n"), r"compressed by gzip; unpack it \(gunzip\)"),
+        ("a.json", b"<!DOCTYPE html><html>", "is a web page, not the file"),
+        ("a.jsonl", bytes(100), "is all zeros"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid x", "is a pointer"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid x", "is a pointer"),
+        ("a.parquet", b"Not Found, sorry", "is a text .* perhaps a server's message"),
+        ("a.json", b'{"data": []}', "a list of records is expected; save that alone"),
+        ("a.csv", b"prompt,completion\n", "kinds of files are .* convert it, or rename it"),
+    ],
+)
+def test_what_a_file_is_is_said(tmp_path, chat, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}: .*{said}"):
+        read(tmp_path / name, chat, share=1.0)
+
+
 def test_rows_that_are_too_long_are_counted(tmp_path, chat, capsys):
     path = write_lines(tmp_path / "a.jsonl", *DOLLY, {"prompt": "x" * 500, "completion": "y"})
     assert len(read(path, chat)[0]) == 7
@@ -655,5 +724,5 @@ def test_what_is_learnt_of_a_row_by_other_names():
     with pytest.raises(ValueError, match=r"weight is 0\.5, but rows have no weights"):
         conversation(row() | {"weight": 0.5})
     assert conversation(row() | {"enable_thinking": False}).thinking is False
-    with pytest.raises(ValueError, match="enable_thinking and that of chat_template_kwargs differ"):
+    with pytest.raises(ValueError, match="enable_thinking, that of chat_template_kwargs, and reasoning differ"):
         conversation(row() | {"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}})
