@@ -124,10 +124,12 @@ class Chosen:
 def library() -> ctypes.CDLL | None:
     """The compiled step.cpp; None, with one notice for the whole process, where it cannot be had.
 
-    Raises ValueError where NANOQWEN_STEP or NANOQWEN_STEP_VARIANT is wrong.
+    Raises ValueError where NANOQWEN_STEP, NANOQWEN_STEP_VARIANT or NANOQWEN_HUGE_PAGES is wrong.
     """
     Unavailable.reason = Chosen.library = None
     tuned()
+    if (huge_pages := os.environ.get("NANOQWEN_HUGE_PAGES", "")) not in ("", "on", "off"):
+        raise ValueError(f"NANOQWEN_HUGE_PAGES={huge_pages}: give on or off, or leave it out")
     if os.environ.get("NANOQWEN_STEP") == "off":
         Unavailable.reason = "NANOQWEN_STEP=off"
         return None
@@ -203,8 +205,9 @@ def build(directory: Path) -> Path:
     key = (code, FLAGS, tuned(), compiler, version.st_size, version.st_mtime_ns, _processor())
     path = directory / f"step-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if hasattr(os, "getuid") and directory.stat().st_uid == os.getuid():
-        directory.chmod(stat.S_IMODE(directory.stat().st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+    mode, others = stat.S_IMODE(directory.stat().st_mode), stat.S_IWGRP | stat.S_IWOTH
+    if mode & others and hasattr(os, "getuid") and directory.stat().st_uid == os.getuid():
+        directory.chmod(mode & ~others)
     _check_ownership(directory)
     if os.path.lexists(path):
         try:
@@ -259,6 +262,8 @@ def _check_ownership(path: Path) -> None:
     if stat.S_ISLNK(status.st_mode) and not path.is_dir():
         raise ValueError(f"{path} is a link")
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise ValueError(f"{path} is no file")  # to read a pipe would never end
     if hasattr(os, "getuid") and status.st_uid not in (os.getuid(), 0):
         raise ValueError(f"{path} belongs to another user (number {status.st_uid})")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

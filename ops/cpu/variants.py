@@ -19,6 +19,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from ctypes import c_int, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def apply(loaded: ctypes.CDLL, path: Path, linear: type[ctypes.Structure]) -> di
     chosen = by_hand(asked) or (None if asked == "measure" else read(kept))
     if chosen is None:
         chosen = measure(loaded, linear)
-        write_text(kept, json.dumps(chosen, indent=1) + "\n")
+        with suppress(OSError):  # a full disk, a read-only folder: measured again the next time
+            write_text(kept, json.dumps(chosen, indent=1) + "\n")
     if not choose(loaded, chosen, linear):
         raise ValueError(f"NANOQWEN_STEP_VARIANT={asked}: this processor has no such products of bfloat16 weights")
     vectors = asked.endswith("vectors")

@@ -244,6 +244,11 @@ def test_presence_penalty_counts_a_token_of_the_reply_once_and_leaves_the_prompt
     assert out.tolist() == [0, 0, -1.5, 0, -1.5, 0] and not logits.any()
 
 
+def test_a_repetition_penalty_below_one_makes_what_was_said_likelier():
+    out = penalized(np.float32([1, -1, 1]), SamplingParams(repetition_penalty=0.5), Said([0], [1]))
+    assert out.tolist() == [2, -0.5, 1]
+
+
 def test_penalties_count_as_the_reply_grows():
     logits = np.linspace(-2, 2, 9, dtype=np.float32)
     params = SamplingParams(presence_penalty=0.5, repetition_penalty=2)

@@ -1,5 +1,6 @@
 """The token step in C++ (ops/cpu/) against PyTorch's (model.py): the same logits, never stale, or not served."""
 
+import errno
 import gc
 import os
 import shutil
@@ -20,6 +21,7 @@ from inference.decode import generate
 from model import Config, KVCache, Linear, Qwen3
 from ops.cpu import library as built
 from ops.cpu import step as ops_step
+from ops.cpu import variants
 from ops.quant import quantize_
 from ops.watch import invalidate
 
@@ -613,7 +615,7 @@ def test_why_says_in_words_what_is_not_served(monkeypatch):
     assert ops_step.why(random_model()) == "NANOQWEN_STEP=off"
 
 
-@pytest.mark.parametrize("harm", ["damaged", "cut off", "empty", "writable", "a link"])
+@pytest.mark.parametrize("harm", ["damaged", "cut off", "empty", "writable", "a link", "a pipe"])
 def test_a_library_that_is_not_as_it_was_written_is_compiled_again(harm, tmp_path, monkeypatch, capfd):
     good = built.build(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoqwen")
     copies = []
@@ -632,6 +634,8 @@ def test_a_library_that_is_not_as_it_was_written_is_compiled_again(harm, tmp_pat
     if harm == "writable":
         shutil.copy(path, new)
         new.chmod(0o666)
+    elif harm == "a pipe":  # to read it would never end
+        os.mkfifo(new)
     elif harm == "a link":
         new.symlink_to(shutil.copy(good, tmp_path / "theirs.so"))
     else:
@@ -642,6 +646,30 @@ def test_a_library_that_is_not_as_it_was_written_is_compiled_again(harm, tmp_pat
     ops_step.library.cache_clear()
     assert ops_step.library() is not None and len(copies) == 2
     assert path.stat().st_mode & 0o777 == 0o600 and not path.is_symlink()
+
+
+def test_a_folder_that_cannot_be_written_to_will_do_where_the_library_is(monkeypatch, capfd):
+    """A container's read-only file system, a full disk."""
+
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    monkeypatch.setattr(variants, "write_text", refuse)
+    monkeypatch.setattr(variants, "read", lambda _: None)
+    monkeypatch.setattr(variants, "measure", lambda *_: variants.by_hand("default"))
+    ops_step.library.cache_clear()
+    capfd.readouterr()
+    assert is_served(random_model()) and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["NANOQWEN_STEP", "NANOQWEN_STEP_VARIANT", "NANOQWEN_HUGE_PAGES"])
+@pytest.mark.parametrize("value", ["of", "ON", " off", "1"])
+def test_a_setting_of_the_environment_that_there_is_none_of_is_a_mistake(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    ops_step.library.cache_clear()
+    with pytest.raises(ValueError, match=f"{name}={value}: give"):
+        ops_step.library()
 
 
 def test_structs_of_another_layout_are_not_loaded(monkeypatch):
