@@ -5,10 +5,12 @@ import random
 import pytest
 import torch
 
+from inference.caches import position_bytes
 from inference.decode import PromptTooLong, Reply, generate
 from inference.engine import Engine, Pace, generate_batch
 from inference.params import SamplingParams
 from model import Config, Qwen3
+from ops.cpu.step import BLOCK
 from ops.quant import quantize_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,11 +206,61 @@ def test_a_callback_that_raises_cancels_its_reply_only():
     assert len(bad.tokens) == 1 and good.tokens == list(generate(model, [6], params))
 
 
+def test_a_reply_that_another_ones_callback_cancels_gets_nothing_more():
+    model, params = small_model(), SamplingParams(temperature=1, seed=2, max_new_tokens=9)
+    model.config.eos_token_id = None
+    engine, told = Engine(model), []
+    first, second = Reply(model, [5], params), Reply(model, [6], params)
+    engine.add(first, lambda *_: engine.cancel(second))
+    engine.add(second, lambda *_: told.append(1))
+    engine.run()
+    assert len(first.tokens) == 9 and not second.tokens and not told
+
+
+def test_the_youngest_waits_where_memory_is_short():
+    """Both outgrow their first page, and there are three."""
+    model, params = small_model(), SamplingParams(temperature=1, seed=2, max_new_tokens=20)
+    model.config.eos_token_id = None
+    engine, told = Engine(model, cache_bytes=3 * BLOCK * position_bytes(model)), []
+    for token in (5, 6):
+        reply = Reply(model, [token] * (BLOCK - 10), params)
+        engine.add(reply, lambda reply, _: told.append(reply.ids[0]))
+    engine.run()
+    assert told[:2] == [5, 6] and told[-8:] == [6] * 8  # they began together; the older one was never put back
+
+
+def test_of_the_caches_that_are_kept_the_least_recently_used_goes_first():
+    model, params = small_model(), SamplingParams(temperature=1, seed=2, max_new_tokens=20)
+    model.config.eos_token_id = None
+    engine = Engine(model, cache_bytes=4 * BLOCK * position_bytes(model))
+
+    def cached(ids: list[int]) -> int:
+        reply = Reply(model, ids, params)
+        engine.add(reply)
+        engine.run()
+        return reply.cached
+
+    first, second = [5] * 100, [6] * 100
+    assert cached(first) == cached(second) == 0 and len(engine.kept) == 2
+    assert cached(first[:50] + [7] * 450) == 50  # it grows to three pages, so the second one has to go
+    assert cached(first) == 99
+
+
+def test_a_chat_keeps_one_cache_not_one_of_each_turn():
+    model, params, ids = small_model(), SamplingParams(temperature=0, max_new_tokens=5), [3, 1, 4]
+    engine = Engine(model)
+    for _ in range(3):
+        engine.add(reply := Reply(model, ids, params))
+        engine.run()
+        ids = [*ids, *reply.tokens, 9]
+    assert len(engine.kept) == 1 and reply.cached == len(reply.ids) - 2
+
+
 def test_what_an_engine_refuses():
     model = small_model()
     reply = Reply(model, [5] * 20, SamplingParams(seed=0, max_new_tokens=50))
-    with pytest.raises(PromptTooLong, match="20 tokens, but the context here is 9"):
-        Engine(model, context=9).add(reply)
+    with pytest.raises(PromptTooLong, match="20 tokens, but the context here is 19"):
+        Engine(model, context=19).add(reply)
     engine = Engine(model, context=30)
     engine.add(reply)
     assert reply.limit == 11
