@@ -102,6 +102,12 @@ def test_every_config_loads(path):
         ("train.steps.x=5", "train.steps.x=5: steps is a value, not a section"),
         ("train.steps", "has no '='"),
         ("train.steps=[", "not YAML"),
+        ("train.keep=012", "must be a whole number"),
+        ("train.keep=1:30", "train.keep is '1:30', but must be a whole number"),
+        ("data.pack=yes", "must be true or false"),
+        ("train.out=", "train.out is None, but must be a text"),
+        ("train.out=''", "train.out is an empty text"),
+        ("data=[]", "data is [], not a section"),
     ],
 )
 def test_bad_settings_are_refused_with_the_mend(config, override, said):
@@ -119,6 +125,37 @@ def test_a_required_key_must_be_given(config):
 def test_numbers_as_yaml_1_2_has_them(config):
     assert settings(config, "optimizer.lr=6e-3").optimizer.lr == 0.006
     assert settings(config, "optimizer.lr=1").optimizer.lr == 1.0
+    assert settings(config, "optimizer.lr=.5E-3").optimizer.lr == 0.0005
+    assert settings(config, "train.wandb=off").train.wandb == "off"
+
+
+def test_texts_are_taken_as_they_stand(config):
+    """In YAML these are aliases, comments, tags, dates and booleans."""
+    for text in ("*.jsonl", "a #b", "!x", "@x", "&x", "a: b", "2024-01-01", "yes", "1e3", "a=b"):
+        assert settings(config, f"data.train={text}").data.train == text
+    assert settings(config, "data.train='1e3'").data.train == "1e3"
+    assert settings(config, "data.train=null").data.train is None
+
+
+def test_the_saved_settings_are_read_as_they_were(config):
+    """A hash may look like a number: 12345678e1234567 once ended a run's resumption."""
+    for text in ("12345678e1234567", "1e3", "012", "off", "1:30", "null", "2024-01-01", "0x1", ".inf", "{", "é\n"):
+        given = settings(config, "train.clip=1e-5")
+        given.data.fingerprint = text
+        config.write_text(schema.as_yaml(given))
+        assert schema.load(config) == given
+
+
+def test_a_config_is_read_whole_or_refused(config):
+    config.write_text(text := schema.as_yaml(settings(config)))
+    config.write_text(text + "optimizer: {lr: 1}\n")
+    with pytest.raises(ValueError, match="the key optimizer is given twice"):
+        schema.load(config)
+    config.write_bytes(text.encode() + b"# \xe9")
+    with pytest.raises(ValueError, match=r"test\.yaml: not YAML"):
+        schema.load(config)
+    config.write_text(text, "utf-16")
+    assert schema.load(config).optimizer.lr == CONFIG["optimizer"]["lr"]
 
 
 def test_rows_that_the_corpus_would_not_read_are_refused(config):

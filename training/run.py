@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -76,7 +75,7 @@ class Run:
         if resume and not self.exists:
             console.notice(f"{self.path} holds no run yet; starting from the beginning")
         self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.config, yaml.safe_dump(schema.resolved(settings), sort_keys=False))
+        write_text(self.config, schema.as_yaml(settings))
         self._forget_after(self.step)
         self.log_file = self.metrics.open("a", encoding="utf-8")
         self.origin, files = origin(settings)

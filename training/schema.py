@@ -12,7 +12,7 @@ import re
 import types
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -205,8 +205,7 @@ class Settings:
 
 def load(path: str | Path, overrides: list[str] = ()) -> Settings:
     """The settings of a YAML file with `--set a.b=c` overrides on top. A ValueError names the file or flag, and key."""
-    with Path(path).open(encoding="utf-8") as file:
-        given = _yaml(file.read(), str(path))
+    given = _yaml(Path(path).read_bytes(), str(path))
     if not isinstance(given, dict):
         raise ValueError(f"{path}: holds no keys; see configs/toy.yaml for an example")
     for override in overrides:
@@ -217,6 +216,11 @@ def load(path: str | Path, overrides: list[str] = ()) -> Settings:
 def resolved(settings: Settings) -> dict[str, Any]:
     """All keys with their values, as they are saved with the run."""
     return asdict(settings)
+
+
+def as_yaml(settings: Settings) -> str:
+    """All keys with their values, as `load` reads them."""
+    return yaml.dump(resolved(settings), Dumper=_Dumper, sort_keys=False)
 
 
 def may_change() -> set[str]:
@@ -255,7 +259,7 @@ def _yaml_value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _yaml(text: str, origin: str) -> Any:
+def _yaml(text: str | bytes, origin: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -263,15 +267,39 @@ def _yaml(text: str, origin: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 6e-3 for a text; here, as in YAML 1.2, it is a number."""
+    """Numbers and booleans of YAML 1.2: in 1.1, which PyYAML reads, 6e-3 is a text, 012 is 10, 1:30 is 90, and off is
+    false. A key that is given twice is an error."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that either version of YAML would read as something else, as a hash like 12345678e1234567."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {
+        first: list(resolvers) for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+
+for _name, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
 def _override(given: dict, override: str) -> None:
@@ -279,11 +307,22 @@ def _override(given: dict, override: str) -> None:
     if not separator:
         raise ValueError(f"--set {override}: has no '='; write --set train.steps=100")
     *sections, last = name.split(".")
+    kind = _kind_of(*sections, last)
     for section in sections:
         given = given.setdefault(section, {})
         if not isinstance(given, dict):
             raise ValueError(f"--set {override}: {section} is a value, not a section")
-    given[last] = _yaml(value, f"--set {name}")
+    # A text is taken as it stands: *.jsonl, @x or a #b mean something else in YAML.
+    is_plain = kind in (str, str | None) and value not in ("", "~", "null") and value[0] not in "'\""
+    given[last] = value if is_plain else _yaml(value, f"--set {name}")
+
+
+def _kind_of(*names: str) -> Any:
+    """The type of a key; None if there is no such key."""
+    kind: Any = Settings
+    for name in names:
+        kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
+    return kind
 
 
 def _build(cls: type, given: dict, place: str, origin: str) -> Any:
@@ -297,7 +336,7 @@ def _build(cls: type, given: dict, place: str, origin: str) -> Any:
     for name, f in known.items():
         where = place + name
         if is_dataclass(hints[name]):
-            section = given.get(name) or {}
+            section = {} if given.get(name) is None else given[name]
             if not isinstance(section, dict):
                 raise ValueError(f"{origin}: {where} is {section!r}, not a section of keys")
             values[name] = _build(hints[name], section, where + ".", origin)
@@ -315,6 +354,8 @@ def _value(value: Any, kind: Any, f, where: str, origin: str) -> Any:
         value = [float(item) if type(item) is int else item for item in value]
     if not _fits(value, kind):
         raise ValueError(f"{origin}: {where} is {value!r}, but must be {_type_name(kind)}: {f.metadata['about']}")
+    if isinstance(value, str) and not value.strip():
+        raise ValueError(f"{origin}: {where} is an empty text: {f.metadata['about']}")
     choices, low, high = (f.metadata[name] for name in ("choices", "low", "high"))
     if choices and value not in choices:
         near = console.did_you_mean(str(value), choices)
