@@ -18,6 +18,16 @@ constexpr int64_t SEGMENT = VNNI ? 65536 : 2048;  // columns of a row whose sums
 
 inline Integers vector_at(const char* p) { return read<Integers>(p); }
 
+// The sum of a row is a whole number of more than 32 bits, rounded to float32 once, however it is formed: as a double, or in
+// vectors as high · 65,536 + low.
+struct Wide {
+    Integers high = {}, low = {};
+    void add(Integers some, int shift = 0) { high += some >> (16 - shift), low += (some & (65535 >> shift)) << shift; }
+    Vector number() const {
+        return __builtin_convertvector(high + (low >> 16), Vector) * 65536 + __builtin_convertvector(low & 65535, Vector);
+    }
+};
+
 // Sums of codes with activations: those with their high bytes, and those with their low ones.
 struct ByBytes {
     static constexpr int STARTS = 2;  // vectors
@@ -30,9 +40,9 @@ struct ByBytes {
     static void place(const int32_t* x, char* a, char* b) {
         for (int i = 0; i < VECTOR_BYTES; i++) a[i] = (x[i] + 128) >> 8, b[i] = x[i];
     }
-    // The sums of all lanes, as numbers.
+    // The sums of all lanes are added to `total`.
     template <int R, int N>
-    static void put_sums(const ByBytes (&sums)[N][R], float* y) {
+    static void add_sums(const ByBytes (&sums)[N][R], double (&total)[N][R]) {
         Integers lanes[N][R];
         alignas(64) int32_t above[N * ::ROWS], below[N * ::ROWS];
         for (int k = 0; k < N; k++)
@@ -42,8 +52,15 @@ struct ByBytes {
             for (int r = 0; r < R; r++) lanes[k][r] = sums[k][r].below;
         ::put_sums<R, N>(lanes, below);
         for (int k = 0; k < N; k++)
-            for (int r = 0; r < R; r++) y[k * ::ROWS + r] = float(above[k * ::ROWS + r]) * 256 + float(below[k * ::ROWS + r]);
+            for (int r = 0; r < R; r++) total[k][r] += above[k * ::ROWS + r] * 256. + below[k * ::ROWS + r];
     }
+
+    // See RowPanel.
+    static constexpr int64_t MOST = 65536;
+    static constexpr int SHIFT[] = {8, 0};
+    static Integers part(Unsigned codes, int) { return (Integers)codes; }
+    static Integers dot(Integers sum, Integers codes, Integers x) { return dot_bytes(sum, (Unsigned)codes, x); }
+    static Integers start(const char* start, int part) { return Integers{} + sum(vector_at(start + part * VECTOR_BYTES)); }
 };
 
 // Without VNNI: activations of the even columns, and of the odd ones, in 16 bits.
@@ -60,14 +77,19 @@ struct ByWords {
         for (int i = 0; i < VECTOR_BYTES / 2; i++) ((int16_t*)a)[i] = x[2 * i], ((int16_t*)b)[i] = x[2 * i + 1];
     }
     template <int R, int N>
-    static void put_sums(const ByWords (&sums)[N][R], float* y) {
+    static void add_sums(const ByWords (&sums)[N][R], double (&total)[N][R]) {
         for (int k = 0; k < N; k++)
-            for (int r = 0; r < R; r++) {
-                int64_t total = 0;
-                for (int lane = 0; lane < LANES; lane++) total += sums[k][r].sum[lane];
-                y[k * ::ROWS + r] = float(total);
-            }
+            for (int r = 0; r < R; r++) total[k][r] += ::sum(sums[k][r].sum >> 16) * 65536. + ::sum(sums[k][r].sum & 65535);
     }
+
+    static constexpr int64_t MOST = 1024;  // with 128 · 32,639 for each second one
+    static constexpr int SHIFT[] = {0, 0};
+    static Integers part(Unsigned codes, int part) {
+        typedef int16_t Words __attribute__((vector_size(4 * LANES)));
+        return (Integers)((Words)(codes >> 8 * part & 0x00ff00ff) - int16_t(128));
+    }
+    static Integers dot(Integers sum, Integers codes, Integers x) { return dot_words(sum, codes, x); }
+    static Integers start(const char*, int) { return Integers{}; }
 };
 
 using RowSum = std::conditional_t<VNNI, ByBytes, ByWords>;
@@ -119,14 +141,76 @@ struct Activations {
     }
 };
 
+// LANES rows, or as many as there are from `first` on, transposed once for many tokens: a lane is a row. Vectors of four codes
+// of each row, for the high and for the low bytes of activations; without VNNI with their sign in 16 bits: those of the even
+// columns, [columns / 4], then those of the odd ones.
+struct RowPanel {
+    const Activations places;
+    const int64_t fours;
+    Integers* const codes;
+    Vector scales = {};
+    char* const end;
+
+    RowPanel(const Rows& w, int64_t first, int64_t rows, char* memory)
+        : places(w.columns), fours(places.chunks * LANES), codes((Integers*)memory), end((char*)(codes + (VNNI ? 1 : 2) * fours)) {
+        for (int r = 0; r < LANES && first + r < rows; r++) scales[r] = to_float(w.scale[first + r]);
+        for (int64_t at = 0; at < places.chunks; at++) {
+            const int64_t bytes = std::min(w.columns - at * VECTOR_BYTES, VECTOR_BYTES);
+            Unsigned v[LANES] = {};
+            for (int r = 0; r < LANES; r++) {
+                const char* p = w.weight + std::min(first + r, rows - 1) * w.row_bytes + at * VECTOR_BYTES;
+                if (bytes == VECTOR_BYTES)
+                    v[r] = read<Unsigned>(p);
+                else
+                    std::memcpy(&v[r], p, bytes);
+            }
+            transpose(v);
+            for (int part = 0; part < (VNNI ? 1 : 2); part++)
+                for (int i = 0; i < LANES; i++) codes[part * fours + at * LANES + i] = RowSum::part(v[i], part);
+        }
+    }
+
+    // y[N, COUNT · LANES] of a [N, ROWS] array = the products of N tokens with COUNT panels.
+    template <int COUNT, int N>
+    static void multiply(const RowPanel* panels, const char* const* x, float* y) {
+        const Activations& places = panels->places;
+        const int64_t fours = panels->fours, some = RowSum::MOST / 4;
+        Wide total[N][COUNT];
+        for (int part = 0; part < 2; part++)
+            for (int64_t first = 0; first < fours; first += some) {
+                const int64_t count = std::min(some, fours - first);
+                Integers sums[N][COUNT];
+                for (int k = 0; k < N; k++)
+                    for (auto& sum : sums[k]) sum = RowSum::start(x[k] + places.start, part);
+                const int64_t at = part * places.b + 4 * first;
+                for (int64_t four = 0; four < count; four++) {
+                    Integers codes[COUNT];
+                    each<COUNT>([&](auto p) __attribute__((always_inline)) {
+                        codes[p] = panels[p].codes[(VNNI ? 0 : part) * fours + first + four];
+                    });
+                    each<N>([&](auto k) __attribute__((always_inline)) {
+                        const Integers all = Integers{} + read<int32_t>(x[k] + at + 4 * four);
+                        each<COUNT>([&](auto p) __attribute__((always_inline)) { sums[k][p] = RowSum::dot(sums[k][p], codes[p], all); });
+                    });
+                }
+                for (int k = 0; k < N; k++)
+                    for (int p = 0; p < COUNT; p++) total[k][p].add(sums[k][p], RowSum::SHIFT[part]);
+            }
+        for (int k = 0; k < N; k++)
+            for (int p = 0; p < COUNT; p++)
+                store(y + k * ROWS + p * LANES, total[k][p].number() * read<float>(x[k] + places.scale) * panels[p].scales);
+    }
+};
+
 struct RowBytes : Activations {
     static constexpr int ROWS = LANES == 16 ? 4 : 2, TOKENS = LANES == 16 ? 3 : 2;
+    static constexpr int64_t MANY = LANES == 16 ? 13 : 5;  // tokens from which transposed rows are faster
     explicit RowBytes(const Rows& w) : Activations(w.columns) {}
 
     template <int R, int N>
     __attribute__((always_inline)) void tile(const Rows& w, const char* const* x, int64_t ahead, float* y) const {
         const int64_t whole = w.columns / VECTOR_BYTES;
-        float total[N * ::ROWS] = {};
+        double total[N][R] = {};
         for (int64_t first = 0; first < chunks; first += TOGETHER) {
             auto sums = [&]<size_t... I>(std::index_sequence<I...>) {
                 return std::array<RowSum, N * R>{RowSum(x[I / R] + start + first / TOGETHER * STARTS)...};
@@ -150,21 +234,21 @@ struct RowBytes : Activations {
                 std::memcpy(&bytes, p, w.columns - whole * VECTOR_BYTES);
                 return bytes;
             });
-            float some[N * ::ROWS];
-            RowSum::template put_sums<R, N>((const RowSum(&)[N][R])sums, some);
-            for (int k = 0; k < N; k++)
-                for (int r = 0; r < R; r++) total[k * ::ROWS + r] += some[k * ::ROWS + r];
+            RowSum::template add_sums<R, N>((const RowSum(&)[N][R])sums, total);
         }
         for (int k = 0; k < N; k++)
             for (int r = 0; r < R; r++)
-                y[k * ::ROWS + r] = total[k * ::ROWS + r] * read<float>(x[k] + scale) * to_float(w.scale[r]);
+                y[k * ::ROWS + r] = float(total[k][r]) * read<float>(x[k] + scale) * to_float(w.scale[r]);
     }
 
     static void multiply_all(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch) {
 #if AMX
         if (choice.amx && count >= AMX_FEWEST && w.columns <= SEGMENT) return in_tiles_of_amx(w, rows, x, count, y, (char*)scratch);
 #endif
-        ::multiply<RowBytes>(w, rows, x, count, y);
+        if (count < MANY || (VNNI && w.columns > SEGMENT)) return ::multiply<RowBytes>(w, rows, x, count, y);
+        in_panels<LANES == 16 ? 8 : 6>(rows, x, count, y, (char*)scratch, [&](int64_t first, char* memory) {
+            return RowPanel(w, first, rows, memory);
+        });
     }
 
 #if AMX
@@ -200,11 +284,10 @@ struct RowBytes : Activations {
                 store_tile<0>(sums[0]), store_tile<1>(sums[1]), store_tile<2>(sums[2]), store_tile<3>(sums[3]);
                 for (int64_t k = 0; k < tokens; k++)
                     for (int half = 0; half < 2; half++) {
-                        const Vector above = __builtin_convertvector(sums[2 * half][k], Vector);
-                        const Vector below = __builtin_convertvector(sums[2 * half + 1][k], Vector);
-                        const Vector total = above * 256 + below;
+                        Wide total;
+                        total.add(sums[2 * half][k], 8), total.add(sums[2 * half + 1][k]);
                         store(y + (i + k) * ::ROWS + half * SIDE,
-                              total * read<float>(x[i + k] + places.scale) * load(row_scales + half * SIDE));
+                              total.number() * read<float>(x[i + k] + places.scale) * load(row_scales + half * SIDE));
                     }
             }
         }

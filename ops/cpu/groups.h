@@ -390,15 +390,9 @@ struct Grouped : GroupedInputs<Type::GROUP, Type::PACKED> {
             }
 #endif
         constexpr int MOST = LANES == 8 ? 6 : 8;  // what the registers hold sums of
-        for (int64_t row = 0; row < rows; row += 2 * LANES) {
-            const Panel<Type, 2> first(type, w, row, rows, (char*)scratch);
-            if (row + LANES >= rows) {
-                in_tiles<MOST>(count, [&](int64_t i, auto n) { first.template multiply<1, n>(&first, x + i, y + i * ::ROWS + row); });
-                continue;
-            }
-            const Panel<Type, 2> both[] = {first, {type, w, row + LANES, rows, first.end}};
-            in_tiles<MOST>(count, [&](int64_t i, auto n) { first.template multiply<2, n>(both, x + i, y + i * ::ROWS + row); });
-        }
+        in_panels<MOST>(rows, x, count, y, (char*)scratch, [&](int64_t first, char* memory) {
+            return Panel<Type, 2>(type, w, first, rows, memory);
+        });
     }
 };
 

@@ -69,6 +69,21 @@ inline void in_tiles(int64_t n, Work work) {
     for (; i < n; i++) work(i, std::integral_constant<int, 1>());
 }
 
+// Products of `rows` rows, in panels of LANES that panel(first row, memory) makes and of which two stand side by side, with
+// `count` tokens, MOST at a time.
+template <int MOST, class Make>
+inline void in_panels(int64_t rows, const char* const* x, int64_t count, float* y, char* memory, Make panel) {
+    for (int64_t row = 0; row < rows; row += 2 * LANES) {
+        const auto first = panel(row, memory);
+        if (row + LANES >= rows) {
+            in_tiles<MOST>(count, [&](int64_t i, auto n) { first.template multiply<1, n>(&first, x + i, y + i * ROWS + row); });
+            continue;
+        }
+        const decltype(panel(row, memory)) both[] = {first, panel(row + LANES, first.end)};
+        in_tiles<MOST>(count, [&](int64_t i, auto n) { first.template multiply<2, n>(both, x + i, y + i * ROWS + row); });
+    }
+}
+
 inline Rows from_row(const Rows& w, int64_t r) {
     return {w.weight + r * w.row_bytes, w.scale + r * w.groups, w.row_bytes, w.columns, w.groups, w.tuning};
 }

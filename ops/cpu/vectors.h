@@ -143,6 +143,10 @@ inline float sum(Vector x) {
 inline int32_t sum(Integers x) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
     return _mm512_reduce_add_epi32((__m512i)x);
+#elif defined(__AVX2__)
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 #else
     int32_t total = 0;
     for (int lane = 0; lane < LANES; lane++) total += x[lane];
