@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from inference.caches import position_bytes
+from inference.caches import ROOM, Pages, position_bytes
 from inference.decode import PromptTooLong, Reply, generate
 from inference.engine import Engine, Pace, generate_batch
 from inference.params import SamplingParams
@@ -52,6 +52,18 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     return made
 
 
+def held_bytes(engine: Engine) -> int:
+    """The memory of all tensors of an engine's caches; what the store says of it has to be right."""
+    kept, running = ([one.cache for one in some if one.cache] for some in (engine.kept, engine.running))
+    if isinstance(engine.store, Pages):
+        pages = {page.data_ptr(): page.nbytes for cache in (*kept, *running) for page in cache.pages}
+        assert engine.store.used() == sum(pages.values())
+        return sum(pages.values())
+    assert engine.store.used() == sum(cache.length for cache in (*kept, *running)) * position_bytes(engine.model)
+    tensors = [*engine.store.batch.tensors, *(tensor for cache in kept for tensor in cache.kept.tensors)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 @pytest.mark.parametrize("kind, memory", [*((kind, None) for kind in KINDS), ("int8", 700), ("PyTorch", 1500)])
 def test_64_requests_that_come_and_go_get_the_texts_that_they_get_alone(kind, memory):
     """Arriving at random, some cancelled, some sharing prefixes; `memory`: positions that all caches have together."""
@@ -71,6 +83,7 @@ def test_64_requests_that_come_and_go_get_the_texts_that_they_get_alone(kind, me
                 running.append(waiting.pop())
                 engine.add(running[-1], lambda reply, news: heard[id(reply)].extend(news))
         engine.step()
+        assert held_bytes(engine) <= (memory or 1 << 30) * bytes_each
         running = [reply for reply in running if not reply.ended]
         if running and chance.random() < 0.1:
             cancelled.append(running.pop(chance.randrange(len(running))))
@@ -227,6 +240,30 @@ def test_the_youngest_waits_where_memory_is_short():
         engine.add(reply, lambda reply, _: told.append(reply.ids[0]))
     engine.run()
     assert told[:2] == [5, 6] and told[-8:] == [6] * 8  # they began together; the older one was never put back
+
+
+def test_a_reply_that_had_to_wait_says_what_its_prompt_found_in_a_cache_not_what_came_later():
+    model, params = small_model(), SamplingParams(temperature=1, seed=2, max_new_tokens=20)
+    model.config.eos_token_id = None
+    engine = Engine(model, cache_bytes=3 * BLOCK * position_bytes(model))
+    replies = [Reply(model, [5] * (BLOCK - 10), params) for _ in range(2)]
+    for reply in replies:
+        engine.add(reply)
+    engine.run()
+    assert [reply.cached for reply in replies] == [0, BLOCK - 11] and replies[0].tokens == replies[1].tokens
+
+
+def test_a_row_whose_reply_has_ended_does_not_grow_with_the_others():
+    model = small_model("PyTorch")
+    model.config.eos_token_id = None
+    lengths = ((ROOM - 16, 3), (1, 40), (2, 40), (3, 40))
+    replies = [Reply(model, [5] * n, SamplingParams(temperature=0, max_new_tokens=most)) for n, most in lengths]
+    engine = Engine(model, 4)
+    for reply in replies:
+        engine.add(reply)
+    engine.run()
+    assert [len(reply.tokens) for reply in replies] == [most for _, most in lengths]
+    assert max(engine.store.batch.lengths) == 3 + 39  # nobody attends over the row that has gone
 
 
 def test_of_the_caches_that_are_kept_the_least_recently_used_goes_first():
