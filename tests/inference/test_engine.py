@@ -258,10 +258,12 @@ def test_a_row_whose_reply_has_ended_does_not_grow_with_the_others():
     model.config.eos_token_id = None
     lengths = ((ROOM - 16, 3), (1, 40), (2, 40), (3, 40))
     replies = [Reply(model, [5] * n, SamplingParams(temperature=0, max_new_tokens=most)) for n, most in lengths]
-    engine = Engine(model, 4)
+    limit = 4 * 2 * ROOM * position_bytes(model)  # what the rows take: no cache of a finished reply fits beside them
+    engine = Engine(model, 4, cache_bytes=limit)
     for reply in replies:
         engine.add(reply)
-    engine.run()
+    while engine.step():
+        assert held_bytes(engine) <= limit
     assert [len(reply.tokens) for reply in replies] == [most for _, most in lengths]
     assert max(engine.store.batch.lengths) == 3 + 39  # nobody attends over the row that has gone
 
