@@ -65,6 +65,7 @@ class Editor:
             key_bindings=key_bindings(),
             completer=FirstWord(words),
             complete_while_typing=False,
+            enable_suspend=True,  # Ctrl-Z
             complete_style=CompleteStyle.READLINE_LIKE,
             input_processors=[TabsProcessor(char1=" ", char2=" ")],
             history=disk_history() if history is None else history,

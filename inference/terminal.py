@@ -70,14 +70,16 @@ class TerminalChat:
         self.say(f"{self.session.name}: {describe(self.session.model)}")
         self.say("Type a message; /help lists the commands.")
         if first is not None:
-            self.answer(partial(self.session.ask, first))
+            with echo_off():
+                self.answer(partial(self.session.ask, first))
         interrupted = False
         while True:
             try:
                 text = self.reader.read()
                 interrupted = False
                 if text.strip():
-                    self.take(text)
+                    with echo_off():
+                        self.take(text)
             except KeyboardInterrupt:
                 if interrupted:
                     return
@@ -115,9 +117,11 @@ class TerminalChat:
     def answer(self, ask: Callable[..., Answer]) -> None:
         """Shows a reply; whatever is wrong with the question, the chat continues."""
         try:
-            with echo_off():
-                self.last = show(self.session, ask, self.as_json, self.stats)
+            self.last = show(self.session, ask, self.as_json, self.stats)
         except PromptTooLong as error:
+            if len(self.session.messages) == len(self.session.system):
+                self.say(f"The message is too long: {error}.")
+                return
             self.say(
                 f"The chat is full: {error}, start over with /reset, or /save and /load it, "
                 "which continues with its latest messages."

@@ -149,6 +149,8 @@ def test_what_is_wrong_with_a_message_does_not_end_the_chat(session):
     shown = typed(session, "one", "word " * 300, "half a pair \ud800", "two")
     assert questions(session) == ["one", "two"]
     assert "The chat is full: the prompt has" in shown and "surrogate" in shown
+    shown = typed(session, "word " * 400)
+    assert "The message is too long: the prompt has" in shown and "/load" not in shown
 
 
 def test_a_reply_can_not_take_over_the_terminal(monkeypatch, capsys):
