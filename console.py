@@ -53,7 +53,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, *, examples: str = "", **settings):
         if examples:
             settings["epilog"] = f"examples:\n{examples}"
-        super().__init__(**settings, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(**settings, allow_abbrev=False, formatter_class=_Help)
         self.add_argument("--version", action=_Version, help="show nanoqwen's version and exit")
 
     def error(self, message: str) -> NoReturn:
@@ -61,13 +61,26 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         options, unknown = self.parse_known_args(args, namespace)
-        flags = [word for word in unknown if word.startswith("-")]
-        if flags:
-            name = flags[0].partition("=")[0]
-            self.error(f"there is no option {name}{did_you_mean(name, self._flags())}")
+        self._check_flags(word for word in unknown if word.startswith("-"))
         if unknown:
             self.error(f"{unknown[0]!r} is one argument too many; put a text of several words in quotes")
         return options
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = list(sys.argv[1:] if args is None else args)
+        try:
+            return super().parse_known_args(words, namespace)
+        except ValueError as error:
+            if "arguments are required" in str(error):  # a mistyped flag is the likelier mistake
+                end = words.index("--") if "--" in words else len(words)
+                known = set(self._flags())
+                self._check_flags(w for w in words[:end] if w[:2] == "--" and w.partition("=")[0] not in known)
+            raise
+
+    def _check_flags(self, unknown: Iterable[str]) -> None:
+        for word in unknown:
+            name = word.partition("=")[0]
+            self.error(f"there is no option {name}{did_you_mean(name, self._flags())}")
 
     def _flags(self) -> Iterator[str]:
         for action in self._actions:
@@ -90,6 +103,20 @@ class ArgumentParser(argparse.ArgumentParser):
             known = list(map(str, action.choices))
             hint = did_you_mean(str(value), known)
             raise argparse.ArgumentError(action, f"{value!r} is not one of {', '.join(known)}{hint}")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Paragraphs are wrapped; where an example is wider than the terminal, all have their comments on the next line."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines, narrow = [], max(map(len, text.splitlines())) > width
+        for line in text.splitlines():
+            example = narrow and re.fullmatch(r"(\s+\S.*?)\s{2,}(\S.*)", line)
+            if example:
+                lines += [example[1], *(f"      {part}" for part in _fold(example[2], width - 6))]
+            else:
+                lines += _fold(line, width)
+        return "\n".join(indent + line for line in lines)
 
 
 class _Version(argparse.Action):

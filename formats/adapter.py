@@ -28,6 +28,9 @@ class AdapterConfig:
 
     def __init__(self, directory: Path):
         self.directory, self.path = directory, directory / CONFIG
+        if not self.path.is_file():
+            whole = "; a whole model is given as --model" if (directory / "config.json").is_file() else ""
+            raise ValueError(f"{directory}: not an adapter, which has an {CONFIG}{whole}")
         self._fields = read_json(self.path)
         kind = self._fields.get("peft_type")
         if kind != "LORA":

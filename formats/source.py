@@ -50,11 +50,13 @@ def resolve(src: str | Path, place: str = "--model", tokenizer_only: bool = Fals
     """
     if not isinstance(src, str | Path):
         raise ValueError(f"{place} is a {type(src).__name__}; give a directory, a hub id or a .gguf file")
+    if not str(src).strip():
+        raise ValueError(f"{place} is empty; give a directory, a hub id or a .gguf file")
     name, path = f"{place} {src}", _local(str(src))
     folder, _, tag = str(path).rpartition(":")
     if _kind(path) is None and folder and _kind(Path(folder)) == "directory":
         return _gguf_of(name, Path(folder), tag)
-    if _kind(path) and str(src):
+    if _kind(path):
         if _kind(path) == "directory":
             path = _of_run(path)
             only_ggufs = not _has_safetensors(path) and any(hub.ggufs(path))

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import termios
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_help_version_and_wrong_flags_need_no_pytorch(command):
 
     shown = run("--help")
     assert shown.returncode == 0 and "usage: " in shown.stdout and not shown.stderr
-    assert f"examples:\n  python {command} " in shown.stdout
+    assert f"examples:\n  python {command}" in shown.stdout
     assert all(len(line) <= 120 for line in shown.stdout.splitlines())
     version = run("--version")
     assert (version.returncode, version.stdout) == (0, f"nanoqwen {console.project()['version']}\n")
@@ -133,6 +134,9 @@ def test_the_lists_of_convert_are_those_of_its_rooms():
         (["one", "two"], "'two' is one argument too many; put a text of several words in quotes"),
         (["--temp", "1"], "there is no option --temp"),
         (["inner", "--cuont", "3"], "there is no option --cuont; did you mean --count?"),
+        (["inner", "--cuont=3", "--size", "2"], "there is no option --cuont; did you mean --count?"),
+        (["inner", "--count", "3"], "the following arguments are required: --size"),
+        (["inner", "--count", "3", "--", "--cuont"], "the following arguments are required: --size"),
     ],
 )
 def test_a_mistyped_flag_is_answered_with_the_nearest(arguments, said):
@@ -140,12 +144,27 @@ def test_a_mistyped_flag_is_answered_with_the_nearest(arguments, said):
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--device", choices=("cpu", "cuda"))
     if "inner" in arguments:
-        parser.add_subparsers().add_parser("inner").add_argument("--count")
+        inner = parser.add_subparsers().add_parser("inner")
+        inner.add_argument("--count")
+        inner.add_argument("--size", required=True)
     else:
         parser.add_argument("word", nargs="?")
     with pytest.raises(ValueError) as error:
         parser.parse_args(arguments)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("columns", [60, 40])
+def test_help_fits_a_narrow_terminal(columns, monkeypatch):
+    import generate
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit), redirect_stdout(io.StringIO()) as shown:
+        generate.parse_arguments(["--help"])
+    lines = shown.getvalue().splitlines()
+    wide = [line for line in lines if len(line) > columns]
+    assert all(line.startswith(("usage: ", "  python ", "  --")) for line in wide), "one word can't be broken"
+    assert "      a base model continues a text" in lines
 
 
 @pytest.mark.parametrize("columns", [80, 40, 0])

@@ -221,6 +221,13 @@ def test_pickles_and_adapters_of_adapters_are_refused(base, tmp_path):
         open_checkpoint(path)
 
 
+def test_a_whole_model_is_no_adapter(base):
+    with pytest.raises(
+        ValueError, match=r"not an adapter, which has an adapter_config\.json; a whole model is given as"
+    ):
+        open_checkpoint(base, base)
+
+
 def test_our_own_adapters_are_read(base, tmp_path):
     from training.lora import add_lora, merged_weights, save_adapter
 
