@@ -32,6 +32,7 @@ from serving.service import Service
 from serving.wire import dumps
 
 BODY_BYTES = 8 << 20
+MOST_LEVELS = 100  # of lists and objects in each other
 BODY_SECONDS = 30.0  # for a whole body to arrive
 SEND_SECONDS = 30.0  # for a client to take a piece of a stream
 MOST_CONNECTIONS = 1000
@@ -234,6 +235,7 @@ def parse(request: Request, body: bytes) -> Any:
     try:
         hooks = {"object_pairs_hook": _object, "parse_float": _finite, "parse_constant": _no_constant}
         found = json.loads(body.decode("utf-8"), **hooks)
+        _check_depth(found)
         if rb"\ud" in body.lower() and isinstance(found, dict):
             _check_characters(found)
         return found
@@ -241,6 +243,17 @@ def parse(request: Request, body: bytes) -> Any:
         raise ApiError(400, "the body is not UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from None
+
+
+def _check_depth(value: Any) -> None:
+    """What reads a request further on may call itself for each level."""
+    level = [value]
+    for _ in range(MOST_LEVELS + 1):
+        values = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [each for some in values for each in some if isinstance(each, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {MOST_LEVELS} levels deep")
 
 
 def _check_characters(fields: dict) -> None:

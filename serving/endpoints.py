@@ -99,10 +99,14 @@ def _render(service: Service, given: Any, thinking: bool = True) -> list[int]:
     for message in given.messages:
         service.check_text(message.get("content"), "messages")
     begun = bool(given.continue_final_message)
+    if begun and not (given.messages and given.messages[-1].get("role") == "assistant"):
+        raise refused("continue_final_message", "the last message is not the assistant's")
     try:
         return service.chat.render(given.messages, thinking, given.tools, continue_final_message=begun, literal=True)
     except ValueError as error:
         raise ApiError(400, str(error), "messages") from None
+    except RecursionError:  # arguments of a call, given as text
+        raise refused("messages", "arguments of a call are nested too deeply") from None
 
 
 async def _constraints(service: Service, given: Any, ids: list[int], thinking: bool) -> Callable[[], Constraint | None]:
@@ -129,11 +133,12 @@ async def _constraints(service: Service, given: Any, ids: list[int], thinking: b
     if given.continue_final_message:
         raise refused("continue_final_message", f"a begun answer can't be held to {param}")
     try:
+        await grammars.examine(grammar)
         matcher = await asyncio.to_thread(grammars.matcher, grammar)
     except ValueError as error:
         raise refused(param, str(error)) from None
     opened = service.chat.opens_thinking(ids)
-    return lambda: Constraint(grammars, matcher.deep_copy(), opened, thinking)
+    return lambda: Constraint(grammars, matcher.deep_copy(), opened, thinking, param)
 
 
 # ---- POST /v1/completions ----

@@ -5,17 +5,20 @@ each state of a grammar which tokens may follow, in less than a millisecond. `Co
 one reply, and lets the model think first.
 """
 
+import asyncio
 import json
+import sys
 import threading
 from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
 from chat import Chat
+from serving.errors import refused
 from serving.tool_calls import BEGIN, END
 
 # One way to write JSON, json.dumps': where white space is free, a small model goes on in it for ever.
@@ -24,13 +27,23 @@ COMPACT = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", 
 # No other thread of Python runs while a grammar is read, which takes a tenth of a second for so many characters.
 MOST_CHARACTERS = 100_000
 
+# llguidance's time to join patterns that have to hold together doubles with each: 13 take 0.1 s, 20 a minute. Only the
+# end of its process can stop it, so from so many on a process of its own reads the grammar first.
+MANY_PATTERNS = 8
+EXAMINE = """\
+import resource, sys
+resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
+from llguidance import LLMatcher
+LLMatcher.validate_grammar(sys.stdin.read())
+"""
+
 
 class Grammars:
     """Grammars over the tokens of one checkpoint. `ends` are the ids that end a reply."""
 
     def __init__(self, chat: Chat, vocab_size: int, ends: set[int]):
         self.chat, self.vocab_size, self.ends = chat, vocab_size, sorted(ends)
-        self._lock = threading.Lock()
+        self._lock, self._one = threading.Lock(), asyncio.Semaphore(1)
 
     def prepare(self) -> LLTokenizer:
         """The vocabulary in llguidance's form, made at the first call. For 150,000 tokens that takes most of a second,
@@ -47,14 +60,35 @@ class Grammars:
         """Whether the checkpoint writes a call's arguments in tags of their own, not as JSON."""
         return any("<function=" in template for template in self.chat.templates.values())
 
+    async def examine(self, grammar: str) -> None:
+        """Raises ValueError for a grammar whose patterns would keep `matcher` busy for more than seconds."""
+        if grammar.count('"pattern"') + grammar.count('"format"') < MANY_PATTERNS or len(grammar) > MOST_CHARACTERS:
+            return
+        async with self._one:
+            nowhere = asyncio.subprocess.DEVNULL
+            pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": nowhere, "stderr": nowhere}
+            child = await asyncio.create_subprocess_exec(sys.executable, "-P", "-c", EXAMINE, **pipes)
+            try:
+                await child.communicate(grammar.encode())
+            finally:
+                if child.returncode is None:  # the client has gone
+                    child.kill()
+                    await child.wait()
+        if child.returncode < 0:
+            raise ValueError("its patterns are too many to hold together; give fewer")
+
     def matcher(self, grammar: str) -> LLMatcher:
         """Raises ValueError for a schema that can't be followed exactly, or is too large."""
         if len(grammar) > MOST_CHARACTERS:
             raise ValueError(
                 f"{len(grammar):,} characters, but at most {MOST_CHARACTERS:,} are read; shorten the schema"
             )
-        found = LLMatcher(self.prepare(), grammar, log_level=0)
+        found = LLMatcher(self.prepare(), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         wrong = [found.get_error()] if found.is_error() else found.get_grammar_warnings()
+        if not wrong:
+            begun = found.deep_copy()
+            begun.compute_bitmask()
+            wrong = ["no text fits it"] if begun.is_error() else []
         if wrong:
             raise ValueError(f"can't be followed ({' '.join(' '.join(wrong).split())[:300]})")
         return found
@@ -146,11 +180,11 @@ class Constraint:
 
     `opened`: the reply begins inside the thinking. `thinks`: it may begin with `<think>`. In the thinking everything
     may come but an end of the reply; behind it the line break that the template writes there is inserted, and there
-    the grammar begins.
+    the grammar begins. `param`: the field that asked for it.
     """
 
-    def __init__(self, grammars: Grammars, matcher: LLMatcher, opened: bool, thinks: bool):
-        self.grammars, self.matcher = grammars, matcher
+    def __init__(self, grammars: Grammars, matcher: LLMatcher, opened: bool, thinks: bool, param: str):
+        self.grammars, self.matcher, self.param = grammars, matcher, param
         chat = grammars.chat
         self._think, self._end_think = chat.think_start_id, chat.think_end_id
         self._break = chat.encode("\n\n")
@@ -174,7 +208,7 @@ class Constraint:
         matcher = self.matcher
         matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if matcher.is_error():
-            raise ValueError(f"the grammar can't go on: {matcher.get_error()[:200]}")
+            raise refused(self.param, f"is too complex ({matcher.get_error()[:200]})")
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits)].view(bool)
         ends = self.grammars.ends
         allowed[ends] = allowed[ends].any() or matcher.is_stopped()

@@ -39,7 +39,7 @@ def grammars(request) -> Grammars:
 
 def accepts(grammars: Grammars, grammar: str, text: str) -> bool:
     """Whether a reply may be this text and end: each token has to survive the mask."""
-    constraint = Constraint(grammars, grammars.matcher(grammar), opened=False, thinks=False)
+    constraint = Constraint(grammars, grammars.matcher(grammar), opened=False, thinks=False, param="tools")
     tokens, logits = [], torch.zeros(grammars.vocab_size)
     for token in [*grammars.chat.encode(text), grammars.ends[0]]:
         if constraint.mask(tokens, logits)[token] == -torch.inf:
@@ -86,6 +86,8 @@ def test_what_a_grammar_cannot_follow_is_refused(grammars):
         {"type": "nonsense"},
         {"type": "string", "pattern": "("},
         {"$ref": "#/definitions/none"},
+        {"$ref": "#"},  # no text at all
+        {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
     ):
         with pytest.raises(ValueError, match="can't be followed"):
             grammars.matcher(grammars.answer(schema))
@@ -122,7 +124,7 @@ def test_calls_in_tags(grammars):
 def test_thinking_is_free_and_comes_first(grammars):
     chat = grammars.chat
     for opened in (False, True):
-        constraint = Constraint(grammars, grammars.matcher(grammars.answer(SCHEMA)), opened, thinks=True)
+        constraint = Constraint(grammars, grammars.matcher(grammars.answer(SCHEMA)), opened, thinks=True, param="tools")
         logits, tokens = torch.zeros(grammars.vocab_size), []
         text = "\nSo: what?\n</think>" if opened else "<think>\nSo: what?\n</think>"
         for token in chat.encode(text):
@@ -139,6 +141,8 @@ def test_thinking_is_free_and_comes_first(grammars):
 
 
 def test_without_thinking_it_begins_at_once(grammars):
-    constraint = Constraint(grammars, grammars.matcher(grammars.answer(SCHEMA)), opened=False, thinks=False)
+    constraint = Constraint(
+        grammars, grammars.matcher(grammars.answer(SCHEMA)), opened=False, thinks=False, param="tools"
+    )
     mask = constraint.mask([], torch.zeros(grammars.vocab_size))
     assert mask[grammars.chat.think_start_id] == -torch.inf and mask[grammars.chat.encode('{"n": ')[0]] == 0

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness' own clients against this server: what they find is what its hf model finds on the same files."""
+"""lm-evaluation-harness' own clients against this server find what its hf model finds on the same files."""
 
 import logging
 
