@@ -19,6 +19,18 @@ class HubUnreachable(ValueError):
     """The hub does not answer, or no longer."""
 
 
+def refusal(place: str, response: Any) -> ValueError:
+    """The exception for an answer of a status that is an error: HubUnreachable where a later try may succeed."""
+    status, said = response.status_code, f"{place} answers {response.status_code} {response.reason_phrase}"
+    if response.headers.get("X-Error-Code") == "GatedRepo":
+        return ValueError(f"{said}: accept the model's terms on its page, then `hf auth login`")
+    if status in (401, 403):
+        return ValueError(f"{said}; `hf auth login` with a token that may read this model")
+    if status in (408, 429) or status >= 500:
+        return HubUnreachable(f"{said}; try later")
+    return ValueError(f"{said}; check the address, and HF_ENDPOINT where it is set")
+
+
 def reach(ask: Callable[[], Any]) -> Any:
     """`ask()`'s answer or exception; TimeoutError when there is none within REACH_SECONDS.
 
@@ -59,8 +71,7 @@ def transfer(url: str, headers: dict[str, str], part: Path, size: int, report: C
         raise HubUnreachable(f"{url}: can't be reached ({error}); {AGAIN}") from None
     with closing(response):
         if response.is_error:
-            said = f"{response.status_code} {response.reason_phrase}"
-            raise ValueError(f"{url}: the server answers {said}; check the address and `hf auth login`, or try later")
+            raise refusal(f"{url}: the server", response)
         if response.status_code != 206:
             have = 0
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
@@ -114,7 +125,7 @@ def _read(url: str, headers: dict[str, str], most: int) -> tuple[int, bytes]:
         raise HubUnreachable(f"{url}: can't be reached ({error}); {AGAIN}") from None
     with closing(response):
         if response.is_error:
-            raise ValueError(f"{url}: the server answers {response.status_code} {response.reason_phrase}")
+            raise refusal(f"{url}: the server", response)
         data = bytearray()
         try:
             for piece in response.iter_bytes():

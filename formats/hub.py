@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from console import byte_progress
-from formats.download import HubUnreachable, reach, read_document, transfer
+from formats.download import HubUnreachable, reach, read_document, refusal, transfer
 from formats.files import publish, sha256, write_text
 from formats.gguf.files import choose
 from formats.shards import INDEX, SINGLE, weight_files
@@ -157,19 +157,25 @@ def _wanted(names: list[str], tokenizer_only: bool, tag: str | None) -> list[str
 def listing(repo: str, revision: str | None) -> tuple[str, list[RemoteFile]]:
     """The commit of a revision and all of its files, whatever they are."""
     from huggingface_hub import HfApi, is_offline_mode
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
     if is_offline_mode():
         raise HubUnreachable("not in the cache, and HF_HUB_OFFLINE forbids asking the hub")
 
     try:
         info = reach(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
-    except GatedRepoError:
-        raise ValueError("the hub requires a login; run `hf auth login` first") from None
     except RevisionNotFoundError:
-        raise ValueError(f"the hub has no revision {revision} of this model") from None
-    except RepositoryNotFoundError:
+        raise ValueError(f"the hub has no revision {revision or 'main'} of this model") from None
+    except RepositoryNotFoundError as error:
+        if error.response.headers.get("X-Error-Code") == "GatedRepo":  # its class is derived from this one
+            raise refusal("the hub", error.response) from None
         raise ValueError("the hub has no such model (or it is private)") from None
+    except HfHubHTTPError as error:
+        raise refusal("not in the cache, and the hub", error.response) from None
+    except (json.JSONDecodeError, LookupError, TypeError, AttributeError):
+        raise ValueError(
+            "the hub's answer is no description of a model; check HF_ENDPOINT, or a proxy's page"
+        ) from None
     except Exception as error:  # the HTTP library's classes (DNS, time-out, 5xx): all the same to a user
         raise HubUnreachable("not in the cache, and the hub can't be reached") from error
     files = [

@@ -598,3 +598,43 @@ def test_looking_for_ggufs_goes_four_folders_deep(tmp_path):
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
         (tmp_path / place / "m.gguf").touch()
     assert hub.ggufs(tmp_path) == ["a/b/c/d/m.gguf"]
+
+
+REFUSALS = {  # status, X-Error-Code -> what is said, and whether a later try may succeed
+    (401, None): ("401 Unauthorized; `hf auth login` with a token", False),
+    (403, "GatedRepo"): ("403 Forbidden: accept the model's terms on its page, then `hf auth login`", False),
+    (404, None): ("404 Not Found; check the address, and HF_ENDPOINT", False),
+    (429, None): ("429 Too Many Requests; try later", True),
+    (503, None): ("503 Service Unavailable; try later", True),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSALS)
+@pytest.mark.parametrize("part", ["/api/", "/resolve/"])
+def test_a_hub_that_answers_with_an_error_is_not_called_out_of_reach(server, monkeypatch, part, refused):
+    (status, code), (said, later) = refused, REFUSALS[refused]
+    honest, asked = Handler.do_GET, []
+
+    def refuse(self):
+        if part not in self.path:
+            return honest(self)
+        asked.append(self.path)
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.end_headers()
+
+    monkeypatch.setattr(Handler, "do_GET", refuse)
+    with pytest.raises(ValueError) as error:
+        source.resolve("org/name")
+    assert said in str(error.value) and "can't be reached" not in str(error.value)
+    assert isinstance(error.value, hub.HubUnreachable) == later
+    assert len(asked) == (hub.ATTEMPTS if later and part == "/resolve/" else 1)
+
+
+@pytest.mark.parametrize("page", [b"<!doctype html><html>Sign in to this network</html>", b"[]", b"{}", b'"x"'])
+def test_an_answer_that_is_no_description_of_a_model(server, monkeypatch, page):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.send(200, page))
+    with pytest.raises(ValueError, match="the hub's answer is no description of a model; check HF_ENDPOINT"):
+        source.resolve("org/name")
