@@ -66,16 +66,17 @@ class Trainer:
     """A run that is ready to start: `train` is the loop, `step` one iteration of it."""
 
     def __init__(self, settings: Settings, resume: bool):
-        decide_source(settings)
         self.settings, train = settings, settings.train
         if train.threads:
             torch.set_num_threads(train.threads)
         keep_freed_memory()
         self.processes = Processes(train.parallel, train.device)
         self.device = self.processes.device
+        tells = self.processes.is_first
+        decide_source(settings, tells)
         check_combinations(settings, self.processes.count)
         self.chat = Chat.from_pretrained(resolve(settings.model.tokenizer, "model.tokenizer", tokenizer_only=True))
-        source, latest = build_source(settings, self.chat), Path(train.out) / "latest"
+        source, latest = build_source(settings, self.chat, tells), Path(train.out) / "latest"
         with one_line_failures(settings, self.processes, latest, loading=True):
             self.run, self.model, reference = begin(settings, self.chat, self.processes, resume)
         self.samples = self._sample_prompts()
@@ -290,6 +291,8 @@ def check_combinations(settings: Settings, processes: int = 1) -> None:
     betas = settings.optimizer.betas
     if len(betas) != 2 or max(betas) == 1:
         raise ValueError(f"optimizer.betas is {betas}, but AdamW takes two numbers from 0 to below 1")
+    if lora.rank and not lora.targets:
+        raise ValueError("lora.targets is empty, so nothing would be trained; name layers, or leave it out")
     if lora.rank and settings.optimizer.name == "muon":
         raise ValueError("optimizer.name muon is for whole matrices, not for lora's factors; set adamw")
     if settings.schedule.name == "wsd" and settings.schedule.warmup + settings.schedule.decay > 1:

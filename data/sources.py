@@ -92,6 +92,12 @@ class Generated:
     def validation_rows(self, index: int) -> list[Item]:
         return self._items(index, ALL, unseen=True)
 
+    def fingerprint(self, count: int = 16) -> str:
+        """A hash of the first items' ids: another tokenizer, template or corpus has another."""
+        items = [self.make(number, False) for number in range(count)]
+        rows = [item.prompt if isinstance(item, Question) else fingerprint(item) for item in items]
+        return hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest()
+
     def _items(self, step: int, share: slice, unseen: bool) -> list[Item]:
         items = (self.make(step * self.batch + i, unseen) for i in range(self.batch)[share])
         return [item for item in items if item.length <= self.longest]
@@ -206,15 +212,16 @@ def read_items(
     make: Callable[[Any], list[Item]],
     longest: int,
     skip_share: float = 0.0,
+    tells: bool = True,
 ) -> tuple[list[Item], str]:
     """The items of all (where it stands, record), those longer than `longest` tokens left out, and a hash of them.
 
     A row of another form is left out and counted. ValueError, naming the first, where they are more than the share
-    `skip_share` of all rows; one is always allowed, unless the share is 0.
+    `skip_share` of all rows; one is always allowed, unless the share is 0. `tells`: says what was left out.
     """
     rows, items, too_long, unusable, odd, unread = 0, [], 0, 0, [], set()
     digest = hashlib.blake2b(digest_size=8)
-    for where, given in console.counted(found, f"{name}: rows"):
+    for where, given in console.counted(found, f"{name}: rows") if tells else found:
         rows += 1
         try:
             if isinstance(given, Unreadable):
@@ -237,11 +244,13 @@ def read_items(
     kinds = {f"longer than {longest:,} tokens": too_long, "without an answer or a difference": unusable}
     left_out = [f"{count:,} {kind}" for kind, count in kinds.items() if count]
     left_out += [f"{len(odd):,} of another form ({'; '.join(odd[:3])}{'; ...' if odd[3:] else ''})"] if odd else []
-    console.notice(
+    said = (
         f"{name}: {rows:,} rows, {len(items):,} to learn from"
         + ("; left out: " + ", ".join(left_out) if left_out else "")
         + (f"; fields that are not read: {', '.join(sorted(unread))}" if unread else "")
     )
+    if tells:
+        console.notice(said)
     if not items:
         raise ValueError(f"data: {name} has nothing to learn from; use other rows or a longer train.sequence")
     return items, digest.hexdigest()

@@ -62,8 +62,13 @@ class Run:
         self.latest, self.metrics, self.config = (self.path / n for n in ("latest", "metrics.jsonl", "config.yaml"))
         if self.latest.is_symlink() and not self.latest.exists():
             raise ValueError(f"{self.latest}: links to {self.latest.readlink()}, which is not there; {self._another()}")
-        self.step = self._trainer_json()["step"] if self.latest.exists() else 0
         self.exists = self.config.exists()
+        foreign = next((path for path in (self.latest, self.metrics) if path.exists()), None)
+        if foreign and not self.exists:
+            raise ValueError(
+                f"{foreign} is not of a run that can be resumed (no config.yaml); choose another train.out"
+            )
+        self.step = self._trainer_json()["step"] if self.latest.exists() else 0
         self.changed: dict[str, tuple[Any, Any]] = {}
         if self.exists and not resume:
             raise ValueError(f"train.out {self.path} already holds a run; add --resume or choose another folder")
@@ -74,7 +79,10 @@ class Run:
         """Prepares the folder for the next step. One process calls this, once all have read the folder."""
         if resume and not self.exists:
             console.notice(f"{self.path} holds no run yet; starting from the beginning")
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"train.out {self.path} can't be a folder ({error.strerror}); choose another") from None
         write_text(self.config, schema.as_yaml(settings))
         self._forget_after(self.step)
         self.log_file = self.metrics.open("a", encoding="utf-8")
@@ -86,6 +94,8 @@ class Run:
         saved = schema.load(self.config)  # keys that are newer than the run have their defaults
         if settings.model.fingerprint is None:
             settings.model.fingerprint = saved.model.fingerprint
+        if saved.data.fingerprint is None:  # a run on the corpus, of a version that had none for it
+            saved.data.fingerprint = settings.data.fingerprint
         self.changed = differences(schema.resolved(saved), schema.resolved(settings))
         same_data = settings.data.fingerprint is not None and "data.fingerprint" not in self.changed
         allowed = schema.may_change() | (set(PLACES) if same_data else set())

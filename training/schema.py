@@ -115,7 +115,7 @@ class Data:
         high=1,
         may_change=True,
     )
-    fingerprint: str | None = key(None, "rows, shards: hash of what is trained on; null: computed. Others are refused")
+    fingerprint: str | None = key(None, "hash of what is trained on; null: computed. Others are refused")
     turns: str = key("all", "sft on rows: which of the assistant's turns are learned", ("all", "last"))
     pack: bool = key(
         False, "pretrain, sft: several rows of a step in one sequence, none of which sees another: less padding"

@@ -9,9 +9,9 @@ from data.sources import Corpus, Generated, Item, Listed, Shards, WrittenRows, m
 from training.schema import Settings
 
 
-def decide_source(settings: Settings) -> None:
-    """Resolves `data.source: auto`: shards if there are any, else the corpus. ValueError for rows that are named but
-    not read."""
+def decide_source(settings: Settings, tells: bool = True) -> None:
+    """Resolves `data.source: auto`: shards if there are any, else the corpus, and `tells` so. ValueError for rows that
+    are named but not read."""
     data = settings.data
     if data.source == "corpus" and data.train is not None:
         raise ValueError(
@@ -24,11 +24,12 @@ def decide_source(settings: Settings) -> None:
             data.source = "shards"
         except ValueError as error:
             data.source, settings.model.tokenizer = "corpus", data.corpus_tokenizer
-            console.notice(f"{error}. Until then this run trains on the generated corpus.")
+            if tells:
+                console.notice(f"{error}. Until then this run trains on the generated corpus.")
 
 
-def build_source(settings: Settings, chat: Chat):
-    """The items of each step; see data/sources.py."""
+def build_source(settings: Settings, chat: Chat, tells: bool = True):
+    """The items of each step; see data/sources.py. `tells`: says how many rows there are."""
     train, data, stage, batch, longest = settings.train, settings.data, settings.stage, *row_limits(settings)
     if data.pack and stage not in ("pretrain", "sft"):
         raise ValueError(
@@ -64,7 +65,10 @@ def build_source(settings: Settings, chat: Chat):
 
         corpus = Corpus(data.seed, pieces, chat, data.hard, data.outside)
         makers = {"pretrain": corpus.text, "sft": corpus.conversation, "dpo": corpus.preference}
-        return Generated((makers | {"grpo": corpus.question})[stage], batch, longest)
+        source = Generated((makers | {"grpo": corpus.question})[stage], batch, longest)
+        of = f"the corpus and {settings.model.tokenizer}"
+        data.fingerprint = agreed("data.fingerprint", data.fingerprint, source.fingerprint(), of)
+        return source
     if stage == "pretrain":
         raise ValueError("data.source rows is for sft, dpo and grpo; make shards of texts with data/shards.py tokenize")
     rows = WrittenRows(chat, data.turns, settings.grpo.thinking)
@@ -72,7 +76,7 @@ def build_source(settings: Settings, chat: Chat):
 
     def read(place: str, split: str) -> tuple[list[Item], str]:
         found = records(place, split, data.subset, data.limit, Path(train.out))
-        return read_items(place, found, make, longest, data.skip_share)
+        return read_items(place, found, make, longest, data.skip_share, tells)
 
     items, digest = read(data.train, data.split)
     data.fingerprint = agreed("data.fingerprint", data.fingerprint, digest, f"the rows of {data.train}")

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -68,7 +69,7 @@ def run_on_a_slow_disk(config: Path) -> None:
     training.run.save_file = slow
     with (config.parent / f"said-{rank}").open("w") as sys.stderr:
         try:
-            run(config, "train.parallel=ddp")
+            run(config, "train.parallel=ddp", "train.steps=4")
         finally:
             (config.parent / f"ended-{rank}").write_text(str(time.time()))
 
@@ -79,14 +80,14 @@ def stop_rank_one(number: int) -> None:
         time.sleep(0.05)
 
 
-def test_all_processes_leave_after_the_save_and_one_speaks(config):
+def test_all_processes_leave_after_the_save_and_one_speaks(answers):
     fault = Fault(2, stop_rank_one, (signal.SIGTERM,))
-    assert in_processes(2, run_on_a_slow_disk, config, fault=fault) == [143, 143]
-    latest = config.parent / "run" / "latest"
+    assert in_processes(2, run_on_a_slow_disk, answers, fault=fault) == [143, 143]
+    latest = answers.parent / "run" / "latest"
     assert latest.resolve().name == "step-00000002"
-    assert float((config.parent / "ended-1").read_text()) > latest.lstat().st_mtime
-    assert "saved" in (config.parent / "said-0").read_text()
-    assert (config.parent / "said-1").read_text() == ""
+    assert float((answers.parent / "ended-1").read_text()) > latest.lstat().st_mtime
+    assert "saved" in (answers.parent / "said-0").read_text()
+    assert (answers.parent / "said-1").read_text() == ""
 
 
 def interrupted_in_a_long_operation(said: Path) -> None:
@@ -316,12 +317,38 @@ def test_what_changes_the_mathematics_is_refused_with_what_would_happen(config):
             run(config, *short, change, resume=True)
 
 
+def test_another_tokenizer_is_refused(config):
+    """The corpus has no file of rows, but its ids depend on the tokenizer and its template."""
+    short, tokenizer = ("train.steps=1", "train.save_every=1", "train.validate_batches=1"), config.parent / "tokenizer"
+    shutil.copytree(TINY, tokenizer)
+    run(config, *short, f"model.tokenizer={tokenizer}")
+    stated = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    stated["chat_template"] = stated["chat_template"].replace("user", "User")
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(stated))
+    with pytest.raises(ValueError, match=r"data\.fingerprint: .* would take other rows"):
+        run(config, *short, f"model.tokenizer={tokenizer}", resume=True)
+
+
+def test_what_is_no_run_is_left_alone(config):
+    out = config.parent / "run"
+    out.write_text("a file")
+    with pytest.raises(ValueError, match=r"train\.out .*run can't be a folder \(File exists\)"):
+        run(config)
+    out.unlink()
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("somebody's")
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl is not of a run .* \(no config\.yaml\)"):
+            run(config, resume=resume)
+    assert (out / "metrics.jsonl").read_text() == "somebody's"
+
+
 def test_a_run_of_an_older_version_lacks_new_keys(config):
     short = ("train.steps=1", "train.save_every=1", "train.validate_batches=1")
     run(config, *short)
     path = config.parent / "run" / "config.yaml"
     saved = yaml.safe_load(path.read_text())
-    del saved["train"]["router_aux_loss_coef"]
+    del saved["train"]["router_aux_loss_coef"], saved["data"]["fingerprint"]
     path.write_text(yaml.safe_dump(saved))
     assert len(run(config, *short, resume=True)) == 1
 

@@ -190,6 +190,7 @@ def test_two_processes_give_the_losses_of_one(config, stage, parallel):
         (["stage=dpo", "data.source=rows"], r"rows\.jsonl: line 1: .* a preference has chosen and rejected"),
         (["lora.rank=2", "lora.targets=[q_prj]"], "no linear layer q_prj; did you mean q_proj"),
         (["lora.rank=2", "optimizer.name=muon"], "muon is for whole matrices"),
+        (["lora.rank=2", "lora.targets=[]"], "lora.targets is empty"),
         (["lora.rank=2", "model.init=null", "model.config={}"], "lora adapts a trained model"),
         (["data.source=rows", "data.fingerprint=abc"], r"data\.fingerprint is abc, but the rows of"),
     ],
@@ -199,15 +200,20 @@ def test_what_does_not_fit_together_is_refused(config, overrides, said):
         run(config, *overrides)
 
 
-def test_grpo_in_two_processes(config):
-    """Each writes replies to its own questions; both then have the same weights, and kills change nothing."""
-    chosen = ["stage=grpo", *STAGES["grpo"], "grpo.kl=0", "train.steps=3", "train.parallel=ddp"]
-    assert in_processes(2, run_with_equal_weights, config, *chosen) == [0, 0]
-    first = without_speed(metrics(config.parent / "run"))
-    assert len(first) == 3 and max(record["grad_norm"] for record in first) > 0
-    (config.parent / "run").rename(config.parent / "first")
-    assert in_processes(2, run_with_equal_weights, config, *chosen) == [0, 0]
-    assert without_speed(metrics(config.parent / "run")) == first
+def test_grpo_in_two_processes_and_resumed_in_one(config):
+    """Each writes replies to its own questions; both then have the same weights. Resumed from the middle in one
+    process, in smaller pieces and with recomputed activations, the run has the same replies and, to rounding, losses.
+    """
+    chosen = ["stage=grpo", *STAGES["grpo"], "optimizer.lr=3e-4"]
+    assert in_processes(2, run_with_equal_weights, config, *chosen, "train.parallel=ddp") == [0, 0]
+    first, latest = without_speed(metrics(config.parent / "run")), config.parent / "run" / "latest"
+    assert len(first) == 4 and max(record["grad_norm"] for record in first) > 0
+    latest.unlink()
+    latest.symlink_to("checkpoints/step-00000002")
+    resumed = run(config, *chosen, "train.accumulate=16", "train.checkpoint_activations=true", resume=True)
+    for record, expected in zip(without_speed(resumed), first, strict=True):
+        assert record == pytest.approx(expected, rel=1e-4, abs=1e-7)
+        assert record["tokens"] == expected["tokens"]
 
 
 # --- replies and their rewards ---
