@@ -1,6 +1,6 @@
 """Where an engine keeps keys and values: one cache for each running reply, and those of finished ones while they fit.
 
-The engine (inference/engine.py) needs six things of a store, whatever a cache is made of:
+The engine (inference/engine.py) needs seven things of a store, whatever a cache is made of:
 
     begin(source, shared)   an empty cache, or one that holds the first `shared` positions of another
     end(cache)              its memory is free
@@ -8,6 +8,9 @@ The engine (inference/engine.py) needs six things of a store, whatever a cache i
     make_room(lengths)      False where memory does not suffice for each cache to become so long
     forward(parts)          computes the next ids of some caches, together
     used(caches)            the bytes that these caches take; of None, those that all do
+    cuts                    whether a cache can begin with a part of another one, of any length. Keys and values can. A
+                            recurrent state cannot: it is copied whole or not at all, so a store of such states has
+                            `cuts = False`, and its engine only continues what is a prefix of the new prompt as a whole
 
 `Pages` is the store of the C++ step, on a CPU: a sequence has pages of its own or shares them, and all next ids, pieces
 of prompts too, go through the model in one pass. `Rows` is that of PyTorch, on any device: running caches are the rows
@@ -48,6 +51,8 @@ class Row:
 
 class Rows:
     """Rows of one KVCache, as many as there are running replies up to a power of two."""
+
+    cuts = True
 
     def __init__(self, model: Qwen3, most_rows: int, context: int, cache_bytes: int):
         self.model, self.context, self.most_rows, self.limit = model, context, most_rows, cache_bytes
@@ -181,6 +186,8 @@ class Pages:
 
     A prefix is shared page by page; only what it has of a last, partly filled page is copied.
     """
+
+    cuts = True
 
     def __init__(self, model: Qwen3, cache_bytes: int):
         self.model = model

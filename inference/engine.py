@@ -271,10 +271,12 @@ class Engine:
             theirs = held.text if isinstance(held, Kept) else held.text()
             same = min(common_prefix(text, theirs), len(text) - 1)  # the last token's logits are needed
             there = min(same, held.cache.length)
+            if not self.store.cuts and there < held.cache.length:
+                there = 0
             coming = max(coming, same)
             if there > shared:
                 source, shared = held, there
-        if coming >= shared + WORTH_WAITING:
+        if coming >= shared + WORTH_WAITING and self.store.cuts:
             return False
         while (cache := self.store.begin(source and source.cache, shared)) is None:
             oldest = next((held for held in self.kept if held is not source), None)

@@ -117,6 +117,40 @@ def test_a_prompt_starts_from_the_longest_beginning_that_is_kept(kind):
         assert reply.tokens == list(generate(model, ids, params))
 
 
+@pytest.mark.parametrize("kind", ["float32", "PyTorch"])
+def test_of_caches_that_cannot_be_cut_back_only_whole_ones_are_continued(kind, monkeypatch):
+    """As recurrent states are: copied whole or not at all, and nobody waits for a beginning that is no whole cache."""
+    model, params = small_model(kind), SamplingParams(temperature=1, seed=1, max_new_tokens=6)
+    model.config.eos_token_id = None
+    engine = Engine(model, max_batch=8)
+    begin = engine.store.begin
+    taken = []
+
+    def begin_whole(source, shared):
+        assert shared == (source.length if source else 0)
+        taken.append(shared)
+        return begin(source, shared)
+
+    monkeypatch.setattr(engine.store, "cuts", False, raising=False)
+    monkeypatch.setattr(engine.store, "begin", begin_whole)
+    start = [5 + i % 17 for i in range(300)]
+    engine.add(first := Reply(model, start, params))
+    engine.run()
+    followed = [*start, *first.tokens, 3, 4]
+    for ids, cached in ((followed, 305), (start, 0), ([*start[:40], 9, 9], 0), ([*followed[:303], 8], 0)):
+        engine.add(reply := Reply(model, ids, params))
+        engine.run()
+        assert reply.cached == cached and reply.tokens == list(generate(model, ids, params))
+    replies = [Reply(model, [7] * 200, params) for _ in range(3)]
+    for reply in replies:
+        engine.add(reply)
+    del taken[:]
+    engine.step()
+    assert taken == [0, 0, 0]
+    engine.run()
+    assert [reply.cached for reply in replies] == [0, 0, 0] and len({tuple(reply.tokens) for reply in replies}) == 1
+
+
 def test_equal_prompts_of_a_batch_are_computed_once(monkeypatch):
     model, engine = small_model(), None
     engine, computed = Engine(model, max_batch=8), []
