@@ -36,8 +36,8 @@ interop: $(VENV)/.test
 
 # The C++ step under sanitizers, for every instruction set: 200 random models each, some minutes.
 fuzz: $(VENV)/.test
-	PYTHONPATH=. $(BIN)/python tests/ops/cpu/test_fuzz.py 200
-	PYTHONPATH=. $(BIN)/python tests/ops/cpu/test_instructions.py
+	PYTHONPATH=.:tests $(BIN)/python tests/ops/cpu/test_fuzz.py 200
+	PYTHONPATH=.:tests $(BIN)/python tests/ops/cpu/test_instructions.py
 
 # Small errors put into the code, one at a time: which of them would the tests not notice? SAMPLE of each file; hours.
 SAMPLE ?= 40

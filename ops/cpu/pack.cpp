@@ -103,7 +103,8 @@ struct Bytes8 {  // Q8_0
             for (int i = 0; i < 32; i++) {  // halves are rounded away from zero
                 const Vector scaled = t.x[i][v] * id;
                 const Integers whole = truncated(scaled);
-                t.q[i][v] = whole + truncated((scaled - to_vector(whole)) * 2.f);
+                const Integers half = truncated((scaled - to_vector(whole)) * 2.f);
+                t.q[i][v] = (Integers)((Unsigned)whole + (Unsigned)half);  // both may be the lowest number
             }
         }
         for (int g = 0; g < GROUPS; g++) t.step[g] = put_half(out + g * SIZE, t.scale[g], t.finite), t.offset[g] = 0;

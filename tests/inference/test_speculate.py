@@ -310,8 +310,22 @@ def test_speculation_that_does_not_help_costs_little_and_one_that_helps_is_used(
         assert simulated(lambda done: int(done % 7 == 0), costs)[0] < 4000 * 1.03, "seldom right"
     assert simulated(lambda done: 7, flat)[0] < 4000 / 4, "always right"
     assert simulated(lambda done: 7 * (done < 2000), flat)[0] < 2000 / 4 + 2000 * 1.05, "right only at first"
+    half = {n: 1.0 + 0.4 * (n - 1) for n in range(1, 9)}
+    gone = simulated(lambda done: 7 * (done < 2000), half)[0]
+    assert gone < 2000 * half[8] / 8 + 2000 * 1.05, "what was gained excuses no guesses for ever"
     late, drafted = simulated(lambda done: 7 * (done > 2000), flat)
     assert late < 2000 * 1.05 + 2000 / 3 and drafted > 1000, "right only later"
+
+
+def test_a_pass_over_what_a_thinking_budget_put_in_says_nothing_about_guesses():
+    speculation, now = Speculation(Wild()), 0.0
+    speculation.clock = lambda: now
+    speculation.begin([2])
+    for pending, seconds in ((9, 5.0), *[(1, 1.0)] * 4, (24, 20.0), (24, 0.1)):
+        speculation.propose([2], 0, GREEDY, torch.Generator())
+        now += seconds
+        speculation.learn(pending, 0, 0)
+    assert speculation.plain == 1.0 and speculation.account < 0.2
 
 
 def test_common_prefix():

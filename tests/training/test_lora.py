@@ -7,8 +7,19 @@ import pytest
 import torch
 
 from data.corpus.tokenizer import TINY
+from formats.compressed_tensors import Scheme
 from model import Qwen3
-from training.lora import TARGETS, LoRALinear, add_lora, load_adapter, merged_weights, save_adapter, without_adapters
+from ops.quant import QuantizedLinear
+from training.lora import (
+    TARGETS,
+    LoRALinear,
+    QLoRALinear,
+    add_lora,
+    load_adapter,
+    merged_weights,
+    save_adapter,
+    without_adapters,
+)
 
 IDS = torch.arange(300, 330).view(2, 15)
 
@@ -41,6 +52,19 @@ def test_a_new_adapter_changes_nothing_and_a_trained_one_can_be_left_out():
     with without_adapters(model):
         assert torch.equal(model(IDS), base)
     assert not torch.allclose(model(IDS), base, atol=0.1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [LoRALinear, QLoRALinear])
+def test_an_adapter_adds_alpha_by_rank_times_its_product(kind):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(16, 24), torch.randn(3, 16)
+    layer = layer if kind is LoRALinear else QuantizedLinear.from_linear(layer, Scheme(8, None))
+    adapter = kind(layer, 4, 6.0, torch.Generator().manual_seed(1))
+    adapter.lora_B.weight.normal_()
+    added = x @ adapter.lora_A.weight.T @ adapter.lora_B.weight.T * 6 / 4
+    torch.testing.assert_close(adapter(x), layer(x) + added)
+    assert layer.bias.abs().min() > 0
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import pytest
 
 from ops.compiler import find_compiler
 from ops.cpu.library import FLAGS
+from tests.ops.cpu.test_instructions import EXPECTED, PACK, compiled, packed_by
 
 SOURCE = Path(__file__).with_name("fuzz.cpp")
 SANITIZED = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fopenmp")
@@ -47,6 +48,10 @@ def main(count: int, directory: Path) -> None:
         print(f"{machine}: {said}", flush=True)
         if result is not None and result.returncode:
             sys.exit(1)
+        if result is not None:
+            program = compiled(find_compiler(), directory, PACK, *SANITIZED, *MACHINES[machine])
+            assert packed_by(program) == EXPECTED
+            print(f"{machine}: packed blocks", flush=True)
 
 
 if __name__ == "__main__":
