@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 if TYPE_CHECKING:  # at run time only where something is drawn
@@ -267,7 +268,6 @@ def run(main: Callable[[], None]) -> NoReturn:
     standard error and exit status 2. Every other exception is a defect of ours and keeps its traceback. Ctrl-C is 130.
     A reader that closed the pipe is no error, nor is a standard stream that was closed from the beginning.
     """
-    program = Path(sys.argv[0]).name
     # Importing PyTorch makes some hundred thousand objects and next to no garbage, but at Python's threshold of 700
     # the collector looks at them again and again, which takes a tenth of a second.
     gc.set_threshold(50_000)
@@ -281,30 +281,35 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:
         status = 0
-    except KeyboardInterrupt:
-        notice(f"{program}: interrupted")
-        status = 130
-    except ModuleNotFoundError as error:
-        if (how := _how_to_install(error.name or "")) is None:
+    except BaseException as error:
+        if (status := _told(error)) is None:
             raise
-        notice(f"{program}: error: {error.name} is not installed; {how}")
-        status = 2
-    except (ValueError, OSError) as error:
-        notice(f"{program}: error: {reason(error)}")
-        status = 2
-    except (MemoryError, RuntimeError, ImportError) as error:
-        if is_out_of_memory(error):
-            notice(f"{program}: error: out of memory ({one_line(str(error)) or 'in Python'})")
-        elif "can't start new thread" in str(error):
-            notice(f"{program}: error: the system allows no more threads (ulimit -u), or has no memory for one")
-        else:
-            raise
-        status = 2
     try:
         sys.stdout.flush()
     except OSError:
         _discard(sys.stdout)
     sys.exit(status)
+
+
+def _told(error: BaseException) -> int | None:
+    """Says in one line what ended the command; its exit status. None, and nothing said, for a defect of ours."""
+    status, said = 2, None
+    if isinstance(error, KeyboardInterrupt):
+        status, said = 130, "interrupted"
+    elif isinstance(error, ModuleNotFoundError):
+        how = _how_to_install(error.name or "")
+        said = how and f"error: {error.name} is not installed; {how}"
+    elif isinstance(error, ValueError | OSError):
+        said = f"error: {reason(error)}"
+    elif isinstance(error, MemoryError | RuntimeError | ImportError):
+        if is_out_of_memory(error):
+            said = f"error: out of memory ({one_line(str(error)) or 'in Python'})"
+        elif "can't start new thread" in str(error):
+            said = "error: the system allows no more threads (ulimit -u), or has no memory for one"
+    if said is None:
+        return None
+    notice(f"{Path(sys.argv[0]).name}: {said}")
+    return status
 
 
 def _discard(stream: TextIO) -> None:
@@ -317,7 +322,7 @@ def _discard(stream: TextIO) -> None:
 def answer_early(parse: Callable[[], Any]) -> None:
     """Ends the process where reading the arguments ends it (--help, a wrong flag); else they will be read again.
 
-    For a command whose imports take seconds, before them.
+    For a command whose imports take seconds, before them. What ends these imports is one line too.
     """
 
     class Complete(Exception):
@@ -329,6 +334,13 @@ def answer_early(parse: Callable[[], Any]) -> None:
 
     with suppress(Complete):
         run(read)
+    sys.excepthook = _import_failed
+
+
+def _import_failed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not isinstance(error, ValueError | OSError) and (status := _told(error)) is not None:
+        os._exit(status)
+    sys.__excepthook__(kind, error, trace)
 
 
 def _open_closed_streams() -> None:

@@ -109,7 +109,7 @@ def test_help_of_a_benchmark_needs_no_pytorch(subject):
 def test_keys_of_training_need_no_pytorch():
     whole = [sys.executable, "-c", BLOCKED, "train.py", "--keys"]
     result = subprocess.run(whole, capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
-    assert result.returncode == 0 and "\ntrain\n  train.out* (a text; required)" in result.stdout
+    assert result.returncode == 0 and "\ntrain\n  train.out* (a string; required)" in result.stdout
     assert "train.device* (auto, cpu, cuda or mps; default auto)" in result.stdout
     assert "train.seed (a whole number from 0 to 9223372036854775807; default 0)" in result.stdout
 
@@ -225,3 +225,19 @@ def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(given, expect
     command, here = [sys.executable, "-c", code], Path(__file__).parent.parent
     result = subprocess.run(command, cwd=here, env=clean | given, check=True, capture_output=True, text=True)
     assert result.stdout.split() == [expected, "False"]
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "said"),
+    [
+        ("KeyboardInterrupt", 130, "imports.py: interrupted\n"),
+        ("MemoryError", 2, "imports.py: error: out of memory (in Python)\n"),
+        ("ImportError('x.so: failed to map segment')", 2, "imports.py: error: out of memory (x.so: failed to"),
+        ("ValueError('ours')", 1, "Traceback"),
+    ],
+)
+def test_what_ends_the_imports_is_one_line(tmp_path, ends, status, said):
+    """They come before `run`, and take seconds."""
+    code = f"import sys; sys.argv = ['imports.py']\nimport console; console.answer_early(lambda: None)\nraise {ends}"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr[: len(said)]) == (status, said)

@@ -82,20 +82,20 @@ def test_every_config_loads(path):
         ("train.steps=many", "train.steps is 'many', but must be a whole number"),
         ("train.steps=2.5", "must be a whole number"),
         ("train.steps=true", "must be a whole number"),
-        ("train.steps=0", "it goes from 1 upwards"),
-        ("optimizer.lr=.nan", "it goes from 0 upwards"),
-        ("optimizer.lr=-1", "it goes from 0 upwards"),
+        ("train.steps=0", "must be at least 1"),
+        ("optimizer.lr=.nan", "must be at least 0"),
+        ("optimizer.lr=-1", "must be at least 0"),
         ("optimizer.name=adam", "did you mean adamw?"),
         ("schedule.decay=2", "from 0 to 1"),
-        ("optimizer.lr=.inf", "optimizer.lr is inf; it goes from 0 upwards"),
-        ("optimizer.weight_decay=.inf", "it goes from 0 upwards"),
-        ("optimizer.betas=[0.9, 2]", "optimizer.betas is [0.9, 2.0]; it goes from 0 to 1"),
+        ("optimizer.lr=.inf", "optimizer.lr is inf, but must be at least 0"),
+        ("optimizer.weight_decay=.inf", "must be at least 0"),
+        ("optimizer.betas=[0.9, 2]", "optimizer.betas is [0.9, 2.0], but must be from 0 to 1"),
         ("optimizer.betas=[0.9, x]", "must be a list"),
         (
             "train.seed=99999999999999999999",
-            "train.seed is 99999999999999999999; it goes from 0 to 9223372036854775807",
+            "train.seed is 99999999999999999999, but must be from 0 to 9223372036854775807",
         ),
-        ("train.threads=100000", "it goes from 0 to 1024"),
+        ("train.threads=100000", "must be from 0 to 1024"),
         ("train.compile=1", "must be true or false"),
         ("train.sample_prompts=[1]", "must be a list"),
         ("train=5", "not a section"),
@@ -105,8 +105,8 @@ def test_every_config_loads(path):
         ("train.keep=012", "must be a whole number"),
         ("train.keep=1:30", "train.keep is '1:30', but must be a whole number"),
         ("data.pack=yes", "must be true or false"),
-        ("train.out=", "train.out is None, but must be a text"),
-        ("train.out=''", "train.out is an empty text"),
+        ("train.out=", "train.out is None, but must be a string"),
+        ("train.out=''", "train.out is empty"),
         ("data=[]", "data is [], not a section"),
     ],
 )
@@ -169,7 +169,7 @@ def test_the_key_table_has_every_key():
     table = schema.table()
     assert "train.save_every* (a whole number from 1; required): steps between checkpoints" in table
     assert {line.split("*")[0].strip() for line in table.splitlines() if "* (" in line} == schema.may_change()
-    assert table.endswith("* --resume accepts another value; any other key has to be what the run began with")
+    assert table.endswith("* --resume accepts another value; every other key must keep the one that the run began with")
     assert "optimizer.embedding_lr (a number or null from 0; default null)" in table
     sections = schema.fields(schema.Settings)[1:]
     assert len(table.splitlines()) == 3 + sum(2 + len(schema.fields(section.type)) for section in sections)

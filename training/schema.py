@@ -1,7 +1,7 @@
 """Every key that a training YAML may hold: its type, its default, its limits and what it does.
 
-Unknown keys, wrong types and values out of range are refused with the key's place and the nearest known name. What a
-YAML leaves out has the default given here; the resolved whole is saved with the run.
+Unknown keys, wrong types and values out of range are refused with the key's place and the nearest known name. Keys that
+a YAML leaves out have the defaults given here; all of them are saved with the run.
 """
 
 # ruff: noqa: RUF009 (key() is dataclasses.field)
@@ -27,8 +27,8 @@ def key(
     high: float | None = None,
     may_change: bool = False,
 ) -> Any:
-    """A field of a settings class. `default` may be ... for a key that must be given. `may_change`: --resume accepts
-    another value, because it does not change the mathematics of a run."""
+    """A field of a settings class. `default` is ... for a key that must be given. `may_change`: --resume accepts
+    another value, as it does not change the mathematics of the run."""
     metadata = {"about": about, "choices": choices, "low": low, "high": high, "may_change": may_change}
     if default is ...:
         return field(metadata=metadata)
@@ -41,36 +41,36 @@ def key(
 class Train:
     out: str = key(..., "folder of the run: checkpoints, metrics.jsonl, loss.png, config.yaml", may_change=True)
     seed: int = key(0, "decides the initial weights and the order of the data", low=0, high=(1 << 63) - 1)
-    steps: int = key(..., "optimizer steps in all; the schedule is stretched over them", low=1, may_change=True)
+    steps: int = key(..., "total optimizer steps, which the schedule spans", low=1, may_change=True)
     save_every: int = key(..., "steps between checkpoints; the last step is always saved", low=1, may_change=True)
-    keep: int = key(2, "how many of the last checkpoints stay on the disk", low=1, may_change=True)
-    batch: int = key(32, "rows (sequences, conversations, pairs, replies) of a step, over all processes", low=1)
+    keep: int = key(2, "how many of the last checkpoints are kept", low=1, may_change=True)
+    batch: int = key(32, "rows (sequences, conversations, pairs, replies) per step, over all processes", low=1)
     accumulate: int = key(
         1,
-        "micro-batches of a step, over all processes, at least one in each; more need less memory",
+        "micro-batches per step over all processes, at least one each; more of them need less memory",
         low=1,
         may_change=True,
     )
-    sequence: int = key(512, "longest row in tokens; longer ones are left out", low=8)
-    clip: float = key(1.0, "largest norm of the gradient; a longer one is scaled down. 0: no clipping", low=0)
+    sequence: int = key(512, "longest row in tokens; longer rows are skipped", low=8)
+    clip: float = key(1.0, "maximum gradient norm; a larger gradient is scaled down. 0: no clipping", low=0)
     device: str = key("auto", "auto: cuda, then mps, then cpu", ("auto", "cpu", "cuda", "mps"), may_change=True)
     dtype: str = key("float32", "bfloat16: autocast of the matrix products", ("float32", "bfloat16"))
-    threads: int = key(0, "CPU threads of PyTorch; 0: its own choice", low=0, high=1024, may_change=True)
+    threads: int = key(0, "PyTorch's CPU threads; 0: PyTorch decides", low=0, high=1024, may_change=True)
     compile: bool = key(False, "torch.compile the model", may_change=True)
     kernels: str = key(
         "auto", "triton: fused operations; auto: on CUDA without compile", ("auto", "torch", "triton"), may_change=True
     )
     checkpoint_activations: bool = key(
-        False, "compute each block again in the backward pass: less memory, slower", may_change=True
+        False, "recompute each block in the backward pass: less memory, slower", may_change=True
     )
     parallel: str = key(
         "none",
-        "torchrun: the whole model in every process (ddp) or a share (fsdp)",
+        "with torchrun: every process holds the whole model (ddp) or a shard of it (fsdp)",
         ("none", "ddp", "fsdp"),
         may_change=True,
     )
     router_aux_loss_coef: float | None = key(
-        None, "mixture of experts: weight of the routers' balance loss; null: that of config.json", low=0
+        None, "mixture of experts: weight of the load-balancing loss; null: as in config.json", low=0
     )
     validate_every: int = key(0, "steps between validation losses; 0: only at the end", low=0, may_change=True)
     validate_batches: int = key(8, "batches of unseen rows in a validation", low=1, may_change=True)
@@ -88,7 +88,7 @@ class Model:
         None, "official config.json fields for random weights; vocab_size may be left out"
     )
     fingerprint: str | None = key(
-        None, "lora, dpo, grpo with kl: hash of the starting weights; null: computed. Others are refused"
+        None, "lora, dpo, grpo with kl: hash of the starting weights; null: computed. Other weights are refused"
     )
     tokenizer: str = key(..., "directory or hub id with a tokenizer.json")
 
@@ -101,31 +101,33 @@ class Data:
         "conversations, preferences or questions (data/conversations.py); auto: shards, else corpus",
         ("corpus", "shards", "rows", "auto"),
     )
-    train: str | None = key(None, "shards, rows: glob pattern of the training files; rows: or a data set's id")
+    train: str | None = key(None, "shards, rows: glob pattern of the training files; rows: or the id of a hub data set")
     validation: str | None = key(None, "shards, rows: the same for validation; null: none", may_change=True)
-    split: str = key("train", "rows: which part of a data set's id")
+    split: str = key("train", "rows: split of a hub data set")
     validation_split: str = key("test", "rows: the same for validation", may_change=True)
-    subset: str | None = key(None, "rows: which configuration of a data set's id")
-    limit: int | None = key(None, "rows: only so many, the first ones; null: all", low=1)
+    subset: str | None = key(None, "rows: configuration of a hub data set")
+    limit: int | None = key(None, "rows: how many to read, from the first on; null: all", low=1)
     skip_share: float = key(
         0.05,
-        "rows: more rows of another form than this share end the run; up to it (or one row) they are left out and "
-        "named. 0: none may be",
+        "rows: the run ends if more than this share of them can't be read; up to it (or one row) they are skipped and "
+        "named. 0: none may be skipped",
         low=0,
         high=1,
         may_change=True,
     )
-    fingerprint: str | None = key(None, "hash of what is trained on; null: computed. Others are refused")
+    fingerprint: str | None = key(None, "hash of the training data; null: computed. Other data is refused")
     turns: str = key("all", "sft on rows: which of the assistant's turns are learned", ("all", "last"))
     pack: bool = key(
-        False, "pretrain, sft: several rows of a step in one sequence, none of which sees another: less padding"
+        False, "pretrain, sft: pack rows of a step into one sequence, where none sees another: less padding"
     )
-    tokens: int | None = key(None, "shards: of the training files together; null: counted. Others are refused", low=1)
-    corpus_tokenizer: str = key("models/tiny", "auto: takes the place of model.tokenizer where there are no shards")
+    tokens: int | None = key(
+        None, "shards: tokens of the training files; null: counted. Another number is refused", low=1
+    )
+    corpus_tokenizer: str = key("models/tiny", "auto: used instead of model.tokenizer if there are no shards")
     seed: int = key(0, "corpus: seed of the generated examples", low=0)
-    hard: float = key(0.5, "grpo on the corpus: share of questions beyond all that sft has shown", low=0, high=1)
-    outside: float = key(0.0, "grpo on the corpus: share of questions that are to be declined", low=0, high=1)
-    mask_documents: bool = key(False, "shards: tokens see only their own document, at the price of a mask of T x T")
+    hard: float = key(0.5, "grpo on the corpus: share of questions harder than any that sft shows", low=0, high=1)
+    outside: float = key(0.0, "grpo on the corpus: share of questions that should be declined", low=0, high=1)
+    mask_documents: bool = key(False, "shards: tokens attend only within their own document, which needs a T x T mask")
 
 
 @dataclass(kw_only=True)
@@ -135,37 +137,42 @@ class Lora:
     )
     alpha: float = key(32.0, "an adapter's output is multiplied by alpha / rank", low=0)
     targets: list[str] = key(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "layers with an adapter"
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "linear layers that get an adapter",
     )
 
 
 @dataclass(kw_only=True)
 class Dpo:
-    beta: float = key(0.1, "how strongly the model is held to the starting weights", low=0)
+    beta: float = key(0.1, "how strongly the model is kept near the starting weights", low=0)
     nll: float = key(0.0, "weight of the chosen answers' own loss, which keeps them likely", low=0)
 
 
 @dataclass(kw_only=True)
 class Grpo:
     group: int = key(8, "replies to each question; train.batch, which counts replies, is a multiple", low=2)
-    updates: int = key(1, "optimizer updates on the replies of one step", low=1)
-    temperature: float = key(1.0, "of the replies' sampling", low=0.01, high=100)
-    max_new_tokens: int = key(256, "longest reply; a prompt with it is within train.sequence", low=1)
+    updates: int = key(1, "optimizer updates per step, all on the same replies", low=1)
+    temperature: float = key(1.0, "sampling temperature of the replies", low=0.01, high=100)
+    max_new_tokens: int = key(
+        256, "longest reply in tokens; prompt and reply together are within train.sequence", low=1
+    )
     rollout_batch: int = key(
-        64, "replies written at once; their keys and values are in memory together", low=1, may_change=True
+        64, "replies generated at once, all of whose KV caches are in memory", low=1, may_change=True
     )
     thinking: bool = key(True, "rows: whether the replies think")
-    format_reward: float = key(0.1, "reward of closed thinking and an answer that ends; a right answer adds 1", low=0)
-    divide_by_std: bool = key(True, "advantages over the group's standard deviation, as in the paper; Dr. GRPO: false")
+    format_reward: float = key(0.1, "reward for closed thinking and a finished answer; a right answer adds 1", low=0)
+    divide_by_std: bool = key(
+        True, "divide advantages by the group's standard deviation, as in the paper; Dr. GRPO: false"
+    )
     average: str = key(
         "reply",
         "what a reply's losses are divided by: its length (the paper), all replies' (token: DAPO), or max_new_tokens "
         "(constant: Dr. GRPO)",
         ("reply", "token", "constant"),
     )
-    clip: float = key(0.2, "clip range of the probability ratio, below 1", low=0, high=1)
-    clip_high: float | None = key(None, "the same above 1; null: as clip. DAPO: 0.28", low=0)
-    kl: float = key(0.04, "weight of the divergence from the starting weights, as in the paper; 0: none", low=0)
+    clip: float = key(0.2, "how far below 1 the probability ratio is clipped", low=0, high=1)
+    clip_high: float | None = key(None, "how far above 1; null: as clip. DAPO: 0.28", low=0)
+    kl: float = key(0.04, "weight of the KL divergence from the starting weights, as in the paper; 0: none", low=0)
 
 
 @dataclass(kw_only=True)
@@ -173,16 +180,18 @@ class Optimizer:
     name: str = key("muon", "muon: Muon for the hidden matrices, AdamW for the rest", ("muon", "adamw"))
     lr: float = key(..., "peak learning rate of AdamW, and of Muon, whose updates are scaled to AdamW's size", low=0)
     embedding_lr: float | None = key(None, "peak learning rate of embeddings, head and norms; null: lr", low=0)
-    weight_decay: float = key(0.1, "decay of matrices and embeddings; norms have none", low=0)
-    betas: list[float] = key((0.9, 0.95), "AdamW's averaging of gradients and their squares", low=0, high=1)
-    momentum: float = key(0.95, "Muon's averaging of gradients", low=0, high=1)
+    weight_decay: float = key(0.1, "weight decay of matrices and embeddings; norms have none", low=0)
+    betas: list[float] = key(
+        (0.9, 0.95), "AdamW's decay rates for the averages of gradients and of their squares", low=0, high=1
+    )
+    momentum: float = key(0.95, "Muon's momentum", low=0, high=1)
 
 
 @dataclass(kw_only=True)
 class Schedule:
     name: str = key("wsd", "wsd: warm-up, stable, linear decay; cosine: warm-up, half a cosine", ("wsd", "cosine"))
     warmup: float = key(0.02, "share of the steps in which the learning rate rises", low=0, high=1)
-    decay: float = key(0.35, "wsd: share of the steps, the last ones, in which it falls", low=0, high=1)
+    decay: float = key(0.35, "wsd: share of the steps, at the end, in which it falls", low=0, high=1)
     final: float = key(0.0, "learning rate at the end, as a share of the peak", low=0, high=1)
 
 
@@ -242,12 +251,12 @@ def table() -> str:
             default = "required" if f.default_factory is MISSING else f"default {_yaml_value(f.default_factory())}"
             mark = "*" if f.metadata.get("may_change") else ""
             lines.append(f"{name}{mark} ({_allowed(f)}; {default}): {f.metadata['about']}")
-    lines.append("\n* --resume accepts another value; any other key has to be what the run began with")
+    lines.append("\n* --resume accepts another value; every other key must keep the one that the run began with")
     return "\n".join(lines)
 
 
 def _allowed(f) -> str:
-    """`auto, cpu or cuda`, `a number from 0 to 1`, `a text`: what a key may be."""
+    """`auto, cpu or cuda`, `a number from 0 to 1`, `a string`: what a key may be."""
     choices, low, high = (f.metadata[name] for name in ("choices", "low", "high"))
     if choices:
         return f"{', '.join(choices[:-1])} or {choices[-1]}"
@@ -355,7 +364,7 @@ def _value(value: Any, kind: Any, f, where: str, origin: str) -> Any:
     if not _fits(value, kind):
         raise ValueError(f"{origin}: {where} is {value!r}, but must be {_type_name(kind)}: {f.metadata['about']}")
     if isinstance(value, str) and not value.strip():
-        raise ValueError(f"{origin}: {where} is an empty text: {f.metadata['about']}")
+        raise ValueError(f"{origin}: {where} is empty: {f.metadata['about']}")
     choices, low, high = (f.metadata[name] for name in ("choices", "low", "high"))
     if choices and value not in choices:
         near = console.did_you_mean(str(value), choices)
@@ -363,8 +372,8 @@ def _value(value: Any, kind: Any, f, where: str, origin: str) -> Any:
     numbers = value if isinstance(value, list) else [] if value is None else [value]
     highest = math.inf if high is None else high
     if low is not None and not all(low <= number <= highest and math.isfinite(number) for number in numbers):
-        limits = f"from {low}" + (f" to {high}" if high is not None else " upwards")
-        raise ValueError(f"{origin}: {where} is {value!r}; it goes {limits}: {f.metadata['about']}")
+        limits = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{origin}: {where} is {value!r}, but must be {limits}: {f.metadata['about']}")
     return value
 
 
@@ -381,7 +390,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _type_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "null"}
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
     if isinstance(kind, types.UnionType):
         return " or ".join(_type_name(part) for part in get_args(kind))
     if get_origin(kind) is list:
