@@ -107,7 +107,7 @@ def conversation(record: Any) -> Conversation | None:
 def check_weight(record: dict) -> None:
     """ValueError for a row that is not to be learnt like the others."""
     for name in ("label", "kto_tag", "desirable"):  # KTO's, which some tools write as a number or a text
-        if str(record.get(name)).lower() in ("false", "0"):
+        if str(record.get(name)).lower() in ("false", "0", "-1", "undesirable", "bad"):
             raise ValueError(f"{name} is {str(record[name]).lower()}: this would teach an unwanted answer")
     if record.get("weight") not in (None, 1):
         raise ValueError(f"weight is {short(record['weight'])}, but rows have no weights of their own; messages have")
@@ -224,7 +224,7 @@ def asked(record: dict, names: tuple[str, ...] = ASKED) -> list[Message] | None:
         raise ValueError(f"{name} is a list of messages, so {' or '.join(ABOUT)} can't be appended to it")
     messages = as_messages(record[name], name, "user")
     if about:
-        messages[-1]["content"] = "\n\n".join([messages[-1]["content"], *about])
+        messages[-1]["content"] = "\n\n".join(filter(str.strip, [messages[-1]["content"], *about]))
     if not any(map(said, messages)):
         raise ValueError(f"{name} is {short(record[name])}, not a text")
     return with_system(record, [*history(record), *messages])

@@ -97,7 +97,10 @@ def _message(given: Any, place: str) -> Message:
     message = {key: value for key, value in given.items() if value is not None}
     for other, name in (("from", "role"), ("value", "content")):
         if other in message:
-            message.setdefault(name, message.pop(other))
+            found = message.pop(other)
+            kept = message.setdefault(name, found)
+            if kept != found and (name != "role" or _usual_role(kept) != _usual_role(found)):
+                raise ValueError(f"{place}: {name} and {other} differ; keep one")
     for name in filter(is_not_text, message):
         if message[name]:
             raise ValueError(f"{place}.{name}: {short(message[name])} is not text; only text is supported")
@@ -126,6 +129,10 @@ def _message(given: Any, place: str) -> Message:
     _join_calls(message, place)
     _join_weights(message, place)
     return message
+
+
+def _usual_role(role: Any) -> Any:
+    return OTHER_ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else role
 
 
 def _content(content: Any, place: str) -> tuple[str, list[str]]:

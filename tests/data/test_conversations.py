@@ -87,6 +87,8 @@ def chat() -> Chat:
         ({"instruction": "Hi", "input": None, "output": "Hello!", "text": "x"}, [ASK, TELL]),
         ({"instruction": "Hi", "input": "there", "output": "Hello!"}, [ASK | {"content": "Hi\n\nthere"}, TELL]),
         ({"prompt": "Hi", "completion": "Hello!"}, [ASK, TELL]),
+        ({"instruction": "", "input": "Hi", "output": "Hello!"}, [ASK, TELL]),
+        ({"messages": [ASK | {"from": "human"}, TELL | {"from": "GPT", "value": "Hello!"}]}, [ASK, TELL]),
         ({"instruction": "Hi", "input": "", "output": ""}, None),
     ],
 )
@@ -223,6 +225,9 @@ CALLED = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
             "channel: 'analysis': reasoning belongs in",
         ),
         (conversation, {"instruction": "a", "output": "x", "kto_tag": False}, "kto_tag is false: this would teach"),
+        (conversation, {"prompt": "a", "completion": "x", "label": -1}, "label is -1: this would teach"),
+        (conversation, {"messages": [ASK | {"from": "gpt"}, TELL]}, r"messages\[0\]: role and from differ"),
+        (conversation, {"messages": [ASK | {"value": "x"}, TELL]}, r"messages\[0\]: content and value differ"),
         (conversation, {"question": "a", "answer": "x", "image_path": "x.jpg"}, "has image_path, and only text"),
         (
             conversation,
