@@ -99,7 +99,7 @@ def test_dpo(model, answers, nll):
     objective = DPO(model, beta=0.3, nll=nll)
     pairs = Pairs(*answers, reference)
     loss = objective(pairs)
-    assert pairs.count == 2  # what a step divides its loss by
+    assert pairs.count == 2 and pairs._replace(ids=pairs.ids[:2]).count == 1  # what a step divides its loss by
     logprobs = dense_logprobs(model, *answers)
     expected, margins = torch.zeros((), dtype=torch.float64), []
     for chosen, rejected in ((0, 1), (2, 3)):

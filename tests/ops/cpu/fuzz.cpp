@@ -315,17 +315,34 @@ void model(int64_t seed) {
 template <class T>
 void row(int64_t seed) {
     const int64_t n = one_of({1, 2, any(1, 511), 512, 513, any(514, 6000)}), blocks = (n + 511) / 512;
-    const T* logits = numbers<T>(n, one_of({0, 1, 30}));
+    const T* given = numbers<T>(n, one_of({0, 1, 30}));
     auto memory_of = [](int64_t count) { return (float*)bytes(count * sizeof(float)); };
     float *room = memory_of(512 * blocks), *tops = memory_of(blocks), *sums = memory_of(blocks);
     std::vector<float> plain(n);
-    for (int64_t i = 0; i < n; i++) plain[i] = to_float(logits[i]);
-    const int64_t bits = 8 * sizeof(T), best = rows::row_largest(logits, bits, n, tops);
+    for (int64_t i = 0; i < n; i++) plain[i] = to_float(given[i]);
+    Logits logits = {};
+    logits.x = given, logits.bits = 8 * sizeof(T), logits.size = n;
+    if (any(0, 1)) {  // penalties of what was said
+        logits.repetition = 2, logits.presence = 0.5, logits.frequency = 0.25;
+        int32_t said = 0, *tokens = (int32_t*)bytes(n * sizeof(int32_t)), *times = (int32_t*)bytes(n * sizeof(int32_t));
+        for (int64_t i = 0, every = one_of({1, 7, 700}); i < n; i++) {
+            if (any(0, every - 1)) continue;
+            tokens[said] = i, times[said] = any(0, 3);
+            plain[i] = plain[i] > 0 ? plain[i] / 2 : plain[i] * 2;
+            plain[i] = plain[i] - 0.5f * (times[said] > 0);
+            plain[i] = plain[i] - 0.25f * times[said++];
+        }
+        auto own = [&](const int32_t* all) {  // of exactly its size
+            return std::copy_n(all, said, (int32_t*)bytes(said * sizeof(int32_t))) - said;
+        };
+        logits.count = said, logits.ids = own(tokens), logits.times = own(times);
+    }
+    const int64_t best = rows::row_largest(&logits, tops);
     CHECK(best == std::max_element(plain.begin(), plain.end()) - plain.begin(), "seed %ld: the largest of %ld", seed, n);
 
     const int64_t count = any(1, blocks);
     auto* ids = (int64_t*)bytes(n * sizeof(int64_t));
-    const int64_t kept = rows::row_best(logits, bits, n, tops, count, ids, room);
+    const int64_t kept = rows::row_best(&logits, tops, count, ids, room);
     std::vector<float> ranked = plain;
     std::sort(ranked.begin(), ranked.end(), std::greater<float>());
     int64_t at = 0;
@@ -336,9 +353,13 @@ void row(int64_t seed) {
         }
     CHECK(at == kept, "seed %ld: %ld of the %ld best of %ld", seed, kept, count, n);
 
-    rows::row_copy(logits, bits, n, room);
+    rows::row_copy(&logits, room);
     CHECK(std::equal(plain.begin(), plain.end(), room), "seed %ld: a copy of %ld", seed, n);
-    rows::row_weigh(logits, bits, n, 1, plain[best], room, sums);
+    const int64_t likely = rows::row_likely(&logits, 1, plain[best], 0.25, any(0, n), ids, room);
+    CHECK(likely < 0 || room[std::find(ids, ids + likely, best) - ids] == 1, "seed %ld: likely of %ld", seed, n);
+    rows::row_weigh(&logits, 1, plain[best], room, sums);
+    for (double share : {0.0, 0.5, 1.0})
+        CHECK(room[rows::row_draw(room, sums, blocks, share)] > 0, "seed %ld: drawn of %ld", seed, n);
     CHECK(room[best] == 1 && !std::count_if(room + n, room + 512 * blocks, [](float x) { return x; }),
           "seed %ld: the weights of %ld", seed, n);
     const int64_t index = any(0, n - 1);
