@@ -157,14 +157,17 @@ class Checkpoint:
         self.files = _weight_files(path)
         self._parts = [SafetensorsFile(file) for file in self.files]
         self._part: dict[str, SafetensorsFile] = {}
+        copies = set()
         for part in self._parts:
             for name in part.tensors:
                 first = self._part.setdefault(name, part)
-                if first is not part and not _same(first, part, name):
-                    _fail(part.path, f"tensor {name} is also in {first.path.name}, with other values")
+                if first is not part:
+                    if not _same(first, part, name):
+                        _fail(part.path, f"tensor {name} is also in {first.path.name}, with other values")
+                    copies.add((name, part.path.name))
         self.tensors = {name: part.tensors[name] for name, part in self._part.items()}
         self.shards = {name: part.path.name for name, part in self._part.items()}
-        _check_index(path, self.shards)
+        _check_index(path, self.shards, copies)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor as stored; a view of the memory-mapped file."""
@@ -227,13 +230,18 @@ def _weight_map(index: Path) -> dict[str, str]:
     return shards
 
 
-def _check_index(path: Path, actual: dict[str, str]) -> None:
-    """Where there are shards, the index and the shards' own headers must name the same tensors in the same places."""
+def _check_index(path: Path, actual: dict[str, str], copies: set[tuple[str, str]]) -> None:
+    """Where there are shards, the index and the shards' own headers must name the same tensors in the same places, or
+    in those of their copies."""
     index = path / INDEX
     if (path / SINGLE).exists() or not index.exists():
         return
     stated = _weight_map(index)
-    wrong = [name for name in {**stated, **actual} if stated.get(name) != actual.get(name)]
+    wrong = [
+        name
+        for name in {**stated, **actual}
+        if stated.get(name) != actual.get(name) and (name, stated.get(name)) not in copies
+    ]
     if wrong:
         name = wrong[0]
         raise ValueError(

@@ -469,10 +469,6 @@ CONFIGS = {
     "four thousand experts": (config(**MOE | {"num_experts": 4096}), "config asks for 2 layers and 4096 experts"),
     "experts that are not there": (config(**MOE), "missing: model.layers.0.mlp.gate.weight"),
     "dense layers a number": (config(mlp_only_layers=3), "mlp_only_layers is 3, not a list"),
-    "quantised, but how": (
-        config(quantization_config={"quant_method": "awq"}),
-        "quantization_config.bits is None",
-    ),
     "quantised a list": (config(quantization_config=[1]), "quantization_config is not an object"),
     "end token a text": (config(eos_token_id="2"), "config: eos_token_id is '2', which is neither a token id nor"),
     "end tokens nested": (config(eos_token_id=[[2]]), "config: eos_token_id is [[2]], which is neither"),
@@ -519,10 +515,10 @@ def same_shard(weight_map: dict[str, str], path: Path) -> None:
 
 
 def twice(weight_map: dict[str, str], path: Path) -> None:
-    """One tensor lies in both shards."""
-    for shard in sorted(set(weight_map.values())):
+    """One tensor lies in both shards, with other values."""
+    for number, shard in enumerate(sorted(set(weight_map.values()))):
         tensors = load_file(path / shard)
-        save_file({**tensors, NORM: torch.ones(32)}, path / shard)
+        save_file({**tensors, NORM: torch.full((32,), 1.0 + number)}, path / shard)
 
 
 INDEX = "model.safetensors.index.json"

@@ -105,6 +105,9 @@ def official_places(stored: dict[str, Any], config: dict) -> dict[str, tuple[str
     return places
 
 
+KINDS = {int: "a whole number", float: "a number", str: "a text"}
+
+
 def _get(metadata: dict, key: str, kind: type, default: Any = ...) -> Any:
     """One metadata value of a given type; a float is given as the shortest decimal of its 32 bits (1e-06)."""
     value = metadata.get(key, default)
@@ -114,8 +117,12 @@ def _get(metadata: dict, key: str, kind: type, default: Any = ...) -> Any:
         return value
     if kind is float and type(value) in (int, float) and np.isfinite(value):
         return float(str(np.float32(value)))
+    if kind is int and isinstance(value, list) and value:  # a number for each layer
+        if any(one != value[0] for one in value):
+            raise ValueError(f"the metadata key {key} is {str(value)[:40]}; layers that differ are not implemented")
+        value = value[0]
     if type(value) is not kind or (kind is int and value < 0):
-        raise ValueError(f"the metadata key {key} is {str(value)[:40]!r}, not a {kind.__name__} (convert it again)")
+        raise ValueError(f"the metadata key {key} is {str(value)[:40]!r}, not {KINDS[kind]} (convert it again)")
     return value
 
 
@@ -154,7 +161,7 @@ def config_from_metadata(metadata: dict, stored: dict) -> dict:
         "max_position_embeddings": _get(metadata, f"{arch}.context_length", int),
         "rms_norm_eps": _get(metadata, f"{arch}.attention.layer_norm_rms_epsilon", float),
         "rope_theta": _get(metadata, f"{arch}.rope.freq_base", float, 10000.0),
-        "rope_scaling": _rope_scaling(metadata, arch),
+        "rope_scaling": _rope_scaling(metadata, arch, head_dim),
         "attention_bias": "blk.0.attn_q.bias" in stored,
         "use_sliding_window": False,
         "tie_word_embeddings": "output.weight" not in stored,
@@ -175,9 +182,16 @@ def config_from_metadata(metadata: dict, stored: dict) -> dict:
     return config
 
 
-def _rope_scaling(metadata: dict, arch: str) -> dict | None:
-    kind = _get(metadata, f"{arch}.rope.scaling.type", str, "none")
-    if kind == "none":
+def _rope_scaling(metadata: dict, arch: str, head_dim: int) -> dict | None:
+    """rope_scaling, by llama.cpp's rules: a factor without a type is linear, and 0 stands for 1."""
+    rotated = _get(metadata, f"{arch}.rope.dimension_count", int, head_dim)
+    if rotated != head_dim:
+        raise ValueError(f"{arch}.rope.dimension_count is {rotated}, but Qwen rotates all {head_dim} columns of a head")
+    for key in ("rope.scale_linear", "rope.scaling.attn_factor", "rope.scaling.yarn_ext_factor"):
+        if (value := _get(metadata, f"{arch}.{key}", float, 1.0)) not in (0.0, 1.0):
+            raise ValueError(f"{arch}.{key} is {value:g}, which is not implemented")
+    kind = _get(metadata, f"{arch}.rope.scaling.type", str, "linear")
+    if kind == "none" or (kind == "linear" and _get(metadata, f"{arch}.rope.scaling.factor", float, 1.0) in (0.0, 1.0)):
         return None
     if kind != "yarn":
         raise ValueError(f"{arch}.rope.scaling.type is {kind[:40]!r} (supported: yarn)")

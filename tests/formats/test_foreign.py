@@ -86,6 +86,12 @@ def test_shards_that_share_a_tensor(plain):
     first, second, _ = shard(plain)
     name, tensor = next(iter(load_file(first).items()))
     save_file(load_file(second) | {name: tensor}, second)
+    for holder in (first, second):  # an index may name either
+        files = [(one, file) for file in sorted(plain.glob("*.safetensors")) for one in load_file(file)]
+        index = {one: file.name for one, file in files} | {name: holder.name}
+        (plain / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        assert torch.equal(logits(Qwen3.from_pretrained(plain)), expected)
+    (plain / "model.safetensors.index.json").unlink()
     assert torch.equal(logits(Qwen3.from_pretrained(plain)), expected)
     save_file(load_file(second) | {name: tensor + 1}, second)
     with pytest.raises(ValueError, match=r"is also in model-00001-of-00003\.safetensors, with other values"):
@@ -415,6 +421,7 @@ def test_a_quantised_form_converts_on(plain, form, to, monkeypatch, capsys):
         (method("auto-round", bits=4), "quantised by auto-round"),
         (method("gptq", bits=3), "GPTQ weights of 3 bits"),
         (method("gptq", bits=4, checkpoint_format="marlin"), "GPTQ weights in the format marlin"),
+        (method("awq"), "quantization_config.bits is None"),
         (method("awq", bits=4, version="gemv"), "AWQ weights of the kind gemv"),
         (method("fp8", weight_block_size=[128]), "weight_block_size is [128]"),
         ({"quantization": {"group_size": 64, "bits": 4, "model.norm": {"group_size": 32}}}, "groups of several sizes"),

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from formats.checkpoint import open_checkpoint
 from formats.gguf import reader, writer
+from formats.gguf.names import config_from_metadata
 from formats.gguf.reader import GGUF
 from formats.gguf.types import dequantize, quantize
 from formats.gguf.writer import TYPES, plan, write_gguf, write_qwen3c
@@ -120,6 +121,38 @@ def test_names_that_llama_cpp_takes_for_qwens_splitting(pre, tmp_path):
     by_package(tmp_path / "model.gguf", ["Q8_0"], pre=pre)
     tokenizer, _ = GGUF(tmp_path / "model.gguf").tokenizer()
     assert tokenizer["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"].startswith("(?i:'s|'t|'re")
+
+
+ROPE = {
+    "all columns": ({"rope.dimension_count": 8}, None),
+    "half of them": ({"rope.dimension_count": 4}, "rope.dimension_count is 4, but Qwen rotates all 8 columns"),
+    "no scaling": ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+    "linear by 1": ({"rope.scaling.type": "linear", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0}, None),
+    "linear without a word": ({"rope.scaling.factor": 4.0}, "rope.scaling.type is 'linear'"),
+    "linear of old": ({"rope.scale_linear": 2.0}, "rope.scale_linear is 2, which is not implemented"),
+    "attention": ({"rope.scaling.attn_factor": 0.5}, "rope.scaling.attn_factor is 0.5, which is not"),
+    "a number for each layer": ({"attention.head_count_kv": [1, 1]}, None),
+    "layers that differ": ({"attention.head_count_kv": [1, 2]}, "is [1, 2]; layers that differ are not implemented"),
+}
+
+
+@pytest.mark.parametrize("case", ROPE)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(case):
+    keys, line = ROPE[case]
+    plain = {"block_count": 1, "attention.head_count": 2, "attention.head_count_kv": 1, "embedding_length": 16}
+    plain |= {"feed_forward_length": 24, "context_length": 32, "attention.layer_norm_rms_epsilon": 1e-6}
+    stored = {"token_embd.weight": SimpleNamespace(shape=(32, 16)), "blk.0.attn_q.weight": None}
+
+    def config(**more) -> dict:
+        metadata = {f"qwen3.{key}": value for key, value in (plain | more).items()}
+        return config_from_metadata({"general.architecture": "qwen3"} | metadata, stored)
+
+    if line is None:
+        assert config(**keys) == config()
+        return
+    with pytest.raises(ValueError) as error:
+        config(**keys)
+    assert line in str(error.value)
 
 
 def test_top_k_off_is_read(tmp_path):
@@ -659,8 +692,11 @@ HOSTILE = {
     "no embedding": (raw(infos=[info("output.weight")]), "no token_embd.weight"),
     "part of a split file": (raw([pair("split.count", 2, struct.pack("<H", 3))]), "one of 3 parts of a model"),
     "blocks that are not there": (raw([word("qwen3.block_count", 4_000_000_000)]), "block_count is 4000000000"),
-    "a negative count": (raw([pair("qwen3.block_count", 5, struct.pack("<i", -1))]), "block_count is '-1', not a int"),
-    "a text for a count": (raw([pair("qwen3.block_count", 8, string("x"))]), "block_count is 'x', not a int"),
+    "a negative count": (
+        raw([pair("qwen3.block_count", 5, struct.pack("<i", -1))]),
+        "block_count is '-1', not a whole number",
+    ),
+    "a text for a count": (raw([pair("qwen3.block_count", 8, string("x"))]), "block_count is 'x', not a whole number"),
 }
 
 
