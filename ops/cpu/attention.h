@@ -13,7 +13,7 @@ inline void fetch(const char* from, int64_t bytes) {
 // out[g] += the values of `count` positions, weighted, for N queries. weights [N, BLOCK], values [count, D], out [N, D].
 template <class T, int N>
 inline void add_weighted(const float* weights, const T* values, int64_t count, int64_t D, float* out) {
-    constexpr int WIDTH = (LANES == 16 ? 16 : 8) / std::max(N, 2);  // vectors at a time, as many sums as there are registers for
+    constexpr int WIDTH = (LANES == 16 ? 16 : 12) / std::max(N, 2);  // vectors at a time, as many sums as there are registers for
     auto part = [&](int64_t d, auto width, auto load_values) __attribute__((always_inline)) {
         Vector total[N][width] = {};
         for (int64_t s = 0; s < count; s++) {
@@ -63,12 +63,12 @@ inline void weigh(float* scores, int64_t queries, int64_t count, int64_t D, cons
                   Seen seen, Partial to) {
     for (int64_t g = 0; g < queries; g++) {
         float* p = scores + g * BLOCK;
-        to.largest[g] = seen(g) ? *std::max_element(p, p + seen(g)) : -INFINITY;
+        to.largest[g] = largest(p, seen(g));
         to.total[g] = exponentials(p, to.largest[g], seen(g));
         std::fill(p + seen(g), p + count, 0.f);
         for (int64_t s = 0; scales && s < seen(g); s++) p[s] *= to_float(scales[s]);
     }
-    in_tiles<4>(queries, [&](int64_t g, auto at_once) {
+    in_tiles<LANES == 16 ? 4 : 6>(queries, [&](int64_t g, auto at_once) {
         add_weighted<T, at_once>(scores + g * BLOCK, values, count, D, to.out + g * D);
     });
 }

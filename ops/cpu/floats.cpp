@@ -12,7 +12,7 @@ void numbers_of(const char* row, int64_t columns, float* out) {
     }
 }
 
-constexpr int TILE_ROWS = LANES == 16 ? 4 : 2, TILE_TOKENS = LANES == 16 ? 6 : 4;  // what the registers hold
+constexpr int TILE_ROWS = LANES == 16 ? 4 : 2, TILE_TOKENS = 6;  // what the registers hold
 
 struct Float32 : AsTheyAre {
     explicit Float32(const Rows&) {}

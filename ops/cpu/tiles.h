@@ -16,14 +16,13 @@
 // y[N, R] of a [N, ROWS] array = the sums of the accumulators' lanes.
 template <int R, int N, class Lanes, class Number>
 inline void put_sums(const Lanes (&total)[N][R], Number* y) {
-    if constexpr (R == 4 && N >= 2) {
-        for (int k = 0; k < N; k += 4) {
-            Lanes by_row[16] = {};
-            Number out[16];
-            for (int r = 0; r < 4; r++)
-                for (int i = 0; i < 4 && k + i < N; i++) by_row[4 * r + i] = total[k + i][r];
-            sums(by_row, out);
-            for (int i = 0; i < 4 && k + i < N; i++) std::memcpy(y + (k + i) * ROWS, out + 4 * i, 4 * sizeof(Number));
+    if constexpr (N > 1) {
+        for (int first = 0; first < N * R; first += LANES) {
+            Lanes some[LANES] = {};
+            for (int i = 0; i < LANES && first + i < N * R; i++) some[i] = total[(first + i) / R][(first + i) % R];
+            const Lanes out = sums(some);
+            for (int i = 0; i < LANES && first + i < N * R; i += R)
+                std::memcpy(y + (first + i) / R * ROWS, (const char*)&out + i * sizeof(Number), R * sizeof(Number));
         }
     } else {
         for (int k = 0; k < N; k++)

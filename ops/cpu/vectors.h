@@ -120,13 +120,17 @@ inline void assign(float16& to, float x) {  // the same; what is beyond its rang
     to.bits = sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
 }
 
-// Halves are added to each other, then quarters, and so on: `sums` below does the same for 16 vectors at once.
+// Halves are added to each other, then quarters, and so on: `sums` below does the same for LANES vectors at once.
 inline float sum(Vector x) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
     __m512 v = (__m512)x;
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v),
                                  _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#elif defined(__AVX__)
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 #else
@@ -154,14 +158,14 @@ inline int32_t sum(Integers x) {
 #endif
 }
 
-// y[j, i] = the sum of x[i, j], for 4 x 4 vectors of numbers or of whole numbers.
-template <class Lanes, class Number>
-inline void sums(const Lanes x[16], Number* y) {
+// A vector whose lane i is the sum of x[i], in numbers or in whole numbers.
+template <class Lanes>
+inline Lanes sums(const Lanes (&x)[LANES]) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
     auto add = [](__m512 a, __m512 b) { return (__m512)((Lanes)a + (Lanes)b); };
     __m512 quarters[4];
     for (int i = 0; i < 4; i++) {
-        const __m512 *v = (const __m512*)x + 4 * i;
+        const __m512 v[] = {(__m512)x[i], (__m512)x[4 + i], (__m512)x[8 + i], (__m512)x[12 + i]};
         __m512 first = add(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));
         __m512 second = add(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
         quarters[i] = add(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xdd));
@@ -171,11 +175,24 @@ inline void sums(const Lanes x[16], Number* y) {
         __m512d a = _mm512_castps_pd(quarters[2 * i]), b = _mm512_castps_pd(quarters[2 * i + 1]);
         halves[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
     }
-    const __m512 all = add(_mm512_shuffle_ps(halves[0], halves[1], 0x88), _mm512_shuffle_ps(halves[0], halves[1], 0xdd));
-    std::memcpy(y, &all, sizeof all);
+    return (Lanes)add(_mm512_shuffle_ps(halves[0], halves[1], 0x88), _mm512_shuffle_ps(halves[0], halves[1], 0xdd));
+#elif defined(__AVX__)
+    auto add = [](__m256 a, __m256 b) { return (__m256)((Lanes)a + (Lanes)b); };
+    __m256 halves[4];
+    for (int i = 0; i < 4; i++) {
+        const __m256 a = (__m256)x[i], b = (__m256)x[4 + i];
+        halves[i] = add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
+    __m256 quarters[2];
+    for (int i = 0; i < 2; i++) {
+        __m256d a = _mm256_castps_pd(halves[2 * i]), b = _mm256_castps_pd(halves[2 * i + 1]);
+        quarters[i] = add(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+    }
+    return (Lanes)add(_mm256_shuffle_ps(quarters[0], quarters[1], 0x88), _mm256_shuffle_ps(quarters[0], quarters[1], 0xdd));
 #else
-    for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++) y[4 * j + i] = sum(x[4 * i + j]);
+    Lanes y;
+    for (int i = 0; i < LANES; i++) y[i] = sum(x[i]);
+    return y;
 #endif
 }
 
@@ -224,6 +241,19 @@ inline void by_vectors(float* x, int64_t n, Work work) {
     float some[LANES];
     store(some, work(i, load_some(x + i, n - i)));
     std::memcpy(x + i, some, (n - i) * sizeof(float));
+}
+
+// The largest of n numbers; -INFINITY where there are none.
+inline float largest(const float* p, int64_t n) {
+    Vector most = Vector{} - INFINITY;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const Vector x = load(p + i);
+        most = x > most ? x : most;
+    }
+    float result = -INFINITY;
+    for (int lane = 0; lane < LANES; lane++) result = std::max(result, most[lane]);
+    return i < n ? std::max(result, *std::max_element(p + i, p + n)) : result;
 }
 
 // p[i] = exp(p[i] - largest); returns their sum.
