@@ -63,14 +63,9 @@ class TemplateSandbox:
         if len(request) > CHARACTERS:
             raise ValueError(f"can be given {CHARACTERS:,} characters, not {len(request):,}; shorten the messages")
         with self._lock:
-            child, reply, failure = self.start(), {}, ""
-            try:
-                failure = "" if self._is_ready else _failure_to_start(child)
-                self._is_ready = not failure
-                reply = {} if failure else _exchange(child, request)
-            finally:
-                if "text" not in reply:  # after Ctrl-C too: a late reply must not answer the next request
-                    status = self._stop()
+            reply, failure, status = self._reply(request)
+            if status == -signal.SIGALRM:  # no template can wait, but the machine may have stood still
+                reply, failure, status = self._reply(request)
         if "text" in reply:
             return reply["text"]
         if failure:
@@ -83,6 +78,18 @@ class TemplateSandbox:
             error = f"ran for more than {CPU_SECONDS} s of processor time or {SECONDS} s in all"
         error = "".join(character if character.isprintable() else " " for character in error[:300])
         raise ValueError(f"{error}; fix the template or the messages, or use --raw")
+
+    def _reply(self, request: str) -> tuple[dict[str, str], str, int]:
+        """What the child answers, why it could not start, and how it ended if it gave no text."""
+        child, reply, failure, status = self.start(), {}, "", 0
+        try:
+            failure = "" if self._is_ready else _failure_to_start(child)
+            self._is_ready = not failure
+            reply = {} if failure else _exchange(child, request)
+        finally:
+            if "text" not in reply:  # after Ctrl-C too: a late reply must not answer the next request
+                status = self._stop()
+        return reply, failure, status
 
     def _stop(self) -> int:
         """Ends the child and gives its exit status."""

@@ -730,6 +730,14 @@ def test_a_rendering_that_waits_is_ended_by_the_clock(child_with):
     assert time.monotonic() - start < 30
 
 
+def test_a_machine_that_stood_still_costs_no_row(child_with, tmp_path):
+    """A training row that was left out for it would make another data set of the same rows."""
+    stood = f"{str(tmp_path / 'stood')!r}"
+    slow = f"(lambda *given: time.sleep(60)) if not os.path.exists({stood}) else t._rendered"
+    child_with(f"t.SECONDS = 1; t._rendered = {slow}; open({stood}, 'w').close()")
+    assert TemplateSandbox().render("{{ 1 }}", {}) == "1"
+
+
 def test_template_functions(sandbox):
     assert len(sandbox.render("{{ strftime_now('%Y') }}", {})) == 4
     assert sandbox.render("{{ {'b': '<é>', 'a': 1} | tojson }}", {}) == '{"b": "<é>", "a": 1}'

@@ -86,7 +86,7 @@ class Run:
         write_text(self.config, schema.as_yaml(settings))
         self._forget_after(self.step)
         self.log_file = self.metrics.open("a", encoding="utf-8")
-        self.origin, files = origin(settings)
+        self.origin, files = origin(settings, is_resumed=self.step > 0)
         self._source_hashes = record.HashThread(files)
 
     def _check_changes(self, settings: Settings) -> None:
@@ -183,10 +183,16 @@ class Run:
         return state, self._trainer_json()["tokens"]
 
 
-def origin(settings: Settings) -> tuple[dict[str, Any], dict[str, Path]]:
-    """What the record of each checkpoint says about the run, and the files that the run starts from."""
+def origin(settings: Settings, is_resumed: bool) -> tuple[dict[str, Any], dict[str, Path]]:
+    """What the record of each checkpoint says about the run, and the files that the run starts from; a resumed one may
+    no longer have them."""
     init = settings.model.init
-    path = None if init is None else resolve(init, "model.init").resolve()
+    try:
+        path = None if init is None else resolve(init, "model.init").resolve()
+    except ValueError:
+        if not is_resumed:
+            raise
+        path = None
     beside = [] if path is None else [path] if path.is_file() else [path / "config.json", *path.glob("*.safetensors")]
     files = {file.name: file for file in beside if file.is_file() and file.name not in TRAINER_FILES}
     source = {"model": init, "path": path and str(path), "revision": snapshot_commit(path)}
