@@ -1,6 +1,6 @@
 """The HTTP side: routes, who may ask, how large and how slow a request may be, and errors in the API's form.
 
-Nothing of a request is logged but its endpoint, status, sizes and times.
+Of a request only its endpoint, status, sizes and times are logged.
 """
 
 import asyncio
@@ -45,8 +45,8 @@ class Gone(Exception):
 
 
 def create_app(service: Service, key: str | None = None, hosts: frozenset[str] | None = LOOPBACK) -> ASGIApp:
-    """`key`: what a client has to send, None: nothing. `hosts`: names under which the server may be asked, None: any;
-    a web page that makes its own name point to this machine is not answered."""
+    """`key`: what clients must send; None: nothing. `hosts`: the names that a Host header may have; None: any. They
+    keep out a web page whose own name was made to point to this machine."""
 
     @asynccontextmanager
     async def lifespan(app):
@@ -186,7 +186,7 @@ def hostname(host: str) -> str:
 
 
 class Post:
-    """An endpoint that takes JSON and gives JSON or a stream of events. It is given up where the client goes."""
+    """An endpoint that takes JSON and returns JSON or a stream of events; cancelled if the client leaves."""
 
     def __init__(self, service: Service, work: Callable[[Service, Any], Awaitable[Any]]):
         self.service, self.work = service, work
@@ -246,7 +246,7 @@ def parse(request: Request, body: bytes) -> Any:
 
 
 def _check_depth(value: Any) -> None:
-    """What reads a request further on may call itself for each level."""
+    """Code further on recurses once or more for each level."""
     level = [value]
     for _ in range(MOST_LEVELS + 1):
         values = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))

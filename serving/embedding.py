@@ -11,8 +11,8 @@ LAST = 3  # llama.cpp's LLAMA_POOLING_TYPE_LAST
 
 
 def has_pooling(path: Path) -> bool:
-    """Whether its vectors are made as Qwen3-Embedding's are: the last token's state, L2-normalised. Any other recipe is
-    none that this server knows, so that the answer is an error and not another vector."""
+    """Whether its vectors are made as Qwen3-Embedding's are: the last token's state, L2-normalised. This server
+    knows no other recipe: it answers those with an error rather than with a wrong vector."""
     if path.is_file():
         metadata = GGUF(path).metadata
         return metadata.get(f"{metadata.get('general.architecture')}.pooling_type") == LAST

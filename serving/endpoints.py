@@ -1,4 +1,4 @@
-"""The endpoints: a request's fields in, the API's JSON or a stream of it out. How bytes travel is app.py's matter."""
+"""The endpoints: a request's fields in, the API's JSON or a stream of it out. app.py handles the bytes."""
 
 import asyncio
 import time

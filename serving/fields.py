@@ -1,7 +1,7 @@
 """The fields of a request: which there are, what each may be, and what is answered to any other.
 
-Each table says for a field how its value is read. A field that is null is absent; one that is in no table, or whose
-value can't be honoured, is a 400 that names it: nothing that a client asks for is ignored.
+Each table maps a field to the function that reads its value. Null means absent. An unknown field, or a value that
+can't be honoured, is a 400 that names it: nothing that a client asks for is ignored.
 """
 
 import math
@@ -15,10 +15,10 @@ from formats.messages import ARGUMENTS, REASONING, TEXT_PARTS, THINKING_PARTS, s
 from serving.errors import ApiError, refused
 
 Reader = Callable[[Any], Any]
-"""Gives the value as it is used, or raises ValueError that says what is wrong with it."""
+"""Returns the value in the form used here, or raises ValueError that says what is wrong with it."""
 
 MOST_CHOICES, MOST_STOPS, STOP_CHARACTERS, MOST_BIASES, MOST_LOGPROBS = 128, 16, 256, 1024, 20
-MOST_PROMPTS = 2048  # of one request, as OpenAI's
+MOST_PROMPTS = 2048  # in one request, as in OpenAI's API
 SIGNED_64 = 1 << 63
 FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
@@ -63,7 +63,7 @@ def listed(value):
 
 
 def only(*values: Any, why: str = "this server does no other") -> Reader:
-    """A field that other servers have, for the values that mean what is done here anyway."""
+    """A field of other servers, accepted only with the values that ask for what happens here anyway."""
 
     def read(value):
         if not any(type(value) is type(one) and value == one for one in values):
@@ -101,18 +101,18 @@ def _value(name: str, given: Any, read: Reader) -> Any:
 
 
 def read(body: Any, fields: dict[str, Reader]) -> SimpleNamespace:
-    """The fields of a request's body; those that are not given are None."""
+    """The fields of a request's body; None for those not given."""
     try:
         return table(fields)(body)
     except ValueError as error:
         raise ApiError(400, f"the body {error}") from None
 
 
-# ---- values of their own kind ----
+# ---- values with a form of their own ----
 
 
 def stop(value):
-    """One text or several that end the reply."""
+    """One string or several that end the reply."""
     texts = [value] if isinstance(value, str) else listed(value)
     if not all(isinstance(one, str) and 0 < len(one) <= STOP_CHARACTERS for one in texts):
         raise ValueError(f"{short(value)} is not a text, or a list of texts, of 1 to {STOP_CHARACTERS} characters")
@@ -122,7 +122,7 @@ def stop(value):
 
 
 def logit_bias(value):
-    """{token id as text: what is added to its logit, from -100, which rules it out, to 100}"""
+    """{token id as a string: what is added to its logit, from -100 (never chosen) to 100}"""
     if not isinstance(value, dict) or len(value) > MOST_BIASES:
         raise ValueError(f"{short(value)} is not an object of at most {MOST_BIASES} token ids")
     found = {}
@@ -134,7 +134,7 @@ def logit_bias(value):
 
 
 def tools(value):
-    """OpenAI's list of functions, each as {type, function: {name, description, parameters, strict}}."""
+    """OpenAI's list of functions: {type, function: {name, description, parameters, strict}} each."""
     for place, tool in enumerate(listed(value)):
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict) or tool.get("type") != "function" or set(tool) - {"type", "function"}:
@@ -157,7 +157,7 @@ def tools(value):
 
 
 def tool_choice(value):
-    """-> "none", "auto", "required" or {"name"} of the one function that has to be called."""
+    """-> "none", "auto", "required", or {"name"} of the one function that must be called."""
     if isinstance(value, dict):
         function = value.get("function")
         known = value.get("type") == "function" and set(value) == {"type", "function"}
@@ -175,7 +175,7 @@ def tool_choice(value):
 
 
 def response_format(value):
-    """-> the JSON schema that the answer has to follow, None for plain text."""
+    """-> the JSON schema that the answer must follow; None for plain text."""
     kinds = {"text": {"type"}, "json_object": {"type"}, "json_schema": {"type", "json_schema"}}
     kind = value.get("type") if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in kinds:
@@ -195,12 +195,12 @@ def response_format(value):
 
 
 MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", *REASONING[:3]}
-# What the client's library sends back of an answer, where it is empty.
+# Empty fields of an answer, which client libraries send back with it.
 EMPTY_FIELDS = {"refusal", "annotations", "audio"}
 
 
 def messages(value):
-    """Checks the names in it; formats/messages.py, which reads them, knows more spellings than this API has."""
+    """Checks field names only; formats/messages.py reads the messages, and knows more spellings than this API has."""
     for place, message in enumerate(listed(value)):
         if not isinstance(message, dict):
             raise ValueError(f"[{place}]: {short(message)} is not an object with role and content")
@@ -225,7 +225,7 @@ def messages(value):
 
 
 def prompt(value):
-    """-> a list of prompts, each a text or token ids."""
+    """-> a list of prompts, each a string or token ids."""
     prompts = (
         [value] if isinstance(value, str) or (isinstance(value, list) and value and _ids(value)) else listed(value)
     )
@@ -288,7 +288,7 @@ CHAT = {
     "thinking_budget": whole(1),
     "continue_final_message": boolean,
     "add_generation_prompt": boolean,
-    # Names for the client's own use, and services that are not had here.
+    # For the client's own use, and services that this server does not have.
     "safety_identifier": text,
     "prompt_cache_key": text,
     "store": only(False),

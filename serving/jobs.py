@@ -1,4 +1,4 @@
-"""What is computed beside the engine's replies: probabilities of a given text, and embeddings.
+"""What the engine's thread computes besides replies: probabilities of a given text, and embeddings.
 
 Each is a generator that computes a piece and yields, so that running replies wait for a piece and no longer.
 """

@@ -1,4 +1,4 @@
-"""The way of a stream's bytes to its client, past the event loop as long as the socket takes them.
+"""Writes a stream's bytes to its client, bypassing the event loop as long as the socket takes them.
 
 A token that goes from the engine's thread through the event loop costs a millisecond of processor time on a busy
 machine: it wakes a thread that waits for the GIL, then asyncio, uvicorn and h11, all of whose code and data the

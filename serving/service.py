@@ -1,4 +1,4 @@
-"""What one server has: the model, its worker, its settings and limits; and how a request becomes replies."""
+"""One server's model, worker, settings and limits, and how a request becomes replies."""
 
 import asyncio
 import math
@@ -116,7 +116,10 @@ class Service:
         """What a job of serving/jobs.py returns. ApiError 429 where too many wait, 500 where a number is not finite."""
         if self.computing >= self.queue:
             raise ApiError(
-                429, f"{self.computing:,} requests are waiting; try again", code="queue_full", retry_after="1"
+                429,
+                f"{self.computing:,} requests are waiting, as many as this server takes",
+                code="queue_full",
+                retry_after="1",
             )
         self.computing += 1
         try:
@@ -151,7 +154,7 @@ class Service:
         waiting = max(0, self.accepted - self.max_batch)
         if waiting + wanted > self.queue + max(0, self.max_batch - self.accepted):
             seconds = math.ceil(self.reply_seconds * (1 + waiting / self.max_batch))
-            message = f"{self.accepted:,} replies are waiting or running, as many as this server takes; try again"
+            message = f"{self.accepted:,} replies are waiting or running, as many as this server takes"
             raise ApiError(429, message, code="queue_full", retry_after=str(min(max(seconds, 1), 120)))
         exchange = Exchange(self)
         for number in range(wanted):

@@ -105,6 +105,7 @@ class View {
       (1000 * (clock.count - 1)) / (clock.last - clock.first) : 0;
     const total = usage?.completion_tokens ?? clock.count;
     const thought = usage?.completion_tokens_details?.reasoning_tokens;
+    if (live && !clock.count) said.push("waiting for the first token");
     if (total) said.push(count(total, total === 1 ? "token" : "tokens") + (thought ? ` (${thought.toLocaleString("en")} thinking)` : ""));
     if (rate) said.push(count(Number(rate.toFixed(rate < 10 ? 1 : 0)), "tokens/s"));
     if (clock.first) said.push(`first after ${((clock.first - clock.start) / 1000).toFixed(2)} s`);

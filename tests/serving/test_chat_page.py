@@ -54,10 +54,13 @@ def view(server, browser):
 
 
 def test_a_reply_streams_and_its_thinking_is_folded(view, server):
-    half = threading.Event()
-    server.replies = [[*SUM[:4], half, *SUM[4:]]]
+    queued, half = threading.Event(), threading.Event()
+    server.replies = [[queued, *SUM[:4], half, *SUM[4:]]]
     ask(view, wait=False)
+    view.wait_for_selector(".stats:has-text('waiting for the first token')")
+    queued.set()
     view.wait_for_selector("summary:has-text('Thinking')")
+    assert "waiting" not in view.inner_text(".stats")
     assert "17 +" in view.locator(".preview").inner_text() and view.inner_text("#send") == "Stop"
     assert not view.locator(".thought").is_visible()
     view.wait_for_timeout(100)
