@@ -8,7 +8,7 @@
 #include "tiles.h"
 
 constexpr int64_t SUMS = 1024;    // bytes of a tile of sums, int32 [tokens, rows]
-constexpr int64_t AMX_FEWEST = 16;  // tokens: fewer are as fast by vectors, as the weights need not be transposed for them
+constexpr int64_t AMX_FEWEST = 16;  // tokens that rows of 8 bits are transposed for: fewer are as fast by vectors
 
 #if defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define AMX 1
@@ -35,11 +35,11 @@ template <int TO>
 inline void zero_tile() { asm volatile("tilezero %%tmm%c0" ::"i"(TO)); }
 template <int TO>
 inline void load_tile(const char* from, int64_t stride) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TO) : "memory");
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TO), "m"(*(const char(*)[])from));
 }
 template <int FROM>
 inline void store_tile(void* to, int64_t stride = 64) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(FROM) : "memory");
+    asm volatile("tilestored %%tmm%c3, (%1,%2,1)" : "=m"(*(char(*)[])to) : "r"(to), "r"(stride), "i"(FROM));
 }
 template <int SUM, int ACTIVATIONS, int WEIGHTS>  // signed bytes
 inline void multiply_tiles() {
@@ -75,50 +75,27 @@ struct Spaced {
     }
 };
 
-// The products of up to 16 tokens with 16 rows whose scales are those of groups of columns: [16 tokens], lanes are rows.
+// Activations of SIDE consecutive tokens side by side, as tiles meet them: lines of 64 bytes, four of each token. They lie in
+// the tokens' own memory, from its beginning on: token i has the i-th line of every SIDE.
 //
-//     weights [groups, BYTES / 4, 16 rows, 4]; activations in a token's high bytes, BYTES to a group; `low`: from these to
-//     the low bytes; group_of(lane): of a block of 16 groups, in vectors' own order
-//     meet(group, token, sum, total): `total` with the group's whole number in it
-//
-// The tiles' registers are those of TileRegisters(tokens, BYTES). While vectors take in one group's sums, the tiles are
-// at work on the next group.
-template <int64_t BYTES, class GroupOf, class Meet>
-__attribute__((always_inline)) inline void by_groups(const Spaced& x, int64_t low, const char* weights, int64_t groups,
-                                                     GroupOf group_of, Meet meet, Vector (&total)[SIDE]) {
-    alignas(64) Integers sums[2][2][SIDE];
-    Vector waiting[4][SIDE];  // for their neighbours: lanes are added up as in sum(Vector)
-    auto lane_of = [](int i) { return (i & 1) << 3 | (i & 2) << 1 | (i & 4) >> 1 | (i & 8) >> 3; };
-    int next_lane = 0;  // the lane_of … and the group that the tiles are at
-    int64_t next = group_of(0);
-    auto start = [&](auto turn) __attribute__((always_inline)) {
-        constexpr int ABOVE = 2 * turn, BELOW = ABOVE + 1;
-        for (; next >= groups; next = group_of(lane_of(next_lane)))
-            if (++next_lane == LANES) return;
-        zero_tile<ABOVE>(), zero_tile<BELOW>();
-        const char* high = x.first + next * BYTES;
-        load_tile<6>(weights + next * BYTES * SIDE, 64), load_tile<4>(high, x.stride), load_tile<5>(high + low, x.stride);
-        multiply_tiles<ABOVE, 4, 6>(), multiply_tiles<BELOW, 5, 6>();
-        store_tile<ABOVE>(sums[turn][0]), store_tile<BELOW>(sums[turn][1]);
-        next += LANES;
-    };
-    bool odd = false;
-    start(std::integral_constant<int, 0>());
-    for (int i = 0; i < LANES; i++) {
-        for (auto& some : total) some = Vector{};
-        auto take = [&](int64_t g, auto turn) __attribute__((always_inline)) {
-            if (next_lane < LANES) start(std::integral_constant<int, 1 - turn>());
-#pragma GCC unroll 16
-            for (int k = 0; k < SIDE; k++) total[k] = meet(g, k, (sums[turn][0][k] << 8) + sums[turn][1][k], total[k]);
-        };
-        for (int64_t g = group_of(lane_of(i)); g < groups; g += LANES, odd = !odd)
-            odd ? take(g, std::integral_constant<int, 1>()) : take(g, std::integral_constant<int, 0>());
-        int level = 0;
-        for (; i >> level & 1; level++)
-            for (int k = 0; k < SIDE; k++) total[k] = waiting[level][k] + total[k];
-        for (int k = 0; k < SIDE && i < LANES - 1; k++) waiting[level][k] = total[k];
+// GROUP / 4 lines are a group's high bytes, four columns each, and as many its low ones; groups come in the order in which
+// their products are added up. Then lines of the groups' scales, and of their sums.
+template <int GROUP>
+struct SideBySide {
+    static constexpr int PIECES = GROUP / 4, GROUPS = SIDE / (2 * PIECES);  // whose lines are one of each token's
+    int64_t chunks, scales, sums, bytes;
+    explicit SideBySide(int64_t chunks)
+        : chunks(chunks), scales(chunks * SIDE / GROUPS * 64), sums(scales + chunks * 64), bytes(sums + chunks * 64) {}
+
+    static constexpr int order(int lane) { return (lane & 1) << 3 | (lane & 2) << 1 | (lane & 4) >> 1 | (lane & 8) >> 3; }
+    // The first line of the high bytes of the group that is in this lane of a chunk.
+    int64_t high(int lane, int64_t chunk, int64_t token_bytes) const {
+        const int64_t i = order(lane) * chunks + chunk;
+        return i % GROUPS * 2 * PIECES * token_bytes + i / GROUPS * 64;
     }
-}
+    int64_t scale(int lane, int64_t chunk, int64_t token_bytes) const { return lane * token_bytes + scales + chunk * 64; }
+    int64_t sum(int lane, int64_t chunk, int64_t token_bytes) const { return lane * token_bytes + sums + chunk * 64; }
+};
 #else
 #define AMX 0
 #endif

@@ -46,12 +46,14 @@ int product(const Linear* w, const float* x, int64_t count, float* y, int thread
     const int64_t size = PRODUCTS[form]->bytes(w->columns), scratch = scratch_size(w->columns);
     Buffer<char> prepared;
     Buffer<float> results, unpacked;
-    prepared.allocate(count * size), results.allocate(threads * count * ROWS), unpacked.allocate(threads * scratch);
+    prepared.allocate(rounded_up(count, SIDE) * size), results.allocate(threads * count * ROWS), unpacked.allocate(threads * scratch);
     std::unique_ptr<const char*[]> inputs(new const char*[count]);
     for (int64_t i = 0; i < count; i++) {
         inputs[i] = prepared.at(i * size, size);
         PRODUCTS[form]->prepare(x + i * w->columns, w->columns, prepared.at(i * size, size));
     }
+    for (int64_t i = 0; i < count && count >= MANY && PRODUCTS[form]->put_beside; i += SIDE)
+        PRODUCTS[form]->put_beside(prepared.at(i * size, SIDE * size), w->columns, std::min<int64_t>(count - i, SIDE));
 #pragma omp parallel num_threads(threads)
     {
         const int64_t parts = omp_get_num_threads(), part = omp_get_thread_num();

@@ -408,13 +408,16 @@ struct Codes {
     }
 };
 
-template <class Form, class Kind>
-constexpr Products codes_of() { return {Form::bytes, Form::prepare, Kind::multiply_all}; }
+template <class Type>
+constexpr Products codes_of() {
+    typedef Grouped<Type> Form;
+    return {Form::bytes, Form::prepare, Type::multiply_all, nullptr, nullptr, beside<Form>()};
+}
 
 }  // namespace
 
-const Products byte_products = codes_of<RowBytes, RowBytes>();
-const Products grouped_byte_products = codes_of<Grouped<Codes<8, 32>>, Codes<8, 32>>();
-const Products nibble_products = codes_of<Grouped<Codes<4, 32>>, Codes<4, 32>>();
-const Products grouped_byte_16_products = codes_of<Grouped<Codes<8, 16>>, Codes<8, 16>>();
-const Products nibble_16_products = codes_of<Grouped<Codes<4, 16>>, Codes<4, 16>>();
+const Products byte_products = {RowBytes::bytes, RowBytes::prepare, RowBytes::multiply_all};
+const Products grouped_byte_products = codes_of<Codes<8, 32>>();
+const Products nibble_products = codes_of<Codes<4, 32>>();
+const Products grouped_byte_16_products = codes_of<Codes<8, 16>>();
+const Products nibble_16_products = codes_of<Codes<4, 16>>();

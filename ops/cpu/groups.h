@@ -12,7 +12,8 @@
 //                            lanes, are transposed in registers when they are met (Chunk)
 //     many tokens            each lane is a row: 16 bits for each code, transposed once for all tokens (Panel), meet
 //                            activations that are spread over all lanes
-//     many tokens, with AMX  the same with 8 bits for each code (amx.h)
+//     many tokens, with AMX  each lane is a token: rows as they lie, 8 bits for each code (TileRows), meet activations of
+//                            16 tokens side by side (amx.h)
 //
 // All three stand here, which makes the file long, because they have to round alike.
 #pragma once
@@ -109,11 +110,17 @@ struct GroupedInputs {
     static constexpr float MOST = 32639;  // 127 · 256 + 127
 
     struct Places {
-        int64_t chunks, low, scale, sum, whole, words, a, b, end;
+        int64_t chunks, scale, sum, whole, words, a, b, end;
         explicit Places(int64_t n)
-            : chunks(Chunk<GROUP>::count(n)), low(AMX * chunks * CHUNK_BYTES), scale(2 * low), sum(scale + chunks * BYTES),
+            : chunks(Chunk<GROUP>::count(n)), scale(side_by_side(chunks)), sum(scale + chunks * BYTES),
               whole(sum + chunks * BYTES), words(whole + chunks * BYTES), a(words + 2 * chunks * CHUNK_BYTES),
               b(a + chunks * CHUNK_BYTES), end(rounded_up(b + chunks * CHUNK_BYTES, LINE_BYTES) + LINE_BYTES) {}
+        static int64_t side_by_side(int64_t chunks) {
+#if AMX
+            return SideBySide<GROUP>(chunks).bytes;
+#endif
+            return 0;
+        }
     };
     static int64_t bytes(int64_t n) { return Places(n).end; }
 
@@ -148,7 +155,6 @@ struct GroupedInputs {
             for (int i = 0; i < GROUP && !PACKED; i++) placed[i] = whole[i];
             alignas(64) char a[GROUP], b[GROUP];
             ExactSum::place<GROUP>(placed, a, b);
-            if (AMX && choice.amx) std::memcpy(out + column, a, GROUP), std::memcpy(out + places.low + column, b, GROUP);
             uint64_t fours[GROUP / 4];
             std::memcpy(fours, placed, sizeof fours);
             for (auto& four : fours)
@@ -166,6 +172,37 @@ struct GroupedInputs {
             ((float*)(out + places.sum))[place] = float(sum_of_whole) * scale;
         }
     }
+
+#if AMX
+    // What `prepare` made of `count` consecutive tokens, at most SIDE, side by side.
+    static void put_beside(char* x, int64_t n, int64_t count) {
+        if (!choice.amx) return;
+        const Places places(n);
+        const SideBySide<GROUP> lines(places.chunks);
+        for (int64_t at = 0; at < places.chunks; at++) {
+            auto put = [&](int64_t from, auto line) {
+                Unsigned v[SIDE];  // behind `count` whatever is there
+                for (int64_t k = 0; k < SIDE; k++) v[k] = read<Unsigned>(x + k * places.end + from);
+                transpose(v);
+                for (int lane = 0; lane < LANES; lane++) std::memcpy(x + line(lane), v + lane, sizeof *v);
+            };
+            for (int64_t i = 0; i < GROUP / 2; i++) {  // high bytes, then low ones
+                const int64_t from = i < GROUP / 4 ? places.a + i * BYTES : places.b + (i - GROUP / 4) * BYTES;
+                put(from + at * CHUNK_BYTES, [&](int lane) { return lines.high(lane, at, places.end) + i * places.end; });
+            }
+            put(places.scale + at * BYTES, [&](int lane) { return lines.scale(lane, at, places.end); });
+            put(places.sum + at * BYTES, [&](int lane) { return lines.sum(lane, at, places.end); });
+        }
+        for (int64_t k = 0; k < count; k++) ((int32_t*)(x + (k + 1) * places.end))[-1] = k;
+    }
+    // Whether such neighbours begin here.
+    static bool side_by_side(const char* const* x, int64_t count, int64_t n) {
+        const Places places(n);
+        bool found = ((const int32_t*)(x[0] + places.end))[-1] == 0;
+        for (int64_t i = 1; i < count; i++) found = found && x[i] - x[i - 1] == places.end;
+        return found;
+    }
+#endif
 
     // The numbers that they stand for.
     static void values(const char* x, int64_t n, float* out) {
@@ -210,10 +247,9 @@ struct GroupedInputs {
     }
 };
 
-// LANES rows, or as many as there are from `first` on, of codes with WIDTH bytes and their sign, for many tokens: [groups,
-// GROUP / 4, WIDTH, rows, 4 / WIDTH codes] weights (of two bytes: of each four columns 0 and 2, then 1 and 3), [groups, rows]
-// scales and minima.
-template <class Type, int WIDTH>
+// LANES rows, or as many as there are from `first` on, of codes in 16 bits with their sign, for many tokens: [groups, GROUP / 2,
+// rows, 2] weights (of each four columns 0 and 2, then 1 and 3), [groups, rows] scales and minima.
+template <class Type>
 struct Panel {
     static constexpr int GROUP = Type::GROUP;
     static constexpr bool PACKED = Type::PACKED;
@@ -226,7 +262,7 @@ struct Panel {
 
     Panel(const Type& type, const Rows& w, int64_t first, int64_t rows, char* memory)
         : places(w.columns), groups(w.columns / GROUP), weights(memory),
-          scales((Vector*)(weights + places.chunks * Chunk<GROUP>::COLUMNS * LANES * WIDTH)),
+          scales((Vector*)(weights + places.chunks * Chunk<GROUP>::COLUMNS * LANES * 2)),
           minima(scales + places.chunks * LANES), end((char*)(minima + Type::MINIMA * places.chunks * LANES)) {
         for (int64_t at = 0; at < places.chunks; at++) {
             Unsigned codes[GROUP / 4][LANES], scale[LANES], minimum[LANES];
@@ -255,17 +291,11 @@ struct Panel {
     }
 
     void put(int64_t place, Unsigned codes) const {
-        char* to = weights + place * 4 * LANES * WIDTH;
-        if constexpr (WIDTH == 1) {
-            typedef uint8_t Bytes8 __attribute__((vector_size(4 * LANES)));
-            const auto with_sign = (Bytes8)codes - uint8_t(Type::OFFSET);
-            std::memcpy(to, &with_sign, sizeof with_sign);
-        } else {
-            typedef int16_t Words __attribute__((vector_size(4 * LANES)));
-            const Words even = (Words)(codes & 0x00ff00ff) - int16_t(Type::OFFSET);
-            const Words odd = (Words)(codes >> 8 & 0x00ff00ff) - int16_t(Type::OFFSET);
-            std::memcpy(to, &even, sizeof even), std::memcpy(to + sizeof even, &odd, sizeof odd);
-        }
+        typedef int16_t Words __attribute__((vector_size(4 * LANES)));
+        const Words even = (Words)(codes & 0x00ff00ff) - int16_t(Type::OFFSET);
+        const Words odd = (Words)(codes >> 8 & 0x00ff00ff) - int16_t(Type::OFFSET);
+        char* to = weights + place * 8 * LANES;
+        std::memcpy(to, &even, sizeof even), std::memcpy(to + sizeof even, &odd, sizeof odd);
     }
     static void spread(Unsigned (&of_rows)[LANES], Vector* to) {
         ::transpose(of_rows);
@@ -322,29 +352,106 @@ struct Panel {
             for (int p = 0; p < COUNT; p++) store(y + k * ROWS + p * LANES, total[k][p]);
     }
 
-#if AMX
-    // y[count, LANES] of a [count, ROWS] array.
-    void multiply_in_tiles(const char* const* x, int64_t count, float* y) const {
-        for (int64_t i = 0; i < count;) {
-            const int64_t tokens = std::min<int64_t>(count - i, SIDE);
-            const TileRegisters registers(tokens, GROUP);
-            for (; i + tokens <= count; i += tokens) {
-                const Spaced spaced(x + i, tokens, places.whole, end);
-                const char* inputs[SIDE];  // a tile without 16 tokens has its last one again
-                for (int64_t k = 0; k < SIDE; k++) inputs[k] = x[i + std::min(k, tokens - 1)];
-                Vector total[SIDE];
-                by_groups<GROUP>(
-                    spaced, places.low, weights, groups, [](int lane) { return group_of(lane, GROUP, PACKED); },
-                    [&](int64_t group, int k, Integers whole, Vector sum) __attribute__((always_inline)) {
-                        return meet(inputs[k], group, whole, sum);
-                    },
-                    total);
-                for (int64_t k = 0; k < tokens; k++) store(y + (i + k) * ROWS, total[k]);
-            }
-        }
-    }
-#endif
 };
+
+#if AMX
+// SIDE rows, or as many as there are from `first` on, in bytes with their sign, as tiles take them.
+template <class Type>
+struct TileRows {
+    static constexpr int GROUP = Type::GROUP;
+    static constexpr bool PACKED = Type::PACKED;
+    typedef GroupedInputs<GROUP, PACKED> Form;
+    const typename Form::Places places;
+    const SideBySide<GROUP> lines;
+    const int64_t groups, stride;    // of codes: rows begin in different sets of the cache
+    char* const codes;               // [SIDE, stride]
+    float *const scales, *const minima;  // [SIDE, chunks, lanes]
+
+    TileRows(const Type& type, const Rows& w, int64_t first, int64_t rows, char* memory)
+        : places(w.columns), lines(places.chunks), groups(w.columns / GROUP), stride(places.chunks * Chunk<GROUP>::COLUMNS + 64),
+          codes(memory), scales((float*)(codes + SIDE * stride)), minima(scales + SIDE * places.chunks * LANES) {
+        for (int64_t r = 0; r < SIDE; r++)
+            for (int64_t at = 0; at < places.chunks; at++) {
+                Chunk<GROUP> chunk;
+                type.unpack(from_row(w, std::min(first + r, rows - 1)), at, chunk);
+                char* to = codes + r * stride + at * Chunk<GROUP>::COLUMNS;
+                each<GROUP / (PACKED ? 8 : 4)>([&](auto i) __attribute__((always_inline)) {
+                    if constexpr (PACKED) {
+                        const __m512i low = with_sign(lower_nibbles(chunk.codes[i])), high = with_sign(upper_nibbles(chunk.codes[i]));
+                        const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+                        _mm512_storeu_si512(to + 128 * i, _mm512_permutex2var_epi64(low, first, high));
+                        _mm512_storeu_si512(to + 128 * i + 64, _mm512_permutex2var_epi64(low, second, high));
+                    } else {
+                        _mm512_storeu_si512(to + 64 * i, with_sign(chunk.codes[i]));
+                    }
+                });
+                store(scales + (r * places.chunks + at) * LANES, chunk.scale);
+                if (Type::MINIMA) store(minima + (r * places.chunks + at) * LANES, chunk.minimum);
+            }
+    }
+    static __m512i with_sign(Unsigned codes) { return _mm512_sub_epi8((__m512i)codes, _mm512_set1_epi8(Type::OFFSET)); }
+
+    // y[count, SIDE] of a [count, ROWS] array = the products with up to SIDE tokens that are side by side. While vectors
+    // take in one group's sums, the tiles are at work on the next group.
+    void multiply(const char* x, int64_t count, float* y) const {
+        alignas(64) Integers sums[2][2][SIDE];
+        Vector total[SIDE], waiting[4][SIDE];
+        const auto there = __mmask16((1 << count) - 1);
+        auto group_in = [&](int lane, int64_t chunk) { return chunk * LANES + group_of(lane, GROUP, PACKED); };
+        int next_lane = 0;  // in their order; and the chunk that the tiles are at
+        int64_t next_chunk = 0;
+        auto start = [&](auto turn) __attribute__((always_inline)) {
+            constexpr int ABOVE = 2 * turn, BELOW = ABOVE + 1;
+            int lane = lines.order(next_lane);
+            while (group_in(lane, next_chunk) >= groups) {
+                if (++next_lane == LANES) return;
+                lane = lines.order(next_lane), next_chunk = 0;
+            }
+            const char* high = x + lines.high(lane, next_chunk, places.end);
+            zero_tile<ABOVE>(), zero_tile<BELOW>();
+            load_tile<4>(codes + group_in(lane, next_chunk) * GROUP, stride);
+            load_tile<6>(high, places.end), load_tile<7>(high + GROUP / 4 * places.end, places.end);
+            multiply_tiles<ABOVE, 4, 6>(), multiply_tiles<BELOW, 4, 7>();
+            next_chunk++;
+        };
+        auto put = [&](auto turn) __attribute__((always_inline)) {
+            store_tile<2 * turn>(sums[turn][0]), store_tile<2 * turn + 1>(sums[turn][1]);
+        };
+        const std::integral_constant<int, 0> even;
+        const std::integral_constant<int, 1> odd;
+        start(even), put(even);
+        if (next_lane < LANES) start(odd);
+        bool at_odd = false;
+        for (int i = 0; i < LANES; i++) {
+            const int lane = lines.order(i);
+            each<SIDE>([&](auto r) __attribute__((always_inline)) { total[r] = Vector{}; });
+            auto take = [&](int64_t chunk, auto turn) __attribute__((always_inline)) {
+                put(std::integral_constant<int, 1 - turn>());
+                if (next_lane < LANES) start(turn);
+                const auto scale = (Vector)_mm512_maskz_loadu_ps(there, x + lines.scale(lane, chunk, places.end));
+                const auto sum = Type::MINIMA ? (Vector)_mm512_maskz_loadu_ps(there, x + lines.sum(lane, chunk, places.end)) : scale;
+                const int64_t place = chunk * LANES + lane;
+                each<SIDE>([&](auto r) __attribute__((always_inline)) {
+                    const Integers whole = (sums[turn][0][r] << 8) + sums[turn][1][r];
+                    const Vector weights = Vector{} + scales[r * places.chunks * LANES + place];
+                    total[r] = fma(__builtin_convertvector(whole, Vector) * scale, weights, total[r]);
+                    if (Type::MINIMA) total[r] = fma(Vector{} + minima[r * places.chunks * LANES + place], sum, total[r]);
+                });
+            };
+            for (int64_t chunk = 0; group_in(lane, chunk) < groups; chunk++, at_odd = !at_odd)
+                at_odd ? take(chunk, odd) : take(chunk, even);
+            int level = 0;
+            for (; i >> level & 1; level++)
+                each<SIDE>([&](auto r) __attribute__((always_inline)) { total[r] = waiting[level][r] + total[r]; });
+            if (i < LANES - 1) each<SIDE>([&](auto r) __attribute__((always_inline)) { waiting[level][r] = total[r]; });
+        }
+        Unsigned by_token[SIDE];
+        each<SIDE>([&](auto r) __attribute__((always_inline)) { by_token[r] = (Unsigned)total[r]; });
+        ::transpose(by_token);
+        for (int64_t k = 0; k < count; k++) store(y + k * ROWS, (Vector)by_token[k]);
+    }
+};
+#endif
 
 // Rows where they lie. A type of weights has
 //
@@ -377,21 +484,25 @@ struct Grouped : GroupedInputs<Type::GROUP, Type::PACKED> {
     }
     static float finish(const Rows&, int, float y) { return y; }
 
-    static constexpr int MANY = 5;
+    static constexpr int64_t MANY = LANES < 16 ? 5 : ROWS == 1 ? ::MANY : 9;  // tokens from which rows are unpacked once
     static void multiply_all(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch) {
         if (count < MANY) return ::multiply<Grouped>(w, rows, x, count, y);
         const Type type(w);
 #if AMX
-        if constexpr (GROUP == 32)  // of 16 columns a tile is a quarter full, and no faster than vectors
-            if (choice.amx && count >= AMX_FEWEST) {
-                for (int64_t row = 0; row < rows; row += LANES)
-                    Panel<Type, 1>(type, w, row, rows, (char*)scratch).multiply_in_tiles(x, count, y + row);
-                return;
+        if (choice.amx && Form::side_by_side(x, count, w.columns)) {
+            const uint8_t pieces = GROUP / 4;
+            const TileRegisters registers({SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, pieces, pieces}, {64, 64, 64, 64, GROUP, GROUP, 64, 64});
+            for (int64_t row = 0; row < rows; row += SIDE) {
+                const TileRows<Type> some(type, w, row, rows, (char*)scratch);
+                for (int64_t i = 0; i < count; i += SIDE)
+                    some.multiply(x[i], std::min<int64_t>(count - i, SIDE), y + i * ::ROWS + row);
             }
+            return;
+        }
 #endif
         constexpr int MOST = LANES == 8 ? 6 : 8;  // what the registers hold sums of
         in_panels<MOST>(rows, x, count, y, (char*)scratch, [&](int64_t first, char* memory) {
-            return Panel<Type, 2>(type, w, first, rows, memory);
+            return Panel<Type>(type, w, first, rows, memory);
         });
     }
 };
@@ -445,8 +556,17 @@ struct InBlocks : Type {
     }
 };
 
+template <class Kind>
+constexpr decltype(Products::put_beside) beside() {
+#if AMX
+    return Kind::put_beside;
+#else
+    return nullptr;
+#endif
+}
+
 template <class Type>
 constexpr Products blocks_of() {
     typedef Grouped<InBlocks<Type>> Kind;
-    return {Kind::bytes, Kind::prepare, Kind::multiply_all, InBlocks<Type>::numbers};
+    return {Kind::bytes, Kind::prepare, Kind::multiply_all, InBlocks<Type>::numbers, nullptr, beside<Kind>()};
 }

@@ -60,6 +60,8 @@ class Buffer {
 
 inline int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+constexpr int SIDE = 16;   // rows and columns of a tile of AMX
+constexpr int64_t MANY = 7;  // tokens: from here on their activations may be wanted side by side
 constexpr int64_t ROWS = 32;  // of weights that stay in the cache for all tokens
 
 // How one token reads its rows. It changes no bit of a result: library.py measures which is fastest on a machine.
@@ -85,6 +87,8 @@ struct Products {
     void (*numbers)(const char* row, int64_t columns, float* out) = nullptr;  // a row's weights, as of an embedding
     // What `multiply` wants to find in its scratch memory, the same for all rows.
     void (*arrange)(const char* const* x, int64_t count, int64_t columns, float* scratch) = nullptr;
+    // Puts up to SIDE prepared vectors that lie one after another side by side, in the memory of SIDE.
+    void (*put_beside)(char* x, int64_t n, int64_t count) = nullptr;
 };
 // Numbers of a row: see floats.cpp. (Tiled, with 16 tokens or 16 copies beside 32 rows, takes as much.)
 inline int64_t unpacked_size(int64_t columns) { return rounded_up(columns, 2 * LANES) + 16; }
@@ -107,8 +111,6 @@ inline const Products* const PRODUCTS[FORMS] = {
     &nibble_products,  &float16_products,  &q8_0_products, &q4_0_products, &q4_1_products, &q5_0_products,
     &q5_1_products,    &q4_k_products,     &q5_k_products, &q6_k_products,
     &grouped_byte_16_products, &nibble_16_products};
-
-constexpr int SIDE = 16;  // rows and columns of a tile of AMX
 
 // What was chosen for this machine: see library.py.
 struct Choice {
@@ -146,11 +148,16 @@ class Inputs {
     // Room for `count` vectors of at most `widest` numbers, in each of the forms.
     void allocate(int64_t count, int64_t widest, const bool (&forms)[FORMS]) {
         for (int form = 0; form < FORMS; form++)
-            if (forms[form]) memory[form].allocate(count * PRODUCTS[form]->bytes(widest));
+            if (forms[form]) memory[form].allocate(rounded_up(count, SIDE) * PRODUCTS[form]->bytes(widest));
     }
     void put(int64_t i, const float* x, int64_t n, Form form) {
         const int64_t size = PRODUCTS[form]->bytes(n);
         PRODUCTS[form]->prepare(x, n, memory[form].at(i * size, size));
+    }
+    // After `put` of vectors i .. i + count, at most SIDE, of many.
+    void put_beside(int64_t i, int64_t count, int64_t n, Form form) {
+        const int64_t size = PRODUCTS[form]->bytes(n);
+        if (PRODUCTS[form]->put_beside) PRODUCTS[form]->put_beside(memory[form].at(i * size, SIDE * size), n, count);
     }
     const char* at(int64_t i, int64_t n, Form form) const {
         const int64_t size = PRODUCTS[form]->bytes(n);

@@ -252,9 +252,13 @@ class Step {
                 for (int form = 0; form < FORMS; form++)
                     if (forms[form]) inputs.put(i, x, n, Form(form));
             }
+            for (int form = 0; form < FORMS && count >= MANY; form++)
+                if (forms[form]) inputs.put_beside(begin, end - begin, n, Form(form));
         };
         if (count <= FEW) return some(0, count), inputs;
-        sharing.share(count, Works::SHORTEST / 8, some);
+        sharing.share((count + SIDE - 1) / SIDE, Works::SHORTEST, [&](int64_t begin, int64_t end) {
+            for (; begin < end; begin++) some(begin * SIDE, std::min((begin + 1) * SIDE, count));
+        });
         sharing.wait_for_all();
         return inputs;
     }
@@ -283,7 +287,7 @@ class Step {
 
     // Rows that are read together, of which a thread claims whole units.
     static int64_t unit_of(const Linear& w, int64_t count) {
-        return count > FEW ? ROWS : form_of(w) == BFLOAT16_TILES ? SIDE : 4;
+        return count > FEW ? ROWS : count >= MANY || form_of(w) == BFLOAT16_TILES ? SIDE : 4;
     }
 
     // weight·x + bias of `count` tokens.
