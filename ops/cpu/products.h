@@ -15,7 +15,7 @@
 //       … without AVX2     as they are                                               fma                   codes.cpp
 //     8 or 4 bits, groups  whole numbers of 16 bits, a scale for each group          vpdpbusd, vpmaddwd    groups.h
 //     blocks of a GGUF     the same                                                  the same              groups.h
-//       … many tokens      the same                                                  vpdpwssd, tdpbssd     groups.h, amx.h
+//       … many tokens      the same                                                  vpdpwssd, tdpbssd     panels.h
 //
 // Codes are packed as in formats/compressed_tensors.py: one (the number + 128) to a byte, or two (the number + 8), the
 // lower four bits first. A group of columns, or the whole row, shares a scale.
@@ -92,7 +92,7 @@ struct Products {
 };
 // Numbers of a row: see floats.cpp. (Tiled, with 16 tokens or 16 copies beside 32 rows, takes as much.)
 inline int64_t unpacked_size(int64_t columns) { return rounded_up(columns, 2 * LANES) + 16; }
-// Rows of those; or a Panel of groups.h for each row, or what AMX needs: rows, their scales and 16 tokens.
+// Rows of those; or a Panel of panels.h for each row, or what AMX needs: rows, their scales and 16 tokens.
 inline int64_t scratch_size(int64_t columns) {
     return std::max(ROWS * unpacked_size(columns), 20 * rounded_up(columns, 512) + 2048);
 }
