@@ -394,7 +394,7 @@ class ReplyStream:
         self._parts: dict[str, list[str]] = {"thinking": [], "answer": []}
         self._tags = {} if raw else {chat.think_start_id: "thinking", chat.think_end_id: "answer"}
         self.kind = "thinking" if not raw and chat.opens_thinking(prompt_ids) else "answer"
-        # Behind the tag alone: a thinking that the caller has begun goes on as it comes.
+        # Right after the tag only: thinking that the caller has begun is continued unchanged.
         self._after_tag = self.kind == "thinking" and not chat.decode(_behind(prompt_ids, chat.think_start_id)).strip(
             "\n"
         )

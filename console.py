@@ -131,7 +131,7 @@ class _Version(argparse.Action):
 
 def notice(message: str) -> None:
     """One line to the person at the terminal that is neither a result nor an error. Where nobody reads it any more (the
-    terminal is gone, or the pipe's reader), the command goes on in silence."""
+    terminal is gone, or the pipe's reader), the command continues without it."""
     try:
         print(folded(message, sys.stderr), file=sys.stderr, flush=True)
     except OSError:
@@ -172,7 +172,7 @@ def _cells(text: str) -> int:
 
 
 def counted(items: Iterable[T], what: str, every: float = 15.0) -> Iterator[T]:
-    """The items, unchanged; for work that takes long, a notice every so many seconds says how many there were."""
+    """The items, unchanged; every `every` seconds a notice says how many there have been."""
     last = time.monotonic()
     for number, item in enumerate(items):
         if time.monotonic() - last > every:
@@ -355,7 +355,7 @@ def _open_closed_streams() -> None:
 
 
 def _how_to_install(module: str) -> str | None:
-    """The command that installs a missing package of pyproject.toml; None for a module of nobody's."""
+    """The command that installs a missing package of pyproject.toml; None for a module that is in none of them."""
     table, name = project(), module.partition(".")[0].replace("_", "-")
     for extra, packages in {"": table["dependencies"], **table["optional-dependencies"]}.items():
         if name in (re.split(r"[<>=;\[ ]", package)[0].replace("_", "-") for package in packages):

@@ -13,6 +13,8 @@ MAX_JSON = 32_000_000  # bytes; the names of 10^5 tensors stay far below, and pa
 
 def read_json(path: Path, kind: type = dict) -> Any:
     """The JSON object (or list) in an untrusted file; ValueError names the file where it is not one."""
+    if path.is_dir():
+        raise ValueError(f"{path}: a directory, not a file of JSON; give the file")
     if not path.is_file():
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         alike = next((file.name for file in beside if COPY.sub("", file.name).lower() == path.name), None)

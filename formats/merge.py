@@ -43,7 +43,9 @@ class Merged(View):
         if not self._parts:
             self._fail("no tensors in it")
         if len(named := sorted(adapters - {None})) > 1:
-            self._fail(f"{len(named)} adapters in it ({', '.join(named[:8])}); save the one that is meant by itself")
+            self._fail(
+                f"{len(named)} adapters in it ({', '.join(named[:8])}); save the one you want in a file of its own"
+            )
         self.tensors = dict(base.tensors)
         for name, parts in self._parts.items():
             self._check(name, parts)
@@ -80,7 +82,9 @@ class Merged(View):
         if not fits or rank != inner or rank == 0 or (magnitude and magnitude[0] != info.shape[0]):
             self._fail(f"{name} {list(info.shape)}: {', '.join(f'{part} {list(s)}' for part, s in shapes.items())}")
         if self._adapter.rank not in (None, rank):
-            self._fail(f"{name} of rank {rank}, but {self._adapter.path} says r {self._adapter.rank}; which is meant?")
+            self._fail(
+                f"{name} of rank {rank}, but {self._adapter.path} says r {self._adapter.rank}; one of them is wrong"
+            )
 
     def _settle_head(self) -> None:
         """The config of the merged model: a larger vocabulary, a head that is no longer the embedding."""
@@ -89,7 +93,7 @@ class Merged(View):
             self.config = self.config | {"vocab_size": rows}
         if self.config.get("tie_word_embeddings") and EMBEDDING in self._parts and HEAD not in self._parts:
             self._fail(
-                "adapts the embedding, to which the base ties its head, but not the head: it is unclear which is meant"
+                "adapts the embedding, to which the base ties its head, but not the head, so the head is ambiguous"
             )
 
     def read(self, name: str) -> torch.Tensor:

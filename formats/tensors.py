@@ -27,7 +27,7 @@ DTYPES = {
 OTHER_DTYPES = ("C64", "F4", "F6_E2M3", "F6_E3M2")  # the format knows these too, but no model here has them
 
 
-# A tensor of no elements in a checkpoint: known from DeepSpeed, and no damage that another download would mend.
+# A tensor without elements in a checkpoint: known from DeepSpeed; downloading it again would not help.
 SAVED_EMPTY = "saved empty, as DeepSpeed's ZeRO-3 does before it gathers them (its zero_to_fp32.py makes them whole)"
 
 

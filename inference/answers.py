@@ -89,7 +89,7 @@ def stats_lines(answer: Answer) -> str:
 
 
 def standard_input(by_line: bool) -> Iterator[str]:
-    """Standard input as one text, or line by line as it comes, without line breaks at the end."""
+    """Standard input as one text, or line by line as it arrives, without the line breaks."""
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="strict")  # in the C locale Python would let bytes through that are no text
     try:

@@ -14,7 +14,7 @@ The engine (inference/engine.py) needs seven things of a store, whatever a cache
 
 `Pages` is the store of the C++ step, on a CPU: a sequence has pages of its own or shares them, and all next ids, pieces
 of prompts too, go through the model in one pass. `Rows` is that of PyTorch, on any device: running caches are the rows
-of one KVCache, and replies that go on share a pass.
+of one KVCache, and running replies share a pass.
 """
 
 from collections import Counter

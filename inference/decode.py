@@ -209,7 +209,7 @@ def forward(model: Qwen3, ids: Sequence[int], cache: KVCache, count: int = 1, fa
 
 
 class PromptTooLong(ValueError):
-    """A prompt that the model's context does not hold; in a chat it can begin anew."""
+    """A prompt longer than the model's context; a chat can start over."""
 
 
 def check_model(model: Any) -> None:

@@ -228,7 +228,7 @@ class Engine:
         return bool(self.running or self.waiting)
 
     def _parts(self) -> dict[Running, Part]:
-        """What is computed now: the next ids of each reply that goes on, then of prompts as many as may be."""
+        """What is computed now: the next ids of each running reply, then as much of the prompts as fits."""
         while True:
             begun = [one for one in self.running if self._begin(one)]
             decoding = [one for one in begun if one.reply.tokens and one.pending <= PIECE[0]]

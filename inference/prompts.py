@@ -22,7 +22,7 @@ WINDOW = 4  # batches that are read ahead: a prompt joins as soon as a reply end
 
 
 def read_prompts(path: Path) -> Iterator[Conversation]:
-    """What each line asks. Raises ValueError with file and line number for what is no prompt."""
+    """What each line asks. Raises ValueError with file and line number for anything else."""
     if path.is_dir():
         raise ValueError(f"--prompts {path}: a directory; give a file of JSON lines")
     with path.open("rb") as lines:

@@ -118,7 +118,7 @@ def test_the_name_that_peft_knows_an_adapter_by(base, tmp_path, name):
     for key in first.tensors:
         assert torch.equal(first.read(key), second.read(key)), key
     other = {key.replace("lora_A.", "lora_A.other."): value for key, value in pair(DOWN, 48, 112).items()}
-    with pytest.raises(ValueError, match=rf"2 adapters in it \(.*{name}.*\); save the one"):
+    with pytest.raises(ValueError, match=rf"2 adapters in it \(.*{name}.*\); save the one you want"):
         open_checkpoint(adapter(tmp_path / "c", base, named | other))
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from formats.files import atomic_directory, atomic_file, write_text
+from formats.json_file import read_json
 from formats.safetensors_read import SafetensorsFile
 from formats.threads import map_in_threads
 from model import Config, Qwen3
@@ -134,3 +135,8 @@ def test_threads_stay_as_they_were(ending):
         assert torch.get_num_threads() == 3 and seen == [3] and set(inside) == {1}
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_directory_is_not_called_a_missing_file(tmp_path):
+    with pytest.raises(ValueError, match="a directory, not a file of JSON; give the file"):
+        read_json(tmp_path)
