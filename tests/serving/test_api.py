@@ -340,7 +340,7 @@ def test_wrong_tools_are_refused(refused):
         ("messages", {"messages": []}),
         ("messages", {"messages": [{"role": "wizard", "content": "x"}]}),
         ("messages", {"messages": [{"role": "user", "content": "x", "cache_control": {}}]}),
-        ("messages", {"messages": SUM, "extra": {"continue_final_message": True}}),
+        ("continue_final_message", {"messages": SUM, "extra": {"continue_final_message": True}}),
         ("add_generation_prompt", {"extra": {"add_generation_prompt": False}}),
     ],
 )

@@ -17,7 +17,7 @@ from conftest import wait_until_idle
 from serving.app import Gate
 
 LEAK = 100  # bytes of each request that are found
-LIMIT = (0.4, LEAK / 2)  # blocks of Python's allocator and bytes of malloc that a request may seem to leave behind
+LIMIT = (0.5, 0.6 * LEAK)  # blocks of Python's allocator and bytes of malloc that a request may seem to leave behind
 ROUND, ROUNDS, MOST = 48, 5, 40  # requests; rounds that a line is fitted to; rounds until the caches have to be full
 C = ctypes.CDLL(None)
 
