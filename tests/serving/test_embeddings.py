@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from chat import Chat
 from model import Qwen3
+from serving import jobs
 from serving.embedding import has_pooling
 
 MODULES = [
@@ -120,3 +121,23 @@ def test_the_hub_is_asked_for_the_recipe_too():
 
     names = ["1_Pooling/config.json", "config.json", "model.safetensors", "modules.json", "onnx/model.onnx"]
     assert _wanted(names, False, None) == names[:-1]
+
+
+@pytest.mark.parametrize("count", [2, 4, 5, 6, 9])
+def test_the_last_piece_of_a_prompt_is_computed_however_short_it_is(count, tiny, monkeypatch):
+    monkeypatch.setattr(jobs, "PIECE", 4)
+    model, ids = tiny[0], list(range(300, 300 + count))
+
+    def result(job):
+        while True:
+            try:
+                next(job)
+            except StopIteration as end:
+                return end.value
+
+    with torch.no_grad():
+        logits, states = model(torch.tensor([ids]))[0], model.model(torch.tensor([ids]))[0]
+    scores = result(jobs.score(model, ids, lambda row, token: float(row[token])))
+    assert scores == pytest.approx([float(logits[i, token]) for i, token in enumerate(ids[1:])], rel=1e-3, abs=1e-3)
+    (vector,) = result(jobs.embed(model, [ids], None))
+    torch.testing.assert_close(vector, torch.nn.functional.normalize(states[-1], dim=-1), rtol=1e-3, atol=1e-4)
