@@ -207,7 +207,7 @@ WRONG = {  # a call, and what its one line has to say
     "load to None": (lambda m: Qwen3.from_pretrained(TINY, device=None), "device is None"),
     "load as a module": (lambda m: Qwen3.from_pretrained(TINY, dtype="cuda"), "dtype is 'cuda'; the model computes"),
     "an adapter of no kind": (lambda m: Qwen3.from_pretrained(TINY, adapter=[]), "adapter is a list; give a directory"),
-    "an empty adapter": (lambda m: Qwen3.from_pretrained(TINY, adapter=""), "adapter : no such directory"),
+    "an empty adapter": (lambda m: Qwen3.from_pretrained(TINY, adapter=""), "adapter is empty; give a directory"),
     "fields": (lambda m: Config.from_dict(None), "config is a NoneType, not a dict"),
     "checkpoint": (lambda m: open_checkpoint(None), "path is None; give a path"),
     "continue": (
