@@ -199,6 +199,8 @@ class Chat:
         bare = prompt.rstrip().removesuffix(THINK_END).rstrip().removesuffix(THINK_START)  # without an empty thinking
         shared = prompt if whole.startswith(prompt) or THINK_START not in prompt[len(bare) :] else bare
         if not whole.startswith(shared):
+            if asked and asked[-1]["role"] == "assistant":
+                raise ValueError("two turns of the assistant follow each other; join them")
             raise ValueError("the chat template's generation prompt is not how it begins this turn of the assistant")
         said = whole[len(shared) :]
         for what, text in _said(asked, answer, normalise_tools(tools)):

@@ -284,6 +284,8 @@ def is_due(step: int, every: int) -> bool:
 def check_combinations(settings: Settings, processes: int = 1) -> None:
     """ValueError for settings that are valid by themselves but not together, or not in so many processes."""
     train, lora, stage = settings.train, settings.lora, settings.stage
+    if lora.rank and not lora.alpha:
+        raise ValueError("lora.alpha 0 multiplies what the adapters learn by 0; set it above 0")
     if train.parallel == "fsdp" and stage == "grpo":
         raise ValueError("train.parallel fsdp shards the model, but stage grpo samples replies from it; set ddp")
     if train.parallel == "fsdp" and lora.rank:

@@ -375,7 +375,7 @@ MOE = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 CONFIGS = {
     "no config": (removed("config.json"), "config.json: no such file"),
-    "config a folder": (in_place_of("config.json", Path.mkdir), "config.json: no such file"),
+    "config a folder": (in_place_of("config.json", Path.mkdir), "config.json: a directory, not a file of JSON"),
     "config a pipe": (in_place_of("config.json", os.mkfifo), "config.json: no such file"),
     "config points nowhere": (linked("config.json", "gone"), "config.json: no such file"),
     "config empty": (replaced("config.json", ""), "config.json: empty, so its download"),

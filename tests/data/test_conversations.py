@@ -358,6 +358,12 @@ def test_every_field_that_was_not_read_is_named(chat, capsys, make, record, unre
 # --- what is learnt ---
 
 
+def test_two_turns_of_the_assistant_in_a_row_are_called_that(chat):
+    """Qwen3's template begins the second one otherwise than a reply to the first would begin."""
+    with pytest.raises(ValueError, match="two turns of the assistant follow each other; join them"):
+        WrittenRows(chat).conversation({"messages": [ASK, TELL, TELL]})
+
+
 def test_thinking_that_a_row_contradicts_or_does_not_end_is_refused(chat):
     """Behind a closed thinking, or cut short, it would teach what no reply should be."""
     rows, thought = WrittenRows(chat), TELL | {"reasoning": "Hm."}

@@ -191,6 +191,7 @@ def test_two_processes_give_the_losses_of_one(config, stage, parallel):
         (["lora.rank=2", "lora.targets=[q_prj]"], "no linear layer q_prj; did you mean q_proj"),
         (["lora.rank=2", "optimizer.name=muon"], "muon is for whole matrices"),
         (["lora.rank=2", "lora.targets=[]"], "lora.targets is empty"),
+        (["lora.rank=2", "lora.alpha=0"], "lora.alpha 0 multiplies what the adapters learn by 0"),
         (["lora.rank=2", "model.init=null", "model.config={}"], "lora adapts a trained model"),
         (["data.source=rows", "data.fingerprint=abc"], r"data\.fingerprint is abc, but the rows of"),
     ],
