@@ -914,8 +914,8 @@ def refuse(checkpoint, defects: dict[str, list[str]], most: int = 6) -> None:
     for kind, names in defects.items():
         more = f" and {len(names) - most} more" if len(names) > most else ""
         found += [f"{kind}: {', '.join(names[:most])}{more}"] if names else []
-    stated = "its metadata" if checkpoint.path.is_file() else "config.json (take both from the same source)"
-    place = f"{checkpoint.path}: weights that do not fit {stated}"
+    misfit = "weights that do not fit config.json (take both from the same source)"
+    place = f"{checkpoint.path}: {'weights that do not fit its metadata' if checkpoint.path.is_file() else misfit}"
     raise ValueError(f"{place}: {'; '.join(found)}")
 
 

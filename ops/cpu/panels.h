@@ -106,7 +106,6 @@ struct Panel {
         for (int k = 0; k < N; k++)
             for (int p = 0; p < COUNT; p++) store(y + k * ROWS + p * LANES, total[k][p]);
     }
-
 };
 
 #if AMX

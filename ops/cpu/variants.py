@@ -29,7 +29,7 @@ import torch
 from formats.files import write_text
 from formats.gguf.types import FORMATS
 
-SCHEMA = "nanoqwen/variant/3"
+SCHEMA = "nanoqwen/variant/4"
 KINDS = {  # name: bits, columns of a group (0: no scales, None: one for each row), as a Linear of ops/cpu/products.h
     "float32": (32, 0),
     "bfloat16": (16, 0),
@@ -47,7 +47,7 @@ OF_BLOCKS = CANDIDATES[:4]  # rows of blocks are read one by one
 DEFAULT = (1, 2048)
 WORTH = 1.03  # a candidate has to be so much faster than the default
 BFLOAT16_WORTH = 1.15  # times as fast with many tokens: float32 products are more exact
-TILES_WORTH, TILES_LOSS = 1.5, 1.1  # so much faster with many tokens, so much longer with one: tiles are taken
+TILES_WORTH, TILES_LOSS = 1.5, 1.35  # as fast with many tokens, as long with one (a whole token loses a third of that)
 HUGE_PAGES_WORTH = 1.1  # times as fast as pages of 4 KB, for weights to move there (ops/memory.py)
 COLUMNS, WINDOW, TURNS, MANY = 1024, 16 << 20, 3, 256
 FEW_BYTES = 1 << 18  # of weights that many tokens meet, in the cache
@@ -175,10 +175,10 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 
             raise MemoryError("not enough memory to measure the row products")
         return clock() - start
 
-    def cold(memory: torch.Tensor) -> torch.Tensor:  # the part that was read longest ago
+    def cold(memory: torch.Tensor, part: int = WINDOW) -> torch.Tensor:  # what was read longest ago
         nonlocal at
-        at = (at + WINDOW) % size
-        return memory[at : at + WINDOW]
+        at = (at + part) % size
+        return memory[at : at + part]
 
     def fastest(kind: str, candidates: Iterable[tuple[int, int]]) -> dict[tuple[int, int], float]:
         times = dict.fromkeys(candidates, float("inf"))
@@ -210,9 +210,9 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 
             many[name] = min(seconds("bfloat16", DEFAULT, few, MANY) for _ in range(5 * TURNS))
     if "tiles" in many:
         one, threads = dict.fromkeys(("floats", "tiles"), float("inf")), torch.get_num_threads()
-        for name in 3 * TURNS * list(one):
+        for name in 20 * TURNS * list(one):
             loaded.choose_bfloat16(BFLOAT16[name])
-            one[name] = min(one[name], seconds("bfloat16", tuning["bfloat16"], cold(memory)[:MATRIX], 1, threads))
+            one[name] = min(one[name], seconds("bfloat16", tuning["bfloat16"], cold(memory, MATRIX), 1, threads))
         if one["tiles"] > TILES_LOSS * one["floats"] or many["tiles"] * TILES_WORTH > many["floats"]:
             del many["tiles"]
     fastest_of = min(many, key=many.__getitem__)

@@ -106,7 +106,7 @@ def test_a_choice_is_measured_once_and_kept(loaded, tmp_path, monkeypatch):
     said = variants.describe(chosen)
     assert "ahead" in said or "no prefetch" in said
     kept = library.with_suffix(".json")
-    for count, damage in enumerate(("", "{}", '{"schema": "nanoqwen/variant/3"}', "[1]", "\x00"), 2):
+    for count, damage in enumerate(("", "{}", '{"schema": "nanoqwen/variant/4"}', "[1]", "\x00"), 2):
         kept.write_text(damage)
         variants.apply(loaded, library, built.Linear)
         assert len(calls) == count and json.loads(kept.read_text())["schema"] == variants.SCHEMA
