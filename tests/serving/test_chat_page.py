@@ -440,6 +440,7 @@ def test_a_chat_goes_to_the_terminal_and_back(view, server, tiny, tmp_path):
 def test_the_keyboard_alone(view, server):
     never = threading.Event()
     server.replies = [[("It", 0.9), never], SUM, [(".", 0.9)]]
+    view.wait_for_selector("textarea:focus")
     view.keyboard.type("What is 17 + 28?")
     view.keyboard.press("Shift+Enter")
     view.keyboard.type("Think.")
