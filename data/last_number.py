@@ -27,18 +27,23 @@ class LastNumber(NamedTuple):
 
 def true_number(text: str) -> Decimal:
     """The last number of a written answer. ValueError where that is not its value."""
-    if (found := last_number(text)) is None:
+    found = list(NUMBER.finditer(text))
+    if not found:
         raise ValueError("answer has no number, so no reply can be checked")
-    at = list(NUMBER.finditer(text))[-1].start()
+    at = found[-1].start()
     if IN_FORMULA.search(text[max(0, at - 40) : at]):
         raise ValueError(f"answer {short(text[-60:])} ends in a fraction, a root or a power; write it as one number")
     final = UNIT.sub(" ", RESULT_MARK.split(text)[-1])
     if not WORD.search(final) and (len(NUMBER.findall(final)) > 1 or MORE.search(final)):
         raise ValueError(f"answer {short(final.strip())} is more than one number; write it as one")
-    return found
+    return _value(found[-1][0])
 
 
 def last_number(text: str) -> Decimal | None:
     """`So 1,234.50 dollars` -> 1234.5; a minus counts where no number or word stands before it."""
     found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace(MINUS, "-")) if found else None
+    return _value(found[-1]) if found else None
+
+
+def _value(number: str) -> Decimal:
+    return Decimal(number.replace(",", "").replace(MINUS, "-"))

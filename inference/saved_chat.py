@@ -63,14 +63,14 @@ def _fitting(session: Session, messages: list[dict[str, str]], thinking: bool) -
     system = [m for m in messages[:1] if m["role"] == "system"]
     starts = [number for number, m in enumerate(messages) if m["role"] == "user" and number > len(system)]
     choices = [messages, *([*system, *messages[start:]] for start in starts)]
-    lengths = cache(lambda number: len(session.chat.render(choices[number], thinking)))
+    ids = cache(lambda number: session.chat.render(choices[number], thinking))
     for most in (context - context // 8, context):
-        first = bisect_left(range(len(choices)), True, key=lambda number, most=most: lengths(number) <= most)
+        first = bisect_left(range(len(choices)), True, key=lambda number, most=most: len(ids(number)) <= most)
         if first < len(choices):
             break
-    chosen = choices[min(first, len(choices) - 1)]
-    check_prompt(session.model, session.chat.render(chosen, thinking))
-    return chosen
+    chosen = min(first, len(choices) - 1)
+    check_prompt(session.model, ids(chosen))
+    return choices[chosen]
 
 
 def _read(path: Path) -> dict[str, Any]:
