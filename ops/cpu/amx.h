@@ -8,7 +8,6 @@
 #include "tiles.h"
 
 constexpr int64_t SUMS = 1024;    // bytes of a tile of sums, int32 [tokens, rows]
-constexpr int64_t AMX_FEWEST = 16;  // tokens that rows of 8 bits are transposed for: fewer are as fast by vectors
 
 #if defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define AMX 1

@@ -204,7 +204,6 @@ struct RowPanel {
 
 struct RowBytes : Activations {
     static constexpr int ROWS = LANES == 16 ? 4 : 2, TOKENS = LANES == 16 ? 3 : 2;
-    static constexpr int64_t MANY = LANES == 16 ? 13 : 5;  // tokens from which transposed rows are faster
     explicit RowBytes(const Rows& w) : Activations(w.columns) {}
 
     template <int R, int N>
@@ -242,10 +241,10 @@ struct RowBytes : Activations {
     }
 
     static void multiply_all(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch) {
+        if (!w.many || (VNNI && w.columns > SEGMENT)) return ::multiply<RowBytes>(w, rows, x, count, y);
 #if AMX
-        if (choice.amx && count >= AMX_FEWEST && w.columns <= SEGMENT) return in_tiles_of_amx(w, rows, x, count, y, (char*)scratch);
+        if (choice.amx) return in_tiles_of_amx(w, rows, x, count, y, (char*)scratch);
 #endif
-        if (count < MANY || (VNNI && w.columns > SEGMENT)) return ::multiply<RowBytes>(w, rows, x, count, y);
         in_panels<LANES == 16 ? 8 : 6>(rows, x, count, y, (char*)scratch, [&](int64_t first, char* memory) {
             return RowPanel(w, first, rows, memory);
         });
@@ -411,12 +410,13 @@ struct Codes {
 template <class Type>
 constexpr Products codes_of() {
     typedef Grouped<Type> Form;
-    return {Form::bytes, Form::prepare, Type::multiply_all, nullptr, nullptr, beside<Form>()};
+    return {Form::bytes, Form::prepare, Type::multiply_all, nullptr, nullptr, beside<Form>(), Form::MANY};
 }
 
 }  // namespace
 
-const Products byte_products = {RowBytes::bytes, RowBytes::prepare, RowBytes::multiply_all};
+const Products byte_products = {RowBytes::bytes, RowBytes::prepare, RowBytes::multiply_all, nullptr, nullptr, nullptr,
+                                AMX ? 16 : LANES == 16 ? 13 : 5};
 const Products grouped_byte_products = codes_of<Codes<8, 32>>();
 const Products nibble_products = codes_of<Codes<4, 32>>();
 const Products grouped_byte_16_products = codes_of<Codes<8, 16>>();

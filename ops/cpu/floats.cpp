@@ -102,10 +102,9 @@ struct BFloat16 {
     static float finish(const Rows&, int, float y) { return y; }
 
     // Many tokens: the rows become float32 once for all of them, in the same arrangement and so with the same sums.
-    static constexpr int MANY = 17;
     static void multiply_all(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y,
                              float* scratch) {
-        if (count < MANY) return ::multiply<BFloat16>(w, rows, x, count, y);
+        if (!w.many) return ::multiply<BFloat16>(w, rows, x, count, y);
         const int64_t width = unpacked_size(w.columns);
         for (int64_t r = 0; r < rows; r++) {
             const char* from = w.weight + r * w.row_bytes;
@@ -130,7 +129,6 @@ struct BFloat16 {
 // taken as they lie, and the weights are arranged, once for all of them.
 struct Tiled {
     static constexpr int64_t COLUMNS = 32, TOKENS = SIDE / 2;  // of a tile
-    static constexpr int64_t MANY = 33;
 
     // [high parts] [low parts], zeros behind each: a line more, see LINE_BYTES.
     static int64_t part(int64_t n) { return rounded_up(2 * n, 64) + LINE_BYTES; }
@@ -149,12 +147,11 @@ struct Tiled {
         std::memset(out + end, 0, part(n) - end), std::memset(low_parts + end, 0, part(n) - end);
     }
 
-    // A few tokens as [count / 8] groups of [columns / 32, 16 pairs of columns, 2 parts of each of up to 8 tokens].
+    // A few tokens, fewer than ::MANY, as [count / 8] groups of [columns / 32, 16 pairs of columns, 2 parts of each of up to 8 tokens].
     static int64_t group_bytes(int64_t columns, int64_t tokens) {
         return rounded_up(columns, COLUMNS) / COLUMNS * 128 * tokens;
     }
     static void arrange(const char* const* x, int64_t count, int64_t columns, float* scratch) {
-        if (count >= MANY) return;
         char* out = (char*)scratch;
         const Unsigned first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, second = first + 8;
         for (int64_t i = 0; i < count; i += TOKENS) {
@@ -264,7 +261,7 @@ struct Tiled {
     }
 
     static void multiply(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch) {
-        if (count >= MANY) return many(w, rows, x, count, y, (char*)scratch);
+        if (w.many) return many(w, rows, x, count, y, (char*)scratch);
         for (int64_t i = 0; i < count; i += 2 * TOKENS) {
             const int64_t tokens = std::min(count - i, 2 * TOKENS);
             auto few = [&](auto halves, auto groups) { Tiled::few<halves, groups>(w, rows, (const char*)scratch + group_bytes(w.columns, i), tokens, y + i * ::ROWS); };
@@ -327,7 +324,7 @@ void multiply_halves(const Rows& w, int64_t rows, const char* const* x, int64_t 
 }  // namespace
 
 const Products float32_products = products_of<Float32>(numbers_of<float>);
-const Products bfloat16_products = {BFloat16::bytes, BFloat16::prepare, BFloat16::multiply_all, numbers_of<bfloat16>};
+const Products bfloat16_products = {BFloat16::bytes, BFloat16::prepare, BFloat16::multiply_all, numbers_of<bfloat16>, nullptr, nullptr, 17};
 const Products float16_products = {Float32::bytes, Float32::prepare, multiply_halves, numbers_of<float16>};
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 const Products pair_products = products_of<Pairs16>(numbers_of<bfloat16>);

@@ -48,9 +48,9 @@ struct Grouped : GroupedInputs<Type::GROUP, Type::PACKED> {
     }
     static float finish(const Rows&, int, float y) { return y; }
 
-    static constexpr int64_t MANY = LANES < 16 ? 5 : ROWS == 1 ? ::MANY : 9;  // tokens from which rows are unpacked once
+    static constexpr int32_t MANY = LANES < 16 ? 5 : ROWS == 1 ? 7 : 9;
     static void multiply_all(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch) {
-        if (count < MANY) return ::multiply<Grouped>(w, rows, x, count, y);
+        if (!w.many) return ::multiply<Grouped>(w, rows, x, count, y);
         const Type type(w);
 #if AMX
         if (choice.amx && Form::side_by_side(x, count, w.columns)) {
@@ -132,5 +132,5 @@ constexpr decltype(Products::put_beside) beside() {
 template <class Type>
 constexpr Products blocks_of() {
     typedef Grouped<InBlocks<Type>> Kind;
-    return {Kind::bytes, Kind::prepare, Kind::multiply_all, InBlocks<Type>::numbers, nullptr, beside<Kind>()};
+    return {Kind::bytes, Kind::prepare, Kind::multiply_all, InBlocks<Type>::numbers, nullptr, beside<Kind>(), Kind::MANY};
 }

@@ -61,8 +61,8 @@ class Buffer {
 inline int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 constexpr int SIDE = 16;   // rows and columns of a tile of AMX
-constexpr int64_t MANY = 7;  // tokens: from here on their activations may be wanted side by side
 constexpr int64_t ROWS = 32;  // of weights that stay in the cache for all tokens
+constexpr int32_t MANY = 33;  // tokens that are many for every kind: Tiled has no room to arrange so many as few
 
 // How one token reads its rows. It changes no bit of a result: library.py measures which is fastest on a machine.
 extern "C" struct Tuning {
@@ -76,6 +76,7 @@ struct Rows {
     const bfloat16* scale;
     int64_t row_bytes, columns, groups;
     Tuning tuning;
+    bool many = false;  // so many tokens meet them that they are worth unpacking once for all: see Choice
 };
 
 // One kind of weights, and the form of activations that they meet.
@@ -85,10 +86,11 @@ struct Products {
     // y[i, r] = row r times the activations of token i; rows <= ROWS, y [count, ROWS], scratch [scratch_size(columns)]
     void (*multiply)(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch);
     void (*numbers)(const char* row, int64_t columns, float* out) = nullptr;  // a row's weights, as of an embedding
-    // What `multiply` wants to find in its scratch memory, the same for all rows.
+    // What `multiply` wants to find in its scratch memory for few tokens, the same for all rows.
     void (*arrange)(const char* const* x, int64_t count, int64_t columns, float* scratch) = nullptr;
     // Puts up to SIDE prepared vectors that lie one after another side by side, in the memory of SIDE.
     void (*put_beside)(char* x, int64_t n, int64_t count) = nullptr;
+    int32_t many = MANY;  // tokens from which rows are unpacked once for all, where that was not measured
 };
 // Numbers of a row: see floats.cpp. (Tiled, with 16 tokens or 16 copies beside 32 rows, takes as much.)
 inline int64_t unpacked_size(int64_t columns) { return rounded_up(columns, 2 * LANES) + 16; }
@@ -115,6 +117,8 @@ inline const Products* const PRODUCTS[FORMS] = {
 // What was chosen for this machine: see library.py.
 struct Choice {
     Tuning tuning[FORMS];
+    int32_t many[FORMS];  // tokens from which rows are unpacked once for all: with the same bits, only faster
+    int32_t fewest;       // of those: so many tokens may be wanted side by side
     Form bfloat16;  // of the three for bfloat16 weights
     bool amx;       // many tokens meet codes in tiles of AMX: with the same bits, only faster
 };
@@ -128,11 +132,15 @@ inline Form form_of(const Linear& w) {
     return w.bits == 4 ? (small ? NIBBLES_16 : NIBBLES) : (small ? GROUPED_BYTES_16 : GROUPED_BYTES);
 }
 
+// Groups of 16 columns are multiplied as those of 32 are.
+inline Form measured_as(Form form) { return form == NIBBLES_16 ? NIBBLES : form == GROUPED_BYTES_16 ? GROUPED_BYTES : form; }
+
 // How some rows are read, which may be the last of those that are. Tiles fetch the next ones.
 inline Tuning tuning_of(Form form, bool last) {
     if (form == BFLOAT16_TILES) return {ROWS, last ? 0 : -1};
-    return choice.tuning[form == NIBBLES_16 ? NIBBLES : form == GROUPED_BYTES_16 ? GROUPED_BYTES : form];
+    return choice.tuning[measured_as(form)];
 }
+inline bool are_many(int64_t tokens, Form form) { return tokens >= choice.many[measured_as(form)]; }
 
 // The form of the activations that some weights meet: several kinds take those of the first of them.
 inline Form activations_of(const Linear& w) {

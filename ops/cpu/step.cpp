@@ -252,7 +252,7 @@ class Step {
                 for (int form = 0; form < FORMS; form++)
                     if (forms[form]) inputs.put(i, x, n, Form(form));
             }
-            for (int form = 0; form < FORMS && count >= MANY; form++)
+            for (int form = 0; form < FORMS && count >= choice.fewest; form++)
                 if (forms[form]) inputs.put_beside(begin, end - begin, n, Form(form));
         };
         if (count <= FEW) return some(0, count), inputs;
@@ -268,13 +268,14 @@ class Step {
     template <class At, class Put>
     void rows(const Linear& w, int64_t begin, int64_t end, const Inputs& x, int64_t count, At at, Put put) {
         const Form form = form_of(w);
+        const bool unpack = are_many(count, form);
         float* scratch = unpacked.at(0, scratch_size(w.columns));
         for (int64_t i = 0; i < count; i++) inputs_of[i] = x.at(at(i), w.columns, activations_of(w));
-        if (PRODUCTS[form]->arrange) PRODUCTS[form]->arrange(inputs_of.data(), count, w.columns, scratch);
+        if (PRODUCTS[form]->arrange && !unpack) PRODUCTS[form]->arrange(inputs_of.data(), count, w.columns, scratch);
         for (int64_t row = begin; row < end; row += ROWS) {
             const int64_t n = std::min(end - row, ROWS);
             const Rows some = {(const char*)w.weight + row * w.row_bytes, (const bfloat16*)w.scale + row * w.groups,
-                               w.row_bytes, w.columns, w.groups, tuning_of(form, row + n == end)};
+                               w.row_bytes, w.columns, w.groups, tuning_of(form, row + n == end), unpack};
             float* all = results.at(0, count * ROWS);
             PRODUCTS[form]->multiply(some, n, inputs_of.data(), count, all, scratch);
             for (int64_t i = 0; i < count; i++) {
@@ -287,7 +288,7 @@ class Step {
 
     // Rows that are read together, of which a thread claims whole units.
     static int64_t unit_of(const Linear& w, int64_t count) {
-        return count > FEW ? ROWS : count >= MANY || form_of(w) == BFLOAT16_TILES ? SIDE : 4;
+        return count > FEW ? ROWS : are_many(count, form_of(w)) || form_of(w) == BFLOAT16_TILES ? SIDE : 4;
     }
 
     // weight·x + bias of `count` tokens.

@@ -1,9 +1,10 @@
 """Which variant of each row product this machine runs: measured once, in a fraction of a second, and kept.
 
 How many rows a token reads side by side and how far ahead it fetches changes its speed by half on one processor and
-not at all on another, but no bit of a result. How bfloat16 weights meet activations does change results: in float32, as
-bfloat16 (vdpbf16ps) or as a sum of two bfloat16 in the tiles of AMX, where there are such instructions. It is measured
-on many tokens, where it decides a prompt's time; tiles, which are slower for a single token, have a bound for that.
+not at all on another, but no bit of a result; nor does from how many tokens on rows are unpacked once for all of them.
+How bfloat16 weights meet activations does change results: in float32, as bfloat16 (vdpbf16ps) or as a sum of two
+bfloat16 in the tiles of AMX, where there are such instructions. It is measured on many tokens, where it decides a
+prompt's time; tiles, which are slower for a single token, have a bound for that.
 
 What was chosen lies beside the compiled library as JSON. NANOQWEN_STEP_VARIANT sets it by hand: `measure` measures
 again, `default` measures nothing, `2/1024` reads two rows side by side and 1,024 bytes ahead in every kind, and
@@ -29,7 +30,7 @@ import torch
 from formats.files import write_text
 from formats.gguf.types import FORMATS
 
-SCHEMA = "nanoqwen/variant/4"
+SCHEMA = "nanoqwen/variant/5"
 KINDS = {  # name: bits, columns of a group (0: no scales, None: one for each row), as a Linear of ops/cpu/products.h
     "float32": (32, 0),
     "bfloat16": (16, 0),
@@ -45,12 +46,15 @@ ALL = (*KINDS, *BLOCKS)
 CANDIDATES = ((1, 0), (1, 1024), (1, 2048), (1, 4096), (2, 0), (2, 2048), (2, 4096), (4, 0), (4, -1))  # see Tuning
 OF_BLOCKS = CANDIDATES[:4]  # rows of blocks are read one by one
 DEFAULT = (1, 2048)
+UNPACKED = tuple(name for name in ALL if name not in ("float32", "F16"))  # once for all, where there are many tokens
+COUNTS = (2, 4, 6, 8, 12, 16, 24, 32)  # tokens for which that is measured
+ALWAYS = 33  # tokens for which it is always done: MANY in products.h
 WORTH = 1.03  # a candidate has to be so much faster than the default
 BFLOAT16_WORTH = 1.15  # times as fast with many tokens: float32 products are more exact
 TILES_WORTH, TILES_LOSS = 1.5, 1.35  # as fast with many tokens, as long with one (a whole token loses a third of that)
 HUGE_PAGES_WORTH = 1.1  # times as fast as pages of 4 KB, for weights to move there (ops/memory.py)
 COLUMNS, WINDOW, TURNS, MANY = 1024, 16 << 20, 3, 256
-FEW_BYTES = 1 << 18  # of weights that many tokens meet, in the cache
+FEW_BYTES = 1 << 18  # of weights that stay in the cache, and of those that some tokens meet
 MATRIX = 1 << 22  # bytes, as those of a model: where each begins tiles wait for memory, a stream of one row less
 READERS = ((1, 0), (1, 2048), (1, 4096), (2, 2048), (4, -1))
 READ_BYTES = 256 << 20  # far above the caches of all but the largest servers, small enough for a laptop
@@ -63,6 +67,7 @@ def apply(loaded: ctypes.CDLL, path: Path, linear: type[ctypes.Structure]) -> di
     Raises ValueError where NANOQWEN_STEP_VARIANT is none of what it can be.
     """
     loaded.choose_tuning.argtypes = [c_int, c_int, c_int]
+    loaded.choose_many.argtypes = [c_int, c_int]
     loaded.product.argtypes = [ctypes.POINTER(linear), c_void_p, c_int64, c_void_p, c_int]
     loaded.form_of_linear.argtypes = [ctypes.POINTER(linear)]
     asked = os.environ.get("NANOQWEN_STEP_VARIANT", "")
@@ -85,6 +90,8 @@ def choose(loaded: ctypes.CDLL, chosen: dict[str, Any], linear: type[ctypes.Stru
         return False
     for name, (together, ahead) in chosen["tuning"].items():
         loaded.choose_tuning(loaded.form_of_linear(_linear(linear, name)), together, ahead)
+    for name, tokens in chosen["many"].items():
+        loaded.choose_many(loaded.form_of_linear(_linear(linear, name)), tokens)
     return True
 
 
@@ -100,7 +107,8 @@ def by_hand(asked: str) -> dict[str, Any] | None:
         )
     tuning = list(map(int, match[1].split("/"))) if match[1] and match[1] != "default" else list(DEFAULT)
     bfloat16 = match[2] or match[3] or "floats"
-    return {"schema": SCHEMA, "bfloat16": bfloat16, "tuning": dict.fromkeys(ALL, tuning), "by_hand": asked}
+    chosen = {"schema": SCHEMA, "bfloat16": bfloat16, "tuning": dict.fromkeys(ALL, tuning), "by_hand": asked}
+    return chosen | {"many": dict.fromkeys(UNPACKED, 0)}  # as compiled
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -109,13 +117,15 @@ def read(path: Path) -> dict[str, Any] | None:
         chosen = json.loads(path.read_text())
         good = chosen["schema"] == SCHEMA and set(chosen["tuning"]) == set(ALL) and chosen["bfloat16"] in BFLOAT16
         good = good and all((*map(int, tuning),) in CANDIDATES for tuning in chosen["tuning"].values())
+        good = good and set(chosen["many"]) == set(UNPACKED)
+        good = good and all(type(tokens) is int and tokens in (*COUNTS, ALWAYS) for tokens in chosen["many"].values())
         return chosen if good and float(chosen["huge_page_gain"]) > 0 else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def describe(chosen: dict[str, Any]) -> str:
-    """In a few words, for --stats and bench.py: `bfloat16 2 rows, 2,048 B ahead; …`."""
+    """For --stats and bench.py: `2 rows, 2,048 B ahead: bfloat16; unpacked once from 8 tokens on: int4; …`."""
     words: dict[str, list[str]] = {}
     for name, (together, ahead) in chosen["tuning"].items():
         if (name, chosen["bfloat16"]) == ("bfloat16", "tiles"):  # which have no such variants
@@ -124,6 +134,11 @@ def describe(chosen: dict[str, Any]) -> str:
         words.setdefault(f"{together} row{'s' * (together > 1)}, {fetched}", []).append(name)
     said = "; ".join(f"{', '.join(names)}: {variant}" for variant, names in words.items())
     said += "" if chosen["bfloat16"] == "floats" else f"; bfloat16: {chosen['bfloat16']}"
+    unpacked: dict[int, list[str]] = {}
+    for name, tokens in chosen["many"].items():
+        unpacked.setdefault(tokens, []).append(name)
+    for tokens, names in sorted(unpacked.items()):
+        said += f"; unpacked once from {tokens} tokens on: {', '.join(names)}" if tokens else ""
     return said + ("; AMX" if chosen.get("amx") else "")
 
 
@@ -216,10 +231,29 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 
         if one["tiles"] > TILES_LOSS * one["floats"] or many["tiles"] * TILES_WORTH > many["floats"]:
             del many["tiles"]
     fastest_of = min(many, key=many.__getitem__)
+    bfloat16 = fastest_of if many[fastest_of] * BFLOAT16_WORTH < many["floats"] else "floats"
+    loaded.choose_bfloat16(BFLOAT16[bfloat16])
+
+    def unpacked_from(kind: str) -> int:  # the number of tokens with which least time is lost over all COUNTS
+        form = loaded.form_of_linear(_linear(linear, kind))
+        times = dict.fromkeys(itertools.product(COUNTS, (2, ALWAYS)), float("inf"))
+        for count, first in 2 * TURNS * list(times):
+            loaded.choose_many(form, first)
+            times[count, first] = min(times[count, first], seconds(kind, tuning[kind], cold(memory, FEW_BYTES), count))
+
+        def lost(first: int) -> float:
+            return sum(
+                times[count, 2 if count >= first else ALWAYS] / min(times[count, 2], times[count, ALWAYS])
+                for count in COUNTS
+            )
+
+        return min((*COUNTS, ALWAYS), key=lost)
+
     return {
         "schema": SCHEMA,
-        "bfloat16": fastest_of if many[fastest_of] * BFLOAT16_WORTH < many["floats"] else "floats",
+        "bfloat16": bfloat16,
         "tuning": tuning,
+        "many": {kind: unpacked_from(kind) for kind in UNPACKED},
         "huge_page_gain": round(gain, 3),
         "bytes_per_second": best,  # one thread
     }

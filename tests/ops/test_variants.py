@@ -69,8 +69,10 @@ def test_products_are_pytorchs_and_the_same_bits_in_every_variant(kind, columns,
         for tuning in TUNINGS:
             loaded.choose_tuning(loaded.form_of_linear(w), *tuning)
             assert torch.equal(product(loaded, w, x[:1], threads=2), found[:1]), tuning
-        for count in (2, 3, 5, 8, 9, 16, 17, 32, 33):
-            assert torch.equal(product(loaded, w, x[:count]), found[:count])
+        for first in (2, variants.ALWAYS):
+            loaded.choose_many(loaded.form_of_linear(w), first)
+            for count in (2, 3, 5, 8, 9, 16, 17, 32, 33):
+                assert torch.equal(product(loaded, w, x[:count]), found[:count]), (first, count)
 
 
 @pytest.mark.parametrize("columns", [7, 40, 128])
@@ -103,13 +105,33 @@ def test_a_choice_is_measured_once_and_kept(loaded, tmp_path, monkeypatch):
     chosen = variants.apply(loaded, library, built.Linear)
     assert chosen == variants.apply(loaded, library, built.Linear) and len(calls) == 1
     assert set(chosen["tuning"]) == set(variants.ALL) and chosen["huge_page_gain"] > 0
+    assert set(chosen["many"]) == set(variants.UNPACKED)
     said = variants.describe(chosen)
-    assert "ahead" in said or "no prefetch" in said
+    assert ("ahead" in said or "no prefetch" in said) and f"from {chosen['many']['Q6_K']} tokens on" in said
     kept = library.with_suffix(".json")
-    for count, damage in enumerate(("", "{}", '{"schema": "nanoqwen/variant/4"}', "[1]", "\x00"), 2):
+    good = json.loads(kept.read_text())
+    counts = [good | {"many": many} for many in ([], {}, *(good["many"] | {"int4": n} for n in (0, 7, 8.0, "8", None)))]
+    damages = ("", "{}", json.dumps({"schema": variants.SCHEMA}), "[1]", "\x00", *map(json.dumps, counts))
+    for count, damage in enumerate(damages, 2):
         kept.write_text(damage)
         variants.apply(loaded, library, built.Linear)
         assert len(calls) == count and json.loads(kept.read_text())["schema"] == variants.SCHEMA
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+def test_logits_are_the_same_bits_from_however_many_tokens_rows_are_unpacked(scheme, loaded):
+    model = random_model(torch.bfloat16, hidden_size=96, intermediate_size=160)
+    if scheme:
+        quantize_(model, scheme)
+    ids = torch.arange(40)[None]
+    for count in (3, 9, 16, 40):
+        logits = []
+        for first in (0, 2, variants.ALWAYS):
+            for form in range(ctypes.c_int.in_dll(loaded, "form_count").value):
+                loaded.choose_many(form, first)
+            with torch.no_grad():
+                logits.append(model(ids[:, :count], KVCache(model.config, 1, 40, dtype=torch.bfloat16)))
+        assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
 @pytest.mark.parametrize("asked", ["3/0", "fast", "1/-2", "pairs,1/0", "1/123456", "tiles,vectors"])

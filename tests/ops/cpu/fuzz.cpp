@@ -198,7 +198,10 @@ std::vector<T> run(const Qwen3& m, std::vector<Row<T>> rows) {
     const KVCache cache = {places[0].data(), places[1].data(), scaled ? places[2].data() : nullptr,
                            scaled ? places[3].data() : nullptr, kind == HALVES, blocks, first.data(), strides.data(),
                            lengths.data()};
-    for (int form = 0; form < FORMS; form++) choose_tuning(form, one_of({1, 2, 4}), one_of({0, -1, 1024, 4096}));
+    for (int form = 0; form < FORMS; form++) {
+        choose_tuning(form, one_of({1, 2, 4}), one_of({0, -1, 1024, 4096}));
+        choose_many(form, one_of({0, 2, 7, 33}));
+    }
     choose_amx(any(0, 1));
     if (step<T>(m, cache, tokens, any(1, 3))) std::abort();
     for (auto& row : rows) row.cache->length += row.ids.size();

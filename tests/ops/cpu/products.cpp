@@ -34,16 +34,21 @@ void compare(const char* name, const Linear& w, const std::vector<double>& numbe
                 largest = std::max(largest, std::abs(expected));
             }
         bool same = true;
+        auto check_first = [&](int64_t count) {
+            product(&w, x.data(), count, some.data(), 1);
+            same = same && !std::memcmp(some.data(), all.data(), count * rows * sizeof(float));
+        };
         for (int together : {1, 2, 4})
             for (int ahead : {0, -1, 1024}) {
                 if (w.blocks && together + ahead != 1) continue;  // rows of blocks are read one by one
                 choose_tuning(form_of(w), together, ahead);
-                for (int amx = 0; amx < 2 && !choose_amx(amx); amx++)
-                    for (int64_t count : {1, 2, 3, 4, 7, 8, 9, 16, 17, 32, 33}) {
-                        product(&w, x.data(), count, some.data(), 1);
-                        same = same && !std::memcmp(some.data(), all.data(), count * rows * sizeof(float));
-                    }
+                check_first(1);
             }
+        for (int first : {2, 33}) {
+            for (int f = 0; f < FORMS; f++) choose_many(f, first);
+            for (int amx = 0; amx < 2 && !choose_amx(amx); amx++)
+                for (int64_t count : {2, 3, 4, 7, 8, 9, 16, 17, 32, 33}) check_first(count);
+        }
         const bool near = error < largest * (pairs ? 4e-3 : 1e-4);
         if (!near || !same) std::printf("FAILED: ");
         std::printf("%s, %ld columns%s: error %.1e%s\n", name, long(columns), pairs ? ", pairs" : form == BFLOAT16_TILES ? ", tiles" : "", error / largest,
