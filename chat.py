@@ -83,7 +83,7 @@ class Chat:
             from formats.gguf.reader import GGUF
 
             tokenizer_json, tokenizer_config = GGUF(path).tokenizer()
-            return cls(str(path), json.dumps(tokenizer_json), tokenizer_config)
+            return cls(str(path), json.dumps(tokenizer_json, ensure_ascii=False), tokenizer_config)
         if not (path / "tokenizer.json").exists():
             raise ValueError(f"{path}: no tokenizer.json; take it from the model that this checkpoint was made from")
         tokenizer_json = read_bytes(path / "tokenizer.json", TOKENIZER_BYTES)

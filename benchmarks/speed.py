@@ -96,12 +96,12 @@ class Nanoqwen:
     def __init__(self, job: Job):
         from chat import Chat
         from inference.params import SamplingParams
-        from ops.memory import release_freed_memory, release_library_pages
+        from ops.memory import release_unused_memory
 
         self.job, self.greedy, self.cache, self.fast = job, SamplingParams(temperature=0), None, None
-        self.prompt = Chat.from_pretrained(job.model).render(QUESTION)
-        release_freed_memory()
-        release_library_pages()
+        self.chat = Chat.from_pretrained(job.model)  # kept, as a user's is: its memory counts
+        self.prompt = self.chat.render(QUESTION)
+        release_unused_memory()
 
     def load(self) -> None:
         import torch
@@ -109,16 +109,19 @@ class Nanoqwen:
         from formats.checkpoint import open_checkpoint
         from model import load
         from ops.devices import use_kernels
+        from ops.memory import release_unused_memory
 
         dtype = {"f32": torch.float32, "bf16": torch.bfloat16}.get(self.job.precision)  # else as it was converted
         self.model = load(open_checkpoint(Path(self.job.model)), self.job.device, dtype)
         use_kernels(self.model, "auto", "bench.py")
         if self.job.kv == "int8":
             self.model.cache_dtype = torch.int8
+        release_unused_memory()
 
     def new_cache(self, rows: int, positions: int) -> Any:
         from generate import new_cache
 
+        self.cache = self.fast = None  # never two conversations in memory, as in the commands
         return new_cache(self.model, positions, rows)
 
     def next(self, ids: list[list[int]], cache: Any) -> list[list[int]]:

@@ -37,11 +37,10 @@ def load_model(path: Path, options: Namespace, watch: console.Stopwatch | None =
     from formats.checkpoint import open_checkpoint
     from model import load
     from ops.devices import pick_device, pick_kernels, use_kernels
-    from ops.memory import release_freed_memory, release_library_pages
+    from ops.memory import release_unused_memory
 
     watch.lap("PyTorch")
-    release_freed_memory()  # of reading the tokenizer
-    release_library_pages()
+    release_unused_memory()  # before the weights are mapped, so that their memory does not come on top
     device = pick_device(options.device, "--device")
     kernels = pick_kernels(options.kernels, device, "--kernels")
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -59,6 +58,7 @@ def load_model(path: Path, options: Namespace, watch: console.Stopwatch | None =
         model.kernels = kernels
     else:
         use_kernels(model, kernels, "--kernels")
+    release_unused_memory()
     watch.lap("weights")
     return model, chat
 

@@ -19,7 +19,7 @@ SPLIT = (
 
 def _list(metadata: dict, key: str, kind: type) -> list:
     values = metadata.get(key)
-    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+    if not isinstance(values, list) or not set(map(type, values)) <= {kind}:
         raise ValueError(f"the metadata key {key} is not a list of {kind.__name__} (give a GGUF with its tokenizer)")
     return values
 
@@ -112,12 +112,15 @@ def _special(metadata: dict, tokens: list[str], name: str) -> str | None:
     return tokens[id]
 
 
-def _merges(lines: list[str], vocabulary: dict[str, int]) -> list[list[str]]:
-    merges = [line.split(" ") for line in lines]
-    for merge in merges:
-        if len(merge) != 2 or not all(part in vocabulary for part in (*merge, "".join(merge))):
-            raise ValueError(f"the merge {' '.join(merge)[:80]!r} is not of two tokens into one (convert it again)")
-    return merges
+def _merges(lines: list[str], vocabulary: dict[str, int]) -> list[str] | list[list[str]]:
+    """The merges as they are stored, `Ġ t`, which a tokenizer.json may hold too: 150,000 lists of two would take a
+    second and 30 MB. Only where the library would take one for a comment (`#version …`) they are such lists."""
+    for merge in lines:
+        left, _, right = merge.partition(" ")
+        known = left in vocabulary and right in vocabulary and left + right in vocabulary
+        if not known or " " in right:
+            raise ValueError(f"the merge {merge[:80]!r} is not of two tokens into one (convert it again)")
+    return [line.split(" ") for line in lines] if any(line.startswith("#version") for line in lines) else lines
 
 
 def _tokenizer_config(metadata: dict, tokens: list[str], added: list[dict]) -> dict:

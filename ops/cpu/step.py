@@ -287,8 +287,7 @@ class Bound:
         """Moves at once what is still to be moved."""
         if wants_huge_pages():
             self.huge = self.huge or HugePages(self.places)
-            while self.huge.move(16 * HUGE_PAGE):  # a piece is twice in memory while it is copied
-                pass
+            self.huge.move(sum(high - low for low, high in self.huge.left))
 
 
 class Batch:

@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,19 @@ def test_random_weights_have_the_official_shape_and_norms_around_one(checkpoint)
     assert model.model.norm.weight.dtype is torch.bfloat16
     assert 0.02 < norm.std() < 0.3 and 0.9 < norm.mean() < 1.1
     assert Chat.from_pretrained(checkpoint).render(bench.QUESTION)
+
+
+def test_a_measured_process_holds_one_conversation(checkpoint):
+    """Else its peak would be that of two caches, which no user has."""
+    engine = bench.Nanoqwen(bench.Job(threads=1, prefill=8, tokens=1, model=str(checkpoint), precision="bf16"))
+    engine.load()
+    with torch.inference_mode():
+        first = engine.new_cache(1, 8)
+        engine.next([[5, 6]], first)
+        first = weakref.ref(first.keys[0])
+        assert first() is not None
+        engine.new_cache(1, 8)
+    assert first() is None
 
 
 def test_figures_of_several_rounds():

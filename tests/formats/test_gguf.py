@@ -21,6 +21,7 @@ from formats.checkpoint import open_checkpoint
 from formats.gguf import reader, writer
 from formats.gguf.names import config_from_metadata
 from formats.gguf.reader import GGUF
+from formats.gguf.tokenizer import from_metadata
 from formats.gguf.types import dequantize, quantize
 from formats.gguf.writer import TYPES, plan, write_gguf, write_qwen3c
 from formats.tensors import TensorInfo
@@ -474,6 +475,29 @@ def test_the_tokenizer_comes_back(checkpoints, small_file):
     assert (config["eos_token"], config["pad_token"], config["bos_token"]) == ("<|im_end|>", "<|endoftext|>", None)
     special = {token["content"] for token in tokenizer["added_tokens"] if token["special"]}
     assert special == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+
+
+@pytest.mark.parametrize("left", ["#v", "#version"])
+def test_merges_that_look_like_a_comment(left):
+    """The library leaves out a merge `#version x` that is written as one string."""
+    alphabet = sorted({*"#versionx", left, left + "x"})
+    metadata = {"model": "gpt2", "pre": "qwen2", "tokens": alphabet, "token_type": [1] * len(alphabet)}
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in (metadata | {"merges": [f"{left} x"]}).items()}
+    tokenizer, _ = from_metadata(metadata, len(alphabet))
+    model = json.loads(Tokenizer.from_str(json.dumps(tokenizer)).to_str())["model"]
+    assert model["merges"] == [[left, "x"]] and model["vocab"][left + "x"] == alphabet.index(left + "x")
+
+
+@pytest.mark.parametrize("merge", ["a", "a b c", "a ", "b a", "x a", ""])
+def test_a_merge_is_of_two_tokens_into_one(merge):
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": ["a", "b", "ab", "b c"],
+    }
+    metadata |= {"tokenizer.ggml.token_type": [1] * 4, "tokenizer.ggml.merges": ["a b", merge]}
+    with pytest.raises(ValueError, match=f"the merge '{merge}' is not of two tokens into one"):
+        from_metadata(metadata, 4)
 
 
 @without_assets
