@@ -14,7 +14,10 @@ Report = dict[str, Any]
 SECONDS = {"load": "load, s"}
 RATES = {"prefill": "prefill {prefill}", "decode": "decode after {after}", "decode_deep": "decode at depth {deep}"}
 BATCHES = (4, 8, 16, 32)
-RATES |= {f"decode_batch_{rows}": f"decode, batch {rows}" for rows in BATCHES}
+BATCH_RATES = {f"decode_batch_{rows}": f"batch {rows}" for rows in BATCHES}
+BATCH_HEADINGS = {}  # a rate, and what share of its limit it is
+for rate in BATCH_RATES:
+    BATCH_HEADINGS |= {rate: BATCH_RATES[rate], f"{rate}_share": "%"}
 OTHERS = {
     "bytes_per_token": "MB a token",
     "weight_bandwidth": "GB/s",
@@ -23,7 +26,13 @@ OTHERS = {
 }
 HEADINGS = {**SECONDS, **RATES, **OTHERS}
 SCALES = {"bytes_per_token": 1e-6, "weight_bandwidth": 1e-9, "peak_bytes": 1e-6, "share": 100}
+SCALES |= {f"{rate}_share": 100 for rate in BATCH_RATES}
 SAME_SIZE = {"q8_0": ("q8_0", "int8", "int8-32"), "q4_0": ("q4_0", "int4")}  # ours that a peer's is compared with
+BATCH_LIMIT = (
+    "The limit of a batch: a step takes no less time than to read the weights once at that bandwidth, and no less than "
+    "the same row's prompt takes for as many multiplications. A batch computes logits for each token, a prompt for its "
+    "last one alone, so the limit is below the prompt's rate."
+)
 # Colour, marker, and on which side of it the label is, so that neighbouring labels do not overlap.
 LOOKS = {
     "nanoqwen": ("C0", "o", {"xytext": (7, -3), "ha": "left"}),
@@ -38,6 +47,20 @@ def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     return {name: {"median": statistics.median(x), "min": min(x), "max": max(x)} for name, x in columns.items()}
 
 
+def batch_shares(run: dict[str, float], multiplications: float) -> dict[str, float]:
+    """What share of its limit each batch's rate is. A step has to read the weights once and to multiply all rows by
+    them; the longer one of the two is the limit, as both can be done at the same time.
+
+    How fast this row multiplies is what its prompt says. `multiplications`: of a batch's token for each one of a
+    prompt's token.
+    """
+    reading, found = run["bytes_per_token"] / run["read_bandwidth"], {}
+    for rows, name in zip(BATCHES, BATCH_RATES, strict=True):
+        if name in run:
+            found[f"{name}_share"] = run[name] / rows * max(reading, rows * multiplications / run["prefill"])
+    return found
+
+
 def ratios(rows: list[Report]) -> list[Report]:
     """How many times as fast as each peer of its precision our rows are: quotients of runs of the same round."""
     found = []
@@ -47,7 +70,7 @@ def ratios(rows: list[Report]) -> list[Report]:
                 continue
             rounds = []
             for a, b in zip(ours["runs"], peer["runs"], strict=False):
-                faster = {name: a[name] / b[name] for name in RATES if name in a and name in b}
+                faster = {name: a[name] / b[name] for name in RATES | BATCH_RATES if name in a and name in b}
                 rounds.append(faster | {name: b[name] / a[name] for name in SECONDS if name in a and name in b})
             if rounds:
                 found.append({"ours": title(ours), "peer": title(peer), "summary": summary(rounds)})
@@ -82,9 +105,13 @@ def tables(report: Report) -> dict[str, list[list[str]]]:
         found["Limits of the machine"].append([name, number(limit["read_bandwidth"] / 1e9), *rates])
     measured = [(title(row), row["summary"]) for row in report["rows"] if row["runs"]]
     found["Speed"] = table(measured, HEADINGS, report["settings"])
+    if report["settings"]["batches"]:
+        found["Decoding several sequences at once, and % of the limit"] = table(
+            measured, BATCH_HEADINGS, report["settings"]
+        )
     if report["ratios"]:
         compared = [(f"{ratio['ours']} / {ratio['peer']}", ratio["summary"]) for ratio in report["ratios"]]
-        headings = {name: heading.removesuffix(", s") for name, heading in HEADINGS.items()}
+        headings = {name: heading.removesuffix(", s") for name, heading in (HEADINGS | BATCH_RATES).items()}
         found["Times as fast"] = table(compared, headings, report["settings"])
     return found
 
@@ -130,6 +157,7 @@ def markdown(report: Report) -> str:
         f"{'' if settings['isa'] == 'native' else ' and no other instructions than ' + settings['isa']}.",
         f"Tokens per second, {settings['tokens']} decoded; the bandwidth is the better one of just before and just "
         "after each run. nanoqwen's weights lie in huge pages where those are faster, as after some hundred tokens.",
+        *([BATCH_LIMIT] if settings["batches"] else []),
         *([f"Without its repacked products, with which it crashes here: {', '.join(plain)}."] if plain else []),
         *(f"{reason}: {', '.join(rows)}." for reason, rows in report["absent"].items()),
     ]

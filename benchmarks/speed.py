@@ -33,7 +33,7 @@ from benchmarks.common import (
     run_script,
     start_worker,
 )
-from benchmarks.report import BATCHES, draw, markdown, number, ratios, show, summary, tables, title
+from benchmarks.report import BATCHES, batch_shares, draw, markdown, number, ratios, show, summary, tables, title
 from formats.files import atomic_directory, sha256, write_text
 from formats.source import BUNDLED_MODEL, DEFAULT_MODEL, HubUnreachable, resolve
 
@@ -226,9 +226,10 @@ def model_facts(path: str) -> dict[str, Any]:
         sha256(file)
     total = sum(parameter.numel() for parameter in model.parameters())
     # Those of a token: without the other rows of an untied embedding and without the idle experts.
-    active = weight_bytes_per_token(model) // model.model.embed_tokens.weight.element_size()
-    context, threads = config.context_length, torch.get_num_threads()
-    return {"parameters": total, "active_parameters": active, "context": context, "threads": threads}
+    embedding = model.model.embed_tokens.weight
+    found = {"parameters": total, "active_parameters": weight_bytes_per_token(model) // embedding.element_size()}
+    found |= {"head_parameters": embedding.numel(), "context": config.context_length}
+    return found | {"threads": torch.get_num_threads()}
 
 
 def write_random_model(path: str) -> None:
@@ -281,22 +282,23 @@ def kept_directory(model: Path, directory: Path) -> Path:
     return path
 
 
-def run_row(row: Row, model: Path, job: Job, weights: int, worker: ProcessPoolExecutor) -> dict[str, float]:
-    """One run of a row, and the better read bandwidth of before and after. `weights`: how many a token reads."""
+def run_row(row: Row, model: Path, job: Job, facts: dict, worker: ProcessPoolExecutor) -> dict[str, float]:
+    """One run of a row, and the better read bandwidth of before and after. `facts`: of `model_facts`."""
     job = replace(job, model=str(model.resolve()), precision=row.precision, device=row.device)
     before = worker.submit(bandwidth_now, row.device, job.threads).result()
     output = run_script(*SCRIPTS[row.engine], "--measure", json.dumps(asdict(job)), **ISA.get(job.isa, {}))
     run = json.loads(output.splitlines()[-1])
+    weights, head = facts["active_parameters"], facts["head_parameters"]
     if "bytes_per_token" not in run:  # a peer reads the same weights in a type of its own
         run["bytes_per_token"] = weights * run.pop("bytes_per_weight", BYTES.get(row.precision))
     run["read_bandwidth"] = max(before, worker.submit(bandwidth_now, row.device, job.threads).result())
     run["weight_bandwidth"] = run["decode"] * run["bytes_per_token"]
     run["share"] = run["weight_bandwidth"] / run["read_bandwidth"]
-    return run
+    return run | batch_shares(run, weights / (weights - head + head / job.prefill))
 
 
 def run_all(
-    model: Path, rows: list[Row], job: Job, repeats: int, weights: int, worker: Any, converted: Path | None
+    model: Path, rows: list[Row], job: Job, repeats: int, facts: dict, worker: Any, converted: Path | None
 ) -> list[dict]:
     """All rows, one round after another. A row that failed is not tried again."""
     results = [{**row._asdict(), "runs": [], "failed": None} for row in rows]
@@ -307,7 +309,7 @@ def run_all(
             if result["failed"]:
                 continue
             try:
-                run = run_row(row, convert(model, row, directory), job, weights, worker)
+                run = run_row(row, convert(model, row, directory), job, facts, worker)
                 result["runs"].append(run)
                 said = f"prefill {number(run['prefill'])}, decode {number(run['decode'])} tokens/s"
                 said += f", {run['share']:.0%} of the bandwidth"
@@ -414,7 +416,7 @@ def main(arguments: list[str]) -> None:
         console.notice("measuring the machine")
         machine = worker.submit(describe_machine, job.threads).result()
         rows, absent = choose_rows(options.rows, cuda=bool(machine["gpu"]))
-        results = run_all(model, rows, job, options.repeats, facts["active_parameters"], worker, options.converted)
+        results = run_all(model, rows, job, options.repeats, facts, worker, options.converted)
     report = header(machine, "speed", arguments) | {
         "model": {"name": name, **facts},
         "settings": {"repeats": options.repeats, "after": SHORT, **asdict(job)},

@@ -113,8 +113,8 @@ def _special(metadata: dict, tokens: list[str], name: str) -> str | None:
 
 
 def _merges(lines: list[str], vocabulary: dict[str, int]) -> list[str] | list[list[str]]:
-    """The merges as they are stored, `Ġ t`, which a tokenizer.json may hold too: 150,000 lists of two would take a
-    second and 30 MB. Only where the library would take one for a comment (`#version …`) they are such lists."""
+    """The merges as they are stored, `Ġ t`, which a tokenizer.json may hold too: 150,000 lists of two would take
+    0.2 s and 30 MB. Only where the library would take one for a comment (`#version …`) they are such lists."""
     for merge in lines:
         left, _, right = merge.partition(" ")
         known = left in vocabulary and right in vocabulary and left + right in vocabulary

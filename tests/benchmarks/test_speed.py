@@ -102,6 +102,13 @@ def test_each_figure_follows_from_the_runs(finished, checkpoint):
     ours, quantized, peer = (rows[name]["runs"][0] for name in list(rows)[:3])
     assert [ours["bytes_per_token"], peer["bytes_per_token"]] == pytest.approx([weights, weights], rel=1e-3)
     assert quantized["bytes_per_token"] < 0.9 * weights
+    facts = report["model"]
+    prompt = facts["active_parameters"] - facts["head_parameters"] * (1 - 1 / report["settings"]["prefill"])
+    for rows in (4, 32):
+        name = f"decode_batch_{rows}"
+        reading = ours["read_bandwidth"] / ours["bytes_per_token"]
+        multiplying = ours["prefill"] * prompt / facts["active_parameters"]
+        assert ours[f"{name}_share"] == pytest.approx(ours[name] / min(rows * reading, multiplying))
     ratio, other = report["ratios"]
     assert (ratio["ours"], ratio["peer"]) == ("nanoqwen bf16", "transformers bf16")
     assert (other["ours"], other["peer"]) == ("nanoqwen int8", "llama.cpp q8_0")
@@ -109,12 +116,21 @@ def test_each_figure_follows_from_the_runs(finished, checkpoint):
     assert ratio["summary"]["load"]["median"] == pytest.approx(peer["load"] / ours["load"])
 
 
+def test_the_limit_of_a_batch_is_the_slower_one_of_reading_and_multiplying():
+    run = {"bytes_per_token": 500, "read_bandwidth": 5000, "prefill": 300, "decode_batch_4": 30, "decode_batch_32": 150}
+    shares = bench_report.batch_shares(run, 1.5)  # 10 readings a second; 200 tokens' multiplications
+    assert shares == pytest.approx({"decode_batch_4_share": 30 / 40, "decode_batch_32_share": 150 / 200})
+
+
 def test_markdown_and_picture_show_the_same_report(finished):
     report = json.loads((finished / "report.json").read_text())
     text = (finished / "report.md").read_text()
     assert text == bench_report.markdown(report)
+    assert "## Decoding several sequences at once" in text and "The limit of a batch" in text
+    speed = text.partition("## Speed")[2].partition("##")[0]
+    assert "batch" not in speed  # or it would be too wide for a terminal
     for row in (row for row in report["rows"] if row["runs"]):
-        (line,) = [line for line in text.splitlines() if line.startswith(f"| {bench_report.title(row)} |")]
+        (line,) = [line for line in speed.splitlines() if line.startswith(f"| {bench_report.title(row)} |")]
         assert f" {bench_report.number(row['summary']['prefill']['median'])} |" in line
         assert f" {bench_report.number(row['summary']['peak_bytes']['median'] / 1e6)} |" in line
     for table in text.split("## ")[1:]:
