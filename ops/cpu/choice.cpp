@@ -19,7 +19,7 @@ static bool has_amx() { return false; }
 Choice choice = [] {
     Choice before_measuring = {};
     before_measuring.bfloat16 = BFLOAT16, before_measuring.amx = has_amx();
-    for (auto& tuning : before_measuring.tuning) tuning = {1, 4096};
+    for (auto& tuning : before_measuring.tuning) tuning = {1, 2048, 0};
     for (int form = 0; form < FORMS; form++) before_measuring.many[form] = PRODUCTS[form]->many;
     before_measuring.fewest = *std::min_element(before_measuring.many, before_measuring.many + FORMS);
     return before_measuring;
@@ -39,7 +39,7 @@ int choose_amx(int amx) {  // likewise
     choice.amx = amx;
     return 0;
 }
-void choose_tuning(int form, int together, int ahead) { choice.tuning[form] = {together, ahead}; }
+void choose_tuning(int form, int together, int ahead, int further) { choice.tuning[form] = {together, ahead, further}; }
 // Tokens from which rows are unpacked once for all; 0: as long as nothing was measured.
 void choose_many(int form, int tokens) {
     choice.many[form] = std::clamp(tokens ? tokens : PRODUCTS[form]->many, 2, MANY);

@@ -20,6 +20,7 @@ __attribute__((always_inline)) inline void each(Work work) {
 constexpr int group_of(int lane, int group_size, bool packed = false) {
     const int quarter = lane / 4, i = lane % 4;
     if (LANES == 4 || (LANES == 8 && group_size == 32 && !packed)) return lane;
+    if (group_size == 16 && packed) return i / 2 * LANES / 2 + 2 * quarter + i % 2;
     if (group_size == 16 || packed) return LANES / 4 * i + quarter;
     return quarter / 2 * 8 + 2 * i + quarter % 2;
 }
@@ -53,7 +54,16 @@ template <int GROUP, bool PACKED>
 __attribute__((always_inline)) inline void transpose(Unsigned* codes) {
     constexpr int VECTORS = GROUP / (PACKED ? 8 : 4);
 #if defined(__AVX2__)
-    for (int i = 0; i < VECTORS; i += 4) transpose_quarters(codes + i);
+    if (VECTORS == 2) {
+#if LANES_OF_INTEGERS == 16
+        const __m512 a = (__m512)codes[0], b = (__m512)codes[1];
+        codes[0] = (Unsigned)_mm512_shuffle_ps(a, b, 0x88), codes[1] = (Unsigned)_mm512_shuffle_ps(a, b, 0xdd);
+#else
+        const __m256 a = (__m256)codes[0], b = (__m256)codes[1];
+        codes[0] = (Unsigned)_mm256_shuffle_ps(a, b, 0x88), codes[1] = (Unsigned)_mm256_shuffle_ps(a, b, 0xdd);
+#endif
+    }
+    for (int i = 0; i + 4 <= VECTORS; i += 4) transpose_quarters(codes + i);
     for (int i = 0; VECTORS == 8 && i < 4; i++) {
         const Unsigned a = codes[i], b = codes[i + 4];
 #if LANES_OF_INTEGERS == 16

@@ -207,7 +207,7 @@ struct RowBytes : Activations {
     explicit RowBytes(const Rows& w) : Activations(w.columns) {}
 
     template <int R, int N>
-    __attribute__((always_inline)) void tile(const Rows& w, const char* const* x, int64_t ahead, float* y) const {
+    __attribute__((always_inline)) void tile(const Rows& w, const char* const* x, Ahead ahead, float* y) const {
         const int64_t whole = w.columns / VECTOR_BYTES;
         double total[N][R] = {};
         for (int64_t first = 0; first < chunks; first += TOGETHER) {
@@ -218,7 +218,7 @@ struct RowBytes : Activations {
                 Unsigned codes[R];
                 for (int r = 0; r < R; r++) {
                     const char* row = w.weight + r * w.row_bytes + at * VECTOR_BYTES;
-                    if (ahead && at * VECTOR_BYTES % 64 == 0) __builtin_prefetch(row + ahead);
+                    if (at * VECTOR_BYTES % 64 == 0) ahead.fetch(row);
                     codes[r] = codes_of(row);
                 }
                 for (int k = 0; k < N; k++) {
@@ -300,12 +300,12 @@ struct RowBytes : AsTheyAre {
     static constexpr int ROWS = 2, TOKENS = 4;
 
     template <int R, int N>
-    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, int64_t ahead,
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, Ahead ahead,
                                                  Vector total[N][R]) const {
         for (int64_t i = 0; i < w.columns; i += LANES)
             for (int r = 0; r < R; r++) {
                 const auto* row = (const int8*)(w.weight + r * w.row_bytes) + i;
-                if (ahead) __builtin_prefetch((const char*)row + ahead);
+                ahead.fetch((const char*)row);
                 const Vector weights = i + LANES <= w.columns ? load(row) : load_some(row, w.columns - i);
                 for (int k = 0; k < N; k++) total[k][r] = fma(weights, load((const float*)x[k] + i), total[k][r]);
             }
@@ -327,7 +327,7 @@ constexpr int64_t SCALES_AHEAD = 512;  // bytes: a second stream, at an eighth o
 template <int BITS, int SIZE>
 struct Codes {
     static constexpr int GROUP = SIZE, OFFSET = 1 << (BITS - 1), ROWS = LANES == 16 ? 4 : 2;
-    static constexpr bool PACKED = BITS == 4 && GROUP == 32, MINIMA = false;
+    static constexpr bool PACKED = BITS == 4, MINIMA = false;
     static constexpr int64_t BYTES = LANES * GROUP * BITS / 8;  // of a chunk
 
     const int64_t repeats, step;  // groups with one scale; scales of a chunk, or 0 where it may be none or a part
@@ -347,18 +347,17 @@ struct Codes {
             std::memset(last, 0, sizeof last);
             p = (const char*)std::memcpy(last, p, left);
         }
-        alignas(64) uint8_t codes[LANES * GROUP];
-        if (BITS == 4 && !PACKED) {
-            for (int i = 0; i < BYTES; i++) codes[2 * i] = p[i] & 15, codes[2 * i + 1] = (uint8_t)p[i] >> 4;
-            p = (const char*)codes;
-        }
         each<GROUP / (PACKED ? 8 : 4)>([&](auto i) __attribute__((always_inline)) { to.codes[i] = read<Unsigned>(p + i * sizeof(Unsigned)); });
         to.scale = scales(w, at);
     }
 
+    __attribute__((always_inline)) int64_t first_scale(int64_t at) const {  // of a chunk; mostly without a division
+        return repeats == 1 ? at * LANES : at * LANES / repeats;
+    }
+
     // Lanes behind the row have any scale of the row, or zero.
     __attribute__((always_inline)) Vector scales(const Rows& w, int64_t at) const {
-        const int64_t first = at * LANES / repeats, left = w.groups - first;
+        const int64_t first = first_scale(at), left = w.groups - first;
 #if LANES_OF_INTEGERS == 16
         if (step) {
             const bfloat16* from = w.scale + first;
@@ -371,9 +370,9 @@ struct Codes {
             return to_float(w.scale[std::min((at * LANES + group) / repeats, w.groups - 1)]);
         });
     }
-    __attribute__((always_inline)) void fetch(const Rows& w, int64_t at, int64_t ahead) const {
-        for (int64_t line = 0; line < BYTES; line += 64) __builtin_prefetch(w.weight + at * BYTES + line + ahead);
-        if (at % 2 == 0) __builtin_prefetch((const char*)(w.scale + at * LANES / repeats) + SCALES_AHEAD);
+    __attribute__((always_inline)) void fetch(const Rows& w, int64_t at, Ahead ahead) const {
+        for (int64_t line = 0; line < BYTES; line += 64) ahead.fetch(w.weight + at * BYTES + line);
+        if (ahead.first && at % 2 == 0) __builtin_prefetch((const char*)(w.scale + first_scale(at)) + SCALES_AHEAD);
     }
 
     static void multiply_all(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch) {

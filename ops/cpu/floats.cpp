@@ -14,12 +14,14 @@ void numbers_of(const char* row, int64_t columns, float* out) {
 
 constexpr int TILE_ROWS = LANES == 16 ? 4 : 2, TILE_TOKENS = 6;  // what the registers hold
 
-struct Float32 : AsTheyAre {
-    explicit Float32(const Rows&) {}
+// float32 or float16.
+template <class T>
+struct Numbers : AsTheyAre {
+    explicit Numbers(const Rows&) {}
     static constexpr int ROWS = TILE_ROWS, TOKENS = TILE_TOKENS;
 
     template <int R, int N>
-    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, int64_t ahead,
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, Ahead ahead,
                                                  Vector total[N][R]) const {
         auto meet = [&](const Vector* weights, int64_t i) __attribute__((always_inline)) {
             for (int k = 0; k < N; k++) {
@@ -29,21 +31,21 @@ struct Float32 : AsTheyAre {
         };
         int64_t i = 0;
         Vector weights[R];
-        constexpr int LINE = 16;  // columns of a cache line
+        constexpr int LINE = 64 / sizeof(T);  // columns of a cache line
+        auto row = [&](int r) { return (const T*)(w.weight + r * w.row_bytes); };
         for (; i + LINE <= w.columns; i += LINE) {
-            for (int r = 0; r < R && ahead; r++) __builtin_prefetch(w.weight + r * w.row_bytes + 4 * i + ahead);
+            for (int r = 0; r < R; r++) ahead.fetch((const char*)(row(r) + i));
             for (int part = 0; part < LINE; part += LANES) {
-                for (int r = 0; r < R; r++) weights[r] = load((const float*)(w.weight + r * w.row_bytes) + i + part);
+                for (int r = 0; r < R; r++) weights[r] = load(row(r) + i + part);
                 meet(weights, i + part);
             }
         }
         for (; i + LANES <= w.columns; i += LANES) {
-            for (int r = 0; r < R; r++) weights[r] = load((const float*)(w.weight + r * w.row_bytes) + i);
+            for (int r = 0; r < R; r++) weights[r] = load(row(r) + i);
             meet(weights, i);
         }
         if (i == w.columns) return;
-        for (int r = 0; r < R; r++)
-            weights[r] = load_some((const float*)(w.weight + r * w.row_bytes) + i, w.columns - i);
+        for (int r = 0; r < R; r++) weights[r] = load_some(row(r) + i, w.columns - i);
         meet(weights, i);
     }
     static float finish(const Rows&, int, float y) { return y; }
@@ -71,7 +73,7 @@ struct BFloat16 {
     }
 
     template <int R, int N>
-    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, int64_t ahead,
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, Ahead ahead,
                                                  Vector total[N][R]) const {
         auto meet = [&](const Unsigned* weights, int64_t i) __attribute__((always_inline)) {
             for (int half = 0; half < 2; half++) {
@@ -87,7 +89,7 @@ struct BFloat16 {
         Unsigned weights[R];
         constexpr int LINE = 32;  // columns of a cache line
         for (; i + LINE <= w.columns; i += LINE) {
-            for (int r = 0; r < R && ahead; r++) __builtin_prefetch(w.weight + r * w.row_bytes + 2 * i + ahead);
+            for (int r = 0; r < R; r++) ahead.fetch(w.weight + r * w.row_bytes + 2 * i);
             for (int part = 0; part < LINE; part += COLUMNS) {
                 for (int r = 0; r < R; r++) weights[r] = read<Unsigned>(w.weight + r * w.row_bytes + 2 * (i + part));
                 meet(weights, i + part);
@@ -114,7 +116,7 @@ struct BFloat16 {
                 store(scratch + r * width + i, even(two)), store(scratch + r * width + i + LANES, odd(two));
             }
         }
-        ::multiply<Float32>({(const char*)scratch, nullptr, 4 * width, rounded_up(w.columns, COLUMNS), 0, {}}, rows, x, count, y);
+        ::multiply<Numbers<float>>({(const char*)scratch, nullptr, 4 * width, rounded_up(w.columns, COLUMNS), 0, {}}, rows, x, count, y);
     }
 };
 
@@ -285,7 +287,7 @@ struct Pairs16 {  // bfloat16 weights and activations, two products to a lane
     }
 
     template <int R, int N>
-    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, int64_t ahead,
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, Ahead ahead,
                                                  Vector total[N][R]) const {
         const int64_t bytes = 2 * w.columns;
         auto meet = [&](const __m512bh* weights, int64_t i) __attribute__((always_inline)) {
@@ -300,7 +302,7 @@ struct Pairs16 {  // bfloat16 weights and activations, two products to a lane
         for (; i + 64 <= bytes; i += 64) {
             for (int r = 0; r < R; r++) {
                 const char* row = w.weight + r * w.row_bytes + i;
-                if (ahead) __builtin_prefetch(row + ahead);
+                ahead.fetch(row);
                 weights[r] = (__m512bh)_mm512_loadu_si512(row);
             }
             meet(weights, i);
@@ -314,18 +316,19 @@ struct Pairs16 {  // bfloat16 weights and activations, two products to a lane
 };
 #endif
 
-// float16 becomes float32 some rows at a time, for one token and for many: few models are stored so.
+// float16 for many tokens becomes float32 some rows at a time.
 void multiply_halves(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch) {
+    if (!w.many) return ::multiply<Numbers<float16>>(w, rows, x, count, y);
     const int64_t width = unpacked_size(w.columns);
     for (int64_t r = 0; r < rows; r++) numbers_of<float16>(w.weight + r * w.row_bytes, w.columns, scratch + r * width);
-    ::multiply<Float32>({(const char*)scratch, nullptr, 4 * width, w.columns, 0, {1, 0}}, rows, x, count, y);
+    ::multiply<Numbers<float>>({(const char*)scratch, nullptr, 4 * width, w.columns, 0, {1, 0}}, rows, x, count, y);
 }
 
 }  // namespace
 
-const Products float32_products = products_of<Float32>(numbers_of<float>);
+const Products float32_products = products_of<Numbers<float>>(numbers_of<float>);
 const Products bfloat16_products = {BFloat16::bytes, BFloat16::prepare, BFloat16::multiply_all, numbers_of<bfloat16>, nullptr, nullptr, 17};
-const Products float16_products = {Float32::bytes, Float32::prepare, multiply_halves, numbers_of<float16>};
+const Products float16_products = {Numbers<float>::bytes, Numbers<float>::prepare, multiply_halves, numbers_of<float16>, nullptr, nullptr, 17};
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 const Products pair_products = products_of<Pairs16>(numbers_of<bfloat16>);
 const bool has_pairs = true;

@@ -22,24 +22,24 @@
 //     GROUP, PACKED, OFFSET, MINIMA   see Chunk and group_of
 //     ROWS                            that one token may read together
 //     unpack(w, at, chunk)            chunk `at` of the first row of w, its codes column by column (PACKED: as they are)
-//     fetch(w, at, ahead)             prefetches the lines `ahead` bytes in front of that chunk
+//     fetch(w, at, ahead)             prefetches the lines that far in front of that chunk
 template <class Type>
 struct Grouped : GroupedInputs<Type::GROUP, Type::PACKED> {
     static constexpr int ROWS = Type::ROWS, TOKENS = 4, GROUP = Type::GROUP;
     typedef GroupedInputs<GROUP, Type::PACKED> Form;
     const Type type;
-    explicit Grouped(const Rows& w) : type(w) {}
+    const typename Form::Places places;
+    explicit Grouped(const Rows& w) : type(w), places(w.columns) {}
 
     template <int R, int N>
-    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, int64_t ahead, Vector total[N][R]) const {
-        const typename Form::Places places(w.columns);
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, Ahead ahead, Vector total[N][R]) const {
         constexpr int SOME = N == 1 && LANES == 16 ? std::min(R, 2) : 1;  // rows whose codes the registers hold
         for (int64_t at = 0; at < places.chunks; at++)
             each<R / SOME>([&](auto part) __attribute__((always_inline)) {
                 Chunk<GROUP> chunks[SOME];
                 each<SOME>([&](auto r) __attribute__((always_inline)) {
                     const Rows row = from_row(w, part * SOME + r);
-                    if (ahead) type.fetch(row, at, ahead);
+                    type.fetch(row, at, ahead);
                     type.unpack(row, at, chunks[r]);
                     transpose<GROUP, Type::PACKED>(chunks[r].codes);
                 });
@@ -97,9 +97,9 @@ struct InBlocks : Type {
         to.scale = Type::scales(p, first);
         if constexpr (Type::MINIMA) to.minimum = Type::minima(p, first);
     }
-    __attribute__((always_inline)) void fetch(const Rows& w, int64_t at, int64_t ahead) const {
+    __attribute__((always_inline)) void fetch(const Rows& w, int64_t at, Ahead ahead) const {
         for (int64_t line = 0; line < BYTES; line += 64)
-            __builtin_prefetch(w.weight + at * LANES / GROUPS * Type::BYTES + line + ahead);
+            ahead.fetch(w.weight + at * LANES / GROUPS * Type::BYTES + line);
     }
 
     static void numbers(const char* row, int64_t columns, float* out) {

@@ -33,8 +33,9 @@ struct Panel {
                 for (int j = 0; j < LANES; j++) {
                     const int64_t begin = at * Chunk<GROUP>::COLUMNS / 4, place = i * LANES + j;
                     if constexpr (PACKED) {
-                        put(begin + place / 4 * 8 + place % 4, lower_nibbles(codes[i][j]));
-                        put(begin + place / 4 * 8 + place % 4 + 4, upper_nibbles(codes[i][j]));
+                        constexpr int HALF = GROUP / 8;  // of a group
+                        put(begin + place / HALF * 2 * HALF + place % HALF, lower_nibbles(codes[i][j]));
+                        put(begin + place / HALF * 2 * HALF + place % HALF + HALF, upper_nibbles(codes[i][j]));
                     } else {
                         put(begin + place, codes[i][j]);
                     }
@@ -132,7 +133,8 @@ struct TileRows {
                 each<GROUP / (PACKED ? 8 : 4)>([&](auto i) __attribute__((always_inline)) {
                     if constexpr (PACKED) {
                         const __m512i low = with_sign(lower_nibbles(chunk.codes[i])), high = with_sign(upper_nibbles(chunk.codes[i]));
-                        const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+                        const __m512i first = GROUP == 32 ? _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11) : _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+                        const __m512i second = first + 4;
                         _mm512_storeu_si512(to + 128 * i, _mm512_permutex2var_epi64(low, first, high));
                         _mm512_storeu_si512(to + 128 * i + 64, _mm512_permutex2var_epi64(low, second, high));
                     } else {

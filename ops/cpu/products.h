@@ -68,6 +68,7 @@ constexpr int32_t MANY = 33;  // tokens that are many for every kind: Tiled has 
 extern "C" struct Tuning {
     int32_t together;  // rows that are read side by side: 1, 2 or 4
     int32_t ahead;     // bytes that are fetched ahead of a row; 0: none, -1: the rows that come next
+    int32_t further;   // the same for a second time, into the second-level cache; 0: not at all
 };
 
 // Rows of one matrix.
@@ -137,7 +138,7 @@ inline Form measured_as(Form form) { return form == NIBBLES_16 ? NIBBLES : form 
 
 // How some rows are read, which may be the last of those that are. Tiles fetch the next ones.
 inline Tuning tuning_of(Form form, bool last) {
-    if (form == BFLOAT16_TILES) return {ROWS, last ? 0 : -1};
+    if (form == BFLOAT16_TILES) return {ROWS, last ? 0 : -1, 0};
     return choice.tuning[measured_as(form)];
 }
 inline bool are_many(int64_t tokens, Form form) { return tokens >= choice.many[measured_as(form)]; }
@@ -145,7 +146,7 @@ inline bool are_many(int64_t tokens, Form form) { return tokens >= choice.many[m
 // The form of the activations that some weights meet: several kinds take those of the first of them.
 inline Form activations_of(const Linear& w) {
     const Form form = form_of(w);
-    return form == FLOAT16 ? FLOAT32 : form >= Q8_0 && form < Q6_K ? Q8_0 : form > Q6_K ? Q6_K : form;
+    return form == FLOAT16 ? FLOAT32 : form >= Q8_0 && form < Q6_K ? Q8_0 : form == GROUPED_BYTES_16 ? Q6_K : form;
 }
 
 // Vectors of activations in the forms that the weights want.

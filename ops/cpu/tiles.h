@@ -9,9 +9,18 @@
 //
 // or, instead of the last two, with `tile`, which is what the function of this name does below.
 //
-// Prefetches go `ahead` bytes in front of each row where that is not 0.
 #pragma once
 #include "products.h"
+
+// Bytes in front of a row that are fetched into the first-level cache, and a second time, further ahead, into the second
+// one: the first has so few lines under way that alone it does not keep the memory busy. 0: not at all.
+struct Ahead {
+    int64_t first = 0, second = 0;
+    __attribute__((always_inline)) void fetch(const char* line) const {  // else GCC drops a call that computes nothing
+        if (first) __builtin_prefetch(line + first);
+        if (second) __builtin_prefetch(line + second, 0, 2);
+    }
+};
 
 // y[N, R] of a [N, ROWS] array = the sums of the accumulators' lanes.
 template <int R, int N, class Lanes, class Number>
@@ -32,7 +41,7 @@ inline void put_sums(const Lanes (&total)[N][R], Number* y) {
 
 // y[N, R] of a [N, ROWS] array = the products of R rows with N tokens.
 template <class Kind, int R, int N>
-inline void tile(const Kind& kind, const Rows& w, const char* const* x, int64_t ahead, float* y) {
+inline void tile(const Kind& kind, const Rows& w, const char* const* x, Ahead ahead, float* y) {
     if constexpr (requires { kind.template tile<R, N>(w, x, ahead, y); }) {
         kind.template tile<R, N>(w, x, ahead, y);
     } else {
@@ -90,7 +99,7 @@ inline Rows from_row(const Rows& w, int64_t r) {
 template <class Kind>
 void multiply(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y) {
     const Kind kind(w);
-    auto some = [&](int64_t i, auto tokens, auto most, int64_t ahead) __attribute__((always_inline)) {
+    auto some = [&](int64_t i, auto tokens, auto most, Ahead ahead) __attribute__((always_inline)) {
         int64_t r = 0;
         for (; r + most <= rows; r += most) tile<Kind, most, tokens>(kind, from_row(w, r), x + i, ahead, y + i * ROWS + r);
         for (; r < rows; r++) tile<Kind, 1, tokens>(kind, from_row(w, r), x + i, ahead, y + i * ROWS + r);
@@ -98,7 +107,7 @@ void multiply(const Rows& w, int64_t rows, const char* const* x, int64_t count, 
     if (count == 1) {
         const std::integral_constant<int, 1> one;
         const int together = std::min(w.tuning.together, Kind::ROWS);
-        const int64_t ahead = w.tuning.ahead < 0 ? together * w.row_bytes : w.tuning.ahead;
+        const Ahead ahead = {w.tuning.ahead < 0 ? together * w.row_bytes : w.tuning.ahead, w.tuning.further};
         if (together == 4)
             some(0, one, std::integral_constant<int, Kind::ROWS>(), ahead);
         else if (together == 2)
@@ -109,7 +118,7 @@ void multiply(const Rows& w, int64_t rows, const char* const* x, int64_t count, 
     }
     in_tiles<Kind::TOKENS>(count, [&](int64_t i, auto tokens) {
         const std::integral_constant<int, Kind::ROWS> most;
-        some(i, tokens, most, i ? 0 : most * w.row_bytes);  // after the first tokens the rows are in the cache
+        some(i, tokens, most, {i ? 0 : most * w.row_bytes});  // after the first tokens the rows are in the cache
     });
 }
 

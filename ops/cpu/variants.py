@@ -30,7 +30,7 @@ import torch
 from formats.files import write_text
 from formats.gguf.types import FORMATS
 
-SCHEMA = "nanoqwen/variant/5"
+SCHEMA = "nanoqwen/variant/6"
 KINDS = {  # name: bits, columns of a group (0: no scales, None: one for each row), as a Linear of ops/cpu/products.h
     "float32": (32, 0),
     "bfloat16": (16, 0),
@@ -43,10 +43,10 @@ FORMS = {"F32": 0, "BF16": 1, "F16": 7, "Q8_0": 8, "Q4_0": 9, "Q4_1": 10, "Q5_0"
 FORMS |= {"Q4_K": 13, "Q5_K": 14, "Q6_K": 15}
 BLOCKS = tuple(name for name, form in FORMS.items() if form > 1)  # types of a GGUF that have a form of their own
 ALL = (*KINDS, *BLOCKS)
-CANDIDATES = ((1, 0), (1, 1024), (1, 2048), (1, 4096), (2, 0), (2, 2048), (2, 4096), (4, 0), (4, -1))  # see Tuning
-OF_BLOCKS = CANDIDATES[:4]  # rows of blocks are read one by one
-DEFAULT = (1, 2048)
-UNPACKED = tuple(name for name in ALL if name not in ("float32", "F16"))  # once for all, where there are many tokens
+OF_BLOCKS = ((1, 0, 0), (1, 1024, 512), (1, 1024, 4096), (1, 2048, 0), (1, 2048, 512), (1, 2048, 4096))  # see Tuning
+CANDIDATES = (*OF_BLOCKS, (1, 4096, 0), (2, 0, 0), (2, 2048, 0), (2, 2048, 512), (2, 2048, 4096), (4, 0, 0), (4, -1, 0))
+DEFAULT = (1, 2048, 4096)
+UNPACKED = tuple(name for name in ALL if name != "float32")  # once for all, where there are many tokens
 COUNTS = (2, 4, 6, 8, 12, 16, 24, 32)  # tokens for which that is measured
 ALWAYS = 33  # tokens for which it is always done: MANY in products.h
 WORTH = 1.03  # a candidate has to be so much faster than the default
@@ -56,7 +56,7 @@ HUGE_PAGES_WORTH = 1.1  # times as fast as pages of 4 KB, for weights to move th
 COLUMNS, WINDOW, TURNS, MANY = 1024, 16 << 20, 3, 256
 FEW_BYTES = 1 << 18  # of weights that stay in the cache, and of those that some tokens meet
 MATRIX = 1 << 22  # bytes, as those of a model: where each begins tiles wait for memory, a stream of one row less
-READERS = ((1, 0), (1, 2048), (1, 4096), (2, 2048), (4, -1))
+READERS = ((1, 0, 0), (1, 1024, 4096), (1, 2048, 4096), (1, 4096, 0), (2, 2048, 4096), (4, -1, 0))
 READ_BYTES = 256 << 20  # far above the caches of all but the largest servers, small enough for a laptop
 HUGE = 2 << 20  # bytes of a huge page on x86-64 and aarch64
 
@@ -66,7 +66,7 @@ def apply(loaded: ctypes.CDLL, path: Path, linear: type[ctypes.Structure]) -> di
 
     Raises ValueError where NANOQWEN_STEP_VARIANT is none of what it can be.
     """
-    loaded.choose_tuning.argtypes = [c_int, c_int, c_int]
+    loaded.choose_tuning.argtypes = [c_int, c_int, c_int, c_int]
     loaded.choose_many.argtypes = [c_int, c_int]
     loaded.product.argtypes = [ctypes.POINTER(linear), c_void_p, c_int64, c_void_p, c_int]
     loaded.form_of_linear.argtypes = [ctypes.POINTER(linear)]
@@ -88,8 +88,8 @@ def choose(loaded: ctypes.CDLL, chosen: dict[str, Any], linear: type[ctypes.Stru
     """False where this processor has no such products of bfloat16 weights as are chosen."""
     if loaded.choose_bfloat16(BFLOAT16[chosen["bfloat16"]]):
         return False
-    for name, (together, ahead) in chosen["tuning"].items():
-        loaded.choose_tuning(loaded.form_of_linear(_linear(linear, name)), together, ahead)
+    for name, tuning in chosen["tuning"].items():
+        loaded.choose_tuning(loaded.form_of_linear(_linear(linear, name)), *tuning)
     for name, tokens in chosen["many"].items():
         loaded.choose_many(loaded.form_of_linear(_linear(linear, name)), tokens)
     return True
@@ -99,13 +99,15 @@ def by_hand(asked: str) -> dict[str, Any] | None:
     """What NANOQWEN_STEP_VARIANT says; None where something is to be measured or read."""
     if asked in ("", "measure"):
         return None
-    match = re.fullmatch(r"(default|[124]/(?:-1|\d{1,5}))?,?(?:(tiles)|(pairs|floats)?,?(vectors)?)", asked)
+    tuning = r"default|[124]/(?:-1|\d{1,5})(?:/\d{1,5})?"
+    match = re.fullmatch(rf"({tuning})?,?(?:(tiles)|(pairs|floats)?,?(vectors)?)", asked)
     if not match:
         raise ValueError(
             f"NANOQWEN_STEP_VARIANT={asked}: give measure, default, floats, pairs, tiles, vectors, "
-            "or rows/bytes ahead: 2/1024"
+            "or rows/bytes ahead[/further]: 1/1024/4096"
         )
     tuning = list(map(int, match[1].split("/"))) if match[1] and match[1] != "default" else list(DEFAULT)
+    tuning += [0] * (3 - len(tuning))
     bfloat16 = match[2] or match[3] or "floats"
     chosen = {"schema": SCHEMA, "bfloat16": bfloat16, "tuning": dict.fromkeys(ALL, tuning), "by_hand": asked}
     return chosen | {"many": dict.fromkeys(UNPACKED, 0)}  # as compiled
@@ -127,10 +129,11 @@ def read(path: Path) -> dict[str, Any] | None:
 def describe(chosen: dict[str, Any]) -> str:
     """For --stats and bench.py: `2 rows, 2,048 B ahead: bfloat16; unpacked once from 8 tokens on: int4; …`."""
     words: dict[str, list[str]] = {}
-    for name, (together, ahead) in chosen["tuning"].items():
+    for name, (together, ahead, further) in chosen["tuning"].items():
         if (name, chosen["bfloat16"]) == ("bfloat16", "tiles"):  # which have no such variants
             continue
         fetched = "no prefetch" if not ahead else "next rows ahead" if ahead < 0 else f"{ahead:,} B ahead"
+        fetched = f"{ahead:,} and {further:,} B ahead" if further else fetched
         words.setdefault(f"{together} row{'s' * (together > 1)}, {fetched}", []).append(name)
     said = "; ".join(f"{', '.join(names)}: {variant}" for variant, names in words.items())
     said += "" if chosen["bfloat16"] == "floats" else f"; bfloat16: {chosen['bfloat16']}"
@@ -195,7 +198,7 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 
         at = (at + part) % size
         return memory[at : at + part]
 
-    def fastest(kind: str, candidates: Iterable[tuple[int, int]]) -> dict[tuple[int, int], float]:
+    def fastest(kind: str, candidates: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
         times = dict.fromkeys(candidates, float("inf"))
         for _ in range(TURNS):
             for candidate in times:

@@ -18,7 +18,8 @@ from ops.memory import HUGE_PAGE, HugePages
 from ops.quant import QuantizedLinear, quantize_
 from tests.ops.test_step import random_model
 
-TUNINGS = [(together, ahead) for together in (1, 2, 4) for ahead in (0, -1, 1024, 4096)]
+AHEAD = ((0, 0), (-1, 0), (1024, 4096), (4096, 0))
+TUNINGS = [(rows, *ahead) for rows in (1, 2, 4) for ahead in AHEAD]
 
 
 @pytest.fixture
@@ -134,15 +135,15 @@ def test_logits_are_the_same_bits_from_however_many_tokens_rows_are_unpacked(sch
         assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
-@pytest.mark.parametrize("asked", ["3/0", "fast", "1/-2", "pairs,1/0", "1/123456", "tiles,vectors"])
+@pytest.mark.parametrize("asked", ["3/0", "fast", "1/-2", "pairs,1/0", "1/123456", "1/2/3/4", "tiles,vectors"])
 def test_a_variant_that_there_is_none_of_is_a_mistake(asked):
     with pytest.raises(ValueError, match="NANOQWEN_STEP_VARIANT"):
         variants.by_hand(asked)
 
 
 def test_a_variant_by_hand():
-    assert variants.by_hand("2/1024,pairs")["tuning"]["int4"] == [2, 1024] and variants.by_hand("measure") is None
-    for asked in ("default", "pairs", "vectors", "4/-1,pairs,vectors", "tiles", "1/0,tiles"):
+    assert variants.by_hand("2/1024,pairs")["tuning"]["int4"] == [2, 1024, 0] and variants.by_hand("measure") is None
+    for asked in ("default", "pairs", "vectors", "4/-1,pairs,vectors", "tiles", "1/1024/4096,tiles"):
         expected = next((name for name in variants.BFLOAT16 if name in asked), "floats")
         assert variants.by_hand(asked)["bfloat16"] == expected
 

@@ -199,7 +199,7 @@ std::vector<T> run(const Qwen3& m, std::vector<Row<T>> rows) {
                            scaled ? places[3].data() : nullptr, kind == HALVES, blocks, first.data(), strides.data(),
                            lengths.data()};
     for (int form = 0; form < FORMS; form++) {
-        choose_tuning(form, one_of({1, 2, 4}), one_of({0, -1, 1024, 4096}));
+        choose_tuning(form, one_of({1, 2, 4}), one_of({0, -1, 1024, 4096}), one_of({0, 512, 4096}));
         choose_many(form, one_of({0, 2, 7, 33}));
     }
     choose_amx(any(0, 1));

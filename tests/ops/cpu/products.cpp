@@ -41,7 +41,7 @@ void compare(const char* name, const Linear& w, const std::vector<double>& numbe
         for (int together : {1, 2, 4})
             for (int ahead : {0, -1, 1024}) {
                 if (w.blocks && together + ahead != 1) continue;  // rows of blocks are read one by one
-                choose_tuning(form_of(w), together, ahead);
+                choose_tuning(form_of(w), together, ahead, 4 * ahead * (ahead > 0));
                 check_first(1);
             }
         for (int first : {2, 33}) {
