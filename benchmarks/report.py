@@ -106,9 +106,7 @@ def tables(report: Report) -> dict[str, list[list[str]]]:
     measured = [(title(row), row["summary"]) for row in report["rows"] if row["runs"]]
     found["Speed"] = table(measured, HEADINGS, report["settings"])
     if report["settings"]["batches"]:
-        found["Decoding several sequences at once, and % of the limit"] = table(
-            measured, BATCH_HEADINGS, report["settings"]
-        )
+        found["Batches, and % of their limit"] = table(measured, BATCH_HEADINGS, report["settings"])
     if report["ratios"]:
         compared = [(f"{ratio['ours']} / {ratio['peer']}", ratio["summary"]) for ratio in report["ratios"]]
         headings = {name: heading.removesuffix(", s") for name, heading in (HEADINGS | BATCH_RATES).items()}

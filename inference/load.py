@@ -7,7 +7,9 @@ template gets ready; and a wrong --model is named before it.
 import math
 import os
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import console
@@ -30,6 +32,7 @@ def load_model(path: Path, options: Namespace, watch: console.Stopwatch | None =
     watch = watch or console.Stopwatch("Python")
     adapter = None if options.adapter is None else resolve(options.adapter, "--adapter")
     chat = Chat.from_pretrained(text_path(path, adapter))
+    Thread(target=_use_template, args=[chat], daemon=True).start()
     watch.lap("tokenizer")
 
     import torch
@@ -61,6 +64,12 @@ def load_model(path: Path, options: Namespace, watch: console.Stopwatch | None =
     release_unused_memory()
     watch.lap("weights")
     return model, chat
+
+
+def _use_template(chat: Chat) -> None:
+    """Lets the template's process compile it, 20 ms, while PyTorch is imported; a session asks for this first."""
+    with suppress(Exception):  # whoever asks again is told
+        _ = chat.end_of_turn_id
 
 
 def load_session(options: Namespace) -> "Session":

@@ -3,10 +3,24 @@
 import ctypes
 import mmap
 from contextlib import suppress
+from ctypes import c_int, c_int64, c_size_t, c_void_p
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    """The C library, opened once: that takes half a millisecond."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = [c_void_p, c_size_t, c_int]
+    libc.mmap.restype = libc.mremap.restype = c_void_p
+    libc.mmap.argtypes = [c_void_p, c_size_t, *3 * [c_int], c_int64]
+    libc.mremap.argtypes = [c_void_p, c_size_t, c_size_t, c_int, c_void_p]
+    libc.munmap.argtypes = [c_void_p, c_size_t]
+    return libc
 
 
 def keep_freed_memory() -> None:
@@ -14,9 +28,8 @@ def keep_freed_memory() -> None:
     again page by page, which for a matrix of 150 MB takes three times as long as the arithmetic on it."""
     trim_threshold, mmap_max = -1, -4  # mallopt(3)
     with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)  # large blocks too come from the heap, which is kept
-        libc.mallopt(trim_threshold, -1)  # never shortened
+        _libc().mallopt(mmap_max, 0)  # large blocks too come from the heap, which is kept
+        _libc().mallopt(trim_threshold, -1)  # never shortened
 
 
 def release_file_pages(tensor: torch.Tensor) -> None:
@@ -37,7 +50,7 @@ def release_unused_memory() -> None:
     long as nothing else needs the memory. 5 ms.
     """
     with suppress(OSError, AttributeError):  # another C library has no malloc_trim
-        ctypes.CDLL(None).malloc_trim(0)
+        _libc().malloc_trim(0)
     with suppress(OSError):
         for line in Path("/proc/self/maps").read_text().splitlines():
             range_, access, _, _, inode, *_ = line.split()
@@ -56,8 +69,7 @@ def _release_unchanged(begin: int, end: int) -> None:
             pages = np.frombuffer(file.read(max(0, 8 * (last - first))), np.uint64) >> np.uint64(61)
         present, swapped, of_file = (pages & np.uint64(flag) != 0 for flag in (4, 2, 1))
         if len(pages) == last - first and not swapped.any() and not (present & ~of_file).any():
-            madvise = ctypes.CDLL(None, use_errno=True).madvise
-            madvise(ctypes.c_void_p(page * first), ctypes.c_size_t(page * len(pages)), mmap.MADV_DONTNEED)
+            _libc().madvise(page * first, page * len(pages), mmap.MADV_DONTNEED)
 
 
 HUGE_PAGE = 2 << 20  # bytes, on x86-64 and on aarch64 with pages of 4 KB
@@ -113,8 +125,7 @@ def ask_for_huge_pages(tensor: torch.Tensor) -> None:
     size = (tensor.data_ptr() + tensor.nbytes - first) // HUGE_PAGE * HUGE_PAGE
     if size > 0 and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError, AttributeError):
-            madvise = ctypes.CDLL(None, use_errno=True).madvise
-            madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+            _libc().madvise(first, size, mmap.MADV_HUGEPAGE)
 
 
 def available_memory() -> int:
@@ -140,20 +151,12 @@ def _mappings() -> list[tuple[int, int, bool]]:
 
 def _collapse(address: int, size: int) -> bool:
     hugepage, collapse = 14, 25  # madvise(2); Python does not name the second one yet
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return madvise(address, size, hugepage) == 0 and madvise(address, size, collapse) == 0
+    return all(_libc().madvise(address, size, advice) == 0 for advice in (hugepage, collapse))
 
 
 def _replace(address: int, size: int) -> bool:
     """Puts huge pages with the same contents in the place of `size` bytes; False, and nothing changed, if it can't."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_int64]
-    libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    failed, maymove_fixed = ctypes.c_void_p(-1).value, 1 | 2
+    libc, failed, maymove_fixed = _libc(), c_void_p(-1).value, 1 | 2
     access = mmap.PROT_READ | mmap.PROT_WRITE
     new = libc.mmap(None, size + HUGE_PAGE, access, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     if new == failed:

@@ -126,7 +126,7 @@ def test_markdown_and_picture_show_the_same_report(finished):
     report = json.loads((finished / "report.json").read_text())
     text = (finished / "report.md").read_text()
     assert text == bench_report.markdown(report)
-    assert "## Decoding several sequences at once" in text and "The limit of a batch" in text
+    assert "## Batches, and % of their limit" in text and "The limit of a batch" in text
     speed = text.partition("## Speed")[2].partition("##")[0]
     assert "batch" not in speed  # or it would be too wide for a terminal
     for row in (row for row in report["rows"] if row["runs"]):
