@@ -80,7 +80,7 @@ class Sharing {
         std::atomic<int64_t>& claimed = works.claimed[set][next++];
         int64_t least = std::max(int64_t(1), Works::SHORTEST / bytes), begin = claimed.load();
         while (begin < n) {
-            int64_t end = std::min(n, begin + std::max(least, (n - begin) / (2 * threads)));
+            int64_t end = std::min(n, begin + std::max(least, 3 * (n - begin) / (4 * threads)));
             if (!claimed.compare_exchange_weak(begin, end)) continue;
             work(begin, end);
             begin = claimed.load();
