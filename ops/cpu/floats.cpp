@@ -188,22 +188,25 @@ struct Tiled {
         }
         const TileRegisters registers(shape, bytes);
         zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+        const char* next = w.weight + rows * w.row_bytes;  // read as one stream, a line of each row here
+        auto coming = [&](int64_t block, int64_t from, int64_t to) __attribute__((always_inline)) {
+            for (int64_t r = from; r < to && w.tuning.ahead; r++) __builtin_prefetch(next + 64 * (block * rows + r), 0, 1);
+        };
         auto meet = [&](const char* weights, int64_t stride, int64_t block) __attribute__((always_inline)) {
+            coming(block, 0, std::min<int64_t>(rows, 16));
             load_tile<4>(weights, stride);
             load_tile<6>(group[0] + block * 128 * groups[0], 8 * groups[0]);
             multiply_pairs<0, 4, 6>();
             if constexpr (GROUPS == 2) load_tile<7>(group[1] + block * 128 * groups[1], 8 * groups[1]), multiply_pairs<1, 4, 7>();
             if constexpr (HALVES == 2) {
+                coming(block, 16, rows);
                 load_tile<5>(weights + SIDE * stride, stride);
                 multiply_pairs<2, 5, 6>();
                 if constexpr (GROUPS == 2) multiply_pairs<3, 5, 7>();
             }
         };
         int64_t block = 0;
-        const char* next = w.weight + rows * w.row_bytes;  // read as one stream, a line of each row here
         for (; (block + 1) * COLUMNS <= w.columns; block++) {
-            for (int64_t r = 0; r < rows && w.tuning.ahead; r++)
-                __builtin_prefetch(next + 64 * (block * rows + r), 0, 2);
             meet(w.weight + 64 * block, w.row_bytes, block);
         }
         if (const int64_t columns = w.columns - block * COLUMNS) {
