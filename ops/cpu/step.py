@@ -241,10 +241,13 @@ class Bound:
     def page(self, dtype: torch.dtype | None) -> Tensor:
         """What `Spans.new_page` says."""
         K, D = self.cache_shape
+        part = K * BLOCK * D
         if dtype == torch.int8:  # the codes, then their scales
-            part = K * BLOCK * (D + SCALE_DTYPE.itemsize)
-            return torch.empty(self.struct.num_hidden_layers, 2, part, dtype=torch.uint8, device="cpu")
-        return torch.empty(self.struct.num_hidden_layers, 2, K * BLOCK * D, dtype=dtype or self.dtype, device="cpu")
+            part, dtype = K * BLOCK * (D + SCALE_DTYPE.itemsize), torch.uint8
+        page = torch.empty(self.struct.num_hidden_layers, 2, part, dtype=dtype or self.dtype, device="cpu")
+        if wants_huge_pages():
+            ask_for_huge_pages(page)
+        return page
 
     def paged(self, pages: list[list[Tensor]]) -> "Batch":
         """Sequences in the pages of `Spans`."""

@@ -16,7 +16,7 @@
 // one: the first has so few lines under way that alone it does not keep the memory busy. 0: not at all.
 struct Ahead {
     int64_t first = 0, second = 0;
-    __attribute__((always_inline)) void fetch(const char* line) const {  // else GCC drops a call that computes nothing
+    __attribute__((always_inline)) void fetch(const char* line) const {  // inline: GCC drops a call that computes nothing
         if (first) __builtin_prefetch(line + first);
         if (second) __builtin_prefetch(line + second, 0, 2);
     }
