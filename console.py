@@ -11,7 +11,6 @@ import os
 import re
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -36,6 +35,8 @@ T = TypeVar("T")
 
 def project() -> dict[str, Any]:
     """The `project` table of pyproject.toml."""
+    import tomllib
+
     return tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
