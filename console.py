@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -35,8 +36,6 @@ T = TypeVar("T")
 
 def project() -> dict[str, Any]:
     """The `project` table of pyproject.toml."""
-    import tomllib
-
     return tomllib.loads((Path(__file__).parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 

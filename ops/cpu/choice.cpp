@@ -71,7 +71,7 @@ int product(const Linear* w, const float* x, int64_t count, float* y, int thread
         for (int64_t row = part * each; row < end; row += ROWS) {
             const int64_t n = std::min(end - row, ROWS);
             const Rows some = {(const char*)w->weight + row * w->row_bytes, (const bfloat16*)w->scale + row * w->groups,
-                               w->row_bytes, w->columns, w->groups, tuning_of(form, row + n == end), many};
+                               w->row_bytes, w->columns, w->groups, tuning_of(form, row + n == end), many, row == part * each, row + n == end};
             PRODUCTS[form]->multiply(some, n, inputs.get(), count, out, own);
             for (int64_t i = 0; i < count; i++) std::copy(out + i * ROWS, out + i * ROWS + n, y + i * w->rows + row);
         }

@@ -170,9 +170,11 @@ struct RowPanel {
         }
     }
 
+    int64_t steps() const { return 2 * places.chunks; }
+
     // y[N, COUNT · LANES] of a [N, ROWS] array = the products of N tokens with COUNT panels.
     template <int COUNT, int N>
-    static void multiply(const RowPanel* panels, const char* const* x, float* y) {
+    static void multiply(const RowPanel* panels, const char* const* x, float* y, Following& following) {
         const Activations& places = panels->places;
         const int64_t fours = panels->fours, some = RowSum::MOST / 4;
         Wide total[N][COUNT];
@@ -184,6 +186,7 @@ struct RowPanel {
                     for (auto& sum : sums[k]) sum = RowSum::start(x[k] + places.start, part);
                 const int64_t at = part * places.b + 4 * first;
                 for (int64_t four = 0; four < count; four++) {
+                    if (four % LANES == 0) following.fetch();
                     Integers codes[COUNT];
                     each<COUNT>([&](auto p) __attribute__((always_inline)) {
                         codes[p] = panels[p].codes[(VNNI ? 0 : part) * fours + first + four];
@@ -207,7 +210,7 @@ struct RowBytes : Activations {
     explicit RowBytes(const Rows& w) : Activations(w.columns) {}
 
     template <int R, int N>
-    __attribute__((always_inline)) void tile(const Rows& w, const char* const* x, Ahead ahead, float* y) const {
+    __attribute__((always_inline)) void tile(const Rows& w, const char* const* x, auto& ahead, float* y) const {
         const int64_t whole = w.columns / VECTOR_BYTES;
         double total[N][R] = {};
         for (int64_t first = 0; first < chunks; first += TOGETHER) {
@@ -216,11 +219,8 @@ struct RowBytes : Activations {
             }(std::make_index_sequence<N * R>());
             auto meet = [&](int64_t at, auto codes_of) __attribute__((always_inline)) {
                 Unsigned codes[R];
-                for (int r = 0; r < R; r++) {
-                    const char* row = w.weight + r * w.row_bytes + at * VECTOR_BYTES;
-                    if (at * VECTOR_BYTES % 64 == 0) ahead.fetch(row);
-                    codes[r] = codes_of(row);
-                }
+                if (at * VECTOR_BYTES % 64 == 0) ahead.template fetch<R>(w.weight + at * VECTOR_BYTES, w.row_bytes);
+                for (int r = 0; r < R; r++) codes[r] = codes_of(w.weight + r * w.row_bytes + at * VECTOR_BYTES);
                 for (int k = 0; k < N; k++) {
                     const Integers one = vector_at(x[k] + at * VECTOR_BYTES), other = vector_at(x[k] + b + at * VECTOR_BYTES);
                     for (int r = 0; r < R; r++) sums[k * R + r].add(codes[r], one, other);
@@ -245,7 +245,7 @@ struct RowBytes : Activations {
 #if AMX
         if (choice.amx) return in_tiles_of_amx(w, rows, x, count, y, (char*)scratch);
 #endif
-        in_panels<LANES == 16 ? 8 : 6>(rows, x, count, y, (char*)scratch, [&](int64_t first, char* memory) {
+        in_panels<LANES == 16 ? 8 : 6>(w, rows, x, count, y, (char*)scratch, [&](int64_t first, char* memory) {
             return RowPanel(w, first, rows, memory);
         });
     }
@@ -263,6 +263,7 @@ struct RowBytes : Activations {
             }
         alignas(64) float row_scales[2 * SIDE] = {};
         for (int64_t r = 0; r < rows; r++) row_scales[r] = to_float(w.scale[r]);
+        Following following(w, rows, 0, rows, (count + SIDE - 1) / SIDE * places.chunks);
         for (int64_t i = 0; i < count;) {
             const int64_t tokens = std::min<int64_t>(count - i, SIDE);
             const TileRegisters registers(tokens, 64);
@@ -271,6 +272,7 @@ struct RowBytes : Activations {
                 alignas(64) Integers sums[4][SIDE];
                 zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
                 for (int64_t at = 0; at < places.chunks; at++) {
+                    following.fetch();
                     const char* weights = scratch + 2 * at * SUMS;
                     load_tile<4>(spaced.first + at * 64, spaced.stride);
                     load_tile<5>(spaced.first + places.b + at * 64, spaced.stride);
@@ -300,12 +302,12 @@ struct RowBytes : AsTheyAre {
     static constexpr int ROWS = 2, TOKENS = 4;
 
     template <int R, int N>
-    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, Ahead ahead,
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, auto& ahead,
                                                  Vector total[N][R]) const {
         for (int64_t i = 0; i < w.columns; i += LANES)
             for (int r = 0; r < R; r++) {
                 const auto* row = (const int8*)(w.weight + r * w.row_bytes) + i;
-                ahead.fetch((const char*)row);
+                ahead.template fetch<1>((const char*)row, 0);
                 const Vector weights = i + LANES <= w.columns ? load(row) : load_some(row, w.columns - i);
                 for (int k = 0; k < N; k++) total[k][r] = fma(weights, load((const float*)x[k] + i), total[k][r]);
             }
@@ -370,9 +372,9 @@ struct Codes {
             return to_float(w.scale[std::min((at * LANES + group) / repeats, w.groups - 1)]);
         });
     }
-    __attribute__((always_inline)) void fetch(const Rows& w, int64_t at, Ahead ahead) const {
-        for (int64_t line = 0; line < BYTES; line += 64) ahead.fetch(w.weight + at * BYTES + line);
-        if (ahead.first && at % 2 == 0) __builtin_prefetch((const char*)(w.scale + first_scale(at)) + SCALES_AHEAD);
+    __attribute__((always_inline)) void fetch(const Rows& w, int64_t at, auto& ahead) const {
+        for (int64_t line = 0; line < BYTES; line += 64) ahead.template fetch<1>(w.weight + at * BYTES + line, 0);
+        if (ahead.scales() && at % 2 == 0) __builtin_prefetch((const char*)(w.scale + first_scale(at)) + SCALES_AHEAD);
     }
 
     static void multiply_all(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch) {

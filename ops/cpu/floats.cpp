@@ -21,7 +21,7 @@ struct Numbers : AsTheyAre {
     static constexpr int ROWS = TILE_ROWS, TOKENS = TILE_TOKENS;
 
     template <int R, int N>
-    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, Ahead ahead,
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, auto& ahead,
                                                  Vector total[N][R]) const {
         auto meet = [&](const Vector* weights, int64_t i) __attribute__((always_inline)) {
             for (int k = 0; k < N; k++) {
@@ -34,7 +34,7 @@ struct Numbers : AsTheyAre {
         constexpr int LINE = 64 / sizeof(T);  // columns of a cache line
         auto row = [&](int r) { return (const T*)(w.weight + r * w.row_bytes); };
         for (; i + LINE <= w.columns; i += LINE) {
-            for (int r = 0; r < R; r++) ahead.fetch((const char*)(row(r) + i));
+            ahead.template fetch<R>((const char*)(row(0) + i), w.row_bytes);
             for (int part = 0; part < LINE; part += LANES) {
                 for (int r = 0; r < R; r++) weights[r] = load(row(r) + i + part);
                 meet(weights, i + part);
@@ -73,12 +73,12 @@ struct BFloat16 {
     }
 
     template <int R, int N>
-    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, Ahead ahead,
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, auto& ahead,
                                                  Vector total[N][R]) const {
-        auto meet = [&](const Unsigned* weights, int64_t i) __attribute__((always_inline)) {
+        auto meet = [&](int64_t i, auto weights) __attribute__((always_inline)) {
             for (int half = 0; half < 2; half++) {
                 Vector numbers[R];
-                for (int r = 0; r < R; r++) numbers[r] = half ? odd(weights[r]) : even(weights[r]);
+                for (int r = 0; r < R; r++) numbers[r] = half ? odd(weights(r)) : even(weights(r));
                 for (int k = 0; k < N; k++) {
                     Vector activations = load((const float*)x[k] + i + half * LANES);
                     for (int r = 0; r < R; r++) total[k][r] = fma(numbers[r], activations, total[k][r]);
@@ -86,38 +86,24 @@ struct BFloat16 {
             }
         };
         int64_t i = 0;
-        Unsigned weights[R];
         constexpr int LINE = 32;  // columns of a cache line
         for (; i + LINE <= w.columns; i += LINE) {
-            for (int r = 0; r < R; r++) ahead.fetch(w.weight + r * w.row_bytes + 2 * i);
-            for (int part = 0; part < LINE; part += COLUMNS) {
-                for (int r = 0; r < R; r++) weights[r] = read<Unsigned>(w.weight + r * w.row_bytes + 2 * (i + part));
-                meet(weights, i + part);
-            }
+            ahead.template fetch<R>(w.weight + 2 * i, w.row_bytes);
+            for (int part = 0; part < LINE; part += COLUMNS)
+                meet(i + part, [&](int r) __attribute__((always_inline)) {
+                    const char* from = w.weight + r * w.row_bytes + 2 * (i + part);
+                    asm volatile("" : "+r"(from));  // loaded for each half: no register is left to keep them in
+                    return read<Unsigned>(from);
+                });
         }
         for (; i < w.columns; i += COLUMNS) {
+            Unsigned weights[R];
             for (int r = 0; r < R; r++)
                 weights[r] = some(w.weight + r * w.row_bytes + 2 * i, std::min(COLUMNS, w.columns - i));
-            meet(weights, i);
+            meet(i, [&](int r) __attribute__((always_inline)) { return weights[r]; });
         }
     }
     static float finish(const Rows&, int, float y) { return y; }
-
-    // Many tokens: the rows become float32 once for all of them, in the same arrangement and so with the same sums.
-    static void multiply_all(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y,
-                             float* scratch) {
-        if (!w.many) return ::multiply<BFloat16>(w, rows, x, count, y);
-        const int64_t width = unpacked_size(w.columns);
-        for (int64_t r = 0; r < rows; r++) {
-            const char* from = w.weight + r * w.row_bytes;
-            for (int64_t i = 0; i < w.columns; i += COLUMNS) {
-                __builtin_prefetch(from + 2 * i + 4096);
-                Unsigned two = i + COLUMNS <= w.columns ? read<Unsigned>(from + 2 * i) : some(from + 2 * i, w.columns - i);
-                store(scratch + r * width + i, even(two)), store(scratch + r * width + i + LANES, odd(two));
-            }
-        }
-        ::multiply<Numbers<float>>({(const char*)scratch, nullptr, 4 * width, rounded_up(w.columns, COLUMNS), 0, {}}, rows, x, count, y);
-    }
 };
 
 #if AMX && defined(__AMX_BF16__) && defined(__AVX512BF16__)
@@ -290,7 +276,7 @@ struct Pairs16 {  // bfloat16 weights and activations, two products to a lane
     }
 
     template <int R, int N>
-    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, Ahead ahead,
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, auto& ahead,
                                                  Vector total[N][R]) const {
         const int64_t bytes = 2 * w.columns;
         auto meet = [&](const __m512bh* weights, int64_t i) __attribute__((always_inline)) {
@@ -303,11 +289,8 @@ struct Pairs16 {  // bfloat16 weights and activations, two products to a lane
         int64_t i = 0;
         __m512bh weights[R];
         for (; i + 64 <= bytes; i += 64) {
-            for (int r = 0; r < R; r++) {
-                const char* row = w.weight + r * w.row_bytes + i;
-                ahead.fetch(row);
-                weights[r] = (__m512bh)_mm512_loadu_si512(row);
-            }
+            ahead.template fetch<R>(w.weight + i, w.row_bytes);
+            for (int r = 0; r < R; r++) weights[r] = (__m512bh)_mm512_loadu_si512(w.weight + r * w.row_bytes + i);
             meet(weights, i);
         }
         if (i == bytes) return;
@@ -319,19 +302,11 @@ struct Pairs16 {  // bfloat16 weights and activations, two products to a lane
 };
 #endif
 
-// float16 for many tokens becomes float32 some rows at a time.
-void multiply_halves(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch) {
-    if (!w.many) return ::multiply<Numbers<float16>>(w, rows, x, count, y);
-    const int64_t width = unpacked_size(w.columns);
-    for (int64_t r = 0; r < rows; r++) numbers_of<float16>(w.weight + r * w.row_bytes, w.columns, scratch + r * width);
-    ::multiply<Numbers<float>>({(const char*)scratch, nullptr, 4 * width, w.columns, 0, {1, 0}}, rows, x, count, y);
-}
-
 }  // namespace
 
 const Products float32_products = products_of<Numbers<float>>(numbers_of<float>);
-const Products bfloat16_products = {BFloat16::bytes, BFloat16::prepare, BFloat16::multiply_all, numbers_of<bfloat16>, nullptr, nullptr, 17};
-const Products float16_products = {Numbers<float>::bytes, Numbers<float>::prepare, multiply_halves, numbers_of<float16>, nullptr, nullptr, 17};
+const Products bfloat16_products = products_of<BFloat16>(numbers_of<bfloat16>);
+const Products float16_products = products_of<Numbers<float16>>(numbers_of<float16>);
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 const Products pair_products = products_of<Pairs16>(numbers_of<bfloat16>);
 const bool has_pairs = true;

@@ -32,7 +32,7 @@ struct Grouped : GroupedInputs<Type::GROUP, Type::PACKED> {
     explicit Grouped(const Rows& w) : type(w), places(w.columns) {}
 
     template <int R, int N>
-    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, Ahead ahead, Vector total[N][R]) const {
+    __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, auto& ahead, Vector total[N][R]) const {
         constexpr int SOME = N == 1 && LANES == 16 ? std::min(R, 2) : 1;  // rows whose codes the registers hold
         for (int64_t at = 0; at < places.chunks; at++)
             each<R / SOME>([&](auto part) __attribute__((always_inline)) {
@@ -58,14 +58,15 @@ struct Grouped : GroupedInputs<Type::GROUP, Type::PACKED> {
             const TileRegisters registers({SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, pieces, pieces}, {64, 64, 64, 64, GROUP, GROUP, 64, 64});
             for (int64_t row = 0; row < rows; row += SIDE) {
                 const TileRows<Type> some(type, w, row, rows, (char*)scratch);
+                Following following(w, rows, row, SIDE, (count + SIDE - 1) / SIDE * some.groups);
                 for (int64_t i = 0; i < count; i += SIDE)
-                    some.multiply(x[i], std::min<int64_t>(count - i, SIDE), y + i * ::ROWS + row);
+                    some.multiply(x[i], std::min<int64_t>(count - i, SIDE), y + i * ::ROWS + row, following);
             }
             return;
         }
 #endif
         constexpr int MOST = LANES == 8 ? 6 : 8;  // what the registers hold sums of
-        in_panels<MOST>(rows, x, count, y, (char*)scratch, [&](int64_t first, char* memory) {
+        in_panels<MOST>(w, rows, x, count, y, (char*)scratch, [&](int64_t first, char* memory) {
             return Panel<Type>(type, w, first, rows, memory);
         });
     }
@@ -97,9 +98,9 @@ struct InBlocks : Type {
         to.scale = Type::scales(p, first);
         if constexpr (Type::MINIMA) to.minimum = Type::minima(p, first);
     }
-    __attribute__((always_inline)) void fetch(const Rows& w, int64_t at, Ahead ahead) const {
+    __attribute__((always_inline)) void fetch(const Rows& w, int64_t at, auto& ahead) const {
         for (int64_t line = 0; line < BYTES; line += 64)
-            ahead.fetch(w.weight + at * LANES / GROUPS * Type::BYTES + line);
+            ahead.template fetch<1>(w.weight + at * LANES / GROUPS * Type::BYTES + line, 0);
     }
 
     static void numbers(const char* row, int64_t columns, float* out) {

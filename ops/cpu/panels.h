@@ -69,16 +69,19 @@ struct Panel {
         return Type::MINIMA ? fma(minima[group], all(x, places.sum, group), total) : total;
     }
 
+    int64_t steps() const { return groups; }
+
     // y[N, COUNT · LANES] of a [N, ROWS] array = the products of N tokens with COUNT panels. Groups of the same lane follow
     // one another, so that their totals stay in registers; lanes are added up as in sum(Vector).
     template <int COUNT, int N>
-    static void multiply(const Panel* panels, const char* const* x, float* y) {
+    static void multiply(const Panel* panels, const char* const* x, float* y, Following& following) {
         Vector total[N][COUNT], waiting[4][N][COUNT];
         for (int i = 0; i < LANES; i++) {
             int lane = 0;
             for (int bit = 1; bit < LANES; bit *= 2) lane = 2 * lane + (i & bit ? 1 : 0);
             each<N>([&](auto k) __attribute__((always_inline)) { for (auto& some : total[k]) some = Vector{}; });
             for (int64_t group = group_of(lane, GROUP, PACKED); group < panels->groups; group += LANES) {
+                following.fetch();
                 Integers sums[N][COUNT] = {};
 #pragma GCC unroll 4
                 for (int j = 0; j < GROUP / 2; j++) {
@@ -149,7 +152,7 @@ struct TileRows {
 
     // y[count, SIDE] of a [count, ROWS] array = the products with up to SIDE tokens that are side by side. While vectors
     // take in one group's sums, the tiles are at work on the next group.
-    void multiply(const char* x, int64_t count, float* y) const {
+    void multiply(const char* x, int64_t count, float* y, Following& following) const {
         alignas(64) Integers sums[2][2][SIDE];
         Vector total[SIDE], waiting[4][SIDE];
         const auto there = __mmask16((1 << count) - 1);
@@ -183,6 +186,7 @@ struct TileRows {
             each<SIDE>([&](auto r) __attribute__((always_inline)) { total[r] = Vector{}; });
             auto take = [&](int64_t chunk, auto turn) __attribute__((always_inline)) {
                 put(std::integral_constant<int, 1 - turn>());
+                following.fetch();
                 if (next_lane < LANES) start(turn);
                 const auto scale = (Vector)_mm512_maskz_loadu_ps(there, x + lines.scale(lane, chunk, places.end));
                 const auto sum = Type::MINIMA ? (Vector)_mm512_maskz_loadu_ps(there, x + lines.sum(lane, chunk, places.end)) : scale;

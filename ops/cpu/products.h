@@ -78,6 +78,7 @@ struct Rows {
     int64_t row_bytes, columns, groups;
     Tuning tuning;
     bool many = false;  // so many tokens meet them that they are worth unpacking once for all: see Choice
+    bool first = true, last = true;  // of those that a thread reads one after another
 };
 
 // One kind of weights, and the form of activations that they meet.
@@ -93,11 +94,10 @@ struct Products {
     void (*put_beside)(char* x, int64_t n, int64_t count) = nullptr;
     int32_t many = MANY;  // tokens from which rows are unpacked once for all, where that was not measured
 };
-// Numbers of a row: see floats.cpp. (Tiled, with 16 tokens or 16 copies beside 32 rows, takes as much.)
-inline int64_t unpacked_size(int64_t columns) { return rounded_up(columns, 2 * LANES) + 16; }
-// Rows of those; or a Panel of panels.h for each row, or what AMX needs: rows, their scales and 16 tokens.
+// float32 numbers that take as much as Tiled with 32 tokens, or with 16 copies beside 32 rows; or a Panel of panels.h for
+// each row, or what AMX needs for codes: rows, their scales and 16 tokens.
 inline int64_t scratch_size(int64_t columns) {
-    return std::max(ROWS * unpacked_size(columns), 20 * rounded_up(columns, 512) + 2048);
+    return std::max(ROWS * (rounded_up(columns, 32) + 16), 20 * rounded_up(columns, 512) + 2048);
 }
 
 enum Form { FLOAT32, BFLOAT16, BFLOAT16_PAIRS, BFLOAT16_TILES, BYTES, GROUPED_BYTES, NIBBLES,

@@ -275,7 +275,7 @@ class Step {
         for (int64_t row = begin; row < end; row += ROWS) {
             const int64_t n = std::min(end - row, ROWS);
             const Rows some = {(const char*)w.weight + row * w.row_bytes, (const bfloat16*)w.scale + row * w.groups,
-                               w.row_bytes, w.columns, w.groups, tuning_of(form, row + n == end), unpack};
+                               w.row_bytes, w.columns, w.groups, tuning_of(form, row + n == end), unpack, row == begin, row + n == end};
             float* all = results.at(0, count * ROWS);
             PRODUCTS[form]->multiply(some, n, inputs_of.data(), count, all, scratch);
             for (int64_t i = 0; i < count; i++) {

@@ -7,19 +7,48 @@
 //     multiply(w, x, ahead, total)  the accumulators of R rows and N tokens
 //     finish(w, r, y)             what a whole row's sum still needs
 //
-// or, instead of the last two, with `tile`, which is what the function of this name does below.
-//
+// or, instead of the last two, with `tile`, which is what the function of this name does below. `ahead` is one of the next
+// two classes.
 #pragma once
+#include <bit>
+
 #include "products.h"
 
 // Bytes in front of a row that are fetched into the first-level cache, and a second time, further ahead, into the second
 // one: the first has so few lines under way that alone it does not keep the memory busy. 0: not at all.
 struct Ahead {
     int64_t first = 0, second = 0;
-    __attribute__((always_inline)) void fetch(const char* line) const {  // inline: GCC drops a call that computes nothing
-        if (first) __builtin_prefetch(line + first);
-        if (second) __builtin_prefetch(line + second, 0, 2);
+    template <int R>  // a line of each of R rows; inline, as GCC drops a call that computes nothing
+    __attribute__((always_inline)) void fetch(const char* line, int64_t row_bytes) const {
+        for (int r = 0; r < R; r++) {
+            if (first) __builtin_prefetch(line + r * row_bytes + first);
+            if (second) __builtin_prefetch(line + r * row_bytes + second, 0, 2);
+        }
     }
+    bool scales() const { return first; }  // whether they are fetched as well
+};
+
+// Some of `all` rows at hand, from `row` on, and as many behind them, fetched into the second-level cache while tokens meet
+// these: evenly, in so many steps. In a burst they would take all the lines that may be under way, and what is computed would
+// wait for them.
+class Following {
+    const char *due, *next;
+    int64_t each;
+
+  public:
+    int64_t near = 0;  // bytes: what is so far ahead of the rows at hand is fetched as well
+
+    Following(const Rows& w, int64_t all, int64_t row, int64_t rows, int64_t steps)
+        : due(w.weight + (row + rows) * w.row_bytes), next(due), each((rows * w.row_bytes + steps - 1) / steps) {
+        if (w.last && row + rows >= all) each = 0;
+    }
+
+    template <int R = 1>  // R steps
+    __attribute__((always_inline)) void fetch(const char* line = nullptr, int64_t row_bytes = 0) {
+        for (int r = 0; r < R && near; r++) __builtin_prefetch(line + r * row_bytes + near);
+        for (due += R * each; next < due; next += 64) __builtin_prefetch(next, 0, 2);
+    }
+    bool scales() const { return false; }
 };
 
 // y[N, R] of a [N, ROWS] array = the sums of the accumulators' lanes.
@@ -41,7 +70,7 @@ inline void put_sums(const Lanes (&total)[N][R], Number* y) {
 
 // y[N, R] of a [N, ROWS] array = the products of R rows with N tokens.
 template <class Kind, int R, int N>
-inline void tile(const Kind& kind, const Rows& w, const char* const* x, Ahead ahead, float* y) {
+inline void tile(const Kind& kind, const Rows& w, const char* const* x, auto& ahead, float* y) {
     if constexpr (requires { kind.template tile<R, N>(w, x, ahead, y); }) {
         kind.template tile<R, N>(w, x, ahead, y);
     } else {
@@ -77,18 +106,22 @@ inline void in_tiles(int64_t n, Work work) {
     for (; i < n; i++) work(i, std::integral_constant<int, 1>());
 }
 
+template <int MOST>
+inline int64_t tiles_of(int64_t n) { return n / MOST + std::popcount(uint64_t(n % MOST)); }
+
 // Products of `rows` rows, in panels of LANES that panel(first row, memory) makes and of which two stand side by side, with
 // `count` tokens, MOST at a time.
 template <int MOST, class Make>
-inline void in_panels(int64_t rows, const char* const* x, int64_t count, float* y, char* memory, Make panel) {
+inline void in_panels(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, char* memory, Make panel) {
     for (int64_t row = 0; row < rows; row += 2 * LANES) {
         const auto first = panel(row, memory);
+        Following following(w, rows, row, 2 * LANES, tiles_of<MOST>(count) * first.steps());
         if (row + LANES >= rows) {
-            in_tiles<MOST>(count, [&](int64_t i, auto n) { first.template multiply<1, n>(&first, x + i, y + i * ROWS + row); });
+            in_tiles<MOST>(count, [&](int64_t i, auto n) { first.template multiply<1, n>(&first, x + i, y + i * ROWS + row, following); });
             continue;
         }
         const decltype(panel(row, memory)) both[] = {first, panel(row + LANES, first.end)};
-        in_tiles<MOST>(count, [&](int64_t i, auto n) { first.template multiply<2, n>(both, x + i, y + i * ROWS + row); });
+        in_tiles<MOST>(count, [&](int64_t i, auto n) { first.template multiply<2, n>(both, x + i, y + i * ROWS + row, following); });
     }
 }
 
@@ -99,7 +132,7 @@ inline Rows from_row(const Rows& w, int64_t r) {
 template <class Kind>
 void multiply(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y) {
     const Kind kind(w);
-    auto some = [&](int64_t i, auto tokens, auto most, Ahead ahead) __attribute__((always_inline)) {
+    auto some = [&](int64_t i, auto tokens, auto most, auto& ahead) __attribute__((always_inline)) {
         int64_t r = 0;
         for (; r + most <= rows; r += most) tile<Kind, most, tokens>(kind, from_row(w, r), x + i, ahead, y + i * ROWS + r);
         for (; r < rows; r++) tile<Kind, 1, tokens>(kind, from_row(w, r), x + i, ahead, y + i * ROWS + r);
@@ -116,9 +149,12 @@ void multiply(const Rows& w, int64_t rows, const char* const* x, int64_t count, 
             some(0, one, one, ahead);
         return;
     }
+    // Where one tile takes all tokens, or nothing has fetched these rows: the next tile's are.
+    const int64_t tiles = tiles_of<Kind::TOKENS>(count), steps = tiles * rows * ((w.row_bytes + 63) / 64);
+    Following following(w, rows, 0, tiles > 1 ? rows : 0, steps);
     in_tiles<Kind::TOKENS>(count, [&](int64_t i, auto tokens) {
-        const std::integral_constant<int, Kind::ROWS> most;
-        some(i, tokens, most, {i ? 0 : most * w.row_bytes});  // after the first tokens the rows are in the cache
+        following.near = tiles == 1 || (w.first && !i) ? Kind::ROWS * w.row_bytes : 0;
+        some(i, tokens, std::integral_constant<int, Kind::ROWS>(), following);
     });
 }
 

@@ -46,7 +46,7 @@ ALL = (*KINDS, *BLOCKS)
 OF_BLOCKS = ((1, 0, 0), (1, 1024, 512), (1, 1024, 4096), (1, 2048, 0), (1, 2048, 512), (1, 2048, 4096))  # see Tuning
 CANDIDATES = (*OF_BLOCKS, (1, 4096, 0), (2, 0, 0), (2, 2048, 0), (2, 2048, 512), (2, 2048, 4096), (4, 0, 0), (4, -1, 0))
 DEFAULT = (1, 2048, 4096)
-UNPACKED = tuple(name for name in ALL if name != "float32")  # once for all, where there are many tokens
+UNPACKED = tuple(name for name in ALL if name not in ("float32", "F16"))  # once for all, where there are many tokens
 COUNTS = (2, 4, 6, 8, 12, 16, 24, 32)  # tokens for which that is measured
 ALWAYS = 33  # tokens for which it is always done: MANY in products.h
 WORTH = 1.03  # a candidate has to be so much faster than the default
@@ -139,7 +139,8 @@ def describe(chosen: dict[str, Any]) -> str:
     said += "" if chosen["bfloat16"] == "floats" else f"; bfloat16: {chosen['bfloat16']}"
     unpacked: dict[int, list[str]] = {}
     for name, tokens in chosen["many"].items():
-        unpacked.setdefault(tokens, []).append(name)
+        if name != "bfloat16" or chosen["bfloat16"] == "tiles":  # else they are met where they lie
+            unpacked.setdefault(tokens, []).append(name)
     for tokens, names in sorted(unpacked.items()):
         said += f"; unpacked once from {tokens} tokens on: {', '.join(names)}" if tokens else ""
     return said + ("; AMX" if chosen.get("amx") else "")
@@ -256,7 +257,9 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 
         "schema": SCHEMA,
         "bfloat16": bfloat16,
         "tuning": tuning,
-        "many": {kind: unpacked_from(kind) for kind in UNPACKED},
+        "many": {
+            kind: ALWAYS if kind == "bfloat16" and bfloat16 != "tiles" else unpacked_from(kind) for kind in UNPACKED
+        },
         "huge_page_gain": round(gain, 3),
         "bytes_per_second": best,  # one thread
     }

@@ -79,14 +79,16 @@ def test_products_are_pytorchs_and_the_same_bits_in_every_variant(kind, columns,
 @pytest.mark.parametrize("columns", [7, 40, 128])
 def test_numbers_out_of_range_are_the_same_bits_alone_and_together(columns, loaded):
     torch.manual_seed(0)
-    w, _weight, _kept = layer("bfloat16", 19, columns)
+    w, weight, _kept = layer("bfloat16", 19, columns)
     x = torch.randn(43, columns)
     x[3, 2], x[4, 5], x[5], x[6] = torch.inf, torch.nan, 1e-39, 3.4e38
-    for form in variants.BFLOAT16.values():
+    expected = x[7:].double() @ weight.T
+    for name, form in variants.BFLOAT16.items():
         if not loaded.choose_bfloat16(form):
             found = product(loaded, w, x)
+            assert (found[7:] - expected).abs().max() < expected.abs().max() * (4e-3 if name == "pairs" else 1e-4)
             assert not found[[3, 4]].isfinite().any() and found[7:].isfinite().all() and (found[5].abs() < 1e-36).all()
-            for start, count in ((3, 1), (4, 1), (5, 1), (6, 1), (2, 7), (0, 16), (1, 32)):
+            for start, count in ((3, 1), (4, 1), (5, 1), (6, 1), (2, 7), (0, 16), (1, 32), (42, 1)):
                 alone = product(loaded, w, x[start : start + count].contiguous())
                 assert torch.equal(alone.view(torch.int32), found[start : start + count].view(torch.int32))
 
