@@ -12,6 +12,8 @@ constexpr int64_t SUMS = 1024;    // bytes of a tile of sums, int32 [tokens, row
 #if defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define AMX 1
 
+inline thread_local int64_t tile_setups = 0;  // of this thread: whether tiles are used shows in nothing but this
+
 // The tile registers of this thread: 0 to 3 sums [tokens, rows], 4 and 5 activations [tokens, bytes], 6 and 7 weights
 // [bytes / 4, rows, 4]. (GCC 12's own functions for these instructions don't say what they read and write.)
 struct TileRegisters {
@@ -27,6 +29,7 @@ struct TileRegisters {
         } shapes;
         std::copy(bytes, bytes + 8, shapes.row_bytes), std::copy(rows, rows + 8, shapes.rows);
         asm volatile("ldtilecfg %0" ::"m"(shapes));
+        tile_setups++;
     }
     ~TileRegisters() { asm volatile("tilerelease"); }
 };

@@ -1,4 +1,5 @@
 // What is chosen for this machine, and single products, for library.py to measure and for tests to check.
+#include "amx.h"
 #include "products.h"
 #include "threads.h"
 
@@ -38,6 +39,13 @@ int choose_amx(int amx) {  // likewise
     if (amx && !has_amx()) return 1;
     choice.amx = amx;
     return 0;
+}
+int64_t count_tile_setups() {  // by this thread so far
+#if AMX
+    return tile_setups;
+#else
+    return 0;
+#endif
 }
 void choose_tuning(int form, int together, int ahead, int further) { choice.tuning[form] = {together, ahead, further}; }
 // Tokens from which rows are unpacked once for all; 0: as long as nothing was measured.

@@ -137,6 +137,34 @@ def test_logits_are_the_same_bits_from_however_many_tokens_rows_are_unpacked(sch
         assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
 
 
+def test_many_tokens_take_tiles_where_the_processor_has_them(loaded):
+    def taken(work) -> int:
+        before = loaded.count_tile_setups()
+        work()
+        return loaded.count_tile_setups() - before
+
+    if loaded.choose_amx(1):
+        pytest.skip("this processor has no AMX, or the system does not grant it")
+    loaded.choose_bfloat16(variants.BFLOAT16["floats"])
+    scales, x = torch.ones(16 * 64, dtype=torch.bfloat16), torch.randn(16, variants.COLUMNS)
+    for kind in variants.ALL:
+        weights = torch.zeros(16 * variants.row_bytes(kind), dtype=torch.uint8)
+        w = variants._linear(built.Linear, kind, weights.data_ptr(), scales.data_ptr(), 16)
+        by_tiles = kind not in ("float32", "bfloat16", "F16")
+        assert (taken(lambda w=w: product(loaded, w, x)) > 0) == by_tiles, kind
+        assert taken(lambda w=w: product(loaded, w, x[:1])) == 0, kind
+        loaded.choose_amx(0)
+        assert taken(lambda w=w: product(loaded, w, x)) == 0, kind
+        loaded.choose_amx(1)
+    model = random_model(torch.bfloat16, hidden_size=96, intermediate_size=160)
+    quantize_(model, "int8")
+    layers = sum(isinstance(module, QuantizedLinear) for module in model.modules())
+    with torch.no_grad():  # so small a model has one thread, this one
+        assert (
+            taken(lambda: model(torch.arange(16)[None], KVCache(model.config, 1, 16, dtype=torch.bfloat16))) >= layers
+        )
+
+
 @pytest.mark.parametrize("asked", ["3/0", "fast", "1/-2", "pairs,1/0", "1/123456", "1/2/3/4", "tiles,vectors"])
 def test_a_variant_that_there_is_none_of_is_a_mistake(asked):
     with pytest.raises(ValueError, match="NANOQWEN_STEP_VARIANT"):
