@@ -93,7 +93,7 @@ Linear linear(int64_t rows, int64_t columns, Kind kind, bool has_bias) {
     return w;
 }
 
-enum Numbers { MODELS, HALVES, CODES };  // what a cache holds: T, float16, or 8 bits with a scale for each head's [D]
+enum CacheType { MODELS, HALVES, CODES };  // what a cache holds: T, float16, or 8 bits with a scale for each head's [D]
 
 // A head in the bits of quantised layers: ops/head.py.
 template <class T>
@@ -112,12 +112,12 @@ struct Cache {
     const Qwen3& m;
     int64_t length, max_len;
     bool paged;
-    Numbers kind;
+    CacheType kind;
     int64_t size = kind == CODES ? 1 : kind == HALVES ? sizeof(float16) : sizeof(T);  // of a number
     // [layers, 2] of [K, max_len, D]; paged: [blocks] of [layers, 2, K, BLOCK, D]. Then the same of scales, without D.
     std::vector<std::vector<char>> numbers, scales;
 
-    Cache(const Qwen3& m, int64_t length, int64_t max_len, bool paged, Numbers kind)
+    Cache(const Qwen3& m, int64_t length, int64_t max_len, bool paged, CacheType kind)
         : m(m), length(length), max_len(max_len), paged(paged), kind(kind),
           numbers(paged ? (max_len + BLOCK - 1) / BLOCK : 2 * m.num_hidden_layers), scales(numbers.size()) {
         const int64_t count = m.num_key_value_heads * (paged ? 2 * m.num_hidden_layers * BLOCK : max_len);
@@ -193,7 +193,7 @@ std::vector<T> run(const Qwen3& m, std::vector<Row<T>> rows) {
                 }
     std::vector<T> logits(all * m.lm_head.rows);
     const Tokens tokens = {ids.data(), starts.data(), outputs.data(), int64_t(rows.size()), logits.data()};
-    const Numbers kind = rows[0].cache->kind;
+    const CacheType kind = rows[0].cache->kind;
     const bool scaled = kind == CODES;
     const KVCache cache = {places[0].data(), places[1].data(), scaled ? places[2].data() : nullptr,
                            scaled ? places[3].data() : nullptr, kind == HALVES, blocks, first.data(), strides.data(),
@@ -255,7 +255,7 @@ void model(int64_t seed) {
     const int64_t B = one_of({1, 2, 3, 5, 17, 32});
     const bool is_long = B < 3 && C <= 64 && H * D <= 128 && wide <= 64;
     const int64_t total = is_long ? any(500, 600) : any(20, 48);  // more than AT_ONCE
-    const Numbers numbers = Numbers(any(0, 2));
+    const CacheType numbers = CacheType(any(0, 2));
     std::vector<std::vector<int64_t>> ids(B);
     std::vector<std::vector<T>> expected(B);
     std::deque<Cache<T>> start;
