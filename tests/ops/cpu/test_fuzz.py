@@ -28,6 +28,8 @@ def fuzz(directory: Path, machine: str, first: int, count: int) -> subprocess.Co
         built = subprocess.run(command, check=False, capture_output=True, text=True)
         assert "error: " not in built.stderr or ".cpp:" not in built.stderr, built.stderr[-3000:]  # of the code itself
         if built.returncode:
+            known = any(word in built.stderr for word in ("asan", "sanitize", "march"))
+            assert known, built.stderr[-3000:]  # such as of a compiler that was killed
             return None
     except OSError:
         return None
