@@ -1,4 +1,4 @@
-"""Which variant of each row product this machine runs: measured once, in a fraction of a second, and kept.
+"""Which variant of each row product this machine runs: measured once, in one or two seconds, and kept.
 
 How many rows a token reads side by side and how far ahead it fetches changes its speed by half on one processor and
 not at all on another, but no bit of a result; nor does from how many tokens on rows are unpacked once for all of them.
@@ -7,9 +7,10 @@ bfloat16 in the tiles of AMX, where there are such instructions. It is measured 
 prompt's time; tiles, which are slower for a single token, have a bound for that.
 
 What was chosen lies beside the compiled library as JSON. NANOQWEN_STEP_VARIANT sets it by hand: `measure` measures
-again, `default` measures nothing, `2/1024` reads two rows side by side and 1,024 bytes ahead in every kind, and
-`floats`, `pairs` or `tiles`, alone or behind a comma, says how bfloat16 weights are multiplied, and `vectors` behind
-the first two leaves AMX unused, which gives other weights the same bits faster where there are many tokens.
+again, `default` measures nothing, `2/1024/4096` reads two rows side by side and fetches 1,024 bytes ahead, and 4,096
+into the second-level cache, in every kind, and `floats`, `pairs` or `tiles`, alone or behind a comma, says how bfloat16
+weights are multiplied, and `vectors` behind the first two leaves AMX unused, which gives other weights the same bits
+faster where there are many tokens.
 """
 
 import ctypes
