@@ -22,7 +22,6 @@ Choice choice = [] {
     before_measuring.bfloat16 = BFLOAT16, before_measuring.amx = has_amx();
     for (auto& tuning : before_measuring.tuning) tuning = {1, 2048, 0};
     for (int form = 0; form < FORMS; form++) before_measuring.many[form] = PRODUCTS[form]->many;
-    before_measuring.fewest = *std::min_element(before_measuring.many, before_measuring.many + FORMS);
     return before_measuring;
 }();
 
@@ -51,14 +50,12 @@ void choose_tuning(int form, int together, int ahead, int further) { choice.tuni
 // Tokens from which rows are unpacked once for all; 0: as long as nothing was measured.
 void choose_many(int form, int tokens) {
     choice.many[form] = std::clamp(tokens ? tokens : PRODUCTS[form]->many, 2, MANY);
-    choice.fewest = *std::min_element(choice.many, choice.many + FORMS);
 }
 int form_of_linear(const Linear* w) { return form_of(*w); }
 
 // y [count, rows] = weight · x of `count` tokens, x [count, columns]. 1 where there is not enough memory.
 int product(const Linear* w, const float* x, int64_t count, float* y, int threads) try {
     const Form form = form_of(*w);
-    const bool many = are_many(count, form);
     const int64_t size = PRODUCTS[form]->bytes(w->columns), scratch = scratch_size(w->columns);
     Buffer<char> prepared;
     Buffer<float> results, unpacked;
@@ -68,21 +65,16 @@ int product(const Linear* w, const float* x, int64_t count, float* y, int thread
         inputs[i] = prepared.at(i * size, size);
         PRODUCTS[form]->prepare(x + i * w->columns, w->columns, prepared.at(i * size, size));
     }
-    for (int64_t i = 0; i < count && count >= choice.fewest && PRODUCTS[form]->put_beside; i += SIDE)
+    for (int64_t i = 0; i < count && count >= fewest_of_many() && PRODUCTS[form]->put_beside; i += SIDE)
         PRODUCTS[form]->put_beside(prepared.at(i * size, SIDE * size), w->columns, std::min<int64_t>(count - i, SIDE));
 #pragma omp parallel num_threads(threads)
     {
         const int64_t parts = omp_get_num_threads(), part = omp_get_thread_num();
         const int64_t each = rounded_up((w->rows + parts - 1) / parts, ROWS), end = std::min(w->rows, (part + 1) * each);
-        float *out = results.at(part * count * ROWS), *own = unpacked.at(part * scratch);
-        if (PRODUCTS[form]->arrange && !many) PRODUCTS[form]->arrange(inputs.get(), count, w->columns, own);
-        for (int64_t row = part * each; row < end; row += ROWS) {
-            const int64_t n = std::min(end - row, ROWS);
-            const Rows some = {(const char*)w->weight + row * w->row_bytes, (const bfloat16*)w->scale + row * w->groups,
-                               w->row_bytes, w->columns, w->groups, tuning_of(form, row + n == end), many, row == part * each, row + n == end};
-            PRODUCTS[form]->multiply(some, n, inputs.get(), count, out, own);
-            for (int64_t i = 0; i < count; i++) std::copy(out + i * ROWS, out + i * ROWS + n, y + i * w->rows + row);
-        }
+        float* some = results.at(part * count * ROWS);
+        multiply_rows(*w, part * each, end, inputs.get(), count, some, unpacked.at(part * scratch), [&](int64_t row, int64_t n) {
+            for (int64_t i = 0; i < count; i++) std::copy(some + i * ROWS, some + i * ROWS + n, y + i * w->rows + row);
+        });
     }
     return 0;
 } catch (const std::bad_alloc&) {

@@ -119,11 +119,12 @@ inline const Products* const PRODUCTS[FORMS] = {
 struct Choice {
     Tuning tuning[FORMS];
     int32_t many[FORMS];  // tokens from which rows are unpacked once for all: with the same bits, only faster
-    int32_t fewest;       // of those: so many tokens may be wanted side by side
     Form bfloat16;  // of the three for bfloat16 weights
     bool amx;       // many tokens meet codes in tiles of AMX: with the same bits, only faster
 };
 extern Choice choice;
+// Of all kinds: from so many tokens on some rows may want them side by side.
+inline int32_t fewest_of_many() { return *std::min_element(choice.many, choice.many + FORMS); }
 
 inline Form form_of(const Linear& w) {
     if (w.blocks) return Form(w.blocks);
@@ -142,6 +143,24 @@ inline Tuning tuning_of(Form form, bool last) {
     return choice.tuning[measured_as(form)];
 }
 inline bool are_many(int64_t tokens, Form form) { return tokens >= choice.many[measured_as(form)]; }
+
+// Rows begin .. end of weight · x for `count` tokens, ROWS at a time: put(row, n) after each, when y [count, ROWS] holds the
+// results of n rows from `row` on. x as the kind prepares it, scratch [scratch_size(columns)].
+template <class Put>
+void multiply_rows(const Linear& w, int64_t begin, int64_t end, const char* const* x, int64_t count, float* y, float* scratch,
+                   Put put) {
+    const Form form = form_of(w);
+    const bool many = are_many(count, form);
+    if (PRODUCTS[form]->arrange && !many) PRODUCTS[form]->arrange(x, count, w.columns, scratch);
+    for (int64_t row = begin; row < end; row += ROWS) {
+        const int64_t n = std::min(end - row, ROWS);
+        const bool first = row == begin, last = row + n == end;
+        const Rows some = {(const char*)w.weight + row * w.row_bytes, (const bfloat16*)w.scale + row * w.groups,
+                           w.row_bytes, w.columns, w.groups, tuning_of(form, last), many, first, last};
+        PRODUCTS[form]->multiply(some, n, x, count, y, scratch);
+        put(row, n);
+    }
+}
 
 // The form of the activations that some weights meet: several kinds take those of the first of them.
 inline Form activations_of(const Linear& w) {

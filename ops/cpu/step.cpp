@@ -252,7 +252,7 @@ class Step {
                 for (int form = 0; form < FORMS; form++)
                     if (forms[form]) inputs.put(i, x, n, Form(form));
             }
-            for (int form = 0; form < FORMS && count >= choice.fewest; form++)
+            for (int form = 0; form < FORMS && count >= fewest_of_many(); form++)
                 if (forms[form]) inputs.put_beside(begin, end - begin, n, Form(form));
         };
         if (count <= FEW) return some(0, count), inputs;
@@ -267,23 +267,15 @@ class Step {
     // on, at most ROWS. at(i) is its place in `x`.
     template <class At, class Put>
     void rows(const Linear& w, int64_t begin, int64_t end, const Inputs& x, int64_t count, At at, Put put) {
-        const Form form = form_of(w);
-        const bool unpack = are_many(count, form);
-        float* scratch = unpacked.at(0, scratch_size(w.columns));
         for (int64_t i = 0; i < count; i++) inputs_of[i] = x.at(at(i), w.columns, activations_of(w));
-        if (PRODUCTS[form]->arrange && !unpack) PRODUCTS[form]->arrange(inputs_of.data(), count, w.columns, scratch);
-        for (int64_t row = begin; row < end; row += ROWS) {
-            const int64_t n = std::min(end - row, ROWS);
-            const Rows some = {(const char*)w.weight + row * w.row_bytes, (const bfloat16*)w.scale + row * w.groups,
-                               w.row_bytes, w.columns, w.groups, tuning_of(form, row + n == end), unpack, row == begin, row + n == end};
-            float* all = results.at(0, count * ROWS);
-            PRODUCTS[form]->multiply(some, n, inputs_of.data(), count, all, scratch);
+        float *all = results.at(0, count * ROWS), *scratch = unpacked.at(0, scratch_size(w.columns));
+        multiply_rows(w, begin, end, inputs_of.data(), count, all, scratch, [&](int64_t row, int64_t n) {
             for (int64_t i = 0; i < count; i++) {
                 float* y = all + i * ROWS;
                 for (int64_t r = 0; w.bias && r < n; r++) y[r] += to_float(((const T*)w.bias)[row + r]);
                 put(i, row, (const float*)y, n);
             }
-        }
+        });
     }
 
     // Rows that are read together, of which a thread claims whole units.
