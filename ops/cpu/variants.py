@@ -1,4 +1,4 @@
-"""Which variant of each row product this machine runs: measured once, in one or two seconds, and kept.
+"""Which variant of each row product this machine runs: measured once, in half a second, and kept.
 
 How many rows a token reads side by side and how far ahead it fetches changes its speed by half on one processor and
 not at all on another, but no bit of a result; nor does from how many tokens on rows are unpacked once for all of them.
@@ -19,8 +19,9 @@ import json
 import mmap
 import os
 import re
+import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from ctypes import c_int, c_int64, c_void_p
 from pathlib import Path
@@ -31,7 +32,7 @@ import torch
 from formats.files import write_text
 from formats.gguf.types import FORMATS
 
-SCHEMA = "nanoqwen/variant/6"
+SCHEMA = "nanoqwen/variant/7"
 KINDS = {  # name: bits, columns of a group (0: no scales, None: one for each row), as a Linear of ops/cpu/products.h
     "float32": (32, 0),
     "bfloat16": (16, 0),
@@ -44,19 +45,20 @@ FORMS = {"F32": 0, "BF16": 1, "F16": 7, "Q8_0": 8, "Q4_0": 9, "Q4_1": 10, "Q5_0"
 FORMS |= {"Q4_K": 13, "Q5_K": 14, "Q6_K": 15}
 BLOCKS = tuple(name for name, form in FORMS.items() if form > 1)  # types of a GGUF that have a form of their own
 ALL = (*KINDS, *BLOCKS)
-OF_BLOCKS = ((1, 0, 0), (1, 1024, 512), (1, 1024, 4096), (1, 2048, 0), (1, 2048, 512), (1, 2048, 4096))  # see Tuning
-CANDIDATES = (*OF_BLOCKS, (1, 4096, 0), (2, 0, 0), (2, 2048, 0), (2, 2048, 512), (2, 2048, 4096), (4, 0, 0), (4, -1, 0))
-DEFAULT = (1, 2048, 4096)
-UNPACKED = tuple(name for name in ALL if name not in ("float32", "F16"))  # once for all, where there are many tokens
-COUNTS = (2, 4, 6, 8, 12, 16, 24, 32)  # tokens for which that is measured
+# Each a Tuning of products.h. Fetching nothing ahead, or only near, is fastest on some AMD processors.
+CANDIDATES = ((1, 0, 0), (1, 1024, 0), (1, 1024, 4096), (1, 2048, 512), (1, 2048, 4096), (2, 0, 0), (2, 1024, 4096))
+CANDIDATES += ((4, 0, 0), (4, -1, 0))
+DEFAULT = (1, 1024, 4096)
+COUNTS = (2, 4, 6, 8, 12, 16, 24, 32)  # tokens for which it is measured whether to unpack rows once for all
 ALWAYS = 33  # tokens for which it is always done: MANY in products.h
-WORTH = 1.03  # a candidate has to be so much faster than the default
+WORTH = 1.02  # a candidate has to be so much faster than the default
 BFLOAT16_WORTH = 1.15  # times as fast with many tokens: float32 products are more exact
 TILES_WORTH, TILES_LOSS = 1.5, 1.35  # as fast with many tokens, as long with one (a whole token loses a third of that)
 HUGE_PAGES_WORTH = 1.1  # times as fast as pages of 4 KB, for weights to move there (ops/memory.py)
-COLUMNS, WINDOW, TURNS, MANY = 1024, 16 << 20, 3, 256
-FEW_BYTES = 1 << 18  # of weights that stay in the cache, and of those that some tokens meet
-MATRIX = 1 << 22  # bytes, as those of a model: where each begins tiles wait for memory, a stream of one row less
+COLUMNS, TURNS, MANY = 1024, 5, 256
+MATRIX = 4 << 20  # bytes that one token meets at once, as in a model: each matrix begins with nothing under way
+FEW_BYTES = 1 << 18  # bytes that several tokens meet at once
+MEMORY = 128 << 20  # bytes, more than what one thread gets of most processors' last-level cache
 READERS = ((1, 0, 0), (1, 1024, 4096), (1, 2048, 4096), (1, 4096, 0), (2, 2048, 4096), (4, -1, 0))
 READ_BYTES = 256 << 20  # far above the caches of all but the largest servers, small enough for a laptop
 HUGE = 2 << 20  # bytes of a huge page on x86-64 and aarch64
@@ -96,6 +98,12 @@ def choose(loaded: ctypes.CDLL, chosen: dict[str, Any], linear: type[ctypes.Stru
     return True
 
 
+def unpacked(bfloat16: str) -> list[str]:
+    """The kinds of weights whose rows are unpacked once for all, where there are many tokens."""
+    where_they_lie = ("float32", "F16", *(() if bfloat16 == "tiles" else ("bfloat16",)))
+    return [name for name in ALL if name not in where_they_lie]
+
+
 def by_hand(asked: str) -> dict[str, Any] | None:
     """What NANOQWEN_STEP_VARIANT says; None where something is to be measured or read."""
     if asked in ("", "measure"):
@@ -111,7 +119,7 @@ def by_hand(asked: str) -> dict[str, Any] | None:
     tuning += [0] * (3 - len(tuning))
     bfloat16 = match[2] or match[3] or "floats"
     chosen = {"schema": SCHEMA, "bfloat16": bfloat16, "tuning": dict.fromkeys(ALL, tuning), "by_hand": asked}
-    return chosen | {"many": dict.fromkeys(UNPACKED, 0)}  # as compiled
+    return chosen | {"many": dict.fromkeys(unpacked(bfloat16), 0)}  # as compiled
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -120,7 +128,7 @@ def read(path: Path) -> dict[str, Any] | None:
         chosen = json.loads(path.read_text())
         good = chosen["schema"] == SCHEMA and set(chosen["tuning"]) == set(ALL) and chosen["bfloat16"] in BFLOAT16
         good = good and all((*map(int, tuning),) in CANDIDATES for tuning in chosen["tuning"].values())
-        good = good and set(chosen["many"]) == set(UNPACKED)
+        good = good and set(chosen["many"]) == set(unpacked(chosen["bfloat16"]))
         good = good and all(type(tokens) is int and tokens in (*COUNTS, ALWAYS) for tokens in chosen["many"].values())
         return chosen if good and float(chosen["huge_page_gain"]) > 0 else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -138,11 +146,10 @@ def describe(chosen: dict[str, Any]) -> str:
         words.setdefault(f"{together} row{'s' * (together > 1)}, {fetched}", []).append(name)
     said = "; ".join(f"{', '.join(names)}: {variant}" for variant, names in words.items())
     said += "" if chosen["bfloat16"] == "floats" else f"; bfloat16: {chosen['bfloat16']}"
-    unpacked: dict[int, list[str]] = {}
+    counts: dict[int, list[str]] = {}
     for name, tokens in chosen["many"].items():
-        if name != "bfloat16" or chosen["bfloat16"] == "tiles":  # else they are met where they lie
-            unpacked.setdefault(tokens, []).append(name)
-    for tokens, names in sorted(unpacked.items()):
+        counts.setdefault(tokens, []).append(name)
+    for tokens, names in sorted(counts.items()):
         said += f"; unpacked once from {tokens} tokens on: {', '.join(names)}" if tokens else ""
     return said + ("; AMX" if chosen.get("amx") else "")
 
@@ -164,6 +171,11 @@ def row_bytes(kind: str) -> int:
     return FORMATS[kind].bytes((COLUMNS,)) if kind in BLOCKS else COLUMNS * KINDS[kind][0] // 8
 
 
+def _random(*shape: int) -> torch.Tensor:
+    """Normally distributed, with a generator of its own: to measure must not change what a program draws."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
 def fill(size: int, huge: bool) -> torch.Tensor:
     """`size` bytes (a multiple of 1 MB) of bfloat16 numbers around zero, in huge pages or, where possible, in none."""
     memory = mmap.mmap(-1, size + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no huge pages
@@ -171,20 +183,30 @@ def fill(size: int, huge: bool) -> torch.Tensor:
         memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
     numbers = torch.frombuffer(memory, dtype=torch.uint8)
     numbers = numbers[-numbers.data_ptr() % HUGE :][:size]
-    numbers.view(-1, 1 << 20)[:] = (torch.randn(1 << 19) * 0.02).bfloat16().view(torch.uint8)
+    numbers.view(-1, 1 << 20)[:] = (_random(1 << 19) * 0.02).bfloat16().view(torch.uint8)
     return numbers
 
 
-def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 * WINDOW) -> dict[str, Any]:
-    """Times each kind's candidates on memory that is in no cache, by turns; the best time of each counts.
+def by_turns(seconds: Callable[[Any], float], cases: Iterable[Any], turns: int | None = None) -> dict[Any, float]:
+    """The median of each case's times, all cases by turns. (The least is what a cache happened to hold.)"""
+    times: dict[Any, list[float]] = {case: [] for case in cases}
+    for _ in range(turns or TURNS):
+        for case, found in times.items():
+            found.append(seconds(case))
+    return {case: statistics.median(found) for case, found in times.items()}
+
+
+def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = MEMORY) -> dict[str, Any]:
+    """Times what there is to choose, on `size` bytes of which the next ones are always those read longest ago.
 
     One thread and its own processor time, so that other programs on the same cores disturb it as little as possible;
     all threads only for a token by tiles beside one in float32, as these differ where one thread waits for memory.
     """
     loaded.choose_bfloat16(BFLOAT16["floats"])
-    x, y = torch.randn(MANY, COLUMNS), torch.empty(max(WINDOW // 512, MANY * FEW_BYTES // 2 // COLUMNS))
-    scales = torch.full((size // 16,), 0.01, dtype=torch.bfloat16)
-    memory, at = fill(size, huge=False), 0
+    x, y = _random(MANY, COLUMNS), torch.empty(max(MATRIX // 512, MANY * FEW_BYTES // 2 // COLUMNS))
+    scales = torch.full((MATRIX // 16,), 0.01, dtype=torch.bfloat16)
+    memory = fill(size, huge=True)
+    matrices, parts = itertools.cycle(memory.split(MATRIX)), itertools.cycle(memory.split(FEW_BYTES))
 
     def seconds(kind: str, tuning: Iterable[int], weights: torch.Tensor, count: int = 1, threads: int = 1) -> float:
         layer = _linear(linear, kind, weights.data_ptr(), scales.data_ptr(), len(weights) // row_bytes(kind))
@@ -195,56 +217,49 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 
             raise MemoryError("not enough memory to measure the row products")
         return clock() - start
 
-    def cold(memory: torch.Tensor, part: int = WINDOW) -> torch.Tensor:  # what was read longest ago
-        nonlocal at
-        at = (at + part) % size
-        return memory[at : at + part]
+    def huge_page_gain() -> float:  # of the kind that gains most, each page size with what suits it
+        pages = {"small": itertools.cycle(fill(size // 2, huge=False).split(MATRIX)), "huge": matrices}
 
-    def fastest(kind: str, candidates: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
-        times = dict.fromkeys(candidates, float("inf"))
-        for _ in range(TURNS):
-            for candidate in times:
-                some = cold(memory)[: WINDOW // 4 if kind in BLOCKS else WINDOW]
-                times[candidate] = min(times[candidate], seconds(kind, candidate, some))
-        return times
+        def gain(kind: str) -> float:
+            cases = itertools.product(pages, (DEFAULT, (1, 0, 0)))
+            times = by_turns(lambda case: seconds(kind, case[1], next(pages[case[0]])), cases)
+            small, huge = (min(found for case, found in times.items() if case[0] == place) for place in pages)
+            return small / huge
 
-    def best_times() -> list[float]:
-        return [min(fastest(kind, CANDIDATES).values()) for kind in ("bfloat16", "int8")]
+        return max(map(gain, ("bfloat16", "int8")))
 
-    small = best_times()
-    del memory
-    memory = fill(size, huge=True)
-    gain = max(before / after for before, after in zip(small, best_times(), strict=True))
-    if gain < HUGE_PAGES_WORTH:  # weights stay in small pages
-        del memory
-        memory = fill(size, huge=False)
-    tuning, best = {}, {}
-    for kind in ALL:
-        times = fastest(kind, (DEFAULT, *(OF_BLOCKS if kind in BLOCKS else CANDIDATES)))
+    def best_tuning(kind: str) -> list[int]:
+        candidates = CANDIDATES if kind in KINDS else [tuning for tuning in CANDIDATES if tuning[0] == 1]
+        times = by_turns(lambda tuning: seconds(kind, tuning, next(matrices)), candidates)
         first = min(times, key=times.__getitem__)
-        tuning[kind] = list(first if times[first] * WORTH < times[DEFAULT] else DEFAULT)
-        best[kind] = round((WINDOW // 4 if kind in BLOCKS else WINDOW) / times[first])
-    few, many = memory[:FEW_BYTES], {}
-    for name, form in BFLOAT16.items():
-        if not loaded.choose_bfloat16(form):
-            many[name] = min(seconds("bfloat16", DEFAULT, few, MANY) for _ in range(5 * TURNS))
-    if "tiles" in many:
-        one, threads = dict.fromkeys(("floats", "tiles"), float("inf")), torch.get_num_threads()
-        for name in 20 * TURNS * list(one):
+        return list(first if times[first] * WORTH < times[DEFAULT] else DEFAULT)
+
+    def best_bfloat16() -> str:
+        def one_token(name: str) -> float:
             loaded.choose_bfloat16(BFLOAT16[name])
-            one[name] = min(one[name], seconds("bfloat16", tuning["bfloat16"], cold(memory, MATRIX), 1, threads))
-        if one["tiles"] > TILES_LOSS * one["floats"] or many["tiles"] * TILES_WORTH > many["floats"]:
-            del many["tiles"]
-    fastest_of = min(many, key=many.__getitem__)
-    bfloat16 = fastest_of if many[fastest_of] * BFLOAT16_WORTH < many["floats"] else "floats"
-    loaded.choose_bfloat16(BFLOAT16[bfloat16])
+            return seconds("bfloat16", tuning["bfloat16"], next(matrices), threads=torch.get_num_threads())
+
+        def many_tokens(name: str) -> float:
+            loaded.choose_bfloat16(BFLOAT16[name])
+            return seconds("bfloat16", DEFAULT, memory[:FEW_BYTES], MANY)
+
+        many = by_turns(many_tokens, [name for name, form in BFLOAT16.items() if not loaded.choose_bfloat16(form)])
+        if "tiles" in many:
+            one = by_turns(one_token, ("floats", "tiles"), 12 * TURNS)
+            if one["tiles"] > TILES_LOSS * one["floats"] or many["tiles"] * TILES_WORTH > many["floats"]:
+                del many["tiles"]
+        fastest = min(many, key=many.__getitem__)
+        return fastest if many[fastest] * BFLOAT16_WORTH < many["floats"] else "floats"
 
     def unpacked_from(kind: str) -> int:  # the number of tokens with which least time is lost over all COUNTS
         form = loaded.form_of_linear(_linear(linear, kind))
-        times = dict.fromkeys(itertools.product(COUNTS, (2, ALWAYS)), float("inf"))
-        for count, first in 2 * TURNS * list(times):
+
+        def some_tokens(case: tuple[int, int]) -> float:
+            count, first = case
             loaded.choose_many(form, first)
-            times[count, first] = min(times[count, first], seconds(kind, tuning[kind], cold(memory, FEW_BYTES), count))
+            return seconds(kind, tuning[kind], next(parts), count)
+
+        times = by_turns(some_tokens, itertools.product(COUNTS, (2, ALWAYS)))
 
         def lost(first: int) -> float:
             return sum(
@@ -254,16 +269,12 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = 16 
 
         return min((*COUNTS, ALWAYS), key=lost)
 
-    return {
-        "schema": SCHEMA,
-        "bfloat16": bfloat16,
-        "tuning": tuning,
-        "many": {
-            kind: ALWAYS if kind == "bfloat16" and bfloat16 != "tiles" else unpacked_from(kind) for kind in UNPACKED
-        },
-        "huge_page_gain": round(gain, 3),
-        "bytes_per_second": best,  # one thread
-    }
+    gain = huge_page_gain()
+    tuning = {kind: best_tuning(kind) for kind in ALL}
+    bfloat16 = best_bfloat16()
+    loaded.choose_bfloat16(BFLOAT16[bfloat16])
+    many = {kind: unpacked_from(kind) for kind in unpacked(bfloat16)}
+    return {"schema": SCHEMA, "bfloat16": bfloat16, "tuning": tuning, "many": many, "huge_page_gain": round(gain, 3)}
 
 
 def read_rate(loaded: ctypes.CDLL, linear: type[ctypes.Structure], threads: int, seconds: float) -> float:
@@ -271,7 +282,7 @@ def read_rate(loaded: ctypes.CDLL, linear: type[ctypes.Structure], threads: int,
 
     It changes what was chosen: `choose` again afterwards.
     """
-    memory, x = fill(READ_BYTES, huge=True), torch.randn(COLUMNS)
+    memory, x = fill(READ_BYTES, huge=True), _random(COLUMNS)
     y, best, end = torch.empty(READ_BYTES // COLUMNS), 0.0, time.perf_counter() + seconds
     turns = itertools.cycle(itertools.product(("float32", "bfloat16", "int8"), READERS))
     scale = torch.full((len(y),), 0.01, dtype=torch.bfloat16)
