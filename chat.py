@@ -10,14 +10,13 @@ The template is someone else's program and runs in a process of its own (formats
 """
 
 import codecs
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from operator import index
 from pathlib import Path
 
-from formats.json_file import read_json
+from formats.json_file import read_json, uncollected
 from formats.literal_text import LiteralText
 from formats.messages import Message, normalise, normalise_tools, short, thinks
 from formats.template import TemplateSandbox
@@ -49,19 +48,21 @@ EMPTY_THINKING = re.compile(r"(?P<tag><think>)?\s*</think>\s*")
 class Chat:
     """A checkpoint's tokenizer and chat template: messages and text to ids, ids to text.
 
-    `source` names the checkpoint in error messages. `tokenizer_json` is tokenizer.json as text or as bytes,
-    `tokenizer_config` the content of tokenizer_config.json; `template` (chat_template.jinja) takes precedence over the
-    one inside it.
+    `source` names the checkpoint in error messages. `tokenizer_json` is tokenizer.json as text or as bytes, or what it
+    would hold (GGUF.tokenizer), `tokenizer_config` the content of tokenizer_config.json; `template`
+    (chat_template.jinja) takes precedence over the one inside it.
     """
 
-    def __init__(self, source: str, tokenizer_json: str | bytes, tokenizer_config: dict, template: str | None = None):
+    def __init__(
+        self, source: str, tokenizer_json: str | bytes | dict, tokenizer_config: dict, template: str | None = None
+    ):
         self.source = source
         self.templates = chat_templates(source, tokenizer_config) if template is None else {"default": template}
         self._sandbox = TemplateSandbox()
         if self.templates:
             self._sandbox.start()  # it starts while the tokenizer is parsed
-        as_bytes = tokenizer_json.encode() if isinstance(tokenizer_json, str) else tokenizer_json
-        self.tokenizer = load_tokenizer(source, as_bytes)
+        tokenizer_json = tokenizer_json.encode() if isinstance(tokenizer_json, str) else tokenizer_json
+        self.tokenizer = load_tokenizer(source, tokenizer_json)
         added = self.tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self.special_tokens = special_tokens(tokenizer_config)
@@ -82,8 +83,8 @@ class Chat:
         if path.is_file():
             from formats.gguf.reader import GGUF
 
-            tokenizer_json, tokenizer_config = GGUF(path).tokenizer()
-            return cls(str(path), json.dumps(tokenizer_json, ensure_ascii=False), tokenizer_config)
+            with uncollected():
+                return cls(str(path), *GGUF(path).tokenizer(check_merges=False))
         if not (path / "tokenizer.json").exists():
             raise ValueError(f"{path}: no tokenizer.json; take it from the model that this checkpoint was made from")
         tokenizer_json = read_bytes(path / "tokenizer.json", TOKENIZER_BYTES)

@@ -235,8 +235,9 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
+        """Adds the time since the lap before to a phase."""
         now = time.perf_counter()
-        self.seconds[phase], self._last = now - self._last, now
+        self.seconds[phase], self._last = self.seconds.get(phase, 0.0) + now - self._last, now
 
 
 def one_line(text: str, most: int = 1000) -> str:

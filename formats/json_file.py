@@ -1,7 +1,10 @@
 """A JSON object in a file of its own, read with limits: config.json and its relatives, records, results."""
 
+import gc
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +37,15 @@ def read_json(path: Path, kind: type = dict) -> Any:
         wanted = "an object {...}" if kind is dict else "a list [...]"
         raise ValueError(f"{path}: a JSON {type(value).__name__}, not {wanted}; download the file again")
     return value
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Many new objects without the garbage collector, which would look at all there are again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

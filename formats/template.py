@@ -8,6 +8,7 @@ no file or socket can be opened. The child is started once, while the tokenizer 
 millisecond. This file holds both sides: `TemplateSandbox`, and the child when it is run as a program.
 """
 
+import errno
 import json
 import signal
 import subprocess
@@ -144,7 +145,8 @@ def _serve_templates() -> None:
         _lowered("RLIMIT_NOFILE", 0)
         failure = ""
     except Exception as error:  # of memory, or of an installation
-        failure = "out of memory" if isinstance(error, MemoryError) else f"{type(error).__name__}: {error}"
+        full = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+        failure = "out of memory" if full else f"{type(error).__name__}: {error}"
     print(json.dumps(failure), flush=True)
     if failure:
         sys.exit(1)

@@ -8,6 +8,7 @@ import math
 import os
 from argparse import Namespace
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -31,7 +32,11 @@ def load_model(path: Path, options: Namespace, watch: console.Stopwatch | None =
     """
     watch = watch or console.Stopwatch("Python")
     adapter = None if options.adapter is None else resolve(options.adapter, "--adapter")
-    chat = Chat.from_pretrained(text_path(path, adapter))
+    text = text_path(path, adapter)
+    if text.is_file():  # a .gguf, whose reader needs it
+        import_module("torch")
+        watch.lap("PyTorch")
+    chat = Chat.from_pretrained(text)
     Thread(target=_use_template, args=[chat], daemon=True).start()
     watch.lap("tokenizer")
 

@@ -7,16 +7,14 @@ never safe.
 """
 
 import codecs
-import gc
 import hashlib
 import io
 import json
 import re
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+from formats.json_file import uncollected
 from formats.mistaken import PICKLE_SUFFIXES, POINTERS
 from formats.safetensors_read import parse_header
 from inspection import code, containers, pickles, remote_gguf
@@ -372,18 +370,6 @@ def _is_sentencepiece(data: bytes) -> bool:
         fields.add(key >> 3)
         at, count = at + length, count + 1
     return {1, 2} <= fields
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Millions of new objects without the garbage collector, which would look at all of them again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _examine_json(ledger: Ledger, where: str, name: str, data: bytes) -> tuple[str, str]:

@@ -241,3 +241,12 @@ def test_what_ends_the_imports_is_one_line(tmp_path, ends, status, said):
     code = f"import sys; sys.argv = ['imports.py']\nimport console; console.answer_early(lambda: None)\nraise {ends}"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True)
     assert (ended.returncode, ended.stderr[: len(said)]) == (status, said)
+
+
+def test_the_laps_of_a_phase_add_up(monkeypatch):
+    clock = iter((1.0, 3.0, 4.0, 8.0))
+    monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
+    watch = console.Stopwatch("Python")
+    for phase in ("PyTorch", "tokenizer", "PyTorch"):
+        watch.lap(phase)
+    assert watch.seconds["PyTorch"] == 6.0 and watch.seconds["tokenizer"] == 1.0

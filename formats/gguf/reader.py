@@ -335,10 +335,11 @@ class GGUF:
             yield name, self.read(name)
             self.release(name)
 
-    def tokenizer(self) -> tuple[dict, dict]:
+    def tokenizer(self, check_merges: bool = True) -> tuple[dict, dict]:
         """(tokenizer.json, tokenizer_config.json) as Hugging Face's tokenizers would have them: equal ids for every
-        text. Raises ValueError where the file holds another tokenizer than Qwen's byte-level BPE."""
+        text. Raises ValueError where the file holds another tokenizer than Qwen's byte-level BPE. `check_merges`:
+        False for load_tokenizer (formats/tokenizer_files.py), which checks them by itself."""
         try:
-            return from_metadata(self.metadata, self.config["vocab_size"])
+            return from_metadata(self.metadata, self.config["vocab_size"], check_merges)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None

@@ -28,10 +28,11 @@ def _byte_level(**extra: Any) -> dict:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False, **extra}
 
 
-def from_metadata(metadata: dict, rows: int) -> tuple[dict, dict]:
+def from_metadata(metadata: dict, rows: int, check_merges: bool = True) -> tuple[dict, dict]:
     """(tokenizer.json, tokenizer_config.json) from GGUF keys; ValueError where they are not Qwen's or do not agree.
 
-    `rows`: of the embedding, the most tokens that there can be.
+    `rows`: of the embedding, the most tokens that there can be. `check_merges`: whether their tokens are looked up,
+    0.1 s, which load_tokenizer does by itself.
     """
     for key, known in (("tokenizer.ggml.model", (MODEL,)), ("tokenizer.ggml.pre", SAME_SPLIT)):
         if metadata.get(key) not in known:
@@ -43,15 +44,16 @@ def from_metadata(metadata: dict, rows: int) -> tuple[dict, dict]:
         raise ValueError(f"tokenizer.ggml.tokens has {len(tokens)} tokens, but the embedding {rows} rows")
     if len(types) != len(tokens) or not set(types) <= {NORMAL, CONTROL, USER_DEFINED, UNUSED}:
         raise ValueError(f"tokenizer.ggml.token_type does not fit the {len(tokens)} tokens (convert the file again)")
-    if len(set(tokens)) != len(tokens):
+    others = {id: kind for id, kind in enumerate(types) if kind != NORMAL}
+    vocabulary = {token: id for id, token in enumerate(tokens) if id not in others}
+    if len(vocabulary) + len({tokens[id] for id in others} - vocabulary.keys()) != len(tokens):
         raise ValueError("tokenizer.ggml.tokens holds a token twice (convert the file again)")
 
-    vocabulary = {token: id for id, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [
-        {"id": id, "content": token, **flags, "special": kind == CONTROL}
-        for id, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (CONTROL, USER_DEFINED)
+        {"id": id, "content": tokens[id], **flags, "special": kind == CONTROL}
+        for id, kind in others.items()
+        if kind != UNUSED
     ]
     tokenizer = {
         "version": "1.0",
@@ -78,7 +80,7 @@ def from_metadata(metadata: dict, rows: int) -> tuple[dict, dict]:
             "byte_fallback": False,
             "ignore_merges": False,
             "vocab": vocabulary,
-            "merges": _merges(_list(metadata, "tokenizer.ggml.merges", str), vocabulary),
+            "merges": _merges(_list(metadata, "tokenizer.ggml.merges", str), vocabulary, check_merges),
         },
     }
     return tokenizer, _tokenizer_config(metadata, tokens, added)
@@ -112,15 +114,15 @@ def _special(metadata: dict, tokens: list[str], name: str) -> str | None:
     return tokens[id]
 
 
-def _merges(lines: list[str], vocabulary: dict[str, int]) -> list[str] | list[list[str]]:
-    """The merges as they are stored, `Ġ t`, which a tokenizer.json may hold too: 150,000 lists of two would take
-    0.2 s and 30 MB. Only where the library would take one for a comment (`#version …`) they are such lists."""
-    for merge in lines:
-        left, _, right = merge.partition(" ")
-        known = left in vocabulary and right in vocabulary and left + right in vocabulary
-        if not known or " " in right:
-            raise ValueError(f"the merge {merge[:80]!r} is not of two tokens into one (convert it again)")
-    return [line.split(" ") for line in lines] if any(line.startswith("#version") for line in lines) else lines
+def _merges(lines: list[str], vocabulary: dict[str, int], check: bool) -> list[tuple[str, ...]]:
+    """The pairs of the merges, which GGUF stores as `Ġ t`."""
+    pairs = [tuple(line.split(" ")) for line in lines]
+    if check or not set(map(len, pairs)) <= {2}:
+        for pair in pairs:
+            if len(pair) != 2 or not {*pair, "".join(pair)} <= vocabulary.keys():
+                merge = " ".join(pair)
+                raise ValueError(f"the merge {merge[:80]!r} is not of two tokens into one (convert it again)")
+    return pairs
 
 
 def _tokenizer_config(metadata: dict, tokens: list[str], added: list[dict]) -> dict:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_chat import TEXTS, write_checkpoint
 from tokenizers import Tokenizer
 
+from chat import Chat
 from formats.checkpoint import open_checkpoint
 from formats.gguf import reader, writer
 from formats.gguf.names import config_from_metadata
@@ -25,6 +26,7 @@ from formats.gguf.tokenizer import from_metadata
 from formats.gguf.types import dequantize, quantize
 from formats.gguf.writer import TYPES, plan, write_gguf, write_qwen3c
 from formats.tensors import TensorInfo
+from formats.tokenizer_files import load_tokenizer
 from formats.view import View
 
 ASSETS = Path(os.environ.get("NANOQWEN_ASSETS", ""))
@@ -232,13 +234,11 @@ def test_an_embedding_models_tokenizer_comes_back(checkpoints, tmp_path):
     prefix = "tokenizer.ggml."
     assert found.metadata[prefix + "add_eos_token"] is True and found.metadata[prefix + "eos_token_id"] == added[end]
     assert found.metadata[prefix + "eot_token_id"] == added[config["eos_token"]]
-    ours, theirs = (
-        Tokenizer.from_str(json.dumps(found.tokenizer()[0])),
-        Tokenizer.from_file(str(path / "tokenizer.json")),
-    )
+    chat, theirs = Chat.from_pretrained(tmp_path / "e.gguf"), Tokenizer.from_file(str(path / "tokenizer.json"))
+    assert chat.tokenizer.to_str() == Tokenizer.from_str(json.dumps(found.tokenizer()[0])).to_str()
     for text in TEXTS:
         ids = theirs.encode(text).ids
-        assert ours.encode(text).ids == ids and ids[-1] == added[end]
+        assert chat.tokenizer.encode(text).ids == ids and ids[-1] == added[end]
     assert found.tokenizer()[1]["eos_token"] == config["eos_token"]
 
 
@@ -477,9 +477,16 @@ def test_the_tokenizer_comes_back(checkpoints, small_file):
     assert special == {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
 
 
+def test_a_chat_of_a_file_has_the_tokenizer_of_its_json(small_file):
+    tokenizer, _ = GGUF(small_file).tokenizer()
+    chat = Chat.from_pretrained(small_file)
+    assert chat.tokenizer.to_str() == Tokenizer.from_str(json.dumps(tokenizer)).to_str()
+    assert chat.special_ids == {token["id"] for token in tokenizer["added_tokens"] if token["special"]}
+
+
 @pytest.mark.parametrize("left", ["#v", "#version"])
 def test_merges_that_look_like_a_comment(left):
-    """The library leaves out a merge `#version x` that is written as one string."""
+    """The library leaves out a merge `#version x` that is one string."""
     alphabet = sorted({*"#versionx", left, left + "x"})
     metadata = {"model": "gpt2", "pre": "qwen2", "tokens": alphabet, "token_type": [1] * len(alphabet)}
     metadata = {f"tokenizer.ggml.{key}": value for key, value in (metadata | {"merges": [f"{left} x"]}).items()}
@@ -498,6 +505,9 @@ def test_a_merge_is_of_two_tokens_into_one(merge):
     metadata |= {"tokenizer.ggml.token_type": [1] * 4, "tokenizer.ggml.merges": ["a b", merge]}
     with pytest.raises(ValueError, match=f"the merge '{merge}' is not of two tokens into one"):
         from_metadata(metadata, 4)
+    with pytest.raises(ValueError, match=r"is not of two|^m\.gguf: its merges do not fit its tokens \(.*\)") as error:
+        load_tokenizer("m.gguf", from_metadata(metadata, 4, check_merges=False)[0])
+    assert "\n" not in str(error.value)
 
 
 @without_assets
