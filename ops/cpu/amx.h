@@ -47,6 +47,10 @@ template <int SUM, int ACTIVATIONS, int WEIGHTS>  // signed bytes
 inline void multiply_tiles() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(ACTIVATIONS), "i"(WEIGHTS));
 }
+template <int SUM, int WEIGHTS, int ACTIVATIONS>  // unsigned bytes with signed ones
+inline void multiply_unsigned() {
+    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(WEIGHTS), "i"(ACTIVATIONS));
+}
 template <int SUM, int A, int B>  // pairs of bfloat16
 inline void multiply_pairs() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));

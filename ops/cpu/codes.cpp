@@ -243,7 +243,9 @@ struct RowBytes : Activations {
     static void multiply_all(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch) {
         if (!w.many || (VNNI && w.columns > SEGMENT)) return ::multiply<RowBytes>(w, rows, x, count, y);
 #if AMX
-        if (choice.amx) return in_tiles_of_amx(w, rows, x, count, y, (char*)scratch);
+        if (choice.amx)
+            return count < ::MANY ? rows_in_tiles(w, rows, count, y, (char*)scratch)
+                                  : tokens_in_tiles(w, rows, x, count, y, (char*)scratch);
 #endif
         in_panels<LANES == 16 ? 8 : 6>(w, rows, x, count, y, (char*)scratch, [&](int64_t first, char* memory) {
             return RowPanel(w, first, rows, memory);
@@ -251,7 +253,80 @@ struct RowBytes : Activations {
     }
 
 #if AMX
-    static void in_tiles_of_amx(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, char* scratch) {
+    // a · b = b · a: some tokens meet rows where they lie, and are arranged in columns for that; many tokens are taken as they
+    // lie, and the weights are arranged, once for all of them.
+    //
+    // Some tokens, fewer than ::MANY, as groups of SIDE: [columns / 64, 2] tiles of 8 tokens each, [16 fours of columns; the high
+    // bytes of 8 tokens, then the low ones]; what the sums with either start at, and the scales, [SIDE].
+    static int64_t group_bytes(int64_t columns) { return Activations(columns).chunks * 2 * SUMS + 3 * 64; }
+    static void arrange(const char* const* x, int64_t count, int64_t columns, bool many, float* scratch) {
+        if (!many || !choice.amx || count >= ::MANY || columns > SEGMENT) return;
+        const Activations places(columns);
+        char* out = (char*)scratch;
+        for (int64_t i = 0; i < count; i += SIDE, out += 3 * 64) {
+            const int64_t tokens = std::min<int64_t>(count - i, SIDE);
+            for (int64_t at = 0; at < places.chunks; at++)
+                for (int64_t first = 0; first < SIDE; first += 8, out += SUMS) {
+                    if (first >= tokens) continue;
+                    Unsigned v[16] = {};
+                    for (int64_t k = first; k < std::min(first + 8, tokens); k++) {
+                        v[k - first] = read<Unsigned>(x[i + k] + at * 64);
+                        v[k - first + 8] = read<Unsigned>(x[i + k] + places.b + at * 64);
+                    }
+                    transpose(v);
+                    std::memcpy(out, v, SUMS);
+                }
+            Integers above = {}, below = {};
+            Vector scales = {};
+            for (int64_t k = 0; k < tokens; k++) {
+                above[k] = RowSum::start(x[i + k] + places.start, 0)[0], below[k] = RowSum::start(x[i + k] + places.start, 1)[0];
+                scales[k] = read<float>(x[i + k] + places.scale);
+            }
+            std::memcpy(out, &above, 64), std::memcpy(out + 64, &below, 64), std::memcpy(out + 128, &scales, 64);
+        }
+    }
+
+    // Registers: 0 to 3 sums [rows, high and low bytes of 8 tokens], 4 and 5 rows, 6 and 7 tokens.
+    static void rows_in_tiles(const Rows& w, int64_t rows, int64_t count, float* y, const char* group) {
+        const int64_t chunks = Activations(w.columns).chunks, whole = w.columns / 64, left = w.columns % 64;
+        const uint8_t first = std::min<int64_t>(rows, SIDE), second = rows > SIDE ? rows - SIDE : first;
+        const TileRegisters registers({first, first, second, second, first, second, SIDE, SIDE}, {64, 64, 64, 64, 64, 64, 64, 64});
+        alignas(64) char rest[::ROWS][64] = {};
+        for (int64_t r = 0; r < rows && left; r++) std::memcpy(rest[r], w.weight + r * w.row_bytes + whole * 64, left);
+        Following following(w, rows, 0, rows, (count + SIDE - 1) / SIDE * chunks);
+        for (int64_t i = 0; i < count; i += SIDE, group += group_bytes(w.columns)) {
+            const int64_t tokens = std::min<int64_t>(count - i, SIDE);
+            zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+            for (int64_t at = 0; at < chunks; at++) {
+                following.fetch();
+                const char *codes = at < whole ? w.weight + at * 64 : rest[0], *beside = group + at * 2 * SUMS;
+                const int64_t stride = at < whole ? w.row_bytes : 64;
+                load_tile<4>(codes, stride), load_tile<6>(beside, 64), multiply_unsigned<0, 4, 6>();
+                if (rows > SIDE) load_tile<5>(codes + SIDE * stride, stride), multiply_unsigned<2, 5, 6>();
+                if (tokens <= 8) continue;
+                load_tile<7>(beside + SUMS, 64), multiply_unsigned<1, 4, 7>();
+                if (rows > SIDE) multiply_unsigned<3, 5, 7>();
+            }
+            alignas(64) __m512i sums[4][SIDE];
+            store_tile<0>(sums[0]), store_tile<1>(sums[1]), store_tile<2>(sums[2]), store_tile<3>(sums[3]);
+            const char* starts = group + chunks * 2 * SUMS;
+            for (int64_t row = 0; row < rows; row += SIDE) {
+                const __m512i *a = sums[row / SIDE * 2], *b = a + SIDE;
+                Unsigned v[SIDE] = {};
+                for (int64_t r = 0; r < std::min<int64_t>(rows - row, SIDE); r++) {
+                    Wide total;
+                    total.add((Integers)_mm512_shuffle_i64x2(a[r], b[r], 0x44) + vector_at(starts), 8);
+                    total.add((Integers)_mm512_shuffle_i64x2(a[r], b[r], 0xee) + vector_at(starts + 64));
+                    v[r] = (Unsigned)(total.number() * read<Vector>(starts + 128) * to_float(w.scale[row + r]));
+                }
+                transpose(v);
+                for (int64_t k = 0; k < tokens; k++) std::memcpy(y + (i + k) * ::ROWS + row, v + k, 64);
+            }
+        }
+    }
+
+    // Registers: 0 to 3 sums [tokens, rows] with the high and the low bytes of tokens, 4 and 5 these, 6 and 7 weights.
+    static void tokens_in_tiles(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, char* scratch) {
         const Activations places(w.columns);
         const int64_t both = places.chunks * 2 * SUMS;  // bytes of 32 rows
         for (int64_t at = 0; at < places.chunks; at++)
@@ -416,8 +491,13 @@ constexpr Products codes_of() {
 
 }  // namespace
 
-const Products byte_products = {RowBytes::bytes, RowBytes::prepare, RowBytes::multiply_all, nullptr, nullptr, nullptr,
-                                AMX ? 16 : LANES == 16 ? 13 : 5};
+#if AMX
+constexpr decltype(Products::arrange) arrange_bytes = RowBytes::arrange;
+#else
+constexpr decltype(Products::arrange) arrange_bytes = nullptr;
+#endif
+const Products byte_products = {RowBytes::bytes, RowBytes::prepare, RowBytes::multiply_all, nullptr, arrange_bytes, nullptr,
+                                AMX ? 6 : LANES == 16 ? 13 : 5};
 const Products grouped_byte_products = codes_of<Codes<8, 32>>();
 const Products nibble_products = codes_of<Codes<4, 32>>();
 const Products grouped_byte_16_products = codes_of<Codes<8, 16>>();

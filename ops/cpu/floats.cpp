@@ -139,7 +139,8 @@ struct Tiled {
     static int64_t group_bytes(int64_t columns, int64_t tokens) {
         return rounded_up(columns, COLUMNS) / COLUMNS * 128 * tokens;
     }
-    static void arrange(const char* const* x, int64_t count, int64_t columns, float* scratch) {
+    static void arrange(const char* const* x, int64_t count, int64_t columns, bool many, float* scratch) {
+        if (many) return;
         char* out = (char*)scratch;
         const Unsigned first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, second = first + 8;
         for (int64_t i = 0; i < count; i += TOKENS) {

@@ -11,6 +11,7 @@
 //     bfloat16             rounded to bfloat16                                       vdpbf16ps             floats.cpp
 //     bfloat16             a sum of two bfloat16                                     tdpbf16ps             floats.cpp
 //     8 bits, scaled rows  whole numbers of 16 bits, a scale for each token          vpdpbusd, vpmaddwd    codes.cpp
+//       … some tokens      the same                                                  tdpbusd               amx.h
 //       … many tokens      the same                                                  tdpbssd               amx.h
 //       … without AVX2     as they are                                               fma                   codes.cpp
 //     8 or 4 bits, groups  whole numbers of 16 bits, a scale for each group          vpdpbusd, vpmaddwd    groups.h
@@ -88,8 +89,8 @@ struct Products {
     // y[i, r] = row r times the activations of token i; rows <= ROWS, y [count, ROWS], scratch [scratch_size(columns)]
     void (*multiply)(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch);
     void (*numbers)(const char* row, int64_t columns, float* out) = nullptr;  // a row's weights, as of an embedding
-    // What `multiply` wants to find in its scratch memory for few tokens, the same for all rows.
-    void (*arrange)(const char* const* x, int64_t count, int64_t columns, float* scratch) = nullptr;
+    // What `multiply` wants to find in its scratch memory, the same for all rows; many: as in Rows.
+    void (*arrange)(const char* const* x, int64_t count, int64_t columns, bool many, float* scratch) = nullptr;
     // Puts up to SIDE prepared vectors that lie one after another side by side, in the memory of SIDE.
     void (*put_beside)(char* x, int64_t n, int64_t count) = nullptr;
     int32_t many = MANY;  // tokens from which rows are unpacked once for all, where that was not measured
@@ -151,7 +152,7 @@ void multiply_rows(const Linear& w, int64_t begin, int64_t end, const char* cons
                    Put put) {
     const Form form = form_of(w);
     const bool many = are_many(count, form);
-    if (PRODUCTS[form]->arrange && !many) PRODUCTS[form]->arrange(x, count, w.columns, scratch);
+    if (PRODUCTS[form]->arrange) PRODUCTS[form]->arrange(x, count, w.columns, many, scratch);
     for (int64_t row = begin; row < end; row += ROWS) {
         const int64_t n = std::min(end - row, ROWS);
         const bool first = row == begin, last = row + n == end;
