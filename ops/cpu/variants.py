@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from ctypes import c_int, c_int64, c_void_p
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ FORMS |= {"Q4_K": 13, "Q5_K": 14, "Q6_K": 15}
 BLOCKS = tuple(name for name, form in FORMS.items() if form > 1)  # types of a GGUF that have a form of their own
 ALL = (*KINDS, *BLOCKS)
 # Each a Tuning of products.h. Fetching nothing ahead, or only near, is fastest on some AMD processors.
-CANDIDATES = ((1, 0, 0), (1, 1024, 0), (1, 1024, 4096), (1, 2048, 512), (1, 2048, 4096), (2, 0, 0), (2, 1024, 4096))
+CANDIDATES = ((1, 0, 0), (1, 1024, 0), (1, 1024, 4096), (1, 2048, 4096), (2, 0, 0), (2, 1024, 4096))
 CANDIDATES += ((4, 0, 0), (4, -1, 0))
 DEFAULT = (1, 1024, 4096)
 COUNTS = (2, 4, 6, 8, 12, 16, 24, 32)  # tokens for which it is measured whether to unpack rows once for all
@@ -228,11 +229,16 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = MEM
 
         return max(map(gain, ("bfloat16", "int8")))
 
-    def best_tuning(kind: str) -> list[int]:
-        candidates = CANDIDATES if kind in KINDS else [tuning for tuning in CANDIDATES if tuning[0] == 1]
-        times = by_turns(lambda tuning: seconds(kind, tuning, next(matrices)), candidates)
-        first = min(times, key=times.__getitem__)
-        return list(first if times[first] * WORTH < times[DEFAULT] else DEFAULT)
+    def best_tunings() -> dict[str, list[int]]:  # all kinds by turns, so that what disturbs some turns spoils no median
+        cases = [(kind, tuning) for kind in ALL for tuning in CANDIDATES if kind in KINDS or tuning[0] == 1]
+        times = by_turns(lambda case: seconds(*case, next(matrices)), cases)
+
+        def best(kind: str) -> list[int]:
+            of_kind = {tuning: found for (name, tuning), found in times.items() if name == kind}
+            first = min(of_kind, key=of_kind.__getitem__)
+            return list(first if of_kind[first] * WORTH < of_kind[DEFAULT] else DEFAULT)
+
+        return {kind: best(kind) for kind in ALL}
 
     def best_bfloat16() -> str:
         def one_token(name: str) -> float:
@@ -251,29 +257,28 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = MEM
         fastest = min(many, key=many.__getitem__)
         return fastest if many[fastest] * BFLOAT16_WORTH < many["floats"] else "floats"
 
-    def unpacked_from(kind: str) -> int:  # the number of tokens with which least time is lost over all COUNTS
-        form = loaded.form_of_linear(_linear(linear, kind))
-
-        def some_tokens(case: tuple[int, int]) -> float:
-            count, first = case
-            loaded.choose_many(form, first)
+    def unpacked_from(kinds: list[str]) -> dict[str, int]:  # tokens with which least time is lost over all COUNTS
+        def some_tokens(case: tuple[str, int, int]) -> float:
+            kind, count, first = case
+            loaded.choose_many(loaded.form_of_linear(_linear(linear, kind)), first)
             return seconds(kind, tuning[kind], next(parts), count)
 
-        times = by_turns(some_tokens, itertools.product(COUNTS, (2, ALWAYS)))
+        times = by_turns(some_tokens, itertools.product(kinds, COUNTS, (2, ALWAYS)))
 
-        def lost(first: int) -> float:
+        def lost(kind: str, first: int) -> float:
             return sum(
-                times[count, 2 if count >= first else ALWAYS] / min(times[count, 2], times[count, ALWAYS])
+                times[kind, count, 2 if count >= first else ALWAYS]
+                / min(times[kind, count, 2], times[kind, count, ALWAYS])
                 for count in COUNTS
             )
 
-        return min((*COUNTS, ALWAYS), key=lost)
+        return {kind: min((*COUNTS, ALWAYS), key=partial(lost, kind)) for kind in kinds}
 
     gain = huge_page_gain()
-    tuning = {kind: best_tuning(kind) for kind in ALL}
+    tuning = best_tunings()
     bfloat16 = best_bfloat16()
     loaded.choose_bfloat16(BFLOAT16[bfloat16])
-    many = {kind: unpacked_from(kind) for kind in unpacked(bfloat16)}
+    many = unpacked_from(unpacked(bfloat16))
     return {"schema": SCHEMA, "bfloat16": bfloat16, "tuning": tuning, "many": many, "huge_page_gain": round(gain, 3)}
 
 
