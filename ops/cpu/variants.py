@@ -7,7 +7,7 @@ bfloat16 in the tiles of AMX, where there are such instructions. It is measured 
 prompt's time; tiles, which are slower for a single token, have a bound for that.
 
 What was chosen lies beside the compiled library as JSON. NANOQWEN_STEP_VARIANT sets it by hand: `measure` measures
-again, `default` measures nothing, `2/1024/4096` reads two rows side by side and fetches 1,024 bytes ahead, and 4,096
+again, `default` measures nothing, `2/3072/6144` reads two rows side by side and fetches 3,072 bytes ahead, and 6,144
 into the second-level cache, in every kind, and `floats`, `pairs` or `tiles`, alone or behind a comma, says how bfloat16
 weights are multiplied, and `vectors` behind the first two leaves AMX unused, which gives other weights the same bits
 faster where there are many tokens.
@@ -46,8 +46,9 @@ FORMS = {"F32": 0, "BF16": 1, "F16": 7, "Q8_0": 8, "Q4_0": 9, "Q4_1": 10, "Q5_0"
 FORMS |= {"Q4_K": 13, "Q5_K": 14, "Q6_K": 15}
 BLOCKS = tuple(name for name, form in FORMS.items() if form > 1)  # types of a GGUF that have a form of their own
 ALL = (*KINDS, *BLOCKS)
-# Each a Tuning of products.h. Fetching nothing ahead, or only near, is fastest on some AMD processors.
-CANDIDATES = ((1, 0, 0), (1, 1024, 0), (1, 1024, 4096), (1, 2048, 4096), (2, 0, 0), (2, 1024, 4096))
+# Each a Tuning of products.h. Fetching nothing ahead, or only near, is fastest on some AMD processors. Of two rows
+# side by side the second begins a row further on, so that what lies near is met too soon.
+CANDIDATES = ((1, 0, 0), (1, 1024, 0), (1, 1024, 4096), (1, 2048, 4096), (2, 0, 0), (2, 3072, 6144))
 CANDIDATES += ((4, 0, 0), (4, -1, 0))
 DEFAULT = (1, 1024, 4096)
 COUNTS = (2, 4, 6, 8, 12, 16, 24, 32)  # tokens for which it is measured whether to unpack rows once for all
