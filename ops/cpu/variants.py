@@ -21,7 +21,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from ctypes import c_int, c_int64, c_void_p
 from functools import partial
@@ -48,8 +48,7 @@ BLOCKS = tuple(name for name, form in FORMS.items() if form > 1)  # types of a G
 ALL = (*KINDS, *BLOCKS)
 # Each a Tuning of products.h. Fetching nothing ahead, or only near, is fastest on some AMD processors. Of two rows
 # side by side the second begins a row further on, so that what lies near is met too soon.
-CANDIDATES = ((1, 0, 0), (1, 1024, 0), (1, 1024, 4096), (1, 2048, 4096), (2, 0, 0), (2, 3072, 6144))
-CANDIDATES += ((4, 0, 0), (4, -1, 0))
+CANDIDATES = ((1, 0, 0), (1, 1024, 0), (1, 1024, 4096), (1, 2048, 4096), (2, 3072, 6144), (4, -1, 0))
 DEFAULT = (1, 1024, 4096)
 COUNTS = (2, 4, 6, 8, 12, 16, 24, 32)  # tokens for which it is measured whether to unpack rows once for all
 ALWAYS = 33  # tokens for which it is always done: MANY in products.h
@@ -189,6 +188,12 @@ def fill(size: int, huge: bool) -> torch.Tensor:
     return numbers
 
 
+def pieces(memory: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
+    """Pieces of `size` bytes for ever, always the one read longest ago. One of 2^n is left out: else, by turns, each
+    case would meet a few of them again and again, and one is faster than another."""
+    return itertools.cycle(memory.split(size)[:-1])
+
+
 def by_turns(seconds: Callable[[Any], float], cases: Iterable[Any], turns: int | None = None) -> dict[Any, float]:
     """The median of each case's times, all cases by turns. (The least is what a cache happened to hold.)"""
     times: dict[Any, list[float]] = {case: [] for case in cases}
@@ -208,7 +213,7 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = MEM
     x, y = _random(MANY, COLUMNS), torch.empty(max(MATRIX // 512, MANY * FEW_BYTES // 2 // COLUMNS))
     scales = torch.full((MATRIX // 16,), 0.01, dtype=torch.bfloat16)
     memory = fill(size, huge=True)
-    matrices, parts = itertools.cycle(memory.split(MATRIX)), itertools.cycle(memory.split(FEW_BYTES))
+    matrices, parts = pieces(memory, MATRIX), pieces(memory, FEW_BYTES)
 
     def seconds(kind: str, tuning: Iterable[int], weights: torch.Tensor, count: int = 1, threads: int = 1) -> float:
         layer = _linear(linear, kind, weights.data_ptr(), scales.data_ptr(), len(weights) // row_bytes(kind))
@@ -220,7 +225,7 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = MEM
         return clock() - start
 
     def huge_page_gain() -> float:  # of the kind that gains most, each page size with what suits it
-        pages = {"small": itertools.cycle(fill(size // 2, huge=False).split(MATRIX)), "huge": matrices}
+        pages = {"small": pieces(fill(size // 2, huge=False), MATRIX), "huge": matrices}
 
         def gain(kind: str) -> float:
             cases = itertools.product(pages, (DEFAULT, (1, 0, 0)))
@@ -231,13 +236,11 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = MEM
         return max(map(gain, ("bfloat16", "int8")))
 
     def best_tunings() -> dict[str, list[int]]:  # all kinds by turns, so that what disturbs some turns spoils no median
-        cases = [(kind, tuning) for kind in ALL for tuning in CANDIDATES if kind in KINDS or tuning[0] == 1]
-        times = by_turns(lambda case: seconds(*case, next(matrices)), cases)
+        times = by_turns(lambda case: seconds(*case, next(matrices)), itertools.product(ALL, CANDIDATES))
 
         def best(kind: str) -> list[int]:
-            of_kind = {tuning: found for (name, tuning), found in times.items() if name == kind}
-            first = min(of_kind, key=of_kind.__getitem__)
-            return list(first if of_kind[first] * WORTH < of_kind[DEFAULT] else DEFAULT)
+            first = min(CANDIDATES, key=lambda tuning: times[kind, tuning])
+            return list(first if times[kind, first] * WORTH < times[kind, DEFAULT] else DEFAULT)
 
         return {kind: best(kind) for kind in ALL}
 

@@ -100,7 +100,7 @@ def test_a_choice_is_measured_once_and_kept(loaded, tmp_path, monkeypatch):
 
     def measure(*arguments):
         calls.append(arguments)
-        return small(*arguments, size=2 * variants.MATRIX)
+        return small(*arguments, size=4 * variants.MATRIX)
 
     monkeypatch.setattr(variants, "measure", measure)
     monkeypatch.setattr(variants, "TURNS", 1)
