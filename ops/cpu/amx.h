@@ -93,10 +93,9 @@ struct SideBySide {
     explicit SideBySide(int64_t chunks)
         : chunks(chunks), scales(chunks * SIDE / GROUPS * 64), sums(scales + chunks * 64), bytes(sums + chunks * 64) {}
 
-    static constexpr int order(int lane) { return (lane & 1) << 3 | (lane & 2) << 1 | (lane & 4) >> 1 | (lane & 8) >> 3; }
     // The first line of the high bytes of the group that is in this lane of a chunk.
     int64_t high(int lane, int64_t chunk, int64_t token_bytes) const {
-        const int64_t i = order(lane) * chunks + chunk;
+        const int64_t i = lane_in_order(lane) * chunks + chunk;
         return i % GROUPS * 2 * PIECES * token_bytes + i / GROUPS * 64;
     }
     int64_t scale(int lane, int64_t chunk, int64_t token_bytes) const { return lane * token_bytes + scales + chunk * 64; }

@@ -21,7 +21,7 @@ inline void add_weighted(const float* weights, const T* values, int64_t count, i
             for (int i = 0; i < width; i++) v[i] = load_values(values + s * D + d + i * LANES);
             for (int g = 0; g < N; g++)
                 for (int i = 0; i < width; i++)
-                    total[g][i] = fma(Vector{} + weights[g * BLOCK + s], v[i], total[g][i]);
+                    total[g][i] = fma(load_to_all(weights + g * BLOCK + s), v[i], total[g][i]);
         }
         for (int g = 0; g < N; g++)
             for (int i = 0; i < width; i++) {

@@ -72,8 +72,8 @@ int product(const Linear* w, const float* x, int64_t count, float* y, int thread
         const int64_t parts = omp_get_num_threads(), part = omp_get_thread_num();
         const int64_t each = rounded_up((w->rows + parts - 1) / parts, ROWS), end = std::min(w->rows, (part + 1) * each);
         float* some = results.at(part * count * ROWS);
-        multiply_rows(*w, part * each, end, inputs.get(), count, some, unpacked.at(part * scratch), [&](int64_t row, int64_t n) {
-            for (int64_t i = 0; i < count; i++) std::copy(some + i * ROWS, some + i * ROWS + n, y + i * w->rows + row);
+        multiply_rows(*w, part * each, end, inputs.get(), count, some, unpacked.at(part * scratch), [&](int64_t first, int64_t tokens, int64_t row, int64_t n) {
+            for (int64_t i = 0; i < tokens; i++) std::copy(some + i * ROWS, some + i * ROWS + n, y + (first + i) * w->rows + row);
         });
     }
     return 0;

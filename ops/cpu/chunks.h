@@ -7,14 +7,6 @@
 #include "amx.h"
 #include "integers.h"
 
-// Calls work(i) for i = 0 .. COUNT, each i a compile-time constant.
-template <int COUNT, class Work>
-__attribute__((always_inline)) inline void each(Work work) {
-    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-        (work(std::integral_constant<int, I>()), ...);
-    }(std::make_integer_sequence<int, COUNT>());
-}
-
 // Which group of a chunk a lane holds after `transpose`. PACKED: two codes of 4 bits to a byte, of which the lower ones are
 // the first half of a group.
 constexpr int group_of(int lane, int group_size, bool packed = false) {

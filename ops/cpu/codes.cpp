@@ -145,6 +145,7 @@ struct Activations {
 // of each row, for the high and for the low bytes of activations; without VNNI with their sign in 16 bits: those of the even
 // columns, [columns / 4], then those of the odd ones.
 struct RowPanel {
+    static constexpr int MOST = LANES == 16 ? 8 : 6;  // tokens of a tile
     const Activations places;
     const int64_t fours;
     Integers* const codes;
@@ -172,9 +173,13 @@ struct RowPanel {
 
     int64_t steps() const { return 2 * places.chunks; }
 
-    // y[N, COUNT · LANES] of a [N, ROWS] array = the products of N tokens with COUNT panels.
+    // y[count, COUNT · LANES] of a [count, ROWS] array = the products of some tokens with COUNT panels.
+    template <int COUNT>
+    static void multiply(const RowPanel* panels, const char* const* x, int64_t count, float* y, Following& following) {
+        in_tiles<MOST>(count, [&](int64_t i, auto n) { tile<COUNT, n>(panels, x + i, y + i * ROWS, following); });
+    }
     template <int COUNT, int N>
-    static void multiply(const RowPanel* panels, const char* const* x, float* y, Following& following) {
+    static void tile(const RowPanel* panels, const char* const* x, float* y, Following& following) {
         const Activations& places = panels->places;
         const int64_t fours = panels->fours, some = RowSum::MOST / 4;
         Wide total[N][COUNT];
@@ -247,7 +252,7 @@ struct RowBytes : Activations {
             return count < ::MANY ? rows_in_tiles(w, rows, count, y, (char*)scratch)
                                   : tokens_in_tiles(w, rows, x, count, y, (char*)scratch);
 #endif
-        in_panels<LANES == 16 ? 8 : 6>(w, rows, x, count, y, (char*)scratch, [&](int64_t first, char* memory) {
+        in_panels(w, rows, x, count, y, (char*)scratch, [&](int64_t first, char* memory) {
             return RowPanel(w, first, rows, memory);
         });
     }

@@ -1,4 +1,4 @@
-// Products of weights as numbers: float32, and bfloat16 in three ways (see products.h).
+// Products of weights as numbers: float32, float16, and bfloat16 in three ways (see products.h).
 #include "amx.h"
 
 namespace {
@@ -19,6 +19,12 @@ template <class T>
 struct Numbers : AsTheyAre {
     explicit Numbers(const Rows&) {}
     static constexpr int ROWS = TILE_ROWS, TOKENS = TILE_TOKENS;
+    static constexpr int64_t COLUMNS = LANES, BYTES = sizeof(T);  // see NumberPanel
+
+    static Unsigned some(const char* from, int64_t columns) {
+        return (Unsigned)(columns < LANES ? load_some((const T*)from, columns) : load((const T*)from));
+    }
+    static Vector part(Unsigned numbers, int) { return (Vector)numbers; }
 
     template <int R, int N>
     __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, auto& ahead,
@@ -56,7 +62,7 @@ struct Numbers : AsTheyAre {
 struct BFloat16 {
     explicit BFloat16(const Rows&) {}
     static constexpr int ROWS = TILE_ROWS, TOKENS = TILE_TOKENS;
-    static constexpr int64_t COLUMNS = 2 * LANES;
+    static constexpr int64_t COLUMNS = 2 * LANES, BYTES = 2;
 
     static int64_t bytes(int64_t n) { return rounded_up(4 * rounded_up(n, COLUMNS), 64) + LINE_BYTES; }
     static void prepare(const float* x, int64_t n, char* out) {
@@ -67,10 +73,12 @@ struct BFloat16 {
     static Vector even(Unsigned two) { return (Vector)(two << 16); }
     static Vector odd(Unsigned two) { return (Vector)(two & 0xffff0000); }
     static Unsigned some(const char* from, int64_t columns) {
+        if (columns >= COLUMNS) return read<Unsigned>(from);
         Unsigned two = {};
         std::memcpy(&two, from, 2 * columns);
         return two;
     }
+    static Vector part(Unsigned two, int half) { return half ? odd(two) : even(two); }
 
     template <int R, int N>
     __attribute__((always_inline)) void multiply(const Rows& w, const char* const* x, auto& ahead,
@@ -78,7 +86,7 @@ struct BFloat16 {
         auto meet = [&](int64_t i, auto weights) __attribute__((always_inline)) {
             for (int half = 0; half < 2; half++) {
                 Vector numbers[R];
-                for (int r = 0; r < R; r++) numbers[r] = half ? odd(weights(r)) : even(weights(r));
+                for (int r = 0; r < R; r++) numbers[r] = part(weights(r), half);
                 for (int k = 0; k < N; k++) {
                     Vector activations = load((const float*)x[k] + i + half * LANES);
                     for (int r = 0; r < R; r++) total[k][r] = fma(numbers[r], activations, total[k][r]);
@@ -99,11 +107,94 @@ struct BFloat16 {
         for (; i < w.columns; i += COLUMNS) {
             Unsigned weights[R];
             for (int r = 0; r < R; r++)
-                weights[r] = some(w.weight + r * w.row_bytes + 2 * i, std::min(COLUMNS, w.columns - i));
+                weights[r] = some(w.weight + r * w.row_bytes + 2 * i, w.columns - i);
             meet(i, [&](int r) __attribute__((always_inline)) { return weights[r]; });
         }
     }
     static float finish(const Rows&, int, float y) { return y; }
+};
+
+// LANES rows, or as many as there are from `first` on, transposed and widened once for many tokens: a lane is a row.
+//
+//     weights      [LANES lanes of what few tokens meet, vectors of a row, rows]
+//     activations  [LANES lanes, vectors], behind the arrangement for few tokens
+template <class Kind>
+struct NumberPanel {
+    static constexpr int MOST = LANES == 16 ? 8 : 6;  // tokens of a tile
+    static constexpr int64_t PARTS = Kind::COLUMNS / LANES, STEPS = 4;
+    const int64_t columns, vectors, lane;  // floats of a lane: each begins in another set of the cache
+    float* const weights;
+    char* const end;
+
+    static int64_t vectors_of(int64_t n) { return rounded_up(n, Kind::COLUMNS) / LANES; }
+    static int64_t bytes(int64_t n) { return Kind::bytes(n) + rounded_up(vectors_of(n) * LANES * 4, 64); }
+    static void put_beside(char* x, int64_t n, int64_t count) {
+        const int64_t all = vectors_of(n);
+        for (; count > 0; count--, x += bytes(n))
+            for (int64_t i = 0; i < all; i += LANES) {
+                const int64_t some = std::min<int64_t>(LANES, all - i);
+                Unsigned v[LANES] = {};
+                for (int64_t j = 0; j < some; j++) v[j] = read<Unsigned>(x + (i + j) * sizeof *v);
+                transpose(v);
+                for (int lane = 0; lane < LANES; lane++) std::memcpy(x + Kind::bytes(n) + (lane * all + i) * 4, v + lane, 4 * some);
+            }
+    }
+
+    NumberPanel(const Rows& w, int64_t first, int64_t rows, char* memory)
+        : columns(w.columns), vectors(vectors_of(columns)), lane(vectors * LANES + 16), weights((float*)memory),
+          end((char*)(weights + LANES * lane)) {
+        for (int64_t i = 0; i < vectors; i += PARTS) {
+            Unsigned v[LANES];
+            for (int r = 0; r < LANES; r++) {
+                const char* row = w.weight + std::min(first + r, rows - 1) * w.row_bytes;
+                v[r] = Kind::some(row + i * LANES * Kind::BYTES, columns - i * LANES);
+            }
+            transpose(v);
+            for (int l = 0; l < LANES; l++)
+                for (int part = 0; part < PARTS; part++) store(weights + l * lane + (i + part) * LANES, Kind::part(v[l], part));
+        }
+    }
+
+    int64_t steps() const { return LANES * ((vectors + STEPS - 1) / STEPS); }  // of a tile
+
+    // y[count, COUNT · LANES] of a [count, ROWS] array = the products of some tokens with COUNT panels.
+    template <int COUNT>
+    static void multiply(const NumberPanel* panels, const char* const* x, int64_t count, float* y, Following& following) {
+        const int64_t vectors = panels->vectors, stride = panels->end - (char*)panels->weights, numbers = Kind::bytes(panels->columns);
+        by_lane<MOST, COUNT>(count, y, [&](int lane, int64_t first, auto& total) __attribute__((always_inline)) {
+            constexpr int N = sizeof total / sizeof *total;
+            const char* weights = (const char*)(panels->weights + lane * panels->lane);
+            const float* activations[N];
+            for (int k = 0; k < N; k++) activations[k] = (const float*)(x[first + k] + numbers) + lane * vectors;
+            auto step = [&](int64_t i) __attribute__((always_inline)) {
+                Vector w[COUNT];
+                for (int p = 0; p < COUNT; p++) w[p] = read<Vector>(weights + p * stride + i * sizeof *w);
+                for (int k = 0; k < N; k++) {
+                    const Vector all = load_to_all(activations[k] + i);
+                    for (int p = 0; p < COUNT; p++) total[k][p] = fma(w[p], all, total[k][p]);
+                }
+            };
+            int64_t i = 0;
+            for (; i + STEPS <= vectors; i += STEPS) {
+                following.fetch();
+#pragma GCC unroll 4
+                for (int64_t j = 0; j < STEPS; j++) step(i + j);
+            }
+            if (i < vectors) following.fetch();
+            for (; i < vectors; i++) step(i);
+        });
+    }
+
+    static constexpr Products products(decltype(Products::numbers) numbers, int32_t many) {
+        return {bytes, Kind::prepare,
+                [](const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float* scratch) {
+                    if (!w.many) return ::multiply<Kind>(w, rows, x, count, y);
+                    in_panels(w, rows, x, count, y, (char*)scratch, [&](int64_t first, char* memory) {
+                        return NumberPanel(w, first, rows, memory);
+                    });
+                },
+                numbers, nullptr, put_beside, many};
+    }
 };
 
 #if AMX && defined(__AMX_BF16__) && defined(__AVX512BF16__)
@@ -305,9 +396,9 @@ struct Pairs16 {  // bfloat16 weights and activations, two products to a lane
 
 }  // namespace
 
-const Products float32_products = products_of<Numbers<float>>(numbers_of<float>);
-const Products bfloat16_products = products_of<BFloat16>(numbers_of<bfloat16>);
-const Products float16_products = products_of<Numbers<float16>>(numbers_of<float16>);
+const Products float32_products = NumberPanel<Numbers<float>>::products(numbers_of<float>, LANES == 16 ? MANY : 14);
+const Products bfloat16_products = NumberPanel<BFloat16>::products(numbers_of<bfloat16>, LANES == 16 ? 24 : 10);
+const Products float16_products = NumberPanel<Numbers<float16>>::products(numbers_of<float16>, LANES == 16 ? MANY : 18);
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 const Products pair_products = products_of<Pairs16>(numbers_of<bfloat16>);
 const bool has_pairs = true;

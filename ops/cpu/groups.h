@@ -65,8 +65,7 @@ struct Grouped : GroupedInputs<Type::GROUP, Type::PACKED> {
             return;
         }
 #endif
-        constexpr int MOST = LANES == 8 ? 6 : 8;  // what the registers hold sums of
-        in_panels<MOST>(w, rows, x, count, y, (char*)scratch, [&](int64_t first, char* memory) {
+        in_panels(w, rows, x, count, y, (char*)scratch, [&](int64_t first, char* memory) {
             return Panel<Type>(type, w, first, rows, memory);
         });
     }

@@ -3,10 +3,12 @@
 #include "chunks.h"
 
 // LANES rows, or as many as there are from `first` on, of codes in 16 bits with their sign, for many tokens: [groups, GROUP / 2,
-// rows, 2] weights (of each four columns 0 and 2, then 1 and 3), [groups, rows] scales and minima.
+// rows, 2] weights (of each four columns 0 and 2, then 1 and 3), [groups, rows] scales and minima. Groups of the same lane of
+// a chunk follow one another, lanes in the order of by_lane.
 template <class Type>
 struct Panel {
     static constexpr int GROUP = Type::GROUP;
+    static constexpr int MOST = LANES == 8 ? 6 : 8;  // tokens of a tile: what the registers hold sums of
     static constexpr bool PACKED = Type::PACKED;
     typedef GroupedInputs<GROUP, PACKED> Form;
     const typename Form::Places places;
@@ -31,18 +33,18 @@ struct Panel {
             for (int i = 0; i < GROUP / (PACKED ? 8 : 4); i++) {
                 ::transpose(codes[i]);
                 for (int j = 0; j < LANES; j++) {
-                    const int64_t begin = at * Chunk<GROUP>::COLUMNS / 4, place = i * LANES + j;
+                    const int place = i * LANES + j;  // of four columns, or of four bytes
                     if constexpr (PACKED) {
                         constexpr int HALF = GROUP / 8;  // of a group
-                        put(begin + place / HALF * 2 * HALF + place % HALF, lower_nibbles(codes[i][j]));
-                        put(begin + place / HALF * 2 * HALF + place % HALF + HALF, upper_nibbles(codes[i][j]));
+                        const int64_t to = place_of(at, place / HALF) * 2 * HALF + place % HALF;
+                        put(to, lower_nibbles(codes[i][j])), put(to + HALF, upper_nibbles(codes[i][j]));
                     } else {
-                        put(begin + place, codes[i][j]);
+                        put(place_of(at, place / (GROUP / 4)) * (GROUP / 4) + place % (GROUP / 4), codes[i][j]);
                     }
                 }
             }
-            spread(scale, scales + at * LANES);
-            if (Type::MINIMA) spread(minimum, minima + at * LANES);
+            spread(scale, at, scales);
+            if (Type::MINIMA) spread(minimum, at, minima);
         }
     }
 
@@ -53,62 +55,45 @@ struct Panel {
         char* to = weights + place * 8 * LANES;
         std::memcpy(to, &even, sizeof even), std::memcpy(to + sizeof even, &odd, sizeof odd);
     }
-    static void spread(Unsigned (&of_rows)[LANES], Vector* to) {
+    int64_t place_of(int64_t chunk, int group) const { return lane_in_order(LANE_OF<GROUP, PACKED>[group]) * places.chunks + chunk; }
+    void spread(Unsigned (&of_rows)[LANES], int64_t chunk, Vector* to) const {
         ::transpose(of_rows);
-        for (int lane = 0; lane < LANES; lane++) to[group_of(lane, GROUP, PACKED)] = (Vector)of_rows[lane];
+        for (int lane = 0; lane < LANES; lane++) to[lane_in_order(lane) * places.chunks + chunk] = (Vector)of_rows[lane];
     }
 
-    // A token's number for a group, in all lanes.
-    __attribute__((always_inline)) Vector all(const char* x, int64_t array, int64_t group) const {
-        const int64_t place = group / LANES * LANES + LANE_OF<GROUP, PACKED>[group % LANES];
-        return (Vector)(Integers{} + ((const int32_t*)(x + array))[place]);
-    }
-    // `total` with a group's sum in it.
-    __attribute__((always_inline)) Vector meet(const char* x, int64_t group, Integers whole, Vector total) const {
-        total = fma(__builtin_convertvector(whole, Vector) * all(x, places.scale, group), scales[group], total);
-        return Type::MINIMA ? fma(minima[group], all(x, places.sum, group), total) : total;
-    }
+    int64_t steps() const { return groups; }  // of a tile
 
-    int64_t steps() const { return groups; }
-
-    // y[N, COUNT · LANES] of a [N, ROWS] array = the products of N tokens with COUNT panels. Groups of the same lane follow
-    // one another, so that their totals stay in registers; lanes are added up as in sum(Vector).
-    template <int COUNT, int N>
-    static void multiply(const Panel* panels, const char* const* x, float* y, Following& following) {
-        Vector total[N][COUNT], waiting[4][N][COUNT];
-        for (int i = 0; i < LANES; i++) {
-            int lane = 0;
-            for (int bit = 1; bit < LANES; bit *= 2) lane = 2 * lane + (i & bit ? 1 : 0);
-            each<N>([&](auto k) __attribute__((always_inline)) { for (auto& some : total[k]) some = Vector{}; });
-            for (int64_t group = group_of(lane, GROUP, PACKED); group < panels->groups; group += LANES) {
+    // y[count, COUNT · LANES] of a [count, ROWS] array = the products of some tokens with COUNT panels.
+    template <int COUNT>
+    static void multiply(const Panel* panels, const char* const* x, int64_t count, float* y, Following& following) {
+        const auto& places = panels->places;
+        by_lane<MOST, COUNT>(count, y, [&](int lane, int64_t first, auto& total) __attribute__((always_inline)) {
+            constexpr int N = sizeof total / sizeof *total;
+            for (int64_t chunk = 0; chunk * LANES + group_of(lane, GROUP, PACKED) < panels->groups; chunk++) {
                 following.fetch();
+                const int64_t place = lane_in_order(lane) * places.chunks + chunk, group = chunk * LANES + group_of(lane, GROUP, PACKED);
                 Integers sums[N][COUNT] = {};
 #pragma GCC unroll 4
                 for (int j = 0; j < GROUP / 2; j++) {
                     Integers codes[COUNT];
                     each<COUNT>([&](auto p) __attribute__((always_inline)) {
-                        codes[p] = read<Integers>(panels[p].weights + (group * GROUP / 2 + j) * 4 * LANES);
+                        codes[p] = read<Integers>(panels[p].weights + (place * GROUP / 2 + j) * 4 * LANES);
                     });
                     each<N>([&](auto k) __attribute__((always_inline)) {
-                        const char* words = x[k] + panels->places.words + group * GROUP * 2;
-                        const Integers two = Integers{} + ((const int32_t*)words)[j];
+                        const Integers two = Integers{} + read<int32_t>(x[first + k] + places.words + group * GROUP * 2 + 4 * j);
                         each<COUNT>([&](auto p) __attribute__((always_inline)) { sums[k][p] = dot_words(sums[k][p], codes[p], two); });
                     });
                 }
                 each<N>([&](auto k) __attribute__((always_inline)) {
+                    const float* rest = (const float*)x[first + k] + chunk * LANES + lane;
+                    const Vector scale = load_to_all(rest + places.scale / 4), sum = load_to_all(rest + places.sum / 4);
                     each<COUNT>([&](auto p) __attribute__((always_inline)) {
-                        total[k][p] = panels[p].meet(x[k], group, sums[k][p], total[k][p]);
+                        total[k][p] = fma(__builtin_convertvector(sums[k][p], Vector) * scale, panels[p].scales[place], total[k][p]);
+                        if (Type::MINIMA) total[k][p] = fma(panels[p].minima[place], sum, total[k][p]);
                     });
                 });
             }
-            int level = 0;
-            for (; i >> level & 1; level++)
-                for (int k = 0; k < N; k++)
-                    for (int p = 0; p < COUNT; p++) total[k][p] = waiting[level][k][p] + total[k][p];
-            if (i < LANES - 1) std::memcpy(waiting[level], total, sizeof total);
-        }
-        for (int k = 0; k < N; k++)
-            for (int p = 0; p < COUNT; p++) store(y + k * ROWS + p * LANES, total[k][p]);
+        });
     }
 };
 
@@ -161,10 +146,10 @@ struct TileRows {
         int64_t next_chunk = 0;
         auto start = [&](auto turn) __attribute__((always_inline)) {
             constexpr int ABOVE = 2 * turn, BELOW = ABOVE + 1;
-            int lane = lines.order(next_lane);
+            int lane = lane_in_order(next_lane);
             while (group_in(lane, next_chunk) >= groups) {
                 if (++next_lane == LANES) return;
-                lane = lines.order(next_lane), next_chunk = 0;
+                lane = lane_in_order(next_lane), next_chunk = 0;
             }
             const char* high = x + lines.high(lane, next_chunk, places.end);
             zero_tile<ABOVE>(), zero_tile<BELOW>();
@@ -182,7 +167,7 @@ struct TileRows {
         if (next_lane < LANES) start(odd);
         bool at_odd = false;
         for (int i = 0; i < LANES; i++) {
-            const int lane = lines.order(i);
+            const int lane = lane_in_order(i);
             each<SIDE>([&](auto r) __attribute__((always_inline)) { total[r] = Vector{}; });
             auto take = [&](int64_t chunk, auto turn) __attribute__((always_inline)) {
                 put(std::integral_constant<int, 1 - turn>());
@@ -193,9 +178,9 @@ struct TileRows {
                 const int64_t place = chunk * LANES + lane;
                 each<SIDE>([&](auto r) __attribute__((always_inline)) {
                     const Integers whole = (sums[turn][0][r] << 8) + sums[turn][1][r];
-                    const Vector weights = Vector{} + scales[r * places.chunks * LANES + place];
+                    const Vector weights = load_to_all(scales + r * places.chunks * LANES + place);
                     total[r] = fma(__builtin_convertvector(whole, Vector) * scale, weights, total[r]);
-                    if (Type::MINIMA) total[r] = fma(Vector{} + minima[r * places.chunks * LANES + place], sum, total[r]);
+                    if (Type::MINIMA) total[r] = fma(load_to_all(minima + r * places.chunks * LANES + place), sum, total[r]);
                 });
             };
             for (int64_t chunk = 0; group_in(lane, chunk) < groups; chunk++, at_odd = !at_odd)

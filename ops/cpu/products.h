@@ -6,8 +6,9 @@
 // tokens. So a token's logits have the same bits alone, as one of a few guesses, in a prompt and in any batch.
 //
 //     weights              activations, prepared once for all rows                   instruction           file
-//     float32              as they are                                               fma                   floats.cpp
+//     float32, float16     as they are                                               fma                   floats.cpp
 //     bfloat16             as they are, even and odd columns apart                   fma                   floats.cpp
+//       … many tokens      the same, those of one lane together (and of float32)     fma                   floats.cpp
 //     bfloat16             rounded to bfloat16                                       vdpbf16ps             floats.cpp
 //     bfloat16             a sum of two bfloat16                                     tdpbf16ps             floats.cpp
 //     8 bits, scaled rows  whole numbers of 16 bits, a scale for each token          vpdpbusd, vpmaddwd    codes.cpp
@@ -63,6 +64,7 @@ inline int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to
 
 constexpr int SIDE = 16;   // rows and columns of a tile of AMX
 constexpr int64_t ROWS = 32;  // of weights that stay in the cache for all tokens
+constexpr int64_t CACHED = 1 << 21;  // bytes of activations that stay in the second-level cache, where kinds read half of them
 constexpr int32_t MANY = 33;  // tokens that are many for every kind: Tiled has no room to arrange so many as few
 
 // How one token reads its rows. It changes no bit of a result: library.py measures which is fastest on a machine.
@@ -145,21 +147,27 @@ inline Tuning tuning_of(Form form, bool last) {
 }
 inline bool are_many(int64_t tokens, Form form) { return tokens >= choice.many[measured_as(form)]; }
 
-// Rows begin .. end of weight · x for `count` tokens, ROWS at a time: put(row, n) after each, when y [count, ROWS] holds the
-// results of n rows from `row` on. x as the kind prepares it, scratch [scratch_size(columns)].
+// Rows begin .. end of weight · x for `count` tokens, ROWS at a time, for as many tokens as stay in the second-level cache, then for
+// the next ones: put(i, tokens, row, n) after each, when y [tokens, ROWS] holds the results of n rows from `row` on for tokens
+// from the i-th on. x as the kind prepares it, scratch [scratch_size(columns)].
 template <class Put>
 void multiply_rows(const Linear& w, int64_t begin, int64_t end, const char* const* x, int64_t count, float* y, float* scratch,
                    Put put) {
     const Form form = form_of(w);
     const bool many = are_many(count, form);
-    if (PRODUCTS[form]->arrange) PRODUCTS[form]->arrange(x, count, w.columns, many, scratch);
-    for (int64_t row = begin; row < end; row += ROWS) {
-        const int64_t n = std::min(end - row, ROWS);
-        const bool first = row == begin, last = row + n == end;
-        const Rows some = {(const char*)w.weight + row * w.row_bytes, (const bfloat16*)w.scale + row * w.groups,
-                           w.row_bytes, w.columns, w.groups, tuning_of(form, last), many, first, last};
-        PRODUCTS[form]->multiply(some, n, x, count, y, scratch);
-        put(row, n);
+    const int64_t most = std::max(CACHED / PRODUCTS[form]->bytes(w.columns), int64_t(3 * SIDE)), parts = (count + most - 1) / most;
+    const int64_t each = parts > 1 ? rounded_up((count + parts - 1) / parts, SIDE) : count;
+    for (int64_t i = 0; i < count; i += each) {
+        const int64_t tokens = std::min(count - i, each);
+        if (PRODUCTS[form]->arrange) PRODUCTS[form]->arrange(x + i, tokens, w.columns, many, scratch);
+        for (int64_t row = begin; row < end; row += ROWS) {
+            const int64_t n = std::min(end - row, ROWS);
+            const bool first = row == begin, last = row + n == end;
+            const Rows some = {(const char*)w.weight + row * w.row_bytes, (const bfloat16*)w.scale + row * w.groups,
+                               w.row_bytes, w.columns, w.groups, tuning_of(form, last), many, first, last};
+            PRODUCTS[form]->multiply(some, n, x + i, tokens, y, scratch);
+            put(i, tokens, row, n);
+        }
     }
 }
 

@@ -269,11 +269,11 @@ class Step {
     void rows(const Linear& w, int64_t begin, int64_t end, const Inputs& x, int64_t count, At at, Put put) {
         for (int64_t i = 0; i < count; i++) inputs_of[i] = x.at(at(i), w.columns, activations_of(w));
         float *all = results.at(0, count * ROWS), *scratch = unpacked.at(0, scratch_size(w.columns));
-        multiply_rows(w, begin, end, inputs_of.data(), count, all, scratch, [&](int64_t row, int64_t n) {
-            for (int64_t i = 0; i < count; i++) {
+        multiply_rows(w, begin, end, inputs_of.data(), count, all, scratch, [&](int64_t first, int64_t tokens, int64_t row, int64_t n) {
+            for (int64_t i = 0; i < tokens; i++) {
                 float* y = all + i * ROWS;
                 for (int64_t r = 0; w.bias && r < n; r++) y[r] += to_float(((const T*)w.bias)[row + r]);
-                put(i, row, (const float*)y, n);
+                put(first + i, row, (const float*)y, n);
             }
         });
     }
@@ -357,7 +357,13 @@ class Step {
         queries.put(g, out, D, KEYS);
     }
 
-    // The queries that `query` prepared over one block of positions.
+    void queries_of(const Attention& attn, int64_t from, int64_t head, int64_t count) {
+        for (int64_t g = 0; g < count; g++) query(attn, from, head, g);
+        if (count < fewest_of_many()) return;
+        for (int64_t g = 0; g < count; g += SIDE) queries.put_beside(g, std::min<int64_t>(count - g, SIDE), D, KEYS);
+    }
+
+    // The queries that `queries_of` prepared over one block of positions.
     void attend(int64_t from, int64_t count, int64_t block, const Positions& keys, const Positions& values,
                 float* partial) {
         const int64_t start = block * BLOCK, last = span.position[from + (count - 1) / G];
@@ -420,7 +426,7 @@ class Step {
                 fetch(block_of(keys, piece.row, head, block).numbers, positions * D * KEY_BYTES);
                 for (int64_t n = piece.from; n < piece.from + piece.count; n++)
                     if (span.position[n] / BLOCK == block) remember(attn, n, head, keys, values);
-                for (int64_t g = 0; g < count; g++) query(attn, piece.from, head, g);
+                queries_of(attn, piece.from, head, count);
                 attend(piece.from, count, block, block_of(keys, piece.row, head, block),
                        block_of(values, piece.row, head, block), few_partial(work));
             }
@@ -439,7 +445,7 @@ class Step {
                 const auto [head, from, tokens] = sizes.parts[i];
                 const int64_t row = span.piece(from).row, count = tokens * G, size = Partial::size(count, D);
                 auto part = [&](int64_t block) { return partials.at(block * size, size); };
-                for (int64_t g = 0; g < count; g++) query(attn, from, head, g);
+                queries_of(attn, from, head, count);
                 const int64_t blocks = span.position[from + tokens - 1] / BLOCK + 1;
                 for (int64_t block = 0; block < blocks; block++)
                     attend(from, count, block, block_of(keys, row, head, block), block_of(values, row, head, block),

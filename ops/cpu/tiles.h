@@ -11,6 +11,7 @@
 // two classes.
 #pragma once
 #include <bit>
+#include <utility>
 
 #include "products.h"
 
@@ -109,19 +110,59 @@ inline void in_tiles(int64_t n, Work work) {
 template <int MOST>
 inline int64_t tiles_of(int64_t n) { return n / MOST + std::popcount(uint64_t(n % MOST)); }
 
-// Products of `rows` rows, in panels of LANES that panel(first row, memory) makes and of which two stand side by side, with
-// `count` tokens, MOST at a time.
-template <int MOST, class Make>
+// Calls work(i) for i = 0 .. COUNT, each i a compile-time constant.
+template <int COUNT, class Work>
+__attribute__((always_inline)) inline void each(Work work) {
+    [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+        (work(std::integral_constant<int, I>()), ...);
+    }(std::make_integer_sequence<int, COUNT>());
+}
+
+constexpr int64_t BY_LANE = 48;  // tokens whose sums of some lanes wait for the others' in the cache
+
+// y[count, COUNT · LANES] of a [count, ROWS] array, where a lane is a row and what few tokens add up in one lane of their
+// accumulator is added up by itself: of_lane(lane, first, total) adds it to totals [N, COUNT] of tokens from `first` on. They
+// are added to each other as in sum(Vector), so the bits are the same. One lane for all tokens, then the next: the weights of a
+// lane stay in the first-level cache. count <= BY_LANE.
+template <int MOST, int COUNT, class OfLane>
+inline void by_lane(int64_t count, float* y, OfLane of_lane) {
+    constexpr int LEVELS = std::bit_width(unsigned(LANES)) - 1;
+    alignas(64) Vector waiting[LEVELS][BY_LANE][COUNT];
+    for (int i = 0; i < LANES; i++)
+        in_tiles<MOST>(count, [&](int64_t first, auto n) {
+            Vector total[n][COUNT];
+            each<n>([&](auto k) __attribute__((always_inline)) { for (auto& some : total[k]) some = Vector{}; });
+            of_lane(lane_in_order(i), first, total);
+            auto at = [&](int level) { return waiting[level] + first; };
+            int level = 0;
+            for (; i >> level & 1; level++)
+                each<n>([&](auto k) __attribute__((always_inline)) {
+                    for (int p = 0; p < COUNT; p++) total[k][p] = at(level)[k][p] + total[k][p];
+                });
+            each<n>([&](auto k) __attribute__((always_inline)) {
+                for (int p = 0; p < COUNT; p++)
+                    level < LEVELS ? void(at(level)[k][p] = total[k][p]) : store(y + (first + k) * ROWS + p * LANES, total[k][p]);
+            });
+        });
+}
+
+// Products of `rows` rows, in panels of LANES that panel(first row, memory) makes and of which two stand side by side.
+template <class Make>
 inline void in_panels(const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, char* memory, Make panel) {
     for (int64_t row = 0; row < rows; row += 2 * LANES) {
         const auto first = panel(row, memory);
-        Following following(w, rows, row, 2 * LANES, tiles_of<MOST>(count) * first.steps());
+        typedef std::remove_const_t<decltype(first)> Panel;
+        Following following(w, rows, row, 2 * LANES, tiles_of<Panel::MOST>(count) * first.steps());
+        auto meet = [&](const Panel* panels, auto number) {
+            for (int64_t i = 0; i < count; i += BY_LANE)
+                Panel::template multiply<number>(panels, x + i, std::min(BY_LANE, count - i), y + i * ROWS + row, following);
+        };
         if (row + LANES >= rows) {
-            in_tiles<MOST>(count, [&](int64_t i, auto n) { first.template multiply<1, n>(&first, x + i, y + i * ROWS + row, following); });
+            meet(&first, std::integral_constant<int, 1>());
             continue;
         }
-        const decltype(panel(row, memory)) both[] = {first, panel(row + LANES, first.end)};
-        in_tiles<MOST>(count, [&](int64_t i, auto n) { first.template multiply<2, n>(both, x + i, y + i * ROWS + row, following); });
+        const Panel both[] = {first, panel(row + LANES, first.end)};
+        meet(both, std::integral_constant<int, 2>());
     }
 }
 

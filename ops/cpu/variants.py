@@ -100,9 +100,9 @@ def choose(loaded: ctypes.CDLL, chosen: dict[str, Any], linear: type[ctypes.Stru
 
 
 def unpacked(bfloat16: str) -> list[str]:
-    """The kinds of weights whose rows are unpacked once for all, where there are many tokens."""
-    where_they_lie = ("float32", "F16", *(() if bfloat16 == "tiles" else ("bfloat16",)))
-    return [name for name in ALL if name not in where_they_lie]
+    """The kinds of weights for which it is measured from how many tokens on rows are unpacked once for all."""
+    others = ("float32", "F16", *(("bfloat16",) if bfloat16 == "pairs" else ()))  # as compiled, or never
+    return [name for name in ALL if name not in others]
 
 
 def by_hand(asked: str) -> dict[str, Any] | None:

@@ -99,6 +99,9 @@ inline Vector load_some(const T* p, int64_t n) {
     return load(numbers);
 }
 
+// The number at p in all lanes. Vector{} + *p would be an addition, as it makes 0 of -0.
+inline Vector load_to_all(const float* p) { return (Vector)(Integers{} + read<int32_t>(p)); }
+
 inline void store(float* p, Vector x) { std::memcpy(p, &x, sizeof x); }
 
 inline float to_float(float x) { return x; }
@@ -156,6 +159,13 @@ inline int32_t sum(Integers x) {
     for (int lane = 0; lane < LANES; lane++) total += x[lane];
     return total;
 #endif
+}
+
+// The i-th lane in an order in which `sum` adds lanes up two by two, then what follows from two pairs, and so on. Its own inverse.
+constexpr int lane_in_order(int i) {
+    int lane = 0;
+    for (int bit = 1; bit < LANES; bit *= 2) lane = 2 * lane + (i & bit ? 1 : 0);
+    return lane;
 }
 
 // A vector whose lane i is the sum of x[i], in numbers or in whole numbers.

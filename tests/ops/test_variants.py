@@ -76,6 +76,17 @@ def test_products_are_pytorchs_and_the_same_bits_in_every_variant(kind, columns,
                 assert torch.equal(product(loaded, w, x[:count]), found[:count]), (first, count)
 
 
+@pytest.mark.parametrize("kind", variants.KINDS)
+def test_more_tokens_than_meet_the_rows_together_get_the_same_bits(kind, loaded):
+    torch.manual_seed(0)
+    w, _weight, _kept = layer(kind, 35, 8192)
+    x = torch.randn(161, 8192)  # 2.6 MB and more: see CACHED in products.h
+    for form in variants.BFLOAT16.values():
+        if not loaded.choose_bfloat16(form):
+            few = [product(loaded, w, some) for some in x.split(23)]
+            assert torch.equal(product(loaded, w, x), torch.cat(few))
+
+
 @pytest.mark.parametrize("columns", [7, 40, 128])
 def test_numbers_out_of_range_are_the_same_bits_alone_and_together(columns, loaded):
     torch.manual_seed(0)
