@@ -80,7 +80,7 @@ struct Rows {
     const bfloat16* scale;
     int64_t row_bytes, columns, groups;
     Tuning tuning;
-    bool many = false;  // so many tokens meet them that they are worth unpacking once for all: see Choice
+    bool many = false;  // so many tokens meet them that they are worth unpacking once for all, or AMX: see Choice
     bool first = true, last = true;  // of those that a thread reads one after another
 };
 
@@ -121,7 +121,7 @@ inline const Products* const PRODUCTS[FORMS] = {
 // What was chosen for this machine: see library.py.
 struct Choice {
     Tuning tuning[FORMS];
-    int32_t many[FORMS];  // tokens from which rows are unpacked once for all: with the same bits, only faster
+    int32_t many[FORMS];  // tokens from which rows are unpacked once for all, or meet AMX: with the same bits, only faster
     Form bfloat16;  // of the three for bfloat16 weights
     bool amx;       // many tokens meet codes in tiles of AMX: with the same bits, only faster
 };
