@@ -11,10 +11,10 @@
 //       … many tokens      the same, those of one lane together (and of float32)     fma                   floats.cpp
 //     bfloat16             rounded to bfloat16                                       vdpbf16ps             floats.cpp
 //     bfloat16             a sum of two bfloat16                                     tdpbf16ps             floats.cpp
-//     8 bits, scaled rows  whole numbers of 16 bits, a scale for each token          vpdpbusd, vpmaddwd    codes.cpp
-//       … some tokens      the same                                                  tdpbusd               amx.h
-//       … many tokens      the same                                                  tdpbssd               amx.h
-//       … without AVX2     as they are                                               fma                   codes.cpp
+//     8 bits, scaled rows  whole numbers of 16 bits, a scale for each token          vpdpbusd, vpmaddwd    bytes.cpp
+//       … some tokens      the same                                                  tdpbusd               bytes.cpp
+//       … many tokens      the same                                                  tdpbssd               bytes.cpp
+//       … without AVX2     as they are                                               fma                   bytes.cpp
 //     8 or 4 bits, groups  whole numbers of 16 bits, a scale for each group          vpdpbusd, vpmaddwd    groups.h
 //     blocks of a GGUF     the same                                                  the same              groups.h
 //       … many tokens      the same                                                  vpdpwssd, tdpbssd     panels.h
@@ -107,8 +107,9 @@ enum Form { FLOAT32, BFLOAT16, BFLOAT16_PAIRS, BFLOAT16_TILES, BYTES, GROUPED_BY
             FLOAT16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K,
             GROUPED_BYTES_16, NIBBLES_16, FORMS };  // groups whose size is no multiple of 32
 extern const Products float32_products, bfloat16_products, pair_products, tile_products;  // floats.cpp
-extern const Products byte_products, grouped_byte_products, nibble_products, grouped_byte_16_products,
-    nibble_16_products;                                                             // codes.cpp
+extern const Products byte_products;                                            // bytes.cpp
+extern const Products grouped_byte_products, nibble_products, grouped_byte_16_products,
+    nibble_16_products;                                                         // codes.cpp
 extern const Products float16_products, q8_0_products, q4_0_products, q4_1_products, q5_0_products, q5_1_products,
     q4_k_products, q5_k_products, q6_k_products;                                    // blocks.cpp
 extern const bool has_pairs, has_tiles;  // whether pair_products and, where AMX is granted, tile_products may be used

@@ -11,6 +11,7 @@ import torch
 
 from formats.compressed_tensors import Scheme
 from model import KVCache
+from ops.compiler import find_compiler
 from ops.cpu import library as built
 from ops.cpu import step as ops_step
 from ops.cpu import variants
@@ -32,6 +33,13 @@ def loaded(monkeypatch):
     monkeypatch.undo()
     built.library.cache_clear()
     built.library()  # with this machine's own choice again
+
+
+@pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler here")
+def test_where_there_is_a_compiler_there_is_a_library():
+    """Other tests skip without the library: this one says that it did not compile."""
+    built.library.cache_clear()
+    assert built.library() is not None, built.Unavailable.reason
 
 
 def layer(kind: str, rows: int, columns: int) -> tuple[built.Linear, torch.Tensor, list]:

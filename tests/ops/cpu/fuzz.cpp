@@ -7,6 +7,7 @@
 
 #include "../../../ops/cpu/blocks.cpp"
 #include "../../../ops/cpu/choice.cpp"
+#include "../../../ops/cpu/bytes.cpp"
 #include "../../../ops/cpu/codes.cpp"
 #include "../../../ops/cpu/floats.cpp"
 

@@ -2,6 +2,7 @@
 // test_instructions.py compiles it for each instruction set, another architecture's too.
 #include "../../../ops/cpu/choice.cpp"
 #include "../../../ops/cpu/blocks.cpp"
+#include "../../../ops/cpu/bytes.cpp"
 #include "../../../ops/cpu/codes.cpp"
 #include "../../../ops/cpu/floats.cpp"
 
