@@ -47,6 +47,10 @@ __attribute__((always_inline)) inline Unsigned fifth_bits(Of of) {
 #if LANES_OF_INTEGERS == 16
     const uint64_t bits = read<uint32_t>(of(2 * I)) | uint64_t(read<uint32_t>(of(2 * I + 1))) << 32;
     return (Unsigned)_mm512_maskz_set1_epi8(bits, 16);
+#elif LANES_OF_INTEGERS == 8
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(read<int32_t>(of(I))), _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
+    const __m256i bit = _mm256_set1_epi64x(0x8040201008040201);
+    return (Unsigned)_mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit) & 0x10101010;
 #else
     uint8_t bytes[sizeof(Unsigned)];
     const uint32_t bits = read<uint32_t>(of(I * LANES / 8)) >> I * sizeof(Unsigned) % 32;
@@ -81,9 +85,9 @@ __attribute__((always_inline)) inline Vector spread(uint64_t low, uint64_t high)
 // ---------------------------------------------------------------------------------------------------------------------
 // Blocks of 32 weights in BYTES, the scale first and then, where there is one, the minimum.
 
-template <int BYTES_, int OFFSET_, bool MINIMA_ = false>
+template <int BITS_, int BYTES_, int OFFSET_, bool MINIMA_ = false>
 struct Simple {
-    static constexpr int GROUP = 32, OFFSET = OFFSET_;
+    static constexpr int BITS = BITS_, GROUP = 32, OFFSET = OFFSET_;
     static constexpr int64_t BLOCK = 32, BYTES = BYTES_;
     static constexpr bool MINIMA = MINIMA_;
 
@@ -95,7 +99,7 @@ struct Simple {
     static Vector minima(const char* p, int) { return halves(p + 2); }
 };
 
-struct Q8_0Blocks : Simple<34, 128> {
+struct Q8_0Blocks : Simple<8, 34, 128> {
     template <int I>
     static Unsigned codes(const char* p, int) {
         return runs<I>([&](int run) { return p + run * BYTES + 2; }) ^ 0x80808080;
@@ -103,15 +107,25 @@ struct Q8_0Blocks : Simple<34, 128> {
 };
 
 template <int BYTES_, int OFFSET_, bool MINIMA_ = false>
-struct FourBits : Simple<BYTES_, OFFSET_, MINIMA_> {
+struct FourBits : Simple<4, BYTES_, OFFSET_, MINIMA_> {
     template <int I>
     static Unsigned codes(const char* p, int) {
         return nibbles<I>([&](int run) { return p + run * BYTES_ + (MINIMA_ ? 4 : 2); });
     }
+#if LANES_OF_INTEGERS == 8
+    static void codes_by_group(const char* p, Unsigned* codes) {  // both halves of a byte are transposed together
+        for (int i = 0; i < 4; i++, p += 2 * BYTES_) {
+            const char* first = p + (MINIMA_ ? 4 : 2);
+            codes[i] = (Unsigned)_mm256_inserti128_si256(_mm256_castsi128_si256(read<__m128i>(first)), read<__m128i>(first + BYTES_), 1);
+        }
+        transpose_quarters(codes);
+        for (int i = 0; i < 4; i++) codes[4 + i] = upper_nibbles(codes[i]), codes[i] = lower_nibbles(codes[i]);
+    }
+#endif
 };
 
 template <int BYTES_, int OFFSET_, bool MINIMA_ = false>
-struct FiveBits : Simple<BYTES_, OFFSET_, MINIMA_> {
+struct FiveBits : Simple<5, BYTES_, OFFSET_, MINIMA_> {
     template <int I>
     static Unsigned codes(const char* p, int) {
         auto bits = [&](int run) { return p + run * BYTES_ + (MINIMA_ ? 4 : 2); };
@@ -122,9 +136,9 @@ struct FiveBits : Simple<BYTES_, OFFSET_, MINIMA_> {
 // ---------------------------------------------------------------------------------------------------------------------
 // Blocks of 256: eight groups of 32, each with a scale and a minimum of 6 bits.
 
-template <int BITS>
+template <int BITS_>
 struct WithMinima {
-    static constexpr int GROUP = 32, OFFSET = 0;
+    static constexpr int BITS = BITS_, GROUP = 32, OFFSET = 0;
     static constexpr int64_t BLOCK = 256, BYTES = BITS == 4 ? 144 : 176;
     static constexpr bool MINIMA = true;
 
@@ -141,6 +155,22 @@ struct WithMinima {
         }
         return codes;
     }
+
+#if LANES_OF_INTEGERS == 8
+    static void codes_by_group(const char* p, Unsigned* codes) {  // the even groups are lower halves of bytes, the odd ones upper ones
+        for (int i = 0; i < 4; i++) codes[i] = read<Unsigned>(p + BYTES - 128 + 32 * i);
+        transpose_quarters(codes);
+        for (int i = 0; i < 4; i++) {
+            const auto even = (__m256i)lower_nibbles(codes[i]), odd = (__m256i)upper_nibbles(codes[i]);
+            codes[i] = (Unsigned)_mm256_permute2x128_si256(even, odd, 0x20), codes[4 + i] = (Unsigned)_mm256_permute2x128_si256(even, odd, 0x31);
+        }
+        if constexpr (BITS == 5) {
+            const auto left = by_group<Unsigned, GROUP>([](int group) { return std::max(4 - group, 0); });
+            const auto right = by_group<Unsigned, GROUP>([](int group) { return std::max(group - 4, 0); });
+            for (int i = 0; i < 8; i++) codes[i] |= (Unsigned{} + read<uint32_t>(p + 16 + 4 * i)) << left >> right & 0x10101010;
+        }
+    }
+#endif
 
     // The d or dmin of each lane's block.
     static Vector of_blocks(const char* p) {
@@ -170,14 +200,15 @@ struct WithMinima {
 
 // 16 groups of 16, each with a scale of 8 bits. In each half four runs of 32: see pack_q6_k.
 struct Q6_KBlocks {
-    static constexpr int GROUP = 16, OFFSET = 32;
+    static constexpr int BITS = 6, GROUP = 16, OFFSET = 32;
     static constexpr int64_t BLOCK = 256, BYTES = 210;
     static constexpr bool MINIMA = false;
 
     template <int I>
     static Unsigned codes(const char* p, int first) {
-        auto half = [&](int run) { return (first / 2 + run) / 4; };
-        auto quarter = [&](int run) { return (first / 2 + run) % 4; };
+        const int begin = LANES == 4 ? first / 2 % 4 : 0;  // else known here: a chunk is a half or a whole block
+        auto half = [&](int run) { return LANES == 16 ? run / 4 : first / 8; };
+        auto quarter = [&](int run) { return (begin + run) % 4; };
         const Pairs lower = (Pairs)runs<I>([&](int run) { return p + 64 * half(run) + 32 * (quarter(run) % 2); });
         const Pairs upper = (Pairs)runs<I>([&](int run) { return p + 128 + 32 * half(run); });
         const Pairs shift = for_runs<I>([&](int run) { return quarter(run) / 2 * 4; });

@@ -178,6 +178,8 @@ struct RowPanel {
     __attribute__((noinline)) static void tile(const RowPanel* panels, const char* const* x, float* y, Following& following) {
         const Activations& places = panels->places;
         const int64_t fours = panels->fours, some = RowSum::MOST / 4;
+        const char* tokens[N];
+        for (int k = 0; k < N; k++) tokens[k] = x[k];
         Wide total[N][COUNT];
         for (int part = 0; part < 2; part++)
             for (int64_t first = 0; first < fours; first += some) {
@@ -190,10 +192,11 @@ struct RowPanel {
                     if (four % LANES == 0) following.fetch();
                     Integers codes[COUNT];
                     each<COUNT>([&](auto p) __attribute__((always_inline)) {
-                        codes[p] = panels[p].codes[(VNNI ? 0 : part) * fours + first + four];
+                        Integers some = panels[p].codes[(VNNI ? 0 : part) * fours + first + four];
+                        keep_in_register(some), codes[p] = some;
                     });
                     each<N>([&](auto k) __attribute__((always_inline)) {
-                        const Integers all = Integers{} + read<int32_t>(x[k] + at + 4 * four);
+                        const Integers all = Integers{} + read<int32_t>(tokens[k] + at + 4 * four);
                         each<COUNT>([&](auto p) __attribute__((always_inline)) { sums[k][p] = RowSum::dot(sums[k][p], codes[p], all); });
                     });
                 }
@@ -404,4 +407,4 @@ constexpr decltype(Products::arrange) arrange_bytes = RowBytes::arrange;
 constexpr decltype(Products::arrange) arrange_bytes = nullptr;
 #endif
 const Products byte_products = {RowBytes::bytes, RowBytes::prepare, RowBytes::multiply_all, nullptr, arrange_bytes, nullptr,
-                                AMX ? 6 : LANES == 16 ? 13 : 5};
+                                RowBytes::ROWS, AMX ? 6 : LANES == 16 ? 13 : 5};

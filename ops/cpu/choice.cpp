@@ -46,7 +46,11 @@ int64_t count_tile_setups() {  // by this thread so far
     return 0;
 #endif
 }
-void choose_tuning(int form, int together, int ahead, int further) { choice.tuning[form] = {together, ahead, further}; }
+// Returns how many rows are read side by side: not all kinds can read so many.
+int choose_tuning(int form, int together, int ahead, int further) {
+    choice.tuning[form] = {std::min(together, PRODUCTS[form]->together), ahead, further};
+    return choice.tuning[form].together;
+}
 // Tokens from which rows are unpacked once for all; 0: as long as nothing was measured.
 void choose_many(int form, int tokens) {
     choice.many[form] = std::clamp(tokens ? tokens : PRODUCTS[form]->many, 2, MANY);
@@ -65,7 +69,7 @@ int product(const Linear* w, const float* x, int64_t count, float* y, int thread
         inputs[i] = prepared.at(i * size, size);
         PRODUCTS[form]->prepare(x + i * w->columns, w->columns, prepared.at(i * size, size));
     }
-    for (int64_t i = 0; i < count && count >= fewest_of_many() && PRODUCTS[form]->put_beside; i += SIDE)
+    for (int64_t i = 0; i < count && count >= fewest_of_many(activations_of(form)) && PRODUCTS[form]->put_beside; i += SIDE)
         PRODUCTS[form]->put_beside(prepared.at(i * size, SIDE * size), w->columns, std::min<int64_t>(count - i, SIDE));
 #pragma omp parallel num_threads(threads)
     {

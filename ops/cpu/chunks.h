@@ -11,9 +11,9 @@
 // the first half of a group.
 constexpr int group_of(int lane, int group_size, bool packed = false) {
     const int quarter = lane / 4, i = lane % 4;
-    if (LANES == 4 || (LANES == 8 && group_size == 32 && !packed)) return lane;
+    if (LANES == 4) return lane;
     if (group_size == 16 && packed) return i / 2 * LANES / 2 + 2 * quarter + i % 2;
-    if (group_size == 16 || packed) return LANES / 4 * i + quarter;
+    if (group_size == 16 || packed || LANES == 8) return LANES / 4 * i + quarter;
     return quarter / 2 * 8 + 2 * i + quarter % 2;
 }
 template <int GROUP, bool PACKED>
@@ -55,6 +55,10 @@ __attribute__((always_inline)) inline void transpose(Unsigned* codes) {
         codes[0] = (Unsigned)_mm256_shuffle_ps(a, b, 0x88), codes[1] = (Unsigned)_mm256_shuffle_ps(a, b, 0xdd);
 #endif
     }
+    if (VECTORS == 8 && LANES == 8) {  // of the even groups, then of the odd ones
+        const Unsigned v[] = {codes[0], codes[2], codes[4], codes[6], codes[1], codes[3], codes[5], codes[7]};
+        std::copy(v, v + 8, codes);
+    }
     for (int i = 0; i + 4 <= VECTORS; i += 4) transpose_quarters(codes + i);
     for (int i = 0; VECTORS == 8 && i < 4; i++) {
         const Unsigned a = codes[i], b = codes[i + 4];
@@ -88,8 +92,8 @@ struct Chunk {
 
 // Activations. Of n, in whole chunks: for AMX their high bytes group by group, then their low ones; for each chunk a vector of
 // the groups' scales, of their sums, and of their sums as whole numbers times -8; then all as words of 16 bits, of each four
-// columns 0, 2, 1, 3; then [chunks, GROUP / 4] vectors `a` and `b` (see ExactSum), arranged as the codes of a chunk are.
-template <int GROUP, bool PACKED>
+// columns 0, 2, 1, 3; then [chunks, GROUP / 4] vectors `a` and `b` (see in_bytes), arranged as the codes of a chunk are.
+template <int GROUP, bool PACKED, bool IN_BYTES>
 struct GroupedInputs {
     static constexpr int64_t BYTES = 4 * LANES, CHUNK_BYTES = GROUP / 4 * BYTES;
     static constexpr float MOST = 32639;  // 127 · 256 + 127
@@ -139,7 +143,7 @@ struct GroupedInputs {
             for (int i = 0; i < GROUP / 2 && PACKED; i++) placed[i] = whole[2 * i], placed[GROUP / 2 + i] = whole[2 * i + 1];
             for (int i = 0; i < GROUP && !PACKED; i++) placed[i] = whole[i];
             alignas(64) char a[GROUP], b[GROUP];
-            ExactSum::place<GROUP>(placed, a, b);
+            place<IN_BYTES, GROUP>(placed, a, b);
             uint64_t fours[GROUP / 4];
             std::memcpy(fours, placed, sizeof fours);
             for (auto& four : fours)
@@ -207,7 +211,7 @@ struct GroupedInputs {
     template <class Type, int R, int N, int ALL>
     __attribute__((always_inline)) static void meet(const Chunk<GROUP> (&w)[R], const char* const* x, int64_t at,
                                                     const Places& places, Vector (*total)[ALL], int first) {
-        ExactSum sums[N][R];
+        ExactSum<Type::BITS> sums[N][R];
         each<N>([&](auto k) __attribute__((always_inline)) {
             if (!Type::OFFSET) return;
             const Integers whole = read<Integers>(x[k] + at * BYTES + places.whole) * (Type::OFFSET / 8);
@@ -217,7 +221,7 @@ struct GroupedInputs {
             each<N>([&](auto k) __attribute__((always_inline)) {
                 const char* from = x[k] + at * CHUNK_BYTES + i * BYTES;
                 const Integers a = read<Integers>(from + places.a), b = read<Integers>(from + places.b);
-                each<R>([&](auto r) __attribute__((always_inline)) { sums[k][r].add(w[r].codes[i], a, b); });
+                each<R>([&](auto r) __attribute__((always_inline)) { sums[k][r].add(w[r].codes[i], a, b, i); });
             });
         });
         each<N>([&](auto k) __attribute__((always_inline)) {
@@ -231,3 +235,6 @@ struct GroupedInputs {
         });
     }
 };
+
+template <class Type>
+using InputsOf = GroupedInputs<Type::GROUP, Type::PACKED, in_bytes(Type::BITS)>;

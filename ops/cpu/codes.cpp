@@ -8,19 +8,25 @@ namespace {
 constexpr int64_t SCALES_AHEAD = 512;  // bytes: a second stream, at an eighth of the speed
 
 // SIZE: 32, or 16 for groups that are no multiple of 32, such as those of a head in 4 bits (ops/head.py).
-template <int BITS, int SIZE>
+template <int BITS_, int SIZE>
 struct Codes {
-    static constexpr int GROUP = SIZE, OFFSET = 1 << (BITS - 1), ROWS = LANES == 16 ? 4 : 2;
+    static constexpr int BITS = BITS_, GROUP = SIZE, OFFSET = 1 << (BITS - 1), ROWS = LANES == 16 ? 4 : 2;
     static constexpr bool PACKED = BITS == 4, MINIMA = false;
     static constexpr int64_t BYTES = LANES * GROUP * BITS / 8;  // of a chunk
 
     const int64_t repeats, step;  // groups with one scale; scales of a chunk, or 0 where it may be none or a part
-    // For each lane the place of its scale in the upper half, of the lower half's one that is taken for zero.
-    alignas(64) std::array<uint16_t, 2 * LANES> spread = {};
+    const uint64_t scales_of_chunk;  // times 2^32, rounded up: a division would take longer than all else
+    // For each lane the place of its scale in the upper half, of the lower half's one that is taken for zero: of words or bytes.
+    alignas(64) std::array<std::conditional_t<LANES == 16, uint16_t, int8_t>, 32> spread = {};
 
     explicit Codes(const Rows& w)
-        : repeats(w.columns / w.groups / GROUP), step(LANES % repeats == 0 ? LANES / repeats : repeats % LANES == 0) {
-        for (int lane = 0; lane < LANES; lane++) spread[2 * lane + 1] = group_of(lane, GROUP, PACKED) * step / LANES;
+        : repeats(w.columns / w.groups / GROUP), step(LANES % repeats == 0 ? LANES / repeats : repeats % LANES == 0),
+          scales_of_chunk(((uint64_t(LANES) << 32) + repeats - 1) / repeats) {
+        for (int lane = 0; lane < LANES; lane++) {
+            const int place = group_of(lane, GROUP, PACKED) * step / LANES;
+            if (LANES == 16) spread[2 * lane + 1] = place;
+            if (LANES == 8) spread[4 * lane] = spread[4 * lane + 1] = -1, spread[4 * lane + 2] = 2 * place, spread[4 * lane + 3] = 2 * place + 1;
+        }
     }
 
     __attribute__((always_inline)) void unpack(const Rows& w, int64_t at, Chunk<GROUP>& to) const {
@@ -34,20 +40,30 @@ struct Codes {
         each<GROUP / (PACKED ? 8 : 4)>([&](auto i) __attribute__((always_inline)) { to.codes[i] = read<Unsigned>(p + i * sizeof(Unsigned)); });
         to.scale = scales(w, at);
     }
-
-    __attribute__((always_inline)) int64_t first_scale(int64_t at) const {  // of a chunk; mostly without a division
-        return repeats == 1 ? at * LANES : at * LANES / repeats;
+    __attribute__((always_inline)) void unpack_by_group(const Rows& w, int64_t at, Chunk<GROUP>& to) const {
+        unpack(w, at, to), transpose<GROUP, PACKED>(to.codes);
     }
+
+    __attribute__((always_inline)) int64_t first_scale(int64_t at) const { return at * scales_of_chunk >> 32; }  // of a chunk
 
     // Lanes behind the row have any scale of the row, or zero.
     __attribute__((always_inline)) Vector scales(const Rows& w, int64_t at) const {
         const int64_t first = first_scale(at), left = w.groups - first;
+        const bfloat16* from = w.scale + first;
 #if LANES_OF_INTEGERS == 16
         if (step) {
-            const bfloat16* from = w.scale + first;
             const __m256i some = step == LANES && left >= LANES ? read<__m256i>(from)
                                  : _mm256_maskz_loadu_epi16((1 << std::min(step, left)) - 1, from);
             return (Vector)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, _mm512_load_si512(spread.data()), _mm512_castsi256_si512(some));
+        }
+#elif LANES_OF_INTEGERS == 8
+        if (step) {
+            __m128i some = {};
+            if (step == LANES && left >= LANES)
+                some = read<__m128i>(from);
+            else
+                std::memcpy(&some, from, std::min(step, left) * sizeof *from);
+            return (Vector)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(some), _mm256_load_si256((const __m256i*)spread.data()));
         }
 #endif
         return by_group<Vector, GROUP, PACKED>([&](auto group) {
@@ -93,7 +109,7 @@ struct Codes {
 template <class Type>
 constexpr Products codes_of() {
     typedef Grouped<Type> Form;
-    return {Form::bytes, Form::prepare, Type::multiply_all, nullptr, nullptr, beside<Form>(), Form::MANY};
+    return {Form::bytes, Form::prepare, Type::multiply_all, nullptr, nullptr, beside<Form>(), Form::ROWS, Form::MANY};
 }
 
 }  // namespace

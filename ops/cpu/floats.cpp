@@ -66,9 +66,12 @@ struct BFloat16 {
 
     static int64_t bytes(int64_t n) { return rounded_up(4 * rounded_up(n, COLUMNS), 64) + LINE_BYTES; }
     static void prepare(const float* x, int64_t n, char* out) {
-        float* to = (float*)out;
-        for (int64_t at = 0; at < n; at += COLUMNS)
-            for (int i = 0; i < COLUMNS; i++) to[at + i % 2 * LANES + i / 2] = at + i < n ? x[at + i] : 0;
+        for (int64_t at = 0; at < n; at += COLUMNS) {
+            float padded[COLUMNS] = {};
+            const float* from = at + COLUMNS <= n ? x + at : (const float*)std::memcpy(padded, x + at, (n - at) * sizeof *x);
+            float *even = (float*)out + at, *odd = even + LANES;
+            for (int i = 0; i < LANES; i++) even[i] = from[2 * i], odd[i] = from[2 * i + 1];
+        }
     }
     static Vector even(Unsigned two) { return (Vector)(two << 16); }
     static Vector odd(Unsigned two) { return (Vector)(two & 0xffff0000); }
@@ -121,7 +124,7 @@ struct BFloat16 {
 template <class Kind>
 struct NumberPanel {
     static constexpr int MOST = LANES == 16 ? 8 : 6;  // tokens of a tile
-    static constexpr int64_t PARTS = Kind::COLUMNS / LANES, STEPS = 4;
+    static constexpr int64_t PARTS = Kind::COLUMNS / LANES, STEPS = LANES == 16 ? 4 : 16;
     const int64_t columns, vectors, lane;  // floats of a lane: each begins in another set of the cache
     float* const weights;
     char* const end;
@@ -168,20 +171,26 @@ struct NumberPanel {
             for (int k = 0; k < N; k++) activations[k] = (const float*)(x[first + k] + numbers) + lane * vectors;
             auto step = [&](int64_t i) __attribute__((always_inline)) {
                 Vector w[COUNT];
-                for (int p = 0; p < COUNT; p++) w[p] = read<Vector>(weights + p * stride + i * sizeof *w);
-                for (int k = 0; k < N; k++) {
+                each<COUNT>([&](auto p) __attribute__((always_inline)) {
+                    Vector some = read<Vector>(weights + p * stride + i * sizeof *w);
+                    keep_in_register(some), w[p] = some;
+                });
+                each<N>([&](auto k) __attribute__((always_inline)) {
                     const Vector all = load_to_all(activations[k] + i);
-                    for (int p = 0; p < COUNT; p++) total[k][p] = fma(w[p], all, total[k][p]);
-                }
+                    each<COUNT>([&](auto p) __attribute__((always_inline)) { total[k][p] = fma(w[p], all, total[k][p]); });
+                });
             };
             int64_t i = 0;
-            for (; i + STEPS <= vectors; i += STEPS) {
-                following.fetch();
+            if constexpr (LANES == 16)  // with 32 registers four at once are faster, with 16 they are spilled
+                for (; i + STEPS <= vectors; i += STEPS) {
+                    following.fetch();
 #pragma GCC unroll 4
-                for (int64_t j = 0; j < STEPS; j++) step(i + j);
+                    for (int64_t j = 0; j < STEPS; j++) step(i + j);
+                }
+            while (i < vectors) {
+                following.fetch();
+                for (const int64_t end = std::min(i + STEPS, vectors); i < end; i++) step(i);
             }
-            if (i < vectors) following.fetch();
-            for (; i < vectors; i++) step(i);
         });
     }
 
@@ -193,7 +202,7 @@ struct NumberPanel {
                         return NumberPanel(w, first, rows, memory);
                     });
                 },
-                numbers, nullptr, put_beside, many};
+                numbers, nullptr, put_beside, Kind::ROWS, many};
     }
 };
 

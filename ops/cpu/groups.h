@@ -19,14 +19,16 @@
 
 // Rows where they lie. A type of weights has
 //
-//     GROUP, PACKED, OFFSET, MINIMA   see Chunk and group_of
+//     BITS, GROUP, PACKED             see in_bytes, Chunk and group_of
+//     OFFSET, MINIMA                  see Chunk
 //     ROWS                            that one token may read together
 //     unpack(w, at, chunk)            chunk `at` of the first row of w, its codes column by column (PACKED: as they are)
+//     unpack_by_group(w, at, chunk)   the same, as `transpose` leaves codes
 //     fetch(w, at, ahead)             prefetches the lines that far in front of that chunk
 template <class Type>
-struct Grouped : GroupedInputs<Type::GROUP, Type::PACKED> {
+struct Grouped : InputsOf<Type> {
     static constexpr int ROWS = Type::ROWS, TOKENS = 4, GROUP = Type::GROUP;
-    typedef GroupedInputs<GROUP, Type::PACKED> Form;
+    typedef InputsOf<Type> Form;
     const Type type;
     const typename Form::Places places;
     explicit Grouped(const Rows& w) : type(w), places(w.columns) {}
@@ -40,8 +42,7 @@ struct Grouped : GroupedInputs<Type::GROUP, Type::PACKED> {
                 each<SOME>([&](auto r) __attribute__((always_inline)) {
                     const Rows row = from_row(w, part * SOME + r);
                     type.fetch(row, at, ahead);
-                    type.unpack(row, at, chunks[r]);
-                    transpose<GROUP, Type::PACKED>(chunks[r].codes);
+                    type.unpack_by_group(row, at, chunks[r]);
                 });
                 Form::template meet<Type, SOME, N>(chunks, x, at, places, total, part * SOME);
             });
@@ -75,6 +76,7 @@ struct Grouped : GroupedInputs<Type::GROUP, Type::PACKED> {
 //
 //     codes<I>(p, first)             vector I of a chunk, column by column; p: the block in which it begins,
 //     scales(p, first), minima(…)    with the group `first` of that block
+//     codes_by_group(p, codes)       all of them as `transpose` leaves them, where there is a shorter way
 template <class Type>
 struct InBlocks : Type {
     using Type::GROUP;
@@ -85,6 +87,18 @@ struct InBlocks : Type {
     explicit InBlocks(const Rows&) {}
 
     __attribute__((always_inline)) void unpack(const Rows& w, int64_t at, Chunk<GROUP>& to) const {
+        from_blocks(w, at, to, [&](const char* p, int first) __attribute__((always_inline)) {
+            each<GROUP / 4>([&](auto i) __attribute__((always_inline)) { to.codes[i] = Type::template codes<i>(p, first); });
+        });
+    }
+    __attribute__((always_inline)) void unpack_by_group(const Rows& w, int64_t at, Chunk<GROUP>& to) const {
+        if constexpr (requires(const char* p) { Type::codes_by_group(p, to.codes); })
+            from_blocks(w, at, to, [&](const char* p, int) __attribute__((always_inline)) { Type::codes_by_group(p, to.codes); });
+        else
+            unpack(w, at, to), transpose<GROUP, PACKED>(to.codes);
+    }
+    template <class Codes>
+    __attribute__((always_inline)) void from_blocks(const Rows& w, int64_t at, Chunk<GROUP>& to, Codes codes) const {
         const int64_t begin = at * LANES / GROUPS, first = GROUPS > LANES ? at * LANES % GROUPS : 0;
         const int64_t left = w.columns / Type::BLOCK - begin;
         const char* p = w.weight + begin * Type::BYTES;
@@ -93,7 +107,7 @@ struct InBlocks : Type {
             std::memset(last, 0, sizeof last);
             p = (const char*)std::memcpy(last, p, left * Type::BYTES);
         }
-        each<GROUP / 4>([&](auto i) __attribute__((always_inline)) { to.codes[i] = Type::template codes<i>(p, first); });
+        codes(p, first);
         to.scale = Type::scales(p, first);
         if constexpr (Type::MINIMA) to.minimum = Type::minima(p, first);
     }
@@ -132,5 +146,5 @@ constexpr decltype(Products::put_beside) beside() {
 template <class Type>
 constexpr Products blocks_of() {
     typedef Grouped<InBlocks<Type>> Kind;
-    return {Kind::bytes, Kind::prepare, Kind::multiply_all, InBlocks<Type>::numbers, nullptr, beside<Kind>(), Kind::MANY};
+    return {Kind::bytes, Kind::prepare, Kind::multiply_all, InBlocks<Type>::numbers, nullptr, beside<Kind>(), Kind::ROWS, Kind::MANY};
 }

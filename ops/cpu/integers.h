@@ -48,29 +48,55 @@ inline Integers dot_bytes(Integers sum, Unsigned codes, Integers x) {
 }
 #endif
 
-// The products of 4 codes with 4 activations to each lane; these are in two vectors `a` and `b`.
-#if VNNI  // their high bytes, and their low ones
-struct ExactSum {
-    Integers above = {}, below = {};
-    void start(Integers whole) { below = whole; }
-    void add(Unsigned codes, Integers a, Integers b) { above = dot_bytes(above, codes, a), below = dot_bytes(below, codes, b); }
-    Integers whole() const { return (above << 8) + below; }
-    template <int N>
-    static void place(const int16_t* x, char* a, char* b) {
+// Four activations to each lane, in two vectors `a` and `b`: their high bytes and their low ones where codes of so many bits
+// meet bytes, else the even columns and the odd ones in 16 bits.
+constexpr bool in_bytes(int bits) { return VNNI || (LANES_OF_INTEGERS == 8 && bits < 8); }
+
+template <bool BYTES, int N>
+inline void place(const int16_t* x, char* a, char* b) {
+    if (BYTES)
         for (int i = 0; i < N; i++) a[i] = int16_t(x[i] + 128) >> 8, b[i] = x[i];
-    }
-};
-#else  // of the even columns, and of the odd ones, in 16 bits
+    else
+        for (int i = 0; i < N / 2; i++) ((int16_t*)a)[i] = x[2 * i], ((int16_t*)b)[i] = x[2 * i + 1];
+}
+
+// The products of 4 codes of BITS with 4 such activations to each lane; `at` counts the additions.
+template <int BITS>
 struct ExactSum {
     Integers sum = {};
     void start(Integers whole) { sum = whole; }
-    void add(Unsigned codes, Integers a, Integers b) {
+    void add(Unsigned codes, Integers a, Integers b, int at) {
         sum = dot_words(dot_words(sum, (Integers)(codes & 0x00ff00ff), a), (Integers)(codes >> 8 & 0x00ff00ff), b);
     }
     Integers whole() const { return sum; }
-    template <int N>
-    static void place(const int16_t* x, char* a, char* b) {
-        for (int i = 0; i < N / 2; i++) ((int16_t*)a)[i] = x[2 * i], ((int16_t*)b)[i] = x[2 * i + 1];
+};
+#if VNNI
+template <int BITS>
+    requires(in_bytes(BITS))
+struct ExactSum<BITS> {
+    Integers above = {}, below = {};
+    void start(Integers whole) { below = whole; }
+    void add(Unsigned codes, Integers a, Integers b, int at) { above = dot_bytes(above, codes, a), below = dot_bytes(below, codes, b); }
+    Integers whole() const { return (above << 8) + below; }
+};
+#elif LANES_OF_INTEGERS == 8
+template <int BITS>
+    requires(in_bytes(BITS))
+struct ExactSum<BITS> {  // 16 bits hold the sum of two products, and MOST such sums
+    static constexpr int MOST = 32767 / (2 * 128 * ((1 << BITS) - 1));
+    typedef int16_t Words __attribute__((vector_size(4 * LANES)));
+    Integers sum = {};
+    Words above = {}, below = {};
+    void start(Integers whole) { sum = whole; }
+    __attribute__((always_inline)) void add(Unsigned codes, Integers a, Integers b, int at) {
+        const auto high = (Words)_mm256_maddubs_epi16((__m256i)codes, (__m256i)a), low = (Words)_mm256_maddubs_epi16((__m256i)codes, (__m256i)b);
+        if (at % MOST == 0)
+            sum = whole(), above = high, below = low;
+        else
+            above += high, below += low;
+    }
+    Integers whole() const {
+        return dot_words(dot_words(sum, (Integers)above, Integers{} + 0x01000100), (Integers)below, Integers{} + 0x00010001);
     }
 };
 #endif

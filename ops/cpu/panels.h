@@ -10,7 +10,7 @@ struct Panel {
     static constexpr int GROUP = Type::GROUP;
     static constexpr int MOST = LANES == 8 ? 6 : 8;  // tokens of a tile: what the registers hold sums of
     static constexpr bool PACKED = Type::PACKED;
-    typedef GroupedInputs<GROUP, PACKED> Form;
+    typedef InputsOf<Type> Form;
     const typename Form::Places places;
     const int64_t groups;
     char* const weights;
@@ -77,7 +77,8 @@ struct Panel {
                 for (int j = 0; j < GROUP / 2; j++) {
                     Integers codes[COUNT];
                     each<COUNT>([&](auto p) __attribute__((always_inline)) {
-                        codes[p] = read<Integers>(panels[p].weights + (place * GROUP / 2 + j) * 4 * LANES);
+                        Integers some = read<Integers>(panels[p].weights + (place * GROUP / 2 + j) * 4 * LANES);
+                        keep_in_register(some), codes[p] = some;
                     });
                     each<N>([&](auto k) __attribute__((always_inline)) {
                         const Integers two = Integers{} + read<int32_t>(x[first + k] + places.words + group * GROUP * 2 + 4 * j);
@@ -103,7 +104,7 @@ template <class Type>
 struct TileRows {
     static constexpr int GROUP = Type::GROUP;
     static constexpr bool PACKED = Type::PACKED;
-    typedef GroupedInputs<GROUP, PACKED> Form;
+    typedef InputsOf<Type> Form;
     const typename Form::Places places;
     const SideBySide<GROUP> lines;
     const int64_t groups, stride;    // of codes: rows begin in different sets of the cache

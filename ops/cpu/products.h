@@ -16,6 +16,7 @@
 //       … many tokens      the same                                                  tdpbssd               bytes.cpp
 //       … without AVX2     as they are                                               fma                   bytes.cpp
 //     8 or 4 bits, groups  whole numbers of 16 bits, a scale for each group          vpdpbusd, vpmaddwd    groups.h
+//       … 4 to 6 bits      the same, with AVX2 alone                                 vpmaddubsw            groups.h
 //     blocks of a GGUF     the same                                                  the same              groups.h
 //       … many tokens      the same                                                  vpdpwssd, tdpbssd     panels.h
 //
@@ -95,6 +96,7 @@ struct Products {
     void (*arrange)(const char* const* x, int64_t count, int64_t columns, bool many, float* scratch) = nullptr;
     // Puts up to SIDE prepared vectors that lie one after another side by side, in the memory of SIDE.
     void (*put_beside)(char* x, int64_t n, int64_t count) = nullptr;
+    int32_t together = 1;  // rows that one token may read side by side
     int32_t many = MANY;  // tokens from which rows are unpacked once for all, where that was not measured
 };
 // float32 numbers that take as much as Tiled with 32 tokens, or with 16 copies beside 32 rows; or a Panel of panels.h for
@@ -127,9 +129,6 @@ struct Choice {
     bool amx;       // many tokens meet codes in tiles of AMX: with the same bits, only faster
 };
 extern Choice choice;
-// Of all kinds: from so many tokens on some rows may want them side by side.
-inline int32_t fewest_of_many() { return *std::min_element(choice.many, choice.many + FORMS); }
-
 inline Form form_of(const Linear& w) {
     if (w.blocks) return Form(w.blocks);
     if (!w.scale) return w.bits == 32 ? FLOAT32 : choice.bfloat16;
@@ -172,10 +171,18 @@ void multiply_rows(const Linear& w, int64_t begin, int64_t end, const char* cons
     }
 }
 
-// The form of the activations that some weights meet: several kinds take those of the first of them.
-inline Form activations_of(const Linear& w) {
-    const Form form = form_of(w);
-    return form == FLOAT16 ? FLOAT32 : form >= Q8_0 && form < Q6_K ? Q8_0 : form == GROUPED_BYTES_16 ? Q6_K : form;
+// The form of the activations that a kind of weights meets: several kinds take those of the first of them.
+inline Form activations_of(Form form) {
+    return form == FLOAT16 ? FLOAT32 : form > Q4_0 && form < Q6_K ? Q4_0 : form;
+}
+inline Form activations_of(const Linear& w) { return activations_of(form_of(w)); }
+
+// From so many tokens on some of the kinds that take these activations want them side by side.
+inline int32_t fewest_of_many(Form activations) {
+    int32_t fewest = MANY;
+    for (int form = 0; form < FORMS; form++)
+        if (activations_of(Form(form)) == activations) fewest = std::min(fewest, choice.many[measured_as(Form(form))]);
+    return fewest;
 }
 
 // Vectors of activations in the forms that the weights want.
@@ -192,7 +199,7 @@ class Inputs {
         const int64_t size = PRODUCTS[form]->bytes(n);
         PRODUCTS[form]->prepare(x, n, memory[form].at(i * size, size));
     }
-    // After `put` of vectors i .. i + count, at most SIDE, of many.
+    // After `put` of vectors i .. i + count, at most SIDE, of many: see fewest_of_many.
     void put_beside(int64_t i, int64_t count, int64_t n, Form form) {
         const int64_t size = PRODUCTS[form]->bytes(n);
         if (PRODUCTS[form]->put_beside) PRODUCTS[form]->put_beside(memory[form].at(i * size, SIDE * size), n, count);

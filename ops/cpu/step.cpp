@@ -252,8 +252,8 @@ class Step {
                 for (int form = 0; form < FORMS; form++)
                     if (forms[form]) inputs.put(i, x, n, Form(form));
             }
-            for (int form = 0; form < FORMS && count >= fewest_of_many(); form++)
-                if (forms[form]) inputs.put_beside(begin, end - begin, n, Form(form));
+            for (int form = 0; form < FORMS; form++)
+                if (forms[form] && count >= fewest_of_many(Form(form))) inputs.put_beside(begin, end - begin, n, Form(form));
         };
         if (count <= FEW) return some(0, count), inputs;
         sharing.share((count + SIDE - 1) / SIDE, Works::SHORTEST, [&](int64_t begin, int64_t end) {
@@ -359,7 +359,7 @@ class Step {
 
     void queries_of(const Attention& attn, int64_t from, int64_t head, int64_t count) {
         for (int64_t g = 0; g < count; g++) query(attn, from, head, g);
-        if (count < fewest_of_many()) return;
+        if (count < fewest_of_many(KEYS)) return;
         for (int64_t g = 0; g < count; g += SIDE) queries.put_beside(g, std::min<int64_t>(count - g, SIDE), D, KEYS);
     }
 

@@ -180,12 +180,12 @@ void multiply(const Rows& w, int64_t rows, const char* const* x, int64_t count, 
     };
     if (count == 1) {
         const std::integral_constant<int, 1> one;
-        const int together = std::min(w.tuning.together, Kind::ROWS);
+        const int together = w.tuning.together;
         const Ahead ahead = {w.tuning.ahead < 0 ? together * w.row_bytes : w.tuning.ahead, w.tuning.further};
-        if (together == 4)
+        if (together == Kind::ROWS)
             some(0, one, std::integral_constant<int, Kind::ROWS>(), ahead);
         else if (together == 2)
-            some(0, one, std::integral_constant<int, 2>(), ahead);
+            some(0, one, std::integral_constant<int, std::min(Kind::ROWS, 2)>(), ahead);
         else
             some(0, one, one, ahead);
         return;
@@ -205,5 +205,5 @@ constexpr Products products_of(decltype(Products::numbers) numbers = nullptr) {
             [](const Rows& w, int64_t rows, const char* const* x, int64_t count, float* y, float*) {
                 multiply<Kind>(w, rows, x, count, y);
             },
-            numbers};
+            numbers, nullptr, nullptr, Kind::ROWS};
 }

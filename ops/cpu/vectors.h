@@ -61,6 +61,8 @@ inline Vector load(const float* p) { return read<Vector>(p); }
 inline Vector load(const bfloat16* p) {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)  // one instruction, of which GCC 12 makes five
     return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(read<__m256i>(p)), 16);
+#elif defined(__AVX2__)
+    return (Vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(read<__m128i>(p)), 16);
 #else
     return (Vector)(__builtin_convertvector(read<Halves>(p), Integers) << 16);
 #endif
@@ -101,6 +103,14 @@ inline Vector load_some(const T* p, int64_t n) {
 
 // The number at p in all lanes. Vector{} + *p would be an addition, as it makes 0 of -0.
 inline Vector load_to_all(const float* p) { return (Vector)(Integers{} + read<int32_t>(p)); }
+
+// Holds x in a register where there are 16: GCC would load it again for each use, or keep it and spill sums.
+template <class Lanes>
+inline void keep_in_register(Lanes& x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    asm("" : "+x"(x));
+#endif
+}
 
 inline void store(float* p, Vector x) { std::memcpy(p, &x, sizeof x); }
 

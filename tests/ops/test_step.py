@@ -771,7 +771,7 @@ def test_a_cache_of_8_bits_is_that_of_pytorch(shape, in_pytorch):
     cache, expected = (KVCache(model.config, 2, 320, dtype=torch.int8) for _ in range(2))
     logits = model(ids, cache)
     exact = in_pytorch(model, ids, expected)
-    assert logits.dtype == exact.dtype and (logits - exact).norm() < 2e-3 * exact.norm()
+    assert logits.dtype == exact.dtype and (logits - exact).norm() < 4e-3 * exact.norm()
     for ours, theirs in zip(cache.keys + cache.values, expected.keys + expected.values, strict=True):
         assert ours.dtype == torch.uint8 and (ours[:, :, :300].int() - theirs[:, :, :300].int()).abs().max() <= 1
     full = model(ids, KVCache(model.config, 2, 320))
