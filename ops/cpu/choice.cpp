@@ -69,7 +69,8 @@ int product(const Linear* w, const float* x, int64_t count, float* y, int thread
         inputs[i] = prepared.at(i * size, size);
         PRODUCTS[form]->prepare(x + i * w->columns, w->columns, prepared.at(i * size, size));
     }
-    for (int64_t i = 0; i < count && count >= fewest_of_many(activations_of(form)) && PRODUCTS[form]->put_beside; i += SIDE)
+    // Whoever measures from how many tokens on this is worth it has fewer rows than a model: it must not decide.
+    for (int64_t i = 0; i < count && PRODUCTS[form]->put_beside; i += SIDE)
         PRODUCTS[form]->put_beside(prepared.at(i * size, SIDE * size), w->columns, std::min<int64_t>(count - i, SIDE));
 #pragma omp parallel num_threads(threads)
     {
