@@ -108,18 +108,18 @@ struct Q8_0Blocks : Simple<8, 34, 128> {
 
 template <int BYTES_, int OFFSET_, bool MINIMA_ = false>
 struct FourBits : Simple<4, BYTES_, OFFSET_, MINIMA_> {
+    static const char* nibbles_of(const char* p, int run) { return p + run * BYTES_ + (MINIMA_ ? 4 : 2); }
     template <int I>
     static Unsigned codes(const char* p, int) {
-        return nibbles<I>([&](int run) { return p + run * BYTES_ + (MINIMA_ ? 4 : 2); });
+        return nibbles<I>([&](int run) { return nibbles_of(p, run); });
     }
 #if LANES_OF_INTEGERS == 8
     static void codes_by_group(const char* p, Unsigned* codes) {  // both halves of a byte are transposed together
-        for (int i = 0; i < 4; i++, p += 2 * BYTES_) {
-            const char* first = p + (MINIMA_ ? 4 : 2);
-            codes[i] = (Unsigned)_mm256_inserti128_si256(_mm256_castsi128_si256(read<__m128i>(first)), read<__m128i>(first + BYTES_), 1);
+        for (int i = 0; i < 4; i++) {
+            const __m128i even = read<__m128i>(nibbles_of(p, 2 * i)), odd = read<__m128i>(nibbles_of(p, 2 * i + 1));
+            codes[i] = (Unsigned)_mm256_inserti128_si256(_mm256_castsi128_si256(even), odd, 1);
         }
-        transpose_quarters(codes);
-        for (int i = 0; i < 4; i++) codes[4 + i] = upper_nibbles(codes[i]), codes[i] = lower_nibbles(codes[i]);
+        transpose<32, true>(codes);
     }
 #endif
 };

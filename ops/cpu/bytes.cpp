@@ -32,10 +32,6 @@ struct ByBytes {
     void add(Unsigned codes, Integers a, Integers b) { above = dot_bytes(above, codes, a), below = dot_bytes(below, codes, b); }
     void put(char* start) const { std::memcpy(start, &above, VECTOR_BYTES), std::memcpy(start + VECTOR_BYTES, &below, VECTOR_BYTES); }
 
-    // A vector of activations into `a` and `b`.
-    static void place(const int32_t* x, char* a, char* b) {
-        for (int i = 0; i < VECTOR_BYTES; i++) a[i] = (x[i] + 128) >> 8, b[i] = x[i];
-    }
     // The sums of all lanes are added to `total`.
     template <int R, int N>
     static void add_sums(const ByBytes (&sums)[N][R], double (&total)[N][R]) {
@@ -69,9 +65,6 @@ struct ByWords {
     }
     void put(char* start) const { std::memcpy(start, &sum, VECTOR_BYTES); }
 
-    static void place(const int32_t* x, char* a, char* b) {
-        for (int i = 0; i < VECTOR_BYTES / 2; i++) ((int16_t*)a)[i] = x[2 * i], ((int16_t*)b)[i] = x[2 * i + 1];
-    }
     template <int R, int N>
     static void add_sums(const ByWords (&sums)[N][R], double (&total)[N][R]) {
         for (int k = 0; k < N; k++)
@@ -125,7 +118,7 @@ struct Activations {
             }
             for (; i < count; i++) whole[i] = int(std::nearbyint(x[at * VECTOR_BYTES + i] * inverse));
             char *a = out + at * VECTOR_BYTES, *b = a + places.b, *start = out + places.start + at / TOGETHER * STARTS;
-            RowSum::place(whole, a, b);
+            place<in_bytes(8), VECTOR_BYTES>(whole, a, b);
             RowSum surplus(start);
             surplus.add(Unsigned{} + 0x80808080, vector_at(a), vector_at(b));
             surplus.put(start);
@@ -192,8 +185,7 @@ struct RowPanel {
                     if (four % LANES == 0) following.fetch();
                     Integers codes[COUNT];
                     each<COUNT>([&](auto p) __attribute__((always_inline)) {
-                        Integers some = panels[p].codes[(VNNI ? 0 : part) * fours + first + four];
-                        keep_in_register(some), codes[p] = some;
+                        codes[p] = in_register(panels[p].codes[(VNNI ? 0 : part) * fours + first + four]);
                     });
                     each<N>([&](auto k) __attribute__((always_inline)) {
                         const Integers all = Integers{} + read<int32_t>(tokens[k] + at + 4 * four);

@@ -172,8 +172,7 @@ struct NumberPanel {
             auto step = [&](int64_t i) __attribute__((always_inline)) {
                 Vector w[COUNT];
                 each<COUNT>([&](auto p) __attribute__((always_inline)) {
-                    Vector some = read<Vector>(weights + p * stride + i * sizeof *w);
-                    keep_in_register(some), w[p] = some;
+                    w[p] = in_register(read<Vector>(weights + p * stride + i * sizeof *w));
                 });
                 each<N>([&](auto k) __attribute__((always_inline)) {
                     const Vector all = load_to_all(activations[k] + i);

@@ -52,10 +52,10 @@ inline Integers dot_bytes(Integers sum, Unsigned codes, Integers x) {
 // meet bytes, else the even columns and the odd ones in 16 bits.
 constexpr bool in_bytes(int bits) { return VNNI || (LANES_OF_INTEGERS == 8 && bits < 8); }
 
-template <bool BYTES, int N>
-inline void place(const int16_t* x, char* a, char* b) {
+template <bool BYTES, int N, class Number>
+inline void place(const Number* x, char* a, char* b) {
     if (BYTES)
-        for (int i = 0; i < N; i++) a[i] = int16_t(x[i] + 128) >> 8, b[i] = x[i];
+        for (int i = 0; i < N; i++) a[i] = Number(x[i] + 128) >> 8, b[i] = x[i];
     else
         for (int i = 0; i < N / 2; i++) ((int16_t*)a)[i] = x[2 * i], ((int16_t*)b)[i] = x[2 * i + 1];
 }

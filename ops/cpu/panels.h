@@ -77,8 +77,7 @@ struct Panel {
                 for (int j = 0; j < GROUP / 2; j++) {
                     Integers codes[COUNT];
                     each<COUNT>([&](auto p) __attribute__((always_inline)) {
-                        Integers some = read<Integers>(panels[p].weights + (place * GROUP / 2 + j) * 4 * LANES);
-                        keep_in_register(some), codes[p] = some;
+                        codes[p] = in_register(read<Integers>(panels[p].weights + (place * GROUP / 2 + j) * 4 * LANES));
                     });
                     each<N>([&](auto k) __attribute__((always_inline)) {
                         const Integers two = Integers{} + read<int32_t>(x[first + k] + places.words + group * GROUP * 2 + 4 * j);

@@ -129,6 +129,7 @@ struct Choice {
     bool amx;       // many tokens meet codes in tiles of AMX: with the same bits, only faster
 };
 extern Choice choice;
+
 inline Form form_of(const Linear& w) {
     if (w.blocks) return Form(w.blocks);
     if (!w.scale) return w.bits == 32 ? FLOAT32 : choice.bfloat16;

@@ -49,7 +49,6 @@ ALL = (*KINDS, *BLOCKS)
 # Each a Tuning of products.h. Fetching nothing ahead, or only near, is fastest on some AMD processors. Of two rows
 # side by side the second begins a row further on, so that what lies near is met too soon.
 CANDIDATES = ((1, 0, 0), (1, 1024, 0), (1, 1024, 4096), (1, 2048, 4096), (2, 3072, 6144), (4, -1, 0))
-POSSIBLE = {(min(rows, most), *ahead) for rows, *ahead in CANDIDATES for most in (1, 2, 4)}  # side by side, by kind
 DEFAULT = (1, 1024, 4096)
 COUNTS = (2, 4, 6, 8, 12, 16, 24, 32)  # tokens for which it is measured whether to unpack rows once for all
 ALWAYS = 33  # tokens for which it is always done: MANY in products.h
@@ -90,7 +89,8 @@ def apply(loaded: ctypes.CDLL, path: Path, linear: type[ctypes.Structure]) -> di
 
 
 def choose(loaded: ctypes.CDLL, chosen: dict[str, Any], linear: type[ctypes.Structure]) -> bool:
-    """False where this processor has no such products of bfloat16 weights as are chosen."""
+    """False where this processor has no such products of bfloat16 weights as are chosen. Puts into `chosen` how many
+    rows each kind reads side by side, as not all can read so many."""
     if loaded.choose_bfloat16(BFLOAT16[chosen["bfloat16"]]):
         return False
     for name, (_, *ahead) in (tunings := chosen["tuning"]).items():
@@ -129,7 +129,7 @@ def read(path: Path) -> dict[str, Any] | None:
     try:
         chosen = json.loads(path.read_text())
         good = chosen["schema"] == SCHEMA and set(chosen["tuning"]) == set(ALL) and chosen["bfloat16"] in BFLOAT16
-        good = good and all((*map(int, tuning),) in POSSIBLE for tuning in chosen["tuning"].values())
+        good = good and all((*map(int, tuning),) in CANDIDATES for tuning in chosen["tuning"].values())
         good = good and set(chosen["many"]) == set(unpacked(chosen["bfloat16"]))
         good = good and all(type(tokens) is int and tokens in (*COUNTS, ALWAYS) for tokens in chosen["many"].values())
         return chosen if good and float(chosen["huge_page_gain"]) > 0 else None
@@ -237,16 +237,10 @@ def measure(loaded: ctypes.CDLL, linear: type[ctypes.Structure], size: int = MEM
         return max(map(gain, ("bfloat16", "int8")))
 
     def best_tunings() -> dict[str, list[int]]:  # all kinds by turns, so that what disturbs some turns spoils no median
-        def candidates_of(kind: str) -> list[tuple[int, ...]]:  # not every kind can read so many rows side by side
-            form = loaded.form_of_linear(_linear(linear, kind))
-            return list(dict.fromkeys((loaded.choose_tuning(form, *tuning), *tuning[1:]) for tuning in CANDIDATES))
-
-        candidates = {kind: candidates_of(kind) for kind in ALL}
-        cases = [(kind, tuning) for kind in ALL for tuning in candidates[kind]]
-        times = by_turns(lambda case: seconds(*case, next(matrices)), cases)
+        times = by_turns(lambda case: seconds(*case, next(matrices)), itertools.product(ALL, CANDIDATES))
 
         def best(kind: str) -> list[int]:
-            first = min(candidates[kind], key=lambda tuning: times[kind, tuning])
+            first = min(CANDIDATES, key=lambda tuning: times[kind, tuning])
             return list(first if times[kind, first] * WORTH < times[kind, DEFAULT] else DEFAULT)
 
         return {kind: best(kind) for kind in ALL}

@@ -104,12 +104,13 @@ inline Vector load_some(const T* p, int64_t n) {
 // The number at p in all lanes. Vector{} + *p would be an addition, as it makes 0 of -0.
 inline Vector load_to_all(const float* p) { return (Vector)(Integers{} + read<int32_t>(p)); }
 
-// Holds x in a register where there are 16: GCC would load it again for each use, or keep it and spill sums.
+// x, held in a register where there are 16: GCC would load it again for each use, or keep it and spill sums.
 template <class Lanes>
-inline void keep_in_register(Lanes& x) {
+__attribute__((always_inline)) inline Lanes in_register(Lanes x) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     asm("" : "+x"(x));
 #endif
+    return x;
 }
 
 inline void store(float* p, Vector x) { std::memcpy(p, &x, sizeof x); }

@@ -1,5 +1,6 @@
 """The token step in C++ (ops/cpu/) against PyTorch's (model.py): the same logits, never stale, or not served."""
 
+import copy
 import errno
 import gc
 import os
@@ -771,11 +772,15 @@ def test_a_cache_of_8_bits_is_that_of_pytorch(shape, in_pytorch):
     cache, expected = (KVCache(model.config, 2, 320, dtype=torch.int8) for _ in range(2))
     logits = model(ids, cache)
     exact = in_pytorch(model, ids, expected)
+    # Codes that fall to the other side of a half add up from layer to layer: 0.17 to 0.22 %, by seed and processor.
     assert logits.dtype == exact.dtype and (logits - exact).norm() < 4e-3 * exact.norm()
     for ours, theirs in zip(cache.keys + cache.values, expected.keys + expected.values, strict=True):
         assert ours.dtype == torch.uint8 and (ours[:, :, :300].int() - theirs[:, :, :300].int()).abs().max() <= 1
     full = model(ids, KVCache(model.config, 2, 320))
     assert 0 < (logits - full).norm() < 0.1 * full.norm()
+    same = copy.deepcopy(expected)
+    logits, exact = model(ids[:, :1], same), in_pytorch(model, ids[:, :1], expected)
+    assert error(logits, exact) < 5e-4  # over the same codes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
